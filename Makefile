@@ -1,0 +1,70 @@
+# From a fresh clone: `make demo` generates text, `make test` runs every check. Both need python3 and make, nothing else.
+# PYTHON chooses the interpreter that .venv is made with: make demo PYTHON=python3.12
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT := Once upon a time
+
+# The first Python on the PATH that Fledge supports; where there is none, python3, so that the message can name its version.
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && exit; done; echo python3)
+
+# A stamp is touched when its step has succeeded, so a second `make` does nothing twice.
+VENV_STAMP := $(VENV)/.made
+INSTALLED := $(VENV)/.installed
+DEVELOPING := $(VENV)/.developing
+SOURCES := pyproject.toml $(shell find fledge native -type f -not -name '*.py[co]' 2>/dev/null)
+
+# Somebody's import path must not decide which code is tested.
+unexport PYTHONPATH
+unexport PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fix bench
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED) ## install into .venv and generate text with the bundled model
+	$(BIN)/fledge generate "$(PROMPT)"
+
+test: check ## install for development, check everything, run the tests
+	$(BIN)/python -m pytest
+
+check: $(DEVELOPING) ## formatting, lint and types, without changing a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(DEVELOPING) ## format the code and repair what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
+	$(BIN)/fledge bench
+
+$(VENV_STAMP):
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "Fledge needs Python 3.10 to 3.13, but \"$(PYTHON)\" is: $$($(PYTHON) --version 2>&1 | tail -n 1)"; \
+		echo "Install a supported Python and name it: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu install the package python3-venv."; exit 1; }
+	@touch $@
+
+ifeq ($(wildcard $(DEVELOPING)),)
+$(INSTALLED): $(VENV_STAMP) $(SOURCES)
+	@echo "Installing fledge and what it needs into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check .
+	@touch $@
+else
+# A development install runs from the working tree, so an edited source needs no new install.
+$(INSTALLED): $(DEVELOPING)
+	@touch $@
+endif
+
+$(DEVELOPING): $(VENV_STAMP) pyproject.toml
+	@echo "Installing fledge for development into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

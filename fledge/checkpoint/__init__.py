@@ -1,0 +1,67 @@
+"""L3: checkpoints in and out of files. One dict of official names and shapes in memory, whatever the file was.
+
+Reads and writes the official `.pth`, Fledge's `.safetensors` and two kinds of Hugging Face folder; tells version and
+sizes from tensor names and shapes; builds the model. No training, no text, no printing. Names load on first use, so
+that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fledge.checkpoint.assembly import LoadedModel, assemble, load_model
+    from fledge.checkpoint.conversion import Conversion, convert
+    from fledge.checkpoint.detection import detect
+    from fledge.checkpoint.info import CheckpointInfo, inspect
+    from fledge.checkpoint.reader import load, read, verify
+    from fledge.checkpoint.record import Checkpoint
+    from fledge.checkpoint.shapes import expected_shapes
+    from fledge.checkpoint.tuned import load_tuned_state, merge_tuned_state
+    from fledge.checkpoint.writer import save
+
+# No module may bear the name of a function here: importing the module would hide the function.
+_HOME = {
+    "Checkpoint": "record",
+    "CheckpointInfo": "info",
+    "Conversion": "conversion",
+    "LoadedModel": "assembly",
+    "assemble": "assembly",
+    "convert": "conversion",
+    "detect": "detection",
+    "expected_shapes": "shapes",
+    "inspect": "info",
+    "load": "reader",
+    "load_model": "assembly",
+    "load_tuned_state": "tuned",
+    "merge_tuned_state": "tuned",
+    "read": "reader",
+    "save": "writer",
+    "verify": "reader",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointInfo",
+    "Conversion",
+    "LoadedModel",
+    "assemble",
+    "convert",
+    "detect",
+    "expected_shapes",
+    "inspect",
+    "load",
+    "load_model",
+    "load_tuned_state",
+    "merge_tuned_state",
+    "read",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,167 @@
+"""From any format Fledge reads to any it writes, with no value changed.
+
+    .pth            the official layout, for every other RWKV program; tensors only
+    .safetensors    Fledge's own: official names, with config and tokenizer in the header
+    folder, "hf"    Hugging Face remote code (RWKV-5 5.2 and RWKV-6), transformers' own class (RWKV-4)
+    folder, "fla"   flash-linear-attention (RWKV-6 only)
+
+dtypes are kept. A target appears whole or not at all. Not here: quantisation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fledge.checkpoint import metadata
+from fledge.checkpoint.fla_names import to_fla
+from fledge.checkpoint.folder import MODEL_TYPES
+from fledge.checkpoint.hf_config import FLA_NOTES, fla_settings, hf_notes, hf_settings
+from fledge.checkpoint.names import to_hf
+from fledge.checkpoint.pth import check_sums
+from fledge.checkpoint.reader import read
+from fledge.checkpoint.record import Checkpoint, Stored
+from fledge.checkpoint.sniff import container_of
+from fledge.checkpoint.st_file import write_safetensors
+from fledge.checkpoint.writer import check_space, save
+from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
+from fledge.core.files import atomic_path
+
+FORMATS = ("pth", "safetensors", "hf", "fla")
+DEFAULT_EPS = 64e-5
+OURS = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done: where the result is, and what its reader should know."""
+
+    source: Path
+    target: Path
+    format: str
+    nbytes: int
+    notes: tuple[str, ...]  # sentences for people: what the target cannot hold, what its program needs
+
+
+def convert(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, to: str | None = None, force: bool = False
+) -> Conversion:
+    """Write the checkpoint `source` as `target`, in the format `to`, or by suffix (a folder is "hf").
+
+    Every byte of a .pth is compared with its checksum on the way. An existing target is refused unless `force`; a
+    folder is only ever replaced when nothing but a model is in it. Raises CheckpointError, UnsupportedError where the
+    format cannot hold the version, UsageError for an unknown format.
+    """
+    target = Path(target)
+    kind = to or {".pth": "pth", ".safetensors": "safetensors"}.get(target.suffix, "hf")
+    if kind not in FORMATS:
+        raise UsageError(f"format {kind!r} is unknown; use one of {', '.join(FORMATS)}")
+    if kind in ("pth", "safetensors") and target.suffix != f".{kind}":
+        raise UsageError(f"{target}: a {kind} file must be named *.{kind}")
+    _check_target(target, kind, force)
+    checkpoint = read(source)
+    _check_format(checkpoint, kind)
+    check_space(target.parent, checkpoint.tensors)
+    for file in checkpoint.files:
+        if container_of(file) == "pth":
+            check_sums(file)
+    if kind in ("pth", "safetensors"):
+        notes = _write_file(checkpoint, target)
+    else:
+        notes = _write_folder(checkpoint, target, kind)
+    files = [target] if target.is_file() else list(target.iterdir())
+    return Conversion(checkpoint.path, target, kind, sum(file.stat().st_size for file in files), notes)
+
+
+def _check_target(target: Path, kind: str, force: bool) -> None:
+    folder = kind in ("hf", "fla")
+    if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise CheckpointError(f"{target} exists; give force to replace it, or another name")
+    if target.is_dir() != folder:
+        raise CheckpointError(f"{target} is a {'folder' if target.is_dir() else 'file'}, a {kind} checkpoint is not")
+    strange = [entry.name for entry in target.iterdir() if not OURS.fullmatch(entry.name)] if target.is_dir() else []
+    if strange:
+        raise CheckpointError(
+            f"{target} holds more than a model ({min(strange)}) and will not be replaced; give another name"
+        )
+
+
+def _check_format(checkpoint: Checkpoint, kind: str) -> None:
+    config, source = checkpoint.config, checkpoint.path
+    versions = {"hf": tuple(MODEL_TYPES), "fla": ("6.0",)}.get(kind)
+    if versions and config.version not in versions:
+        raise UnsupportedError(
+            f"{source} is version {config.version}, and a {kind} folder can only hold {', '.join(versions)}; use "
+            ".safetensors or .pth"
+        )
+    if kind == "fla" and config.tuned_state:
+        raise UnsupportedError(f"{source} has a tuned state, for which a fla folder has no place; use .safetensors")
+
+
+def _write_file(checkpoint: Checkpoint, target: Path) -> tuple[str, ...]:
+    if target.suffix == ".safetensors":
+        save(
+            target,
+            checkpoint.config,
+            checkpoint.tensors,
+            tokenizer_spec=checkpoint.tokenizer_spec,
+            extra=checkpoint.extra,
+        )
+        return ()
+    save(target, checkpoint.config, checkpoint.tensors)
+    left = {
+        "the tokenizer": checkpoint.tokenizer_spec,
+        "the extras": checkpoint.extra,
+        f"group_norm_eps {checkpoint.config.group_norm_eps}": checkpoint.config.group_norm_eps != DEFAULT_EPS,
+    }
+    return tuple(f"a .pth cannot hold {what}; it was left out" for what, there in left.items() if there)
+
+
+def _write_folder(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str, ...]:
+    config = checkpoint.config
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    if kind == "fla":
+        tensors, settings, notes = to_fla(checkpoint.tensors), fla_settings(config), FLA_NOTES
+    else:
+        tensors = {to_hf(name): tensor for name, tensor in checkpoint.tensors.items()}
+        settings, notes = hf_settings(config), hf_notes(config)
+    stored = Stored(config, checkpoint.tokenizer_spec, checkpoint.extra)
+    with _atomic_folder(target) as folder:
+        write_safetensors(folder / "model.safetensors", tensors, metadata.encode(stored))
+        with atomic_path(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return notes
+
+
+@contextmanager
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        fresh, old = work / "new", work / "old"
+        fresh.mkdir()  # not `work` itself: mkdtemp makes that private to the user
+        yield fresh
+        if target.exists():
+            target.replace(old)
+        try:
+            fresh.replace(target)
+        except OSError:
+            old.replace(target)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,136 @@
+"""The RWKV-6 layout of flash-linear-attention and back: other names, transposes, another order of the five mixes.
+
+Official files keep the token-shift LoRA's slices in the order w, k, v, r, g; this layout has r, w, k, v, g, and stacks
+the five static mixes in one tensor. Every change is a permutation of values, so a round trip is exact.
+
+Hazard: its group norm takes the one `norm_eps` of its config, which is 1e-5 in published folders, while every Finch
+was trained with 64e-5 there. Fledge always reads such a folder with 64e-5 for the group norm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from fledge.core.errors import CheckpointError
+
+OURS = "wkvrg"
+THEIRS = "rwkvg"
+TO_THEIRS = [OURS.index(letter) for letter in THEIRS]
+TO_OURS = [THEIRS.index(letter) for letter in OURS]
+
+OUTSIDE = {
+    "emb.weight": "model.embeddings.weight",
+    "ln_out.weight": "model.norm.weight",
+    "ln_out.bias": "model.norm.bias",
+    "head.weight": "lm_head.weight",
+}
+# Tensors of a block that only change their name.
+PLAIN = {
+    **{f"{a}.{part}": f"{b}.{part}" for a, b in (("ln0", "pre_norm"), ("ln1", "attn_norm"), ("ln2", "ffn_norm"))
+       for part in ("weight", "bias")},
+    **{f"att.{name}.weight": f"attn.{name[0]}_proj.linear.weight" for name in ("receptance", "key", "value", "gate")},
+    "att.output.weight": "attn.o_proj.weight",
+    "att.time_faaaa": "attn.bonus",
+    "att.ln_x.weight": "attn.g_norm.weight",
+    "att.ln_x.bias": "attn.g_norm.bias",
+    "ffn.key.weight": "ffn.key.linear.weight",
+    "ffn.receptance.weight": "ffn.receptance.linear.weight",
+    "ffn.value.weight": "ffn.value.weight",
+}  # fmt: skip
+# Vectors: (1, 1, n) in official files, (n) here.
+VECTORS = {
+    "att.time_maa_x": "attn.x_proj.0.mu",
+    "att.time_decay": "attn.w_proj.linear.lora.2.bias",
+    "ffn.time_maa_k": "ffn.key.mu",
+    "ffn.time_maa_r": "ffn.receptance.mu",
+}
+TRANSPOSED = {
+    "att.time_decay_w1": "attn.w_proj.linear.lora.0.weight",
+    "att.time_decay_w2": "attn.w_proj.linear.lora.2.weight",
+}
+MIX_IN, MIX_OUT, MIX_STATIC = "attn.x_proj.0.linear.weight", "attn.x_proj.2.weight", "attn.x_bias"
+BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+Parts = dict[str, Tensor]
+
+
+def from_fla(tensors: Mapping[str, Tensor]) -> Parts:
+    """This layout -> official names and shapes. Unknown names are kept, for the later check to report."""
+    outside = {theirs: ours for ours, theirs in OUTSIDE.items()}
+    official: Parts = {}
+    for name, tensor in tensors.items():
+        match = BLOCK.fullmatch(name)
+        if match is None:
+            official[outside.get(name, name)] = tensor
+            continue
+        try:
+            parts = READ.get(match[2], lambda tensor, kept=name: {kept: tensor})(tensor)
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(f"{name} has the impossible shape {tuple(tensor.shape)}") from error
+        official |= {part if part == name else f"blocks.{match[1]}.{part}": value for part, value in parts.items()}
+    return official
+
+
+def to_fla(tensors: Mapping[str, Tensor]) -> Parts:
+    """Official names and shapes of a Finch -> this layout."""
+    theirs = {OUTSIDE[name]: tensor for name, tensor in tensors.items() if name in OUTSIDE}
+    layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")})
+    for layer in layers:
+        prefix = f"blocks.{layer}."
+        block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        theirs |= {f"model.layers.{layer}.{name}": tensor for name, tensor in _block_to_fla(block).items()}
+    return theirs
+
+
+def _block_to_fla(block: Parts) -> Parts:
+    parts = {theirs: block[ours] for ours, theirs in PLAIN.items() if ours in block}
+    parts |= {theirs: block[ours].reshape(-1) for ours, theirs in VECTORS.items()}
+    parts |= {theirs: block[ours].t().contiguous() for ours, theirs in TRANSPOSED.items()}
+    w1, w2 = block["att.time_maa_w1"], block["att.time_maa_w2"]  # (C, 5 Dm), (5, Dm, C)
+    parts[MIX_IN] = w1.unflatten(1, (5, -1))[:, TO_THEIRS].flatten(1).t().contiguous()  # (5 Dm, C)
+    parts[MIX_OUT] = w2[TO_THEIRS].permute(2, 0, 1).flatten(1).contiguous()  # (C, 5 Dm)
+    static = [block[f"att.time_maa_{letter}"].reshape(-1) for letter in THEIRS]
+    if len({tensor.dtype for tensor in static}) > 1:
+        raise CheckpointError("the five att.time_maa_{r,w,k,v,g} have several dtypes; this layout stores them as one")
+    parts[MIX_STATIC] = torch.stack(static)  # (5, C)
+    return parts
+
+
+def _mix_in(tensor: Tensor) -> Parts:
+    return {"att.time_maa_w1": tensor.t().unflatten(1, (5, -1))[:, TO_OURS].flatten(1).contiguous()}
+
+
+def _mix_out(tensor: Tensor) -> Parts:
+    return {"att.time_maa_w2": tensor.unflatten(1, (5, -1)).permute(1, 2, 0)[TO_OURS].contiguous()}
+
+
+def _mix_static(tensor: Tensor) -> Parts:
+    if tensor.dim() != 2 or len(tensor) != len(THEIRS):
+        raise IndexError
+    return {f"att.time_maa_{letter}": row.reshape(1, 1, -1) for letter, row in zip(THEIRS, tensor, strict=True)}
+
+
+def _renamed(ours: str) -> Callable[[Tensor], Parts]:
+    return lambda tensor: {ours: tensor}
+
+
+def _vector(ours: str) -> Callable[[Tensor], Parts]:
+    return lambda tensor: {ours: tensor.reshape(1, 1, -1)}
+
+
+def _transposed(ours: str) -> Callable[[Tensor], Parts]:
+    return lambda tensor: {ours: tensor.t().contiguous()}
+
+
+READ: dict[str, Callable[[Tensor], Parts]] = {
+    **{theirs: _renamed(ours) for ours, theirs in PLAIN.items()},
+    **{theirs: _vector(ours) for ours, theirs in VECTORS.items()},
+    **{theirs: _transposed(ours) for ours, theirs in TRANSPOSED.items()},
+    MIX_IN: _mix_in,
+    MIX_OUT: _mix_out,
+    MIX_STATIC: _mix_static,
+}

@@ -1,0 +1,76 @@
+"""What Fledge stores beside the tensors of a safetensors file: config, vocabulary record and extras, as one JSON text.
+
+It sits in the header's string map under the key "fledge", where other readers ignore it:
+    {"format": 1, "config": {...}, "tokenizer": {...} or null, "extra": {...}}
+No tensors here, no files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fledge.checkpoint.record import Stored
+from fledge.core.config import from_dict, to_dict
+from fledge.core.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, UsageError
+from fledge.models.config import ModelConfig
+from fledge.tokenizer.vocabulary import Vocabulary
+
+KEY = "fledge"
+FORMAT = 1
+
+
+def encode(stored: Stored) -> dict[str, str]:
+    """The header's string map. "format": "pt" is what Hugging Face's loaders ask for."""
+    assert stored.config is not None
+    record = {
+        "format": FORMAT,
+        "config": to_dict(stored.config),
+        "tokenizer": stored.tokenizer_spec,
+        "extra": stored.extra,
+    }
+    try:
+        text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the tokenizer record and the extras of a checkpoint must be plain JSON: {error}") from error
+    return {"format": "pt", KEY: text}
+
+
+def decode(metadata: Mapping[str, str], source: str) -> Stored:
+    """The inverse; an empty record where the file was not written by Fledge. Raises CheckpointError on damage."""
+    if KEY not in metadata:
+        return Stored()
+    try:
+        record = json.loads(metadata[KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: the Fledge record in its header is not JSON: {error}") from error
+    number = record.get("format") if isinstance(record, dict) else None
+    if not isinstance(number, int) or number < 1:
+        raise CheckpointError(f"{source}: the Fledge record in its header has no format number; the file is damaged")
+    if number > FORMAT:
+        raise UnsupportedError(
+            f"{source} was written by a newer Fledge (record format {number}, this one reads {FORMAT}); update Fledge"
+        )
+    config, tokenizer, extra = record.get("config"), record.get("tokenizer"), record.get("extra", {})
+    if not isinstance(config, dict) or not isinstance(tokenizer, dict | None) or not isinstance(extra, dict):
+        raise CheckpointError(f"{source}: the Fledge record in its header is incomplete; the file is damaged")
+    try:
+        return Stored(from_dict(ModelConfig, config), tokenizer, extra)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{source}: the config in its header is impossible: {error}") from error
+
+
+def check_vocabulary(config: ModelConfig, spec: Mapping[str, Any] | None, source: str) -> None:
+    """Raise CheckpointError unless the tokenizer of `spec` needs exactly as many rows as the model has."""
+    if spec is None:
+        return
+    try:
+        needed = Vocabulary.from_spec(spec).size
+    except TokenizerError as error:
+        raise CheckpointError(f"{source}: the tokenizer stored with the model cannot be used: {error}") from error
+    if needed != config.vocab_size:
+        raise CheckpointError(
+            f"{source}: the model has {config.vocab_size} vocabulary rows, but the {spec['kind']} tokenizer stored "
+            f"with it needs {needed}"
+        )

@@ -1,0 +1,130 @@
+"""One door for every format: a path or a hub name in, a complete and checked checkpoint out.
+
+Here: choosing the reader, and the steps every file goes through after it (official names, config, checks).
+Not here: the formats themselves, and models.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fledge.checkpoint import metadata
+from fledge.checkpoint.detection import detect
+from fledge.checkpoint.fla_names import from_fla
+from fledge.checkpoint.folder import read_folder
+from fledge.checkpoint.foreign import refuse_unsupported
+from fledge.checkpoint.hf_config import apply_settings
+from fledge.checkpoint.hub import locate
+from fledge.checkpoint.names import PREFIX, from_hf, layout_of
+from fledge.checkpoint.pth import check_sums, read_pth
+from fledge.checkpoint.record import Checkpoint, RawFile
+from fledge.checkpoint.sniff import container_of
+from fledge.checkpoint.st_file import DTYPES, read_safetensors
+from fledge.core.errors import CheckpointError, UnsupportedError
+from fledge.models.config import ModelConfig
+
+StrPath = str | os.PathLike[str]
+
+
+def load(path: StrPath) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and tensors (official names and shapes, the file's dtypes, on the CPU) of a checkpoint.
+
+    `path`: a .pth, a .safetensors, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped from the
+    file: nothing is copied until it is used. Raises CheckpointError, or UnsupportedError for RWKV-7 and its like.
+    """
+    checkpoint = read(path)
+    return checkpoint.config, checkpoint.tensors
+
+
+def read(path: StrPath, *, weights: bool = True) -> Checkpoint:
+    """As `load`, with everything else the file tells. Without `weights` all tensors are on "meta" and none is read."""
+    return interpret(read_raw(locate(path), weights=weights))
+
+
+def verify(path: StrPath) -> Checkpoint:
+    """Read every weight once: the checksums that a .pth keeps, and numbers that are not finite.
+
+    Loading maps the weights and so notices neither. Raises CheckpointError naming the damaged file or tensor.
+    """
+    checkpoint = read(path)
+    for file in checkpoint.files:
+        if container_of(file) == "pth":
+            check_sums(file)
+    for name, tensor in checkpoint.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} holds numbers that are not finite; the model cannot be used"
+            )
+    return checkpoint
+
+
+def read_raw(path: Path, *, weights: bool = True) -> RawFile:
+    """The tensors of a local file or folder under the names they have there."""
+    if path.is_dir():
+        return read_folder(path, weights=weights)
+    if container_of(path) == "safetensors":
+        tensors, texts = read_safetensors(path, weights=weights)
+        return RawFile(path, "safetensors", tensors, (path,), metadata.decode(texts, str(path)))
+    return RawFile(path, "pth", read_pth(path, weights=weights), (path,))
+
+
+def interpret(raw: RawFile) -> Checkpoint:
+    """Official names, the config, and every check that needs no values."""
+    source = str(raw.path)
+    layout, tensors = official_names(raw.tensors, source)
+    config = detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    _check_dtypes(tensors, source)
+    if raw.container == "folder":
+        config = apply_settings(config, raw.settings, layout, source)
+    if raw.stored.config is not None:
+        config = _agreed(config, raw.stored.config, source)
+    metadata.check_vocabulary(config, raw.stored.tokenizer_spec, source)
+    kind = raw.container if raw.container != "folder" else "fla" if layout == "fla" else "hf"
+    return Checkpoint(raw.path, kind, config, tensors, raw.files, raw.stored.tokenizer_spec, raw.stored.extra)
+
+
+def official_names(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+    """The layout whose names these are, and the same tensors under official names."""
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise CheckpointError(f"{source} holds the same tensor with and without the prefix {PREFIX}")
+    layout = layout_of(plain)
+    refuse_unsupported(plain.keys(), source)
+    if layout == "hf":
+        return layout, {from_hf(name): tensor for name, tensor in plain.items()}
+    if layout == "fla":
+        try:
+            return layout, from_fla(plain)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+    return layout, plain
+
+
+def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise UnsupportedError(
+                f"{source}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}; give the checkpoint from "
+                "before quantisation"
+            )
+
+
+def _agreed(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelConfig:
+    """The stored config, which knows the epsilons, once its sizes are those of the tensors."""
+    epsilons = (stored.norm_eps, stored.group_norm_eps)
+    if not all(isinstance(eps, int | float) and 0 <= eps < math.inf for eps in epsilons):
+        raise CheckpointError(f"{source}: the config in its header has impossible epsilons {epsilons}")
+    same = replace(detected, norm_eps=stored.norm_eps, group_norm_eps=stored.group_norm_eps)
+    if detected.version == "4":  # has no choice of bonus
+        stored = replace(stored, bonus=same.bonus)
+    differing = [name for name in vars(same) if getattr(same, name) != getattr(stored, name)]
+    if differing:
+        claimed, found = (", ".join(f"{name} {getattr(c, name)!r:.40}" for name in differing) for c in (stored, same))
+        raise CheckpointError(f"{source}: its header says {claimed}, its tensors say {found}; the file is damaged")
+    return same

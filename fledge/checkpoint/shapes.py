@@ -1,0 +1,102 @@
+"""The table of official tensor names and shapes: what a complete checkpoint of each version holds.
+
+The one place that knows this; detection, checking and the tests all read it. No tensors, no files.
+
+L layers, C = n_embd, A = dim_att, F = dim_ffn, H heads of N channels, V rows of the vocabulary,
+Dm and Dd the ranks of Finch's token-shift and decay LoRAs.
+"""
+
+from __future__ import annotations
+
+from fledge.models.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Official name -> shape of every tensor of a checkpoint with these sizes, in the official trainer's order."""
+    vocabulary, width = config.vocab_size, config.n_embd
+    block = block_shapes(config)
+    shapes: dict[str, Shape] = {"emb.weight": (vocabulary, width)}
+    for layer in range(config.n_layer):
+        if layer == 0:
+            shapes |= _norm("blocks.0.ln0", width)
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    shapes |= _norm("ln_out", width)
+    shapes["head.weight"] = (vocabulary, width)
+    return shapes
+
+
+def block_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The tensors of one block, named from the block on (`att.key.weight`). Block 0 has `ln0` as well."""
+    attention = {"4": _attention_4, "5": _attention_5, "6": _attention_6}[config.version[0]](config)
+    if config.tuned_state:
+        attention["time_state"] = (config.n_head, config.head_size, config.head_size)  # [V, K]
+    return {
+        **_norm("ln1", config.n_embd),
+        **_norm("ln2", config.n_embd),
+        **{f"att.{name}": shape for name, shape in attention.items()},
+        **{f"ffn.{name}": shape for name, shape in _channel_mix(config).items()},
+    }
+
+
+def _norm(prefix: str, width: int) -> dict[str, Shape]:
+    return {f"{prefix}.weight": (width,), f"{prefix}.bias": (width,)}
+
+
+def _mixes(kind: str, letters: str, width: int) -> dict[str, Shape]:
+    return {f"{kind}_{letter}": (1, 1, width) for letter in letters}
+
+
+def _projections(config: ModelConfig, *, gate: bool) -> dict[str, Shape]:
+    inner, width = config.dim_att, config.n_embd
+    into: tuple[str, ...] = ("receptance", "key", "value", "gate") if gate else ("receptance", "key", "value")
+    return {**{f"{name}.weight": (inner, width) for name in into}, "output.weight": (width, inner)}
+
+
+def _attention_4(config: ModelConfig) -> dict[str, Shape]:
+    return {
+        "time_decay": (config.dim_att,),
+        "time_first": (config.dim_att,),
+        **_mixes("time_mix", "kvr", config.n_embd),
+        **_projections(config, gate=False),
+    }
+
+
+def _attention_5(config: ModelConfig) -> dict[str, Shape]:
+    """5.0 has no gate; 5.0 and 5.1 have one decay and one bonus a head, 5.2 one a channel."""
+    gate = config.version != "5.0"
+    per_head = (config.n_head, config.head_size) if config.version == "5.2" else (config.n_head,)
+    return {
+        **_mixes("time_mix", "kvrg" if gate else "kvr", config.n_embd),
+        "time_decay": per_head,
+        config.bonus: per_head,
+        **_projections(config, gate=gate),
+        **_norm("ln_x", config.dim_att),
+    }
+
+
+def _attention_6(config: ModelConfig) -> dict[str, Shape]:
+    inner, width, mix, decay = config.dim_att, config.n_embd, config.mix_rank, config.decay_rank
+    return {
+        **_mixes("time_maa", "xwkvrg", width),
+        "time_maa_w1": (width, 5 * mix),
+        "time_maa_w2": (5, mix, width),
+        "time_decay": (1, 1, inner),
+        "time_decay_w1": (width, decay),
+        "time_decay_w2": (decay, inner),
+        "time_faaaa": (config.n_head, config.head_size),
+        **_projections(config, gate=True),
+        **_norm("ln_x", inner),
+    }
+
+
+def _channel_mix(config: ModelConfig) -> dict[str, Shape]:
+    kind = "time_maa" if config.version == "6.0" else "time_mix"
+    width, hidden = config.n_embd, config.dim_ffn
+    return {
+        **_mixes(kind, "kr", width),
+        "key.weight": (hidden, width),
+        "receptance.weight": (width, width),
+        "value.weight": (width, hidden),
+    }

@@ -1,0 +1,56 @@
+"""Tuned initial states: files that hold nothing but `blocks.<i>.att.time_state`, and merging them into a model's dict.
+
+State tuning trains the state a model starts from and nothing else. The axes stay (H, V, K), as every trainer writes
+them; the model turns them into its own (H, K, V) when it makes its first state. Not here: the training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from fledge.checkpoint.hub import locate
+from fledge.checkpoint.names import PREFIX
+from fledge.checkpoint.reader import read_raw
+from fledge.core.errors import CheckpointError
+from fledge.models.config import ModelConfig
+
+STATE = re.compile(r"blocks\.\d+\.att\.time_state")
+
+
+def load_tuned_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """`blocks.<i>.att.time_state` -> (H, V, K), from a .pth or .safetensors of a state tuner, or from a whole model.
+
+    Raises CheckpointError where the file holds no tuned state.
+    """
+    raw = read_raw(locate(path))
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in raw.tensors.items()}
+    states = {name: tensor for name, tensor in plain.items() if STATE.fullmatch(name)}
+    if not states:
+        raise CheckpointError(
+            f"{path} holds no tuned state: looked for blocks.0.att.time_state, found {min(plain, default='nothing')}"
+        )
+    return states
+
+
+def merge_tuned_state(
+    config: ModelConfig, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str = "the tuned state"
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and tensors of the same model, starting from `state`; what was given is not changed.
+
+    A state the model already had is replaced. Raises CheckpointError where the state is for other sizes.
+    """
+    if config.version == "4":
+        raise CheckpointError(f"{source} cannot be used with an RWKV-4 model, which has no matrix state")
+    shape = (config.n_head, config.head_size, config.head_size)
+    names = [f"blocks.{layer}.att.time_state" for layer in range(config.n_layer)]
+    if set(state) != set(names):
+        raise CheckpointError(f"{source} is for {len(state)} layers, the model has {config.n_layer}")
+    for name in names:
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(f"{source}: {name} is {tuple(state[name].shape)}, the model needs {shape}")
+    return replace(config, tuned_state=True), {**tensors, **{name: state[name] for name in names}}

@@ -1,0 +1,67 @@
+"""Which device a model runs on and in which dtype its weights are kept: each choice with its reason in words.
+
+Nothing here touches a model. torch is imported inside the functions, so this module costs nothing to import.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from fledge.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_NAMES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+
+SMALL_MODEL = 50_000_000
+"""Parameters below which float32 on a CPU costs little memory and is worth its exactness."""
+
+
+def choose_device(name: str | None = None) -> tuple[torch.device, str]:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best one for None; and why.
+
+    Raises UsageError for an unknown name and for a device this machine does not have.
+    """
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"a GPU is present: {torch.cuda.get_device_name()}"
+        return torch.device("cpu"), "no CUDA GPU is present"
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
+    if match is None:
+        raise UsageError(f"device {name!r} is unknown; choose cpu, cuda, cuda:0 (or another number) or mps")
+    kind, number = match[1], int(match[2] or 0)
+    if kind == "cuda" and number >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; try cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' is not here: torch sees no Apple GPU; try cpu")
+    return torch.device(name), "asked for"
+
+
+def choose_dtype(name: str | None, device: torch.device, parameters: int) -> tuple[torch.dtype | None, str]:
+    """The dtype of the weights called `name`, or the default for a model of `parameters` numbers; and why.
+
+    A dtype of None means: as they are in the file. State, decay and norms are float32 whatever this says.
+    Raises UsageError for an unknown name.
+    """
+    import torch
+
+    if name is not None:
+        if name not in DTYPE_NAMES:
+            raise UsageError(f"dtype {name!r} is unknown; choose {', '.join(DTYPE_NAMES)}")
+        dtype = getattr(torch, DTYPE_NAMES[name])
+        assert isinstance(dtype, torch.dtype)
+        return dtype, "asked for"
+    if device.type == "cpu" and parameters < SMALL_MODEL:
+        return torch.float32, f"on a CPU, a model below {SMALL_MODEL // 1_000_000} million parameters runs in float32"
+    return None, "the file's own"

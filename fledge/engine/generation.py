@@ -1,0 +1,107 @@
+"""The token loop: read a prompt, then draw tokens one at a time. Ids only; no text, no stop strings.
+
+Nothing here keeps anything between calls. Every step carries the state from before its token, so that whoever takes
+the tokens can go back to any of them: a state is a value, and keeping one costs a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fledge.core.errors import UsageError
+from fledge.engine.sampling import Sampler, logprob
+from fledge.models.state import State
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens read so far, tokens in all)."""
+
+CHUNK = 512
+"""Tokens of a prompt read in one call: enough to be fast, few enough that memory does not grow with the prompt."""
+
+
+class Cursor(NamedTuple):
+    """A place in a text: the scores of the next token (V,) float32, and the state after everything before it."""
+
+    logits: Tensor
+    state: State
+
+
+class Step(NamedTuple):
+    """One drawn token. `logprob` is the model's own, natural logarithm; `before` has not read the token yet."""
+
+    id: int
+    logprob: float
+    before: State
+
+
+def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> Cursor:
+    """Read `ids` (at least one) in one call."""
+    idx = torch.tensor([list(ids)], dtype=torch.long, device=device_of(model))  # (1, T)
+    with torch.inference_mode():
+        logits, state = model(idx, state, last=True)
+    return Cursor(logits[0, -1], state)
+
+
+def chunks(
+    model: nn.Module, ids: Sequence[int], state: State | None, chunk: int = CHUNK
+) -> Iterator[tuple[int, Cursor]]:
+    """Read `ids` by pieces of `chunk`: after each, how many have been read and the place reached."""
+    if chunk < 1:
+        raise UsageError(f"chunk is {chunk}; it must be at least 1")
+    for start in range(0, len(ids), chunk):
+        piece = ids[start : start + chunk]
+        cursor = forward(model, piece, state)
+        state = cursor.state
+        yield start + len(piece), cursor
+
+
+def prefill(
+    model: nn.Module,
+    ids: Sequence[int],
+    state: State | None = None,
+    *,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> Cursor:
+    """Read a whole prompt of at least one token, after `state` or from the beginning: (logits (V,), state)."""
+    cursor = None
+    for done, cursor in chunks(model, ids, state, chunk):  # noqa: B007 - the last one is the result
+        if progress is not None:
+            progress(done, len(ids))
+    if cursor is None:
+        raise UsageError("there are no tokens to read")
+    return cursor
+
+
+def feed(model: nn.Module, ids: Sequence[int], state: State) -> State:
+    """The state after `ids`, which may be none."""
+    return prefill(model, ids, state).state if ids else state
+
+
+def tokens(model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max_tokens: int) -> Iterator[Step]:
+    """Draw up to `max_tokens` tokens from the place (logits (V,), state).
+
+    A token is read by the model only when the next one is asked for; so the last one is in nobody's state yet.
+    """
+    for left in range(max_tokens, 0, -1):
+        token = sampler.next(logits)
+        yield Step(token, logprob(logits, token), state)
+        if left > 1:
+            logits, state = forward(model, [token], state)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the weights of `model` are."""
+    return next(chain(model.parameters(), model.buffers())).device
+
+
+def fresh_state(model: nn.Module) -> State:
+    """The state of one sequence of which nothing has been read: zeros, or the tuned state of the checkpoint."""
+    begin: Any = model.initial_state
+    state: State = begin(1)
+    return state

@@ -1,0 +1,78 @@
+"""From a name or a path to a ready `LLM`: finds the file, and chooses device, dtype and tokenizer.
+
+Not here: reading checkpoints (fledge.checkpoint), which devices there are (fledge.core.device).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fledge import checkpoint
+from fledge.core.device import choose_device, choose_dtype
+from fledge.core.errors import CheckpointError, UnsupportedError
+from fledge.core.files import asset
+from fledge.engine.text import LLM
+from fledge.tokenizer import Tokenizer, byte_vocabulary, load_world, tokenizer_for
+
+BUNDLED = "tiny-finch"
+"""The model that ships inside the package."""
+
+NEOX_SIZE = 50277
+"""Token rows of the models trained on the Pile, which use the GPT-NeoX tokenizer."""
+
+
+def load(
+    name_or_path: str | os.PathLike[str] | None = None, *, device: str | None = None, dtype: str | None = None
+) -> LLM:
+    """The model of a checkpoint (file, folder or hub name), ready to generate; None or "tiny-finch" is the bundled one.
+
+    device, dtype: names as in `fledge.core.device`; None chooses, and `llm.device_reason`, `llm.dtype_reason` say why.
+    Raises CheckpointError for a file that is missing or damaged, UnsupportedError for one that cannot be run,
+    UsageError for an unknown device or dtype.
+    """
+    path = locate(name_or_path)
+    chosen_device, device_reason = choose_device(device)
+    info = checkpoint.inspect(path)
+    chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, info.parameters)
+    tokenizer = tokenizer_of(info.tokenizer_spec, info.config.vocab_size, str(path))
+    model = checkpoint.load_model(path, device=chosen_device, dtype=chosen_dtype).model
+    name = info.path.stem if info.path.is_file() else Path(path).name
+    llm = LLM(model, tokenizer, name, device_reason, dtype_reason)
+    if chosen_dtype is None and str(llm.dtype).removeprefix("torch.") != info.dtypes[0]:
+        llm = replace(llm, dtype_reason=f"the file's {info.dtypes[0]} does not run well on this device")
+    return llm
+
+
+def locate(name_or_path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """What fledge.checkpoint is to look for. Raises CheckpointError where the bundled model is meant and not there."""
+    if name_or_path is not None and (os.fspath(name_or_path) != BUNDLED or os.path.exists(name_or_path)):
+        return name_or_path
+    path = asset(f"{BUNDLED}.safetensors")
+    if not path.is_file():
+        raise CheckpointError(
+            f"the bundled model {path} is missing from this installation; install Fledge again, "
+            "or give the path of a checkpoint"
+        )
+    return path
+
+
+def tokenizer_of(spec: Mapping[str, Any] | None, vocab_size: int, source: str) -> Tokenizer:
+    """The tokenizer of a checkpoint: the one it records, else the one that models with so many rows use."""
+    if spec is not None:
+        return tokenizer_for(spec)
+    if vocab_size == 65536:
+        return load_world()
+    if vocab_size == 256:
+        return tokenizer_for(byte_vocabulary())
+    if vocab_size == NEOX_SIZE:
+        raise UnsupportedError(
+            f"{source} has {NEOX_SIZE} token rows: a Pile model, whose GPT-NeoX tokenizer Fledge does not ship. "
+            "Its text cannot be read or written here; `fledge info` and `fledge convert` work"
+        )
+    raise UnsupportedError(
+        f"{source} has {vocab_size} token rows and records no vocabulary; known sizes: 65536 (World) and 256 (bytes)"
+    )

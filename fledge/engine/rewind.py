@@ -1,0 +1,72 @@
+"""Going back: which tokens lie wholly before a place in the generated text, and the state from which to reach it.
+
+A recurrent state cannot be cut back, but it is a value, so the ones from before each recent token are simply kept
+until their text is settled. Bytes and ids only; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from fledge.models.state import State
+
+
+class Mark(NamedTuple):
+    """A drawn token, or with `id` None the end of what is known: `before` is the state at byte `start`."""
+
+    id: int | None
+    number: int  # tokens drawn before it
+    start: int  # bytes generated before it
+    data: bytes
+    before: State
+
+
+class Cut(NamedTuple):
+    """How to reach a place in the text: `kept` tokens lead to `state`; `token`, then `rest`, remain to be read.
+
+    `token` is a drawn token that no state has read yet; `rest` is the first part of a token that the cut goes through.
+    """
+
+    kept: tuple[int, ...]
+    state: State
+    token: int | None
+    rest: bytes
+
+
+class Trail:
+    """The tokens generated so far, with the states before those whose text can still be taken back.
+
+    Every method leaves the trail sound at each of its steps, so an interrupt at any moment does no harm.
+    """
+
+    def __init__(self, state: State) -> None:
+        """`state` is that of the prompt."""
+        self._ids: list[int] = []
+        self._length = 0
+        self._marks = deque([Mark(None, 0, 0, b"", state)])
+
+    def push(self, token: int, data: bytes, before: State) -> None:
+        """Add a drawn token, the bytes it stands for and the state that has not read it."""
+        mark = Mark(token, len(self._ids), self._length, data, before)
+        self._ids.append(token)
+        self._marks.append(mark)
+        self._length += len(data)
+
+    def close(self, state: State) -> None:
+        """Record the state after all tokens so far, where it is known anyway."""
+        self._marks.append(Mark(None, len(self._ids), self._length, b"", state))
+
+    def settle(self, place: int) -> None:
+        """Promise never to cut before byte `place`; lets go of the states that only such a cut would need."""
+        while len(self._marks) > 1 and self._marks[1].start <= place:
+            self._marks.popleft()
+
+    def cut(self, place: int) -> Cut:
+        """The way to byte `place` of the generated text."""
+        for mark in self._marks:
+            if mark.start + len(mark.data) > place:
+                assert mark.start <= place, "the text before this place has been settled"
+                return Cut(tuple(self._ids[: mark.number]), mark.before, None, mark.data[: place - mark.start])
+        last = self._marks[-1]
+        return Cut(tuple(self._ids[: last.number]), last.before, last.id, b"")

@@ -1,0 +1,9 @@
+"""L1: the recurrences, each as a readable reference and as faster twins, and the table that chooses between them.
+
+Knows tensors only: no models, no files. `reference` is the specification; a twin enters this room through a test that
+compares outputs, final state and every gradient with it.
+"""
+
+from fledge.kernels.dispatch import WKV4_BACKENDS, WKV_BACKENDS, Choice, explain, wkv, wkv4
+
+__all__ = ["WKV4_BACKENDS", "WKV_BACKENDS", "Choice", "explain", "wkv", "wkv4"]

@@ -1,0 +1,92 @@
+"""Which form of a kernel runs: a table, a choice that can be explained, and the argument that overrides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fledge.core.errors import BackendError
+from fledge.kernels.wkv4.chunked import wkv4_chunked
+from fledge.kernels.wkv4.reference import State4, wkv4_reference
+from fledge.kernels.wkv.chunked import wkv_chunked
+from fledge.kernels.wkv.reference import wkv_reference
+
+WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
+WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}
+
+# Below this many tokens the loop is as fast as the chunked form, and for a single token much faster.
+SHORT = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of `explain()`: a situation, the backend that serves it, and why."""
+
+    kernel: str
+    situation: str
+    backend: str
+    reason: str
+
+
+def explain() -> list[Choice]:
+    """What runs when nobody passes `backend=`, and why; shown by `fledge doctor`."""
+    return [
+        Choice("wkv", f"up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
+        Choice("wkv", "longer", "chunked", "matrix products over chunks, any device, exact for every decay"),
+        Choice("wkv4", f"up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
+        Choice("wkv4", "longer", "chunked", "parallel within short chunks, any device"),
+    ]
+
+
+def _choose(length: int, backend: str | None, known: list[str]) -> str:
+    if backend is None:
+        return "reference" if length <= SHORT else "chunked"
+    if backend not in known:
+        raise BackendError(f"unknown kernel backend {backend!r}; choose one of: {', '.join(known)}")
+    return backend
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32 whatever comes in, except that float64 stays: the tests need it."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def wkv(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-5 Eagle and RWKV-6 Finch (paper, equations 5-6 and 17-19).
+
+    r, k, w: (B, T, H, K); v: (B, T, H, V); u: (H, K); state: (B, H, K, V) float32, zeros when None. `w` is the log of
+    the decay, <= 0; Eagle passes its static decay expanded, without a copy. Any floating dtype comes in; all arithmetic
+    is float32 (float64 if any input is), and so are the results y (B, T, H, V) and the new state (B, H, K, V).
+    The given state is not changed. `backend` names one of WKV_BACKENDS; None lets `explain()`'s table decide.
+    """
+    dtype = _compute_dtype(r, k, v, w, u)
+    batch, length, heads, key = r.shape
+    if state is None:
+        state = r.new_zeros(batch, heads, key, v.shape[-1], dtype=dtype)
+    run = WKV_BACKENDS[_choose(length, backend, list(WKV_BACKENDS))]
+    return run(r.to(dtype), k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), state.to(dtype))
+
+
+def wkv4(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State4, *, backend: str | None = None
+) -> tuple[Tensor, State4]:
+    """The recurrence of RWKV-4.
+
+    k, v, w: (B, T, A), `w` <= 0 the log of the decay (a static one comes expanded); u: (A); state: aa, bb, pp, each
+    (B, A) float32 (start: 0, 0, -1e30). Arithmetic and results are float32, or float64 if any input is.
+    """
+    dtype = _compute_dtype(k, v, w, u)
+    aa, bb, pp = (x.to(dtype) for x in state)
+    run = WKV4_BACKENDS[_choose(k.shape[1], backend, list(WKV4_BACKENDS))]
+    return run(k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), (aa, bb, pp))

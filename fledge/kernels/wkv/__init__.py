@@ -1,0 +1,1 @@
+"""WKV of RWKV-5 Eagle and RWKV-6 Finch: a matrix-valued state a head, decayed per key channel."""

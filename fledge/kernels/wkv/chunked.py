@@ -1,0 +1,191 @@
+"""WKV in parallel over time, in plain torch, exact for every decay from 0 to 1.
+
+The sequence is cut into chunks of c = 2^p tokens. A token reads earlier chunks through the state at the start of its
+own chunk, and earlier tokens of its own chunk directly. The pair (t, i), i < t, meets with the factor
+
+    exp(w_{i+1} + ... + w_{t-1})
+
+Written as a quotient of two cumulative products this overflows as soon as one decay is small, which is why other
+implementations clamp the decay. Here no quotient is ever formed. Split the chunk into halves: a token of the later
+half meets one of the earlier half across the border between them, and the exponent is the sum of two partial sums,
+
+    prefix_t = sum of w from the border to t-1        (later half)
+    suffix_i = sum of w from i+1 to the border        (earlier half)
+
+both <= 0, so both factors lie in [0, 1] and nothing can overflow; a factor that underflows belongs to a product that
+is smaller still. That is one matrix product for the border. The two halves are then treated the same way, down to
+pairs of neighbours: log2(c) borders. The partial sums of a block grow out of those of its halves by additions of equal
+sign, so no digits cancel either.
+
+The gradient is written out by hand, border by border in the opposite order: left to autograd the same mathematics
+takes twice the time and several times the memory. Saved for it: the inputs and the states at the chunk borders.
+
+Cost a token and head: log2(c) K exponentials, c (K + V) / 2 multiply-adds inside the chunk, 2 K V for the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # tokens; near the head size, so that work inside a chunk and work on the state are balanced
+
+
+def wkv_chunked(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """The same function as `wkv_reference`, with the same arguments and results; differentiable in all six.
+
+    `chunk` must be a power of two.
+    """
+    assert chunk & (chunk - 1) == 0, "chunk must be a power of two"
+    length = r.shape[1]
+    if length == 0:
+        return v.new_zeros(v.shape), state
+    chunk = min(chunk, 1 << (length - 1).bit_length())
+    y: Tensor
+    y, state = _Chunks.apply(*(_to_chunks(x, chunk) for x in (r, k, v, w)), u, state)
+    batch, heads, _, _, width = y.shape
+    return y.reshape(batch, heads, -1, width)[:, :, :length].transpose(1, 2), state
+
+
+def _to_chunks(x: Tensor, chunk: int) -> Tensor:
+    """(B, T, H, N) -> (B, H, n, c, N). The tail is filled with zeros: k = 0 writes nothing, w = 0 forgets nothing."""
+    batch, length, heads, width = x.shape
+    missing = -length % chunk
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
+    return x.reshape(batch, -1, chunk, heads, width).permute(0, 3, 1, 2, 4).contiguous()
+
+
+class _Border(NamedTuple):
+    """The decays on both sides of all borders between blocks of `size` tokens; G = how many borders there are."""
+
+    size: int
+    prefix: Tensor  # (G, size, K): from the border to before each token of the later half
+    suffix: Tensor  # (G, size, K): from behind each token of the earlier half to the border
+
+
+class _Sums(NamedTuple):
+    """Sums of log decays of whole chunks (B, H, n, c, K), and of what lies between the borders inside."""
+
+    borders: list[_Border]
+    prefix: Tensor  # (B, H, n, c, K): from the start of the chunk to before each token
+    suffix: Tensor  # (B, H, n, c, K): from behind each token to the end of the chunk
+    total: Tensor  # (B, H, n, 1, K)
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Views of the earlier and the later half of every block of 2 size rows: (..., c, N) -> two of (G, size, N)."""
+    pairs = x.view(-1, 2, size, x.shape[-1])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _sum_decays(w: Tensor) -> _Sums:
+    """All partial sums, from neighbours up to the whole chunk."""
+    prefix, suffix = torch.zeros_like(w), torch.zeros_like(w)
+    total = w.reshape(-1, 1, w.shape[-1])  # (blocks, 1, K)
+    borders = []
+    size = 1
+    while size < w.shape[-2]:
+        earlier, later = total[0::2], total[1::2]
+        prefix_later, suffix_earlier = _halves(prefix, size)[1], _halves(suffix, size)[0]
+        borders.append(_Border(size, prefix_later.clone(), suffix_earlier.clone()))
+        prefix_later += earlier
+        suffix_earlier += later
+        total = earlier + later
+        size *= 2
+    return _Sums(borders, prefix, suffix, total.view(*w.shape[:3], 1, w.shape[-1]))
+
+
+class _Chunks(torch.autograd.Function):
+    """r, k, w (B, H, n, c, K), v (B, H, n, c, V), u (H, K), state (B, H, K, V) -> y (B, H, n, c, V), final state."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        sums = _sum_decays(w)
+        # The token itself: weight r_t . (u * k_t), no decay.
+        y = (r * k * u[:, None, None, :]).sum(-1, keepdim=True) * v
+        # Tokens of the same chunk.
+        for size, prefix, suffix in sums.borders:
+            reads = _halves(r, size)[1] * prefix.exp()  # (G, size, K)
+            writes = _halves(k, size)[0] * suffix.exp()
+            _halves(y, size)[1].add_(reads @ writes.transpose(-1, -2) @ _halves(v, size)[0])
+        # Earlier chunks, through the state at the start of each chunk.
+        added = (k * sums.suffix.exp()).transpose(-1, -2) @ v  # (B, H, n, K, V)
+        kept = sums.total.exp().transpose(-1, -2)  # (B, H, n, K, 1)
+        starts = []
+        for number in range(added.shape[2]):
+            starts.append(state)
+            state = kept[:, :, number] * state + added[:, :, number]
+        before = torch.stack(starts, dim=2)  # (B, H, n, K, V)
+        y += (r * sums.prefix.exp()) @ before
+        ctx.save_for_backward(r, k, v, w, u, before)
+        return y, state
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        r, k, v, w, u, before = ctx.saved_tensors
+        dy, dstate = gradients[0].contiguous(), gradients[1]
+        sums = _sum_decays(w)
+
+        # Earlier chunks. `after` holds the gradient of the state at the end of each chunk.
+        prefix, suffix = sums.prefix.exp(), sums.suffix.exp()
+        kept = sums.total.exp().transpose(-1, -2)  # (B, H, n, K, 1)
+        local = (r * prefix).transpose(-1, -2) @ dy  # (B, H, n, K, V): through the reads of the same chunk
+        ends = []
+        for number in reversed(range(dy.shape[2])):
+            ends.append(dstate)
+            dstate = kept[:, :, number] * dstate + local[:, :, number]
+        after = torch.stack(ends[::-1], dim=2)  # (B, H, n, K, V)
+        dr = dy @ before.transpose(-1, -2) * prefix
+        dk = v @ after.transpose(-1, -2) * suffix
+        dv = (k * suffix) @ after
+        dprefix, dsuffix = dr * r, dk * k
+        dtotal = ((after * before).sum(-1, keepdim=True) * kept).transpose(-1, -2)  # (B, H, n, 1, K)
+
+        dw = _through_borders(sums.borders, (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal))
+
+        # The token itself.
+        strength = (dy * v).sum(-1, keepdim=True)  # (B, H, n, c, 1)
+        dr.addcmul_(strength, k * u[:, None, None, :])
+        dk.addcmul_(strength, r * u[:, None, None, :])
+        dv.addcmul_((r * k * u[:, None, None, :]).sum(-1, keepdim=True), dy)
+        du = (strength * r * k).sum((0, 2, 3))
+        return dr, dk, dv, dw.view_as(w), du, dstate
+
+
+def _through_borders(
+    borders: list[_Border],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    dsums: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """From the widest border inwards: add to dr, dk, dv in place and carry the gradient of the sums down to w.
+
+    inputs r, k, v, dy; gradients dr, dk, dv; dsums those of prefix, suffix (B, H, n, c, K) and total (B, H, n, 1, K).
+    """
+    (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal) = inputs, gradients, dsums
+    dtotal = dtotal.reshape(-1, 1, dtotal.shape[-1])  # (blocks, 1, K)
+    for size, prefix, suffix in reversed(borders):
+        dprefix_later, dsuffix_earlier = _halves(dprefix, size)[1], _halves(dsuffix, size)[0]
+        # The sums of this block were made of its halves': undo that first.
+        dearlier = dtotal + dprefix_later.sum(1, keepdim=True)
+        dlater = dtotal + dsuffix_earlier.sum(1, keepdim=True)
+        dtotal = torch.stack((dearlier, dlater), dim=1).flatten(0, 1)
+        # Then what was read across this border.
+        prefix, suffix = prefix.exp(), suffix.exp()
+        reads = _halves(r, size)[1] * prefix
+        writes = _halves(k, size)[0] * suffix
+        dread, value = _halves(dy, size)[1], _halves(v, size)[0]
+        weight = reads @ writes.transpose(-1, -2)  # (G, size, size)
+        dweight = dread @ value.transpose(-1, -2)
+        _halves(dv, size)[0].add_(weight.transpose(-1, -2) @ dread)
+        dreads, dwrites = dweight @ writes, dweight.transpose(-1, -2) @ reads
+        _halves(dr, size)[1].addcmul_(dreads, prefix)
+        _halves(dk, size)[0].addcmul_(dwrites, suffix)
+        dprefix_later += dreads * reads
+        dsuffix_earlier += dwrites * writes
+    return dtotal

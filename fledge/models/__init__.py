@@ -1,0 +1,38 @@
+"""L2: the models, one file a family, and the state as a value. No files, no training.
+
+`build(config)` makes an empty model whose parameters have the official names and shapes; a loader or `init_weights`
+fills it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fledge.models.config import ModelConfig
+from fledge.models.eagle import Eagle
+from fledge.models.finch import Finch
+from fledge.models.init import init_weights
+from fledge.models.rwkv4 import Rwkv4
+from fledge.models.state import Rwkv4State, State, WkvState, zero_state
+from fledge.models.trunk import Trunk
+
+FAMILIES: dict[str, type[Trunk]] = {"4": Rwkv4, "5": Eagle, "6": Finch}
+
+__all__ = [
+    "Eagle",
+    "Finch",
+    "ModelConfig",
+    "Rwkv4",
+    "Rwkv4State",
+    "State",
+    "Trunk",
+    "WkvState",
+    "build",
+    "init_weights",
+    "zero_state",
+]
+
+
+def build(config: ModelConfig, device: torch.device | str = "cpu") -> Trunk:
+    """An uninitialised model of these sizes on `device`; "meta" takes no memory until weights are assigned."""
+    return FAMILIES[config.version[0]](config, device)

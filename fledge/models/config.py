@@ -1,0 +1,98 @@
+"""What a model is: its version and its sizes. Everything here can be read off a checkpoint's tensor names and shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fledge.core.errors import ConfigError
+
+VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0")
+
+FAMILY_NAMES = {"4": "RWKV-4", "5": "RWKV-5 Eagle", "6": "RWKV-6 Finch"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of one RWKV model. Raises ConfigError where they contradict each other.
+
+    Official checkpoints have dim_att = n_embd and head_size = 64; dim_ffn is 4 C for RWKV-4 and 5.0, and 3.5 C
+    rounded down to a multiple of 32 from 5.1 on.
+    """
+
+    version: str  # one of VERSIONS; "5.2" is the paper's Eagle, "6.0" its Finch
+    vocab_size: int
+    n_layer: int
+    n_embd: int  # C
+    dim_att: int  # A, the width of r, k, v, g
+    dim_ffn: int  # F, the hidden width of the channel mix
+    n_head: int = 0  # H; 0 for RWKV-4, which has no heads
+    mix_rank: int = 0  # rank of the token-shift LoRA (6.0)
+    decay_rank: int = 0  # rank of the decay LoRA (6.0)
+    bonus: str = "time_faaaa"  # how u is stored in 5.x: "time_faaaa" as it is, "time_first" as its logarithm (old 5.0)
+    tuned_state: bool = False  # the checkpoint carries a trained initial state, blocks.i.att.time_state
+    norm_eps: float = 1e-5  # every LayerNorm
+    group_norm_eps: float = 64e-5  # the per-head norm; 1e-5 reproduces rwkv.cpp's RWKV-5
+
+    def __post_init__(self) -> None:
+        if self.version not in VERSIONS:
+            raise ConfigError(f"version {self.version!r} is not one of {', '.join(VERSIONS)}")
+        for name in ("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.version != "4" and (self.n_head < 1 or self.dim_att % self.n_head):
+            raise ConfigError(f"n_head is {self.n_head}; it must divide dim_att = {self.dim_att}")
+        if self.version == "6.0" and (self.mix_rank < 1 or self.decay_rank < 1):
+            raise ConfigError(f"mix_rank {self.mix_rank} and decay_rank {self.decay_rank} must be at least 1 for 6.0")
+        if self.bonus not in ("time_faaaa", "time_first"):
+            raise ConfigError(f"bonus is {self.bonus!r}; it must be 'time_faaaa' or 'time_first'")
+
+    @property
+    def head_size(self) -> int:
+        """N: key and value channels of one head (K = V = N in every released model)."""
+        return self.dim_att // self.n_head if self.n_head else 0
+
+    @property
+    def family(self) -> str:
+        """The name for people: RWKV-4, RWKV-5 Eagle or RWKV-6 Finch."""
+        return FAMILY_NAMES[self.version[0]]
+
+    @property
+    def state_floats(self) -> int:
+        """Numbers in the state of one sequence (paper, appendix E: L (2 D + D^2 / h); RWKV-4 has 5 D a layer)."""
+        if self.version == "4":
+            return self.n_layer * (2 * self.n_embd + 3 * self.dim_att)
+        return self.n_layer * (2 * self.n_embd + self.n_head * self.head_size**2)
+
+    @classmethod
+    def finch(cls, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> ModelConfig:
+        """A Finch with the official proportions (LoRA ranks 32 and 64, doubled at width 4096)."""
+        wide = n_embd >= 4096
+        return cls(
+            version="6.0",
+            vocab_size=vocab_size,
+            n_layer=n_layer,
+            n_embd=n_embd,
+            dim_att=n_embd,
+            dim_ffn=int(n_embd * 3.5 // 32 * 32),
+            n_head=n_embd // head_size,
+            mix_rank=64 if wide else 32,
+            decay_rank=128 if wide else 64,
+        )
+
+    @classmethod
+    def eagle(cls, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> ModelConfig:
+        """An Eagle (5.2) with the official proportions."""
+        return cls(
+            version="5.2",
+            vocab_size=vocab_size,
+            n_layer=n_layer,
+            n_embd=n_embd,
+            dim_att=n_embd,
+            dim_ffn=int(n_embd * 3.5 // 32 * 32),
+            n_head=n_embd // head_size,
+        )
+
+    @classmethod
+    def rwkv4(cls, n_layer: int, n_embd: int, vocab_size: int = 65536) -> ModelConfig:
+        """An RWKV-4 with the official proportions."""
+        return cls("4", vocab_size, n_layer, n_embd, dim_att=n_embd, dim_ffn=4 * n_embd)

@@ -1,0 +1,120 @@
+"""RWKV-6 Finch (version 6.0, "x060").
+
+symbol           shape        parameter                      equation in the paper
+mu_x             (1, 1, C)    att.time_maa_x                 14-16, weight of the previous token in the LoRA's input
+lambda_w..g      (1, 1, C)    att.time_maa_{w,k,v,r,g}       14, static part of the mix
+A, B             (C, 5 Dm)    att.time_maa_w1, (5, Dm, C) att.time_maa_w2; order w, k, v, r, g
+lambda_d         (1, 1, A)    att.time_decay                 17
+A_d, B_d         (C, Dd)      att.time_decay_w1, (Dd, A) att.time_decay_w2
+u                (H, K)       att.time_faaaa                 18
+W_r, k, v, g, o  (A, C)       att.{receptance,key,value,gate,output}.weight; output is (C, A)
+                 (H, V, K)    att.time_state, only with a tuned initial state; transposed to (H, K, V) here
+
+C = n_embd, A = dim_att = H N, Dm = mix_rank, Dd = decay_rank, F = dim_ffn; B batch, T time; K = V = N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fledge.kernels import wkv
+from fledge.models.config import ModelConfig
+from fledge.models.layers import HeadNorm, LayerNorm, Linear, channel_mix, last_token, token_shift, vector
+from fledge.models.state import WkvState
+from fledge.models.trunk import Padding, Trunk
+
+
+class TimeMix(nn.Module):
+    """Data-dependent token shift, then the recurrence with data-dependent decay."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
+        self.n_head, self.head_size = H, N
+        for name in ("x", "w", "k", "v", "r", "g"):
+            setattr(self, f"time_maa_{name}", vector(C, device))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_rank, device=device))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_rank, C, device=device))
+        self.time_decay = vector(A, device)
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_rank, device=device))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_rank, A, device=device))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N, device=device))
+        self.receptance = Linear(C, A, device)
+        self.key = Linear(C, A, device)
+        self.value = Linear(C, A, device)
+        self.gate = Linear(C, A, device)
+        self.output = Linear(A, C, device)
+        self.ln_x = HeadNorm(H, A, config.group_norm_eps, device)
+        if config.tuned_state:
+            self.time_state = nn.Parameter(torch.empty(H, N, N, device=device))
+
+    def mixed_inputs(self, x: Tensor, delta: Tensor) -> list[Tensor]:
+        """x_w, x_k, x_v, x_r, x_g (equations 14-16); delta = previous token - x, both (B, T, C)."""
+        B, T, C = x.shape
+        low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 Dm)
+        low = low.view(B * T, 5, -1).transpose(0, 1)  # (5, B T, Dm)
+        mix = (low @ self.time_maa_w2).view(5, B, T, C)
+        static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        return [x + delta * (mu + dynamic) for mu, dynamic in zip(static, mix.unbind(0), strict=True)]
+
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
+        B, T, _ = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+        xw, xk, xv, xr, xg = self.mixed_inputs(x, token_shift(x, shift) - x)
+        r = self.receptance(xr).view(heads)  # (B, T, H, K)
+        k = padding.zero(self.key(xk)).view(heads)
+        v = self.value(xv).view(heads)  # (B, T, H, V)
+        g = nn.functional.silu(self.gate(xg))  # (B, T, A)
+        decay = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2  # (B, T, A)
+        w = padding.zero(-torch.exp(decay.float())).view(heads)
+        y, state = wkv(r, k, v, w, self.time_faaaa, state)
+        return self.output(self.ln_x(y) * g), last_token(x, shift, padding.lengths), state
+
+
+class ChannelMix(nn.Module):
+    """Token shift with a static mix, then a squared-ReLU MLP behind a gate (equations 10-13)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        C, F = config.n_embd, config.dim_ffn
+        self.time_maa_k = vector(C, device)
+        self.time_maa_r = vector(C, device)
+        self.key = Linear(C, F, device)
+        self.receptance = Linear(C, C, device)
+        self.value = Linear(F, C, device)
+
+    def forward(self, x: Tensor, shift: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
+        delta = token_shift(x, shift) - x
+        xk, xr = x + delta * self.time_maa_k, x + delta * self.time_maa_r
+        out = channel_mix(self.key, self.value, self.receptance, xk, xr)
+        return out, last_token(x, shift, padding.lengths)
+
+
+class Block(nn.Module):
+    """x += TimeMix(ln1(x)); x += ChannelMix(ln2(x)). Block 0 also owns ln0, the norm of the embedding."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = LayerNorm(config.n_embd, config.norm_eps, device)
+        self.ln1 = LayerNorm(config.n_embd, config.norm_eps, device)
+        self.ln2 = LayerNorm(config.n_embd, config.norm_eps, device)
+        self.att = TimeMix(config, device)
+        self.ffn = ChannelMix(config, device)
+
+    def forward(self, x: Tensor, state: WkvState, layer: int, padding: Padding) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
+        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], padding)
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], padding)
+        return x + out, {"att_shift": att_shift, "wkv": wkv_state, "ffn_shift": ffn_shift}
+
+
+class Finch(Trunk):
+    """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
+
+    Block = Block
+    State = WkvState

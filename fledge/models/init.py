@@ -1,0 +1,112 @@
+"""The official initialisation for training from scratch, one function a family.
+
+rho = l / (L - 1) and q = 1 - l / L for layer l, c_n = n / C for channel n (a model of one layer has rho = 0).
+
+tensor                          RWKV-6 Finch                    RWKV-5 Eagle
+mix of x, w, k                  1 - c^q                         k: c^q (the weight of the current token, so no "1 -")
+mix of v                        1 - c^q - 0.3 rho               c^q + 0.3 rho
+mix of r, g                     1 - c^(q/2)                     c^(q/2)
+mix of the channel mix          1 - c^(q^3)                     c^q
+time_maa_w1, time_decay_w1      0
+time_maa_w2, time_decay_w2      uniform within 0.01
+time_decay                      -6 + 5 (n / (A-1))^(0.7 + 1.3 rho), the same in both
+time_faaaa                      rho (1 - n / (A-1)) + 0.1 ((n+1) mod 3 - 1), the same in both
+ln_x.weight                     ((1 + l) / L)^0.7; every other norm 1, every bias 0
+emb                             uniform within 1e-4
+head                            orthogonal, gain 0.5 sqrt(V / C), 0.5 where V <= C
+att.receptance, value, ffn.key  orthogonal, gain 1
+att.key, att.gate               orthogonal, gain 0.1
+att.output, ffn.value, receptance   0
+
+Source: the x052 and x060 training code as it stands today; where the paper's appendix I differs (gains, the last term
+of time_faaaa) this follows the code. RWKV-4 is here to run official checkpoints and has no training recipe yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fledge.core.errors import ConfigError
+from fledge.models.trunk import Trunk
+
+
+@torch.no_grad()
+def init_weights(model: Trunk, seed: int | None = None) -> None:
+    """Fill every parameter of an Eagle (5.2) or Finch. `seed` makes it repeatable, whatever was drawn before."""
+    if model.config.version not in ("5.2", "6.0"):
+        raise ConfigError(f"there is no initialisation for version {model.config.version}; train 5.2 or 6.0")
+    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    _init_ends(model, generator)
+    for layer, block in enumerate(model.blocks):
+        _init_mixes(block, layer, model)
+        _init_recurrence(block.att, layer, model)
+        _init_matrices(block, generator)
+
+
+def _init_ends(model: Trunk, generator: torch.Generator) -> None:
+    vocab, width = model.head.weight.shape
+    model.emb.weight.copy_(_uniform(model.emb.weight, 1e-4, generator))
+    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(vocab / width, 1.0)), generator=generator)
+
+
+def _init_mixes(block: Any, layer: int, model: Trunk) -> None:
+    L, C = model.config.n_layer, model.config.n_embd
+    rho, q = _depth(layer, L), 1 - layer / L
+    c = (torch.arange(C) / C).view(1, 1, C)
+    current = {  # weight of the current token
+        "x": c**q,
+        "w": c**q,
+        "k": c**q,
+        "v": c**q + 0.3 * rho,
+        "r": c ** (q / 2),
+        "g": c ** (q / 2),
+    }
+    if model.config.version == "6.0":
+        for name, weight in current.items():
+            getattr(block.att, f"time_maa_{name}").copy_(1 - weight)
+        for parameter in (block.ffn.time_maa_k, block.ffn.time_maa_r):
+            parameter.copy_(1 - c ** (q**3))
+        return
+    for name in ("k", "v", "r", "g"):
+        getattr(block.att, f"time_mix_{name}").copy_(current[name])
+    for parameter in (block.ffn.time_mix_k, block.ffn.time_mix_r):
+        parameter.copy_(c**q)
+
+
+def _init_recurrence(att: Any, layer: int, model: Trunk) -> None:
+    L, A = model.config.n_layer, model.config.dim_att
+    rho = _depth(layer, L)
+    n = torch.arange(A)
+    ratio = n / max(A - 1, 1)
+    att.time_decay.copy_((-6 + 5 * ratio ** (0.7 + 1.3 * rho)).view_as(att.time_decay))
+    zigzag = 0.1 * ((n + 1) % 3 - 1)
+    att.time_faaaa.copy_((rho * (1 - ratio) + zigzag).view_as(att.time_faaaa))
+    att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
+    att.ln_x.bias.zero_()
+    if model.config.tuned_state:
+        att.time_state.zero_()
+
+
+def _init_matrices(block: Any, generator: torch.Generator) -> None:
+    att, ffn = block.att, block.ffn
+    for linear, gain in ((att.receptance, 1.0), (att.key, 0.1), (att.value, 1.0), (att.gate, 0.1), (ffn.key, 1.0)):
+        nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
+    for linear in (att.output, ffn.value, ffn.receptance):
+        linear.weight.zero_()
+    if hasattr(att, "time_maa_w1"):
+        for zero in (att.time_maa_w1, att.time_decay_w1):
+            zero.zero_()
+        for small in (att.time_maa_w2, att.time_decay_w2):
+            small.copy_(_uniform(small, 0.01, generator))
+
+
+def _depth(layer: int, layers: int) -> float:
+    return layer / (layers - 1) if layers > 1 else 0.0
+
+
+def _uniform(like: Tensor, bound: float, generator: torch.Generator) -> Tensor:
+    return (torch.rand(like.shape, generator=generator) * 2 - 1) * bound

@@ -1,0 +1,80 @@
+"""The parts every family shares, with the precision policy in one place.
+
+The residual stream, norms, mixes, decay and state are float32, whatever the dtype of the matrices. A `Linear` casts its
+input to its weight's dtype (or to `compute_dtype`, which training in bf16 sets while the weights stay float32) and
+gives float32 back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; weight (out, in) as in every official checkpoint. x may have any float dtype, y is float32."""
+
+    def __init__(self, n_in: int, n_out: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, device=device))
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or self.weight.dtype
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype)).float()
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with weight and bias, in float32."""
+
+    def __init__(self, width: int, eps: float, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device))
+        self.bias = nn.Parameter(torch.zeros(width, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
+
+
+class HeadNorm(nn.Module):
+    """GroupNorm with one group a head: (B, T, H, V) -> (B, T, H V), in float32.
+
+    The official eps is 64e-5: training divides by 8 before a norm with 1e-5, which is the same function.
+    """
+
+    def __init__(self, n_head: int, width: int, eps: float, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.weight = nn.Parameter(torch.ones(width, device=device))
+        self.bias = nn.Parameter(torch.zeros(width, device=device))
+        self.eps = eps
+
+    def forward(self, y: Tensor) -> Tensor:
+        batch, length, heads, width = y.shape
+        normed = nn.functional.layer_norm(y.float(), (width,), eps=self.eps).view(batch, length, heads * width)
+        return normed * self.weight.float() + self.bias.float()
+
+
+def vector(width: int, device: torch.device | str | None = None) -> nn.Parameter:
+    """A per-channel parameter in the official shape (1, 1, C)."""
+    return nn.Parameter(torch.empty(1, 1, width, device=device))
+
+
+def token_shift(x: Tensor, previous: Tensor) -> Tensor:
+    """The input one token earlier: (B, T, C) and the last token before it (B, C) -> (B, T, C)."""
+    return torch.cat((previous[:, None], x[:, :-1]), dim=1)
+
+
+def last_token(x: Tensor, previous: Tensor, lengths: Tensor | None) -> Tensor:
+    """What the next call's token shift needs: row b's token lengths[b] - 1 of x (B, T, C), `previous` if it has none."""
+    if lengths is None:
+        return x[:, -1] if x.shape[1] else previous
+    seen = torch.cat((previous[:, None], x), dim=1)  # (B, T + 1, C)
+    return seen[torch.arange(x.shape[0], device=x.device), lengths]
+
+
+def channel_mix(key: Linear, value: Linear, receptance: Linear, xk: Tensor, xr: Tensor) -> Tensor:
+    """sigmoid(R xr) * V relu(K xk)^2, the same in every version (paper, equations 10-13)."""
+    hidden = torch.relu(key(xk)).square()  # (B, T, F)
+    return torch.sigmoid(receptance(xr)) * value(hidden)

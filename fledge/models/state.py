@@ -1,0 +1,131 @@
+"""The state as a value: everything a model remembers of what it has read, of fixed size.
+
+One frozen dataclass a family, all with the same methods. The layout is stated here and nowhere else:
+
+    layer axis first, batch axis second, in every tensor
+    RWKV-5 Eagle, RWKV-6 Finch   att_shift (L, B, C)   wkv (L, B, H, K, V)   ffn_shift (L, B, C)
+    RWKV-4                       att_shift (L, B, C)   aa, bb, pp (L, B, A)  ffn_shift (L, B, C)
+
+All tensors are float32. The rows of a wkv matrix are key channels (the axis that r contracts and w decays), its columns
+value channels; files of other tools in (V, K) order are converted at the border. A shift holds the last *normalised*
+input of its sub-layer. A model never writes into a state it was given: it returns a new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fledge.core.errors import StateError
+from fledge.models.config import ModelConfig
+
+S = TypeVar("S", bound="State")
+
+
+@dataclass(frozen=True)
+class State:
+    """Base of the state classes. Every field is a tensor with axes (layer, batch, ...)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field name -> tensor, in the order of declaration."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def batch(self) -> int:
+        """B: how many sequences this state holds."""
+        return int(next(iter(self.tensors().values())).shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def _map(self: S, function: Any) -> S:
+        return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def clone(self: S) -> S:
+        """A copy that shares no memory with this one."""
+        return self._map(lambda tensor: tensor.clone())
+
+    def detach(self: S) -> S:
+        """The same values, cut off from the graph that computed them."""
+        return self._map(lambda tensor: tensor.detach())
+
+    def to(self: S, device: torch.device | str) -> S:
+        """The same values on another device. The dtype stays float32: a state in less precision is another state."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def rows(self: S, index: int | slice | Sequence[int]) -> S:
+        """The state of some sequences of the batch; an int gives a batch of one."""
+        if isinstance(index, int):
+            index = [index]
+        if isinstance(index, slice):
+            return self._map(lambda tensor: tensor[:, index])
+        chosen = torch.as_tensor(list(index), dtype=torch.long)
+        return self._map(lambda tensor: tensor.index_select(1, chosen.to(tensor.device)))
+
+    @classmethod
+    def stack(cls: type[S], states: Sequence[S]) -> S:
+        """Several states side by side as one batch (the batches add up)."""
+        if not states:
+            raise StateError("cannot stack an empty list of states")
+        kind = type(states[0])
+        if any(type(state) is not kind for state in states):
+            names = sorted({type(state).__name__ for state in states})
+            raise StateError(f"cannot stack states of different families: {', '.join(names)}")
+        parts = [state.tensors() for state in states]
+        return kind(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
+
+    def check(self, config: ModelConfig, batch: int) -> None:
+        """Raise StateError unless this state belongs to a model of these sizes and has `batch` rows."""
+        expected = zero_state(config, 1, device="meta")
+        if type(expected) is not type(self):
+            raise StateError(f"a {type(self).__name__} does not fit a {config.family} model")
+        for name, want in expected.tensors().items():
+            have = getattr(self, name)
+            if have.shape[0] != want.shape[0] or have.shape[2:] != want.shape[2:]:
+                raise StateError(
+                    f"state.{name} has shape {tuple(have.shape)}, but this model needs "
+                    f"({want.shape[0]}, {batch}, {', '.join(map(str, want.shape[2:]))})"
+                )
+        if self.batch != batch:
+            raise StateError(f"the state holds {self.batch} sequences, the input {batch}")
+
+
+@dataclass(frozen=True)
+class WkvState(State):
+    """The state of RWKV-5 Eagle and RWKV-6 Finch."""
+
+    att_shift: Tensor  # (L, B, C) float32
+    wkv: Tensor  # (L, B, H, K, V) float32
+    ffn_shift: Tensor  # (L, B, C) float32
+
+
+@dataclass(frozen=True)
+class Rwkv4State(State):
+    """The state of RWKV-4: a weighted sum of values aa, its weight bb, both scaled by exp(-pp)."""
+
+    att_shift: Tensor  # (L, B, C) float32
+    aa: Tensor  # (L, B, A) float32, numerator
+    bb: Tensor  # (L, B, A) float32, denominator
+    pp: Tensor  # (L, B, A) float32, the running maximum of the exponents
+    ffn_shift: Tensor  # (L, B, C) float32
+
+
+def zero_state(config: ModelConfig, batch: int, device: torch.device | str = "cpu") -> State:
+    """The state of `batch` sequences of which nothing has been read."""
+    layers, width = config.n_layer, config.n_embd
+
+    def shift() -> Tensor:
+        return torch.zeros(layers, batch, width, device=device)
+
+    if config.version == "4":
+        zeros = torch.zeros(layers, batch, config.dim_att, device=device)
+        return Rwkv4State(shift(), zeros, zeros.clone(), torch.full_like(zeros, -1e30), shift())
+    head = config.head_size
+    return WkvState(shift(), torch.zeros(layers, batch, config.n_head, head, head, device=device), shift())

@@ -1,0 +1,120 @@
+"""What surrounds the blocks, the same in every family: embedding, the walk through the layers, the head.
+
+Also the one place that deals with ragged batches. Rows are padded on the right and `lengths` says how many tokens of
+each row are real. Padding must not touch any state, exactly: a padded token gets k = 0 (it writes nothing) and
+log decay 0 (it forgets nothing), and the shifts are taken from the last real token. No kernel needs to know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.models.config import ModelConfig
+from fledge.models.layers import LayerNorm, Linear
+from fledge.models.state import State, zero_state
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a right-padded batch are real. `lengths` None: all of them, and every method is free."""
+
+    lengths: Tensor | None = None  # (B,) int64
+    real: Tensor | None = None  # (B, T, 1) bool
+
+    @staticmethod
+    def of(lengths: Tensor | None, idx: Tensor) -> Padding:
+        """Check `lengths` against idx (B, T) and build the mask."""
+        if lengths is None:
+            return Padding()
+        B, T = idx.shape
+        if lengths.shape != (B,) or (B and (int(lengths.min()) < 0 or int(lengths.max()) > T)):
+            raise UsageError(f"lengths must hold {B} numbers between 0 and {T}, not {lengths.tolist()}")
+        lengths = lengths.to(device=idx.device, dtype=torch.long)
+        return Padding(lengths, (torch.arange(T, device=idx.device) < lengths[:, None])[:, :, None])
+
+    def zero(self, x: Tensor) -> Tensor:
+        """x (B, T, N) with padded tokens set to zero."""
+        return self.fill(x, 0.0)
+
+    def fill(self, x: Tensor, value: float) -> Tensor:
+        """x (B, T, N) with padded tokens set to `value`."""
+        return x if self.real is None else x.masked_fill(~self.real, value)
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks, norm, head. A family names its Block and State classes.
+
+    One forward serves training, prefill and decoding: `logits, state = model(idx, state)`.
+    """
+
+    Block: type[nn.Module]
+    State: type[State]
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd, device=device)
+        block: Any = self.Block
+        self.blocks = nn.ModuleList(block(config, layer, device) for layer in range(config.n_layer))
+        self.ln_out = LayerNorm(config.n_embd, config.norm_eps, device)
+        self.head = Linear(config.n_embd, config.vocab_size, device)
+
+    def initial_state(self, batch: int) -> State:
+        """The state before the first token: zeros, or the tuned state the checkpoint came with."""
+        state = zero_state(self.config, batch, self.emb.weight.device)
+        if not self.config.tuned_state:
+            return state
+        tuned = torch.stack([block.att.time_state for block in self.blocks]).float()  # (L, H, V, K)
+        wkv = tuned.transpose(-1, -2)[:, None].expand(-1, batch, -1, -1, -1)
+        return self.State(**{**state.tensors(), "wkv": wkv})
+
+    def forward(
+        self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
+    ) -> tuple[Tensor, State]:
+        """Read tokens: logits for what follows each of them, and the state after them.
+
+        idx: (B, T) int64, T >= 0. state: of B rows, never changed; None begins anew. lengths: (B,) real tokens a row
+        for right-padded batches; logits at padded places mean nothing. Returns float32 logits (B, T, vocab_size), or
+        with `last=True` only those after each row's last real token, (B, 1, vocab_size), which spares the head's
+        product for all others. Raises TokenizerError for an id outside the vocabulary and StateError for a state of
+        another model.
+        """
+        self._check(idx, state, last)
+        padding = Padding.of(lengths, idx)
+        before = self.initial_state(idx.shape[0]) if state is None else state
+        x = self.blocks[0].ln0(self.emb(idx).float())  # (B, T, C)
+        layers: list[dict[str, Tensor]] = []
+        for number, block in enumerate(self.blocks):
+            x, after = block(x, before, number, padding)
+            layers.append(after)
+        new_state = self.State(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+        if last:
+            x = self._last(x, padding)
+        return self.head(self.ln_out(x)), new_state
+
+    def _last(self, x: Tensor, padding: Padding) -> Tensor:
+        if padding.lengths is None:
+            return x[:, -1:]
+        if int(padding.lengths.min()) < 1:
+            raise UsageError("last=True needs at least one token in every row")
+        return x[torch.arange(x.shape[0], device=x.device), padding.lengths - 1][:, None]
+
+    def _check(self, idx: Tensor, state: State | None, last: bool) -> None:
+        if idx.dim() != 2:
+            raise UsageError(f"idx has shape {tuple(idx.shape)}; the model needs (batch, time)")
+        if last and idx.shape[1] == 0:
+            raise UsageError("last=True needs at least one token in every row")
+        if idx.numel() and not torch.compiler.is_compiling():
+            low, high = int(idx.min()), int(idx.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise TokenizerError(f"token id {bad} is outside this model's vocabulary of {self.config.vocab_size}")
+        if state is not None:
+            if not isinstance(state, self.State):
+                raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
+            state.check(self.config, idx.shape[0])

@@ -1,0 +1,26 @@
+"""Text to token ids and back: vocabularies, the World tokenizer, streaming text, chat templates. Needs no torch."""
+
+from fledge.tokenizer.base import NO_EOS, Tokenizer
+from fledge.tokenizer.chat import TEMPLATES, Message, Template, render, template_named
+from fledge.tokenizer.stream import StreamDecoder
+from fledge.tokenizer.trie import TrieTokenizer
+from fledge.tokenizer.vocabulary import Vocabulary, byte_vocabulary, prune, world_vocabulary
+from fledge.tokenizer.world import load_world, tokenizer_for
+
+__all__ = [
+    "NO_EOS",
+    "TEMPLATES",
+    "Message",
+    "StreamDecoder",
+    "Template",
+    "Tokenizer",
+    "TrieTokenizer",
+    "Vocabulary",
+    "byte_vocabulary",
+    "load_world",
+    "prune",
+    "render",
+    "template_named",
+    "tokenizer_for",
+    "world_vocabulary",
+]

@@ -1,0 +1,76 @@
+"""The packaged form of the World vocabulary: written by scripts/make_world_vocabulary.py, read once at start.
+
+World tokens are sorted by length in bytes, then by the bytes, and their ids count from 1 without gaps. So a count per
+length and the tokens joined end to end say everything. The payload, inside an xz container:
+
+    uint8             L, the length in bytes of the longest token
+    L x uint32 LE     how many tokens have length 1, 2, ... L
+    bytes             all tokens joined, in id order
+
+Here: that layout, both ways. Not here: what the tokens are used for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from fledge.core.errors import TokenizerError
+from fledge.core.files import asset
+
+FILE_NAME = "world-vocabulary.xz"
+PAYLOAD_BYTES = 373_871
+PAYLOAD_SHA256 = "5efb99c36ed3fd4199979726290a91d8d13c81a054ab35537a379af22bd043ac"
+
+
+def pack(tokens: Sequence[bytes]) -> bytes:
+    """The payload for `tokens` (tokens[0] has id 1), which must come sorted by (length, bytes) and without repeats."""
+    keys = [(len(token), token) for token in tokens]
+    assert keys and keys[0][0] > 0 and all(a < b for a, b in pairwise(keys)), "tokens are not sorted"
+    longest = len(tokens[-1])
+    counts = [0] * longest
+    for token in tokens:
+        counts[len(token) - 1] += 1
+    return struct.pack(f"<B{longest}I", longest, *counts) + b"".join(tokens)
+
+
+def unpack(payload: bytes) -> list[bytes]:
+    """The tokens of a payload `pack` made, in id order from id 1."""
+    longest = payload[0]
+    counts = struct.unpack_from(f"<{longest}I", payload, 1)
+    tokens: list[bytes] = []
+    start = 1 + 4 * longest
+    for length, count in enumerate(counts, start=1):
+        end = start + length * count
+        tokens += [payload[at : at + length] for at in range(start, end, length)]
+        start = end
+    return tokens
+
+
+def compress(payload: bytes) -> bytes:
+    """The xz file for a payload: the same bytes on every run of one liblzma."""
+    return lzma.compress(payload, check=lzma.CHECK_NONE, preset=6)
+
+
+def read(path: Path | None = None) -> list[bytes]:
+    """The 65 529 World tokens from the packaged file (or `path`), checked by SHA-256.
+
+    Raises TokenizerError where the file is missing, damaged, or another one.
+    """
+    path = path or asset(FILE_NAME)
+    try:
+        with lzma.open(path) as file:
+            payload = file.read(PAYLOAD_BYTES + 1)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise TokenizerError(f"cannot read the World vocabulary {path}: {error}; install Fledge again") from error
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != PAYLOAD_SHA256:
+        raise TokenizerError(
+            f"{path} is not the World vocabulary: SHA-256 of its content is {digest}, "
+            f"expected {PAYLOAD_SHA256}; install Fledge again"
+        )
+    return unpack(payload)

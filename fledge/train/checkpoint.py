@@ -1,0 +1,30 @@
+"""Checkpoints of a training run: weights, optimiser and step in one file that is replaced whole, never edited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fledge.core.errors import CheckpointError
+from fledge.core.files import atomic_path
+
+
+def save_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write everything a run needs to go on after `step` steps."""
+    with atomic_path(path) as temporary:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+
+
+def resume_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load what `save_run` wrote into model and optimiser; returns the number of steps done, 0 where there is no file."""
+    if not path.exists():
+        return 0
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["step"])
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot resume from it ({error}); move it away to start anew") from error

@@ -1,0 +1,112 @@
+"""The training loop, to be read from top to bottom: one device, gradient accumulation, resume, validation."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fledge.data.tokens import Windows
+from fledge.models import Trunk
+from fledge.models.layers import Linear
+from fledge.train.checkpoint import resume_run, save_run
+from fledge.train.loss import next_token_loss
+from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
+from fledge.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One run. `windows` gives micro-batches; `accumulate` of them make a step."""
+
+    schedule: Schedule
+    adam: AdamSettings = AdamSettings()
+    accumulate: int = 1
+    clip: float = 1.0
+    compute_dtype: torch.dtype | None = None  # dtype of the matrix products; None is the weights' own float32
+    log_every: int = 10  # steps
+    save_every: int = 100  # steps
+    validate_every: int = 200  # steps
+
+
+def train(
+    model: Trunk,
+    windows: Windows,
+    settings: TrainSettings,
+    folder: Path,
+    validate: Callable[[Trunk], dict[str, float]],
+    report: Callable[[dict[str, float]], None],
+) -> None:
+    """Train `model` in place until the schedule ends, going on from folder/last.pt if there is one.
+
+    Every line of folder/metrics.jsonl is also given to `report`. Interrupting saves first.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute_dtype = settings.compute_dtype
+    optimizer = build_optimizer(model, settings.adam)
+    step = resume_run(folder / "last.pt", model, optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    meter = Meter(folder / "metrics.jsonl", report)
+    try:
+        while step < settings.schedule.steps:
+            set_learning_rate(optimizer, settings.schedule.rate(step))
+            loss, norm = one_step(model, optimizer, windows, settings, step)
+            step += 1
+            meter.add(loss, windows.batch * windows.length * settings.accumulate)
+            if step % settings.log_every == 0:
+                meter.write(step, norm=norm, rate=settings.schedule.rate(step - 1))
+            if step % settings.validate_every == 0 or step == settings.schedule.steps:
+                meter.write(step, **validate(model))
+            if step % settings.save_every == 0:
+                save_run(folder / "last.pt", model, optimizer, step)
+    finally:
+        save_run(folder / "last.pt", model, optimizer, step)
+
+
+def one_step(
+    model: Trunk, optimizer: torch.optim.Optimizer, windows: Windows, settings: TrainSettings, step: int
+) -> tuple[float, float]:
+    """Forward, backward and update over `accumulate` micro-batches. Returns the mean loss and the gradient's norm."""
+    total = 0.0
+    for part in range(settings.accumulate):
+        batch = torch.from_numpy(windows[step * settings.accumulate + part]).to(model.emb.weight.device)
+        logits, _ = model(batch[:, :-1])  # (B, T, vocab)
+        loss = next_token_loss(logits, batch[:, 1:]) / settings.accumulate
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm.item()
+
+
+class Meter:
+    """Collects losses between two lines of the metrics file."""
+
+    def __init__(self, path: Path, report: Callable[[dict[str, float]], None]) -> None:
+        self.path, self.report = path, report
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, loss: float, tokens: int) -> None:
+        """One step's loss, and how many tokens it was made of."""
+        self.losses.append(loss)
+        self.tokens += tokens
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one line: the step, the mean loss and speed since the last line if any steps were made, `values`."""
+        line: dict[str, float] = {"step": step}
+        if self.losses:
+            elapsed = time.perf_counter() - self.since
+            line |= {"loss": sum(self.losses) / len(self.losses), "tokens_per_s": self.tokens / elapsed}
+        line |= values
+        with open(self.path, "a") as file:
+            file.write(json.dumps({name: round(value, 5) for name, value in line.items()}) + "\n")
+        self.report(line)
+        self.losses, self.tokens, self.since = [], 0, time.perf_counter()

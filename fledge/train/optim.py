@@ -1,0 +1,63 @@
+"""AdamW with the official parameter groups of RWKV-5 and RWKV-6.
+
+    group     what                                                       learning rate   weight decay
+    fast      att.time_decay                                             2x              0
+    matrices  every tensor with two or more axes longer than one,        1x              wd
+              except LoRA factors and u: emb, head and the Linears
+    rest      LoRA factors, mixes, u, norms                              1x              0
+
+Source: the x052 and x060 training code; the paper's appendix H has the same rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Settings of the optimiser. eps 1e-18 is the published remedy for RWKV-6's loss spikes."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    weight_decay: float = 0.1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups as torch wants them, each with `lr_scale` for the schedule and `name` for people."""
+    fast, matrices, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("att.time_decay"):
+            fast.append(parameter)
+        elif name.endswith(".weight") and sum(size > 1 for size in parameter.shape) >= 2:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    return [
+        {"name": "fast", "params": fast, "lr_scale": 2.0, "weight_decay": 0.0},
+        {"name": "matrices", "params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay},
+        {"name": "rest", "params": rest, "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, settings: AdamSettings) -> torch.optim.AdamW:
+    """AdamW over the official groups; the loop sets each group's learning rate before every step."""
+    return torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay),
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]

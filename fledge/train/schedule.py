@@ -1,0 +1,29 @@
+"""The learning rate as a pure function of progress: linear warm-up, then a cosine (paper, appendix H)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fledge.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm up from 1 % of `peak` over `warmup` steps, then fall to `final` along a cosine by step `steps`."""
+
+    peak: float
+    final: float
+    warmup: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.final <= self.peak and 0 <= self.warmup < self.steps):
+            raise ConfigError(f"a schedule needs 0 < final <= peak and 0 <= warmup < steps, not {self}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step number `step` (from 0); `final` from step `steps` on."""
+        if step < self.warmup:
+            return self.peak * (0.01 + 0.99 * step / self.warmup)
+        share = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * share))

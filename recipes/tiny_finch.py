@@ -1,0 +1,223 @@
+"""The recipe of the bundled model: a small Finch with a pruned World vocabulary, trained from scratch on a CPU.
+
+    python recipes/tiny_finch.py prepare --corpus FOLDER --run runs/tiny-finch
+    python recipes/tiny_finch.py train    --run runs/tiny-finch
+    python recipes/tiny_finch.py evaluate --run runs/tiny-finch
+    python recipes/tiny_finch.py export   --run runs/tiny-finch --to fledge/assets/tiny-finch.safetensors
+
+FOLDER holds .jsonl or .jsonl.xz files with {"text", "lang", "src"} a line. `train` can be interrupted and started
+again; it goes on from its last checkpoint with the same data order.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from fledge.core.files import atomic_path
+from fledge.data.documents import Document, read_jsonl
+from fledge.data.mixture import Mixture, select
+from fledge.data.tokens import Windows, open_tokens, write_tokens
+from fledge.models import ModelConfig, Trunk, build, init_weights
+from fledge.tokenizer import Vocabulary, load_world, prune, tokenizer_for, world_vocabulary
+from fledge.train.loop import TrainSettings, train
+from fledge.train.memory import keep_freed_memory
+from fledge.train.schedule import Schedule
+from fledge.train.score import bits_per_byte, document_nats
+
+VOCAB_SIZE = 8192
+SEED = 1
+
+MODEL = ModelConfig.finch(n_layer=6, n_embd=192, vocab_size=VOCAB_SIZE)
+BATCH, LENGTH, ACCUMULATE = 8, 512, 2  # 8192 tokens a step; micro-batches of this size stay near the caches
+SETTINGS = TrainSettings(
+    schedule=Schedule(peak=2e-3, final=1e-4, warmup=60, steps=1350),
+    accumulate=ACCUMULATE,
+    compute_dtype=torch.bfloat16,
+    log_every=5,
+    save_every=25,
+    validate_every=90,
+)
+QUICK_BYTES = 6_000  # a language; what the validations during training read
+
+# Mostly English, so that so small a model says something; seven more languages and Python, so that it stays a World
+# model in miniature. Caps in bytes of text.
+MIXTURE = Mixture(
+    language_bytes={
+        "en": 34_000_000,
+        "de": 3_000_000,
+        "fr": 3_000_000,
+        "es": 3_000_000,
+        "it": 2_000_000,
+        "pt": 2_000_000,
+        "ru": 3_000_000,
+        "zh": 2_000_000,
+        "ja": 2_000_000,
+        "code:python": 5_000_000,
+    },
+    source_bytes={
+        "chat/schema-guided-dialogue": 4_000_000,
+        "reference/dict": 2_500_000,
+        "reference/factbook": 1_500_000,
+        "reference/quran-json": 300_000,
+        "reference/udhr": 100_000,
+        "debian/libreoffice-help": 600_000,
+        "debian/manpages": 600_000,
+        "debian/debian-docs": 700_000,
+        "courses/azd": 300_000,
+        "courses/edgeai": 300_000,
+        "courses/iot": 600_000,
+        "code/stdlibs": 3_500_000,
+    },
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+console = Console()
+RunFolder = Annotated[Path, typer.Option(help="folder of this run: token stores, checkpoints, metrics")]
+
+
+@app.callback()
+def recipe() -> None:
+    """The recipe of the bundled model."""
+
+
+@app.command()
+def prepare(corpus: Annotated[Path, typer.Option(help="folder of .jsonl[.xz] files")], run: RunFolder) -> None:
+    """Choose documents, prune the vocabulary to what they use most, write the token stores."""
+    documents = [d for path in sorted(corpus.glob("*.jsonl*")) for d in read_jsonl(path)]
+    selection = select(documents, MIXTURE)
+    console.print(f"{len(selection.train)} documents to train on, {len(selection.validation)} aside")
+    with multiprocessing.Pool() as pool:
+        counts: Counter[int] = Counter()
+        for part in pool.imap_unordered(_count_tokens, selection.train, chunksize=64):
+            counts.update(part)
+        vocabulary = _most_used(counts)
+        _write_json(run / "vocabulary.json", vocabulary.to_spec())
+        encode = _Encoder(vocabulary)
+        total = write_tokens(run / "train.tokens", pool.imap(encode, selection.train, chunksize=64))
+        write_tokens(run / "validation.tokens", pool.imap(encode, selection.validation, chunksize=8))
+        sizes = pool.map(encode, selection.validation, chunksize=8)
+    spans = [
+        {"language": d.language, "source": d.source, "tokens": len(ids) + 1, "bytes": len(d.text.encode())}
+        for d, ids in zip(selection.validation, sizes, strict=True)
+    ]
+    _write_json(run / "validation.json", spans)
+    manifest = {
+        "train_tokens": total,
+        "train_bytes": _bytes_by(selection.train, "language"),
+        "train_bytes_by_source": _bytes_by(selection.train, "source"),
+        "validation_bytes": _bytes_by(selection.validation, "language"),
+        "vocab_size": vocabulary.size,
+    }
+    _write_json(run / "manifest.json", manifest)
+    console.print(manifest)
+
+
+@app.command(name="train")
+def train_model(run: RunFolder) -> None:
+    """Train, or go on training, until the schedule ends."""
+    keep_freed_memory()
+    model = build(MODEL)
+    init_weights(model, SEED)
+    windows = Windows(open_tokens(run / "train.tokens"), LENGTH, BATCH, SEED)
+    documents = _validation_documents(run)
+
+    def validate(current: Trunk) -> dict[str, float]:
+        return {f"bpb_{name}": value for name, value in _score(current, documents, QUICK_BYTES).items()}
+
+    train(model, windows, SETTINGS, run, validate, console.print)
+
+
+@app.command()
+def evaluate(run: RunFolder) -> None:
+    """Bits per byte by language on all validation documents; written to evaluation.json."""
+    model = _trained(run)
+    scores = _score(model, _validation_documents(run), None)
+    _write_json(run / "evaluation.json", scores)
+    console.print(scores)
+
+
+def _trained(run: Path) -> Trunk:
+    model = build(MODEL)
+    saved = torch.load(run / "last.pt", weights_only=True, map_location="cpu")
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def _validation_documents(run: Path) -> list[tuple[dict[str, Any], list[int]]]:
+    """What is known of each validation document, and its ids without the separator."""
+    tokens = open_tokens(run / "validation.tokens")
+    documents, start = [], 0
+    for span in json.loads((run / "validation.json").read_text()):
+        end = start + span["tokens"]
+        documents.append((span, tokens[start : end - 1].tolist()))
+        start = end
+    return documents
+
+
+def _score(model: Trunk, documents: list[tuple[dict[str, Any], list[int]]], limit: int | None) -> dict[str, float]:
+    """Bits per byte by language; with `limit`, of about that many bytes a language only."""
+    nats: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for span, ids in documents:
+        language, size = span["language"], span["bytes"]
+        if limit is not None:
+            left = limit - sizes[language]
+            if left <= 0:
+                continue
+            keep = min(len(ids), max(1, len(ids) * left // size))
+            ids, size = ids[:keep], size * keep / len(ids)
+        nats[language] += document_nats(model, ids)
+        sizes[language] += size
+    scores = {language: bits_per_byte(nats[language], sizes[language]) for language in sorted(nats)}
+    return {**scores, "mean": sum(scores.values()) / len(scores)}
+
+
+def _count_tokens(document: Document) -> Counter[int]:
+    return Counter(load_world().encode(document.text))
+
+
+def _most_used(counts: Counter[int]) -> Vocabulary:
+    """The 256 bytes and the most frequent World tokens, VOCAB_SIZE ids with the end of text."""
+    longer = [token for token, _ in counts.most_common() if token > 256]
+    return prune(world_vocabulary(), longer[: VOCAB_SIZE - 257], size=VOCAB_SIZE)
+
+
+class _Encoder:
+    """A picklable document -> ids function for the pool's workers."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.spec = vocabulary.to_spec()
+
+    def __call__(self, document: Document) -> list[int]:
+        key = self.spec["sha256"]
+        if key not in _ENCODERS:
+            _ENCODERS[key] = tokenizer_for(self.spec)
+        return _ENCODERS[key].encode(document.text)
+
+
+_ENCODERS: dict[str, object] = {}  # one tokenizer a worker process
+
+
+def _bytes_by(documents: Iterable[Document], attribute: str) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for document in documents:
+        total[getattr(document, attribute)] += len(document.text.encode())
+    return dict(total.most_common())
+
+
+def _write_json(path: Path, value: object) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()

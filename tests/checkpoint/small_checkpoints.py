@@ -1,0 +1,42 @@
+"""Small checkpoints of every kind, and the sameness every round trip is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_checkpoints import random_checkpoint
+from torch import Tensor
+
+# One of each kind of file there is.
+KINDS: dict[str, dict[str, Any]] = {
+    "4": {"version": "4"},
+    "5.0 with time_first": {"version": "5.0", "bonus": "time_first"},
+    "5.0": {"version": "5.0"},
+    "5.1": {"version": "5.1"},
+    "5.2": {"version": "5.2"},
+    "5.2 tuned": {"version": "5.2", "tuned_state": True},
+    "6.0": {"version": "6.0"},
+    "6.0 tuned": {"version": "6.0", "tuned_state": True},
+    "6.0 in bfloat16": {"version": "6.0", "dtype": torch.bfloat16},
+}
+
+
+def make(kind: str, **sizes: Any) -> dict[str, Tensor]:
+    """The tensors of one of KINDS; every size is another number, unless `sizes` says otherwise."""
+    return random_checkpoint(**{"n_layer": 3, "n_embd": 24, "head_size": 8, "vocab_size": 37} | KINDS[kind] | sizes)
+
+
+def saved(folder: Path, tensors: Mapping[str, Any], name: str = "model.pth") -> Path:
+    """The path of a new file that torch.save made of `tensors`."""
+    torch.save(dict(tensors), folder / name)
+    return folder / name
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two dicts hold the same names, shapes, dtypes and bits."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )

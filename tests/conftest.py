@@ -1,0 +1,52 @@
+"""What every test relies on: the same random numbers each time, one torch thread, and which tests run by default."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Unlike the small seeds that tests give to their own generators, whose numbers would otherwise come a second time.
+SEED = 20240410
+
+# Same examples in each run; no deadline, because a busy machine is not a failure.
+settings.register_profile("fledge", derandomize=True, deadline=None)
+settings.load_profile("fledge")
+
+# Test models are tiny: a second thread costs more in waiting than it saves, and sums depend on the number of threads.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start each test from the same random state, whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and data beside the repository; a test that asks for it is skipped where it is absent."""
+    folder = REPO.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared beside the repository")
+    return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out `slow` and `browser` unless -m chooses for itself; skip `gpu` where there is none."""
+    if not config.option.markexpr:
+        left_out = [item for item in items if any(item.get_closest_marker(name) for name in ("slow", "browser"))]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

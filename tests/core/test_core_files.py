@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from fledge.core.files import asset, atomic_path, sha256
+
+
+def test_a_file_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file.bin"
+    with atomic_path(target) as part:
+        part.write_bytes(b"one")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), atomic_path(target) as part:
+        part.write_bytes(b"half of tw")
+        raise RuntimeError
+    assert target.read_bytes() == b"one"
+    assert list(target.parent.iterdir()) == [target], "a temporary file was left behind"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    ordinary, atomic = tmp_path / "ordinary", tmp_path / "atomic"
+    ordinary.touch()
+    with atomic_path(atomic) as part:
+        part.write_bytes(b"")
+    assert atomic.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_sha256_of_more_than_one_block(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000
+    (tmp_path / "data").write_bytes(data)
+    assert sha256(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+def test_assets_lie_in_the_package() -> None:
+    assert asset("world-vocabulary.xz").is_file()

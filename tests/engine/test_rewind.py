@@ -1,0 +1,50 @@
+"""The trail of a generation: the way to each place in its text."""
+
+from __future__ import annotations
+
+import pytest
+
+from fledge.engine.rewind import Cut, Trail
+from fledge.models import ModelConfig, zero_state
+
+STATES = [zero_state(ModelConfig.finch(1, 32, vocab_size=9, head_size=8), 1) for _ in range(4)]
+
+
+def trail() -> Trail:
+    """Tokens 5 (`ab`), 6 (no bytes) and 7 (`cde`), each with the state before it."""
+    found = Trail(STATES[0])
+    for token, data, state in ((5, b"ab", STATES[0]), (6, b"", STATES[1]), (7, b"cde", STATES[2])):
+        found.push(token, data, state)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("place", "kept", "state", "token", "rest"),
+    [
+        (0, (), 0, None, b""),
+        (1, (), 0, None, b"a"),
+        (2, (5, 6), 2, None, b""),
+        (4, (5, 6), 2, None, b"cd"),
+        (5, (5, 6), 2, 7, b""),
+    ],
+)
+def test_every_place_has_a_way(place: int, kept: tuple[int, ...], state: int, token: int | None, rest: bytes) -> None:
+    for settled in range(place + 1):
+        way = trail()
+        way.settle(settled)
+        cut = way.cut(place)
+        assert cut == Cut(kept, cut.state, token, rest) and cut.state is STATES[state]
+
+
+def test_before_the_first_token_and_after_a_known_end() -> None:
+    assert Trail(STATES[0]).cut(0) == Cut((), STATES[0], None, b"")
+    ended = trail()
+    ended.close(STATES[3])
+    assert ended.cut(5) == Cut((5, 6, 7), STATES[3], None, b"")
+
+
+def test_what_is_settled_is_gone() -> None:
+    way = trail()
+    way.settle(3)
+    with pytest.raises(AssertionError, match="settled"):
+        way.cut(1)

@@ -1,0 +1,228 @@
+"""The sampler against a slow twin written from the rules, its random stream, and its refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fledge.core.errors import FledgeError, UsageError
+from fledge.engine.sampling import Sampler, SamplingParams, distribution, logprob
+
+
+def slow_distribution(
+    logits: list[float], params: SamplingParams, counts: dict[int, float] | None = None
+) -> dict[int, float]:
+    """Token -> probability by the rules, one at a time, with sorted lists."""
+    scores = list(logits)
+    for token in params.ban:
+        scores[token] = -math.inf
+    for token, count in (counts or {}).items():
+        scores[token] -= params.presence_penalty + count * params.frequency_penalty
+    if params.temperature == 0:
+        return {scores.index(max(scores)): 1.0}
+    odds = [math.exp(score - max(scores)) for score in scores]
+    total = math.fsum(odds)
+    chances = [odd / total for odd in odds]
+    ranking = sorted(range(len(chances)), key=lambda token: (-chances[token], token))
+    cutoff, running = 0.0, 0.0
+    for token in ranking:
+        running += chances[token]
+        if running >= params.top_p:
+            cutoff = chances[token]
+            break
+    kept = [token for token in ranking if chances[token] >= cutoff and chances[token] > 0]
+    kept = kept[: params.top_k] if params.top_k else kept
+    heated = {token: (chances[token] / chances[kept[0]]) ** (1 / params.temperature) for token in kept}
+    total = math.fsum(heated.values())
+    return {token: weight / total for token, weight in heated.items()}
+
+
+def fast_distribution(logits: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    ids, weights = distribution(logits, params)
+    return dict(zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True))
+
+
+def same(one: dict[int, float], other: dict[int, float]) -> bool:
+    return one.keys() == other.keys() and all(one[key] == pytest.approx(other[key], abs=1e-9) for key in one)
+
+
+# Eighths and a few levels make exact ties common.
+ROWS = st.lists(st.integers(-24, 24).map(lambda number: number / 8), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    ROWS,
+    st.sampled_from([0.0, 0.05, 0.7, 1.0, 2.5]),
+    st.sampled_from([0.0, 0.1, 0.313, 0.85, 0.999, 1.0]),
+    st.integers(0, 45),
+)
+def test_distribution_equals_the_slow_twin(row: list[float], temperature: float, top_p: float, top_k: int) -> None:
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+    assert same(fast_distribution(torch.tensor(row), params), slow_distribution(row, params))
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.85, 0.9999])
+def test_a_large_vocabulary_is_cut_as_a_full_sort_would(top_p: float) -> None:
+    """The cutoff is looked for among the first 256, then 4096, then all tokens."""
+    logits = torch.randn(9000, generator=torch.Generator().manual_seed(3))
+    params = SamplingParams(top_p=top_p)
+    assert same(fast_distribution(logits, params), slow_distribution(logits.tolist(), params))
+
+
+def test_ties_at_the_cutoff_stay_and_top_k_takes_the_first_of_them() -> None:
+    logits = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0, 3.0])
+    assert list(fast_distribution(logits, SamplingParams(top_p=0.0))) == [1, 2, 4, 5]
+    assert list(fast_distribution(logits, SamplingParams(top_p=0.3, top_k=3))) == [1, 2, 4]
+    assert list(fast_distribution(logits, SamplingParams(temperature=0.0))) == [1]
+
+
+def test_a_very_low_temperature_does_not_underflow() -> None:
+    logits = torch.tensor([0.0, 1.0, 0.999])
+    found = fast_distribution(logits, SamplingParams(temperature=1e-6, top_p=1.0))
+    assert found == {0: 0.0, 1: 1.0, 2: 0.0}
+
+
+@pytest.mark.parametrize("presence, frequency, decay", [(0.2, 0.2, 0.996), (0.0, 1.5, 0.5), (-0.5, 0.0, 1.0)])
+def test_penalties_equal_the_slow_twin_over_a_sequence(presence: float, frequency: float, decay: float) -> None:
+    params = SamplingParams(
+        top_p=1.0, presence_penalty=presence, frequency_penalty=frequency, penalty_decay=decay, ban=(3,), seed=5
+    )
+    sampler, counts = Sampler(params), dict[int, float]()
+    random = torch.Generator().manual_seed(5)
+    rows = torch.randn(60, 11, generator=torch.Generator().manual_seed(8))
+    for row in rows:
+        kept = row.clone()
+        token = sampler.next(row)
+        assert torch.equal(row, kept), "the logits were written to"
+        chances = slow_distribution(row.tolist(), params, counts)
+        place, running = float(torch.rand((), generator=random, dtype=torch.float64)), 0.0
+        for wanted in sorted(chances):
+            running += chances[wanted]
+            if running > place:
+                break
+        assert token == wanted != 3
+        counts = {known: count * decay for known, count in counts.items()}
+        counts[token] = counts.get(token, 0.0) + 1.0
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    params = SamplingParams(temperature=1.3, top_p=0.95, seed=1)
+    sampler = Sampler(params)
+    counts = [0] * 5
+    for _ in range(6_000):
+        counts[sampler.next(logits)] += 1
+    wanted = slow_distribution(logits.tolist(), params)
+    for token, count in enumerate(counts):
+        assert count / 6_000 == pytest.approx(wanted.get(token, 0.0), abs=0.02)
+
+
+def test_a_seed_gives_the_same_draws_whatever_happens_around_it() -> None:
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(2))
+
+    def draws(sampler: Sampler, noise: Sampler | None = None) -> list[int]:
+        found = []
+        for row in logits:
+            found.append(sampler.next(row))
+            if noise is not None:
+                torch.rand(3)
+                noise.next(row)
+        return found
+
+    params = SamplingParams(seed=2**63 - 1)
+    alone = draws(Sampler(params))
+    assert draws(Sampler(params), noise=Sampler(params)) == alone
+    fresh = Sampler(SamplingParams())
+    again = Sampler(SamplingParams(seed=fresh.seed))
+    assert draws(fresh) == draws(again)
+    assert Sampler(SamplingParams()).seed != fresh.seed
+
+
+def test_a_draw_does_not_touch_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    Sampler(SamplingParams()).next(torch.zeros(9))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_logprob_is_of_the_model_and_not_of_the_sampler() -> None:
+    logits = torch.tensor([1.0, 2.0, -math.inf, 0.5])
+    odds = [math.exp(1.0), math.exp(2.0), 0.0, math.exp(0.5)]
+    assert logprob(logits, 3) == pytest.approx(math.log(odds[3] / sum(odds)))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_p": 1.01}, "top_p is 1.01; it must be a number from 0 to 1"),
+        ({"top_p": True}, "top_p is True"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2.0}, "top_k is 2.0"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty is inf"),
+        ({"penalty_decay": 1.5}, "penalty_decay is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, f"seed is {2**63}"),
+        ({"ban": (1, -2)}, "ban is -2"),
+        ({"ban": 7}, "ban is 7"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"stop": ("a", "")}, "stop holds ''"),
+        ({"stop": (b"a",)}, "stop holds b'a'"),
+        ({"stop": None}, "stop is None"),
+        ({"stop": "a\udc80"}, "stop holds"),
+    ],
+)
+def test_bad_settings_are_refused_by_name_and_value(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+        SamplingParams(**settings)
+
+
+def test_overrides_are_checked_too() -> None:
+    params = SamplingParams(top_p=0.5).with_overrides({"stop": "\n", "ban": [4]})
+    assert (params.top_p, params.stop, params.ban) == (0.5, ("\n",), (4,))
+    with pytest.raises(UsageError, match="did you mean 'temperature'"):
+        params.with_overrides({"temperture": 1.0})
+    with pytest.raises(UsageError, match="top_p is 2"):
+        params.with_overrides({"top_p": 2})
+
+
+def test_impossible_logits_are_refused() -> None:
+    with pytest.raises(FledgeError, match="nan"):
+        Sampler(SamplingParams()).next(torch.tensor([0.0, math.nan]))
+    with pytest.raises(UsageError, match="leaves no token"):
+        Sampler(SamplingParams(ban=(0, 1))).next(torch.zeros(2))
+    with pytest.raises(UsageError, match="ban holds 9; this model's ids end at 4"):
+        Sampler(SamplingParams(ban=(9,))).next(torch.zeros(5))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 0.85, 0), (0.6, 0.5, 0), (1.7, 0.9, 6), (0.0, 0.7, 0)])
+def test_the_rwkv_package_samples_from_the_same_distribution(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, top_p: float, top_k: int
+) -> None:
+    """Its sampler hands the final probabilities to numpy.random.choice, where they are caught."""
+    utils = pytest.importorskip("rwkv.utils")
+    caught: dict[str, Any] = {}
+
+    def choice(a: int, p: Any) -> int:
+        caught["p"] = p
+        return int(p.argmax())
+
+    monkeypatch.setattr(utils.np.random, "choice", choice)
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(11)) * 2
+    pipeline = object.__new__(utils.PIPELINE)
+    pipeline.sample_logits(logits.clone(), temperature=temperature, top_p=top_p, top_k=top_k)
+    theirs = {token: float(chance) for token, chance in enumerate(caught["p"]) if chance > 0}
+    ours = fast_distribution(logits, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
+    assert ours.keys() == theirs.keys()
+    for token, chance in ours.items():
+        assert chance == pytest.approx(theirs[token], rel=1e-4)

@@ -1,0 +1,113 @@
+"""Stand-ins that honour the seams: a tokenizer with chosen tokens, and a model that says what it is told to.
+
+`FakeModel` obeys the contract of a model (state in, state out, chunks equal one call, states never written to), and
+its state records what it has read, so that two states are equal exactly when the same tokens led to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from random_checkpoints import random_checkpoint
+from torch import Tensor, nn
+
+from fledge.models import build
+from fledge.models.config import ModelConfig
+from fledge.models.state import State, WkvState, zero_state
+
+EOS = 0
+PRIME = 16_777_213  # below 2**24, so that every remainder is a whole float32
+
+
+class ByteTokenizer:
+    """Id 0 ends a text, ids 1 to 256 are the bytes, then come the given longer tokens; the longest match wins."""
+
+    def __init__(self, *longer: bytes | str) -> None:
+        extra = [token.encode() if isinstance(token, str) else token for token in longer]
+        self.tokens = [b"", *(bytes([value]) for value in range(256)), *extra]
+        self.eos_id = EOS
+        self.vocab_size = len(self.tokens)
+        self._longest_first = sorted(range(1, self.vocab_size), key=lambda token: -len(self.tokens[token]))
+
+    def encode(self, text: str | bytes) -> list[int]:
+        data = text.encode() if isinstance(text, str) else text
+        ids, place = [], 0
+        while place < len(data):
+            token = next(token for token in self._longest_first if data.startswith(self.tokens[token], place))
+            ids.append(token)
+            place += len(self.tokens[token])
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.tokens[token] for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def id_of(self, token: bytes | str) -> int:
+        """The id of one token."""
+        return self.tokens.index(token.encode() if isinstance(token, str) else token)
+
+
+class FakeModel(nn.Module):
+    """Expects, after each `cue` it reads, the tokens of the next of `replies`, one after the other, then the eos id.
+
+    The last reply is repeated for ever. The state holds: tokens read, a hash of them, which reply, the place in it.
+    `sharpness` is the logit of the expected token; all others have 0.
+    """
+
+    def __init__(self, replies: Sequence[Sequence[int]], cue: int, vocab_size: int, sharpness: float = 50.0) -> None:
+        super().__init__()
+        self.config = ModelConfig("6.0", vocab_size, 1, 4, 4, 8, n_head=2, mix_rank=1, decay_rank=1)
+        self.replies, self.cue, self.sharpness = [list(reply) for reply in replies], cue, sharpness
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.calls: list[int] = []  # tokens of each call
+        self.fail_after: int | None = None  # calls that still go well before KeyboardInterrupt
+
+    def initial_state(self, batch: int) -> State:
+        return zero_state(self.config, batch)
+
+    def forward(
+        self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
+    ) -> tuple[Tensor, State]:
+        assert idx.shape[0] == 1 and lengths is None
+        if self.fail_after is not None:
+            self.fail_after -= 1
+            if self.fail_after < 0:
+                raise KeyboardInterrupt
+        self.calls.append(idx.shape[1])
+        state = self.initial_state(1) if state is None else state
+        assert isinstance(state, WkvState)
+        memory = [int(number) for number in state.att_shift[0, 0]]
+        logits = torch.zeros(1, idx.shape[1], self.config.vocab_size)
+        for t, token in enumerate(idx[0].tolist()):
+            memory = self._read(memory, token)
+            logits[0, t, self._expected(memory)] = self.sharpness
+        after = WkvState(torch.tensor(memory).float().view(1, 1, 4), state.wkv, state.ffn_shift)
+        return logits[:, -1:] if last else logits, after
+
+    def _read(self, memory: list[int], token: int) -> list[int]:
+        count, digest, reply, place = memory
+        digest = (digest * 257 + token + 1) % PRIME
+        if token == self.cue:
+            return [count + 1, digest, reply + 1, 0]
+        return [count + 1, digest, reply, place + 1]
+
+    def _expected(self, memory: list[int]) -> int:
+        reply = self.replies[min(max(memory[2] - 1, 0), len(self.replies) - 1)]
+        return reply[memory[3]] if memory[3] < len(reply) else EOS
+
+
+def random_finch(vocab_size: int = 257) -> nn.Module:
+    """A small real model with random weights."""
+    config = ModelConfig("6.0", vocab_size, 2, 32, 32, 96, n_head=4, mix_rank=8, decay_rank=12)
+    model = build(config, "meta")
+    model.load_state_dict(random_checkpoint("6.0", n_layer=2, n_embd=32, vocab_size=vocab_size), assign=True)
+    return model.eval()
+
+
+def equal_states(one: State, other: State) -> bool:
+    """Whether two states hold the same numbers."""
+    mine, theirs = one.tensors(), other.tensors()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

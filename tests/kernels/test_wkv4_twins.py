@@ -1,0 +1,69 @@
+"""The chunked form of RWKV-4's recurrence against the float64 loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fledge.kernels import wkv4
+
+B, A = 2, 5
+
+
+def inputs(length: int, raw_decay: tuple[float, float], fresh: bool) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    low, high = raw_decay
+    w = -torch.exp(low + (high - low) * torch.rand(B, length, A, generator=g, dtype=torch.float64))
+    k, v, u = 8 * normal(B, length, A), normal(B, length, A), normal(A)
+    if fresh:
+        zeros = torch.zeros(B, A, dtype=torch.float64)
+        return [k, v, w, u, zeros, zeros.clone(), torch.full_like(zeros, -1e30)]
+    return [k, v, w, u, normal(B, A), normal(B, A).abs(), 3 * normal(B, A)]
+
+
+def run(backend: str, arguments: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y, the scale-free state aa / bb, and gradients with respect to k, v, w, u, aa, bb."""
+    leaves = [x.to(dtype).requires_grad_() for x in arguments[:6]]
+    y, (aa, bb, _) = wkv4(*leaves[:4], (leaves[4], leaves[5], arguments[6].to(dtype)), backend=backend)
+    mean = aa / bb if y.shape[1] else aa
+    g = torch.Generator().manual_seed(1)
+    loss = (y * torch.randn(y.shape, generator=g, dtype=torch.float64).to(dtype)).sum()
+    loss = loss + (mean * torch.randn(mean.shape, generator=g, dtype=torch.float64).to(dtype)).sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)  # T = 0 uses the state only
+    return y.detach(), mean.detach(), list(grads)
+
+
+def assert_near(found: Tensor, expected: Tensor, name: str) -> None:
+    assert torch.isfinite(found).all(), name
+    if expected.numel():
+        error = ((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+        assert error <= 1e-4, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "carried"])
+@pytest.mark.parametrize("decay", [(-12.0, -8.0), (-6.0, 1.0), (2.0, 8.0), (-12.0, 8.0)])
+@pytest.mark.parametrize("length", [0, 1, 15, 64, 257])
+def test_chunked_equals_reference(length: int, decay: tuple[float, float], fresh: bool) -> None:
+    arguments = inputs(length, decay, fresh)
+    expected, found = run("reference", arguments, torch.float64), run("chunked", arguments, torch.float32)
+    assert_near(found[0], expected[0], "y")
+    assert_near(found[1], expected[1], "state")
+    for name, ours, theirs in zip(("k", "v", "w", "u", "aa", "bb"), found[2], expected[2], strict=True):
+        assert_near(ours, theirs, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_split_anywhere(backend: str) -> None:
+    k, v, w, u, aa, bb, pp = inputs(37, (-6.0, 1.0), fresh=False)
+    whole, (whole_aa, whole_bb, whole_pp) = wkv4(k, v, w, u, (aa, bb, pp), backend=backend)
+    for cut in range(38):
+        y1, state = wkv4(k[:, :cut], v[:, :cut], w[:, :cut], u, (aa, bb, pp), backend=backend)
+        y2, state = wkv4(k[:, cut:], v[:, cut:], w[:, cut:], u, state, backend=backend)
+        assert torch.allclose(torch.cat((y1, y2), 1), whole, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(state[0] / state[1], whole_aa / whole_bb, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(state[1].log() + state[2], whole_bb.log() + whole_pp, rtol=1e-10, atol=1e-10)

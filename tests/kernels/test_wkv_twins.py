@@ -1,0 +1,149 @@
+"""Every fast form of wkv against the float64 loop: outputs, final state and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fledge.core.errors import BackendError
+from fledge.kernels import WKV_BACKENDS, explain, wkv
+
+B, H, K, V = 2, 3, 5, 7  # all different, so that no swapped axis can hide
+TWINS = [name for name in WKV_BACKENDS if name != "reference"]
+
+
+def inputs(length: int, raw_decay: tuple[float, float], seed: int = 0) -> list[Tensor]:
+    """r, k, v, w, u, state in float64; the raw decay d is spread over the given range and w = -exp(d)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    low, high = raw_decay
+    raw = low + (high - low) * torch.rand(B, length, H, K, generator=g, dtype=torch.float64)
+    return [
+        normal(B, length, H, K),
+        normal(B, length, H, K),
+        normal(B, length, H, V),
+        -torch.exp(raw),
+        normal(H, K),
+        normal(B, H, K, V),
+    ]
+
+
+def run(backend: str, arguments: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y, final state, and the gradients of a fixed random projection of both with respect to all six inputs."""
+    leaves = [x.to(dtype).requires_grad_() for x in arguments]
+    y, state = wkv(*leaves, backend=backend)
+    g = torch.Generator().manual_seed(1)
+    loss = (y * torch.randn(y.shape, generator=g, dtype=torch.float64).to(dtype)).sum()
+    loss = loss + (state * torch.randn(state.shape, generator=g, dtype=torch.float64).to(dtype)).sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)  # T = 0 uses the state only
+    return y.detach(), state.detach(), list(grads)
+
+
+def assert_near(found: Tensor, expected: Tensor, name: str, tolerance: float = 1e-4) -> None:
+    """Largest difference relative to the largest expected value."""
+    assert found.shape == expected.shape, name
+    assert torch.isfinite(found).all(), name
+    if expected.numel():
+        scale = expected.abs().max().clamp_min(1e-30)
+        error = ((found.double() - expected).abs().max() / scale).item()
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+DECAYS = {
+    "slow": (-12.0, -8.0),
+    "trained": (-6.0, 1.0),
+    "fast": (2.0, 8.0),
+    "everything": (-12.0, 8.0),
+}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("length", [0, 1, 15, 64, 257])
+@pytest.mark.parametrize("backend", TWINS)
+def test_float32_twin_equals_float64_reference(backend: str, length: int, decay: str) -> None:
+    arguments = inputs(length, DECAYS[decay])
+    expected = run("reference", arguments, torch.float64)
+    found = run(backend, arguments, torch.float32)
+    assert_near(found[0], expected[0], "y")
+    assert_near(found[1], expected[1], "state")
+    for name, ours, theirs in zip(("r", "k", "v", "w", "u", "state"), found[2], expected[2], strict=True):
+        assert_near(ours, theirs, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", TWINS)
+def test_float64_twin_is_exact(backend: str) -> None:
+    arguments = inputs(70, DECAYS["everything"])
+    expected, found = run("reference", arguments, torch.float64), run(backend, arguments, torch.float64)
+    assert_near(found[0], expected[0], "y", 1e-12)
+    assert_near(found[1], expected[1], "state", 1e-12)
+
+
+@pytest.mark.parametrize("backend", list(WKV_BACKENDS))
+def test_decay_of_exactly_zero_and_one(backend: str) -> None:
+    """w = -inf erases the state, w = 0 keeps all of it; neither may produce a nan."""
+    arguments = inputs(33, DECAYS["trained"])
+    arguments[3][:, ::3] = 0.0
+    arguments[3][:, 1::3] = -float("inf")
+    with torch.no_grad():
+        y, state = wkv(*arguments, backend=backend)
+        expected_y, expected_state = wkv(*arguments, backend="reference")
+    assert_near(y, expected_y, "y", 1e-12)
+    assert_near(state, expected_state, "state", 1e-12)
+
+
+@pytest.mark.parametrize("backend", list(WKV_BACKENDS))
+def test_strong_decay_does_not_blur_what_follows(backend: str) -> None:
+    """Slow decays after very fast ones must keep their precision: no difference of large sums may be taken."""
+    arguments = inputs(64, DECAYS["slow"])
+    arguments[3][:, :20] = -2980.0
+    expected = run("reference", arguments, torch.float64)
+    found = run(backend, arguments, torch.float32)
+    assert_near(found[0], expected[0], "y", 1e-5)
+    assert_near(found[2][3][:, 20:], expected[2][3][:, 20:], "gradient of w", 1e-5)
+
+
+@pytest.mark.parametrize("backend", list(WKV_BACKENDS))
+def test_split_anywhere(backend: str) -> None:
+    arguments = inputs(19, DECAYS["everything"])
+    whole_y, whole_state = wkv(*arguments, backend=backend)
+    for cut in range(20):
+        first = [x[:, :cut] for x in arguments[:4]]
+        second = [x[:, cut:] for x in arguments[:4]]
+        y1, state = wkv(*first, *arguments[4:], backend=backend)
+        y2, state = wkv(*second, arguments[4], state, backend=backend)
+        assert_near(torch.cat((y1, y2), 1), whole_y, "y", 1e-12)
+        assert_near(state, whole_state, "state", 1e-12)
+
+
+@pytest.mark.parametrize("backend", list(WKV_BACKENDS))
+def test_static_decay_comes_expanded_and_low_precision_is_computed_in_float32(backend: str) -> None:
+    r, k, v, _, u, state = inputs(9, DECAYS["trained"])
+    w = torch.linspace(-3, -0.01, H * K).view(1, 1, H, K).expand(B, 9, H, K)
+    r, k, v = (x.bfloat16() for x in (r, k, v))
+    y, after = wkv(r, k, v, w, u.float(), state.float(), backend=backend)
+    expected, _ = wkv(r.double(), k.double(), v.double(), w.double(), u, state, backend="reference")
+    assert y.dtype == after.dtype == torch.float32
+    assert_near(y, expected, "y", 1e-5)
+
+
+def test_inputs_are_left_alone() -> None:
+    arguments = inputs(8, DECAYS["trained"])
+    before = [x.clone() for x in arguments]
+    for backend in WKV_BACKENDS:
+        wkv(*arguments, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=True))
+
+
+def test_unknown_backend_names_the_choices() -> None:
+    with pytest.raises(BackendError, match=r"'fast'.*reference, chunked"):
+        wkv(*inputs(2, DECAYS["slow"]), backend="fast")
+
+
+def test_explain_names_real_backends() -> None:
+    choices = explain()
+    assert {choice.backend for choice in choices} <= set(WKV_BACKENDS)
+    assert all(choice.reason for choice in choices)
