@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from fledge.data.documents import Document, read_jsonl
 from fledge.data.mixture import Mixture, select
 from fledge.data.tokens import Windows, open_tokens, write_tokens
 from fledge.models import ModelConfig, Trunk, build, init_weights
-from fledge.tokenizer import Vocabulary, load_world, prune, tokenizer_for, world_vocabulary
+from fledge.tokenizer import Tokenizer, Vocabulary, load_world, prune, tokenizer_for, world_vocabulary
 from fledge.train.loop import TrainSettings, train
 from fledge.train.memory import keep_freed_memory
 from fledge.train.schedule import Schedule
@@ -165,15 +165,15 @@ def _validation_documents(run: Path) -> list[tuple[dict[str, Any], list[int]]]:
 
 def _score(model: Trunk, documents: list[tuple[dict[str, Any], list[int]]], limit: int | None) -> dict[str, float]:
     """Bits per byte by language; with `limit`, of about that many bytes a language only."""
-    nats: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    nats: defaultdict[str, float] = defaultdict(float)
+    sizes: defaultdict[str, float] = defaultdict(float)
     for span, ids in documents:
-        language, size = span["language"], span["bytes"]
+        language, size = span["language"], float(span["bytes"])
         if limit is not None:
             left = limit - sizes[language]
             if left <= 0:
                 continue
-            keep = min(len(ids), max(1, len(ids) * left // size))
+            keep = min(len(ids), max(1, int(len(ids) * left / size)))
             ids, size = ids[:keep], size * keep / len(ids)
         nats[language] += document_nats(model, ids)
         sizes[language] += size
@@ -204,7 +204,7 @@ class _Encoder:
         return _ENCODERS[key].encode(document.text)
 
 
-_ENCODERS: dict[str, object] = {}  # one tokenizer a worker process
+_ENCODERS: dict[str, Tokenizer] = {}  # one tokenizer a worker process
 
 
 def _bytes_by(documents: Iterable[Document], attribute: str) -> dict[str, int]:

@@ -69,7 +69,7 @@ def check_shapes(shapes: Mapping[str, Shape], config: ModelConfig, source: str) 
     """Raise CheckpointError unless `shapes` are exactly those `config` asks for; the message names what differs."""
     expected = expected_shapes(config)
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in shapes]
-    unexpected = [f"{name:.80} {shape}" for name, shape in shapes.items() if name not in expected]
+    unexpected = [f"{name!r:.80} {shape}" for name, shape in shapes.items() if name not in expected]
     wrong = [
         f"{name} is {shapes[name]} instead of {shape}"
         for name, shape in expected.items()

@@ -70,7 +70,7 @@ def from_fla(tensors: Mapping[str, Tensor]) -> Parts:
         try:
             parts = READ.get(match[2], lambda tensor, kept=name: {kept: tensor})(tensor)
         except (RuntimeError, IndexError) as error:
-            raise CheckpointError(f"{name} has the impossible shape {tuple(tensor.shape)}") from error
+            raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
         official |= {part if part == name else f"blocks.{match[1]}.{part}": value for part, value in parts.items()}
     return official
 

@@ -42,7 +42,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> RawFile:
             part = read_pth(file, weights=weights)
         repeated = tensors.keys() & part.keys()
         if repeated:
-            raise CheckpointError(f"{folder}: {min(repeated)} is in two of its files; remove the stale one")
+            raise CheckpointError(f"{folder}: {min(repeated)!r:.80} is in two of its files; remove the stale one")
         tensors |= part
     return RawFile(folder, "folder", tensors, tuple(files), stored, settings)
 

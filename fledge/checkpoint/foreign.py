@@ -49,4 +49,4 @@ def _few(names: Iterable[str]) -> str:
     if not listed:
         return "no tensor at all"
     more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
-    return ", ".join(f"{name:.60}" for name in listed[:4]) + more
+    return ", ".join(f"{name!r:.60}" for name in listed[:4]) + more

@@ -121,8 +121,12 @@ def _without_map(path: Path, device: str, error: Exception) -> Any:
             f"{path} needs more memory than this machine has ({path.stat().st_size / 1e9:.1f} GB of weights); use a "
             "smaller model or a larger machine"
         ) from error
-    with torch.serialization.skip_data():
-        return _torch_load(path, device, mapped=False)
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, rarely needed
+
+    # torch's documented way to see names without data; its tensors only live inside the mode.
+    with FakeTensorMode():
+        found = _tensors_of(_torch_load(path, device, mapped=False), path)
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
 
 
 def _refusal(path: Path, message: str) -> CheckpointError:
@@ -172,4 +176,4 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
+    return "".join(char if char.isprintable() else "?" for char in text.splitlines()[0][:160])

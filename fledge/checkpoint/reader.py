@@ -24,6 +24,7 @@ from fledge.checkpoint.hub import locate
 from fledge.checkpoint.names import PREFIX, from_hf, layout_of
 from fledge.checkpoint.pth import check_sums, read_pth
 from fledge.checkpoint.record import Checkpoint, RawFile
+from fledge.checkpoint.shapes import expected_shapes
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.st_file import DTYPES, read_safetensors
 from fledge.core.errors import CheckpointError, UnsupportedError
@@ -33,7 +34,7 @@ StrPath = str | os.PathLike[str]
 
 
 def load(path: StrPath) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors (official names and shapes, the file's dtypes, on the CPU) of a checkpoint.
+    """Config and tensors (official names, shapes and order, the file's dtypes, on the CPU) of a checkpoint.
 
     `path`: a .pth, a .safetensors, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped from the
     file: nothing is copied until it is used. Raises CheckpointError, or UnsupportedError for RWKV-7 and its like.
@@ -84,6 +85,8 @@ def interpret(raw: RawFile) -> Checkpoint:
         config = apply_settings(config, raw.settings, layout, source)
     if raw.stored.config is not None:
         config = _agreed(config, raw.stored.config, source)
+    # One order for all: other programs tell versions by it, and safetensors has none.
+    tensors = {name: tensors[name] for name in expected_shapes(config)}
     metadata.check_vocabulary(config, raw.stored.tokenizer_spec, source)
     kind = raw.container if raw.container != "folder" else "fla" if layout == "fla" else "hf"
     return Checkpoint(raw.path, kind, config, tensors, raw.files, raw.stored.tokenizer_spec, raw.stored.extra)

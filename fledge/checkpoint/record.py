@@ -37,7 +37,7 @@ class RawFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete, checked model: official names and shapes, ready for `load_state_dict(strict=True, assign=True)`."""
+    """A complete, checked model in official names, shapes and order: what a strict `load_state_dict` takes."""
 
     path: Path
     format: str  # "pth", "safetensors", "hf" or "fla"

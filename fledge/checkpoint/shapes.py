@@ -16,25 +16,24 @@ Shape = tuple[int, ...]
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Official name -> shape of every tensor of a checkpoint with these sizes, in the official trainer's order."""
     vocabulary, width = config.vocab_size, config.n_embd
-    block = block_shapes(config)
+    block = _block(config)
     shapes: dict[str, Shape] = {"emb.weight": (vocabulary, width)}
     for layer in range(config.n_layer):
-        if layer == 0:
-            shapes |= _norm("blocks.0.ln0", width)
+        norms = ("ln1", "ln2", "ln0") if layer == 0 else ("ln1", "ln2")
+        for norm in norms:
+            shapes |= _norm(f"blocks.{layer}.{norm}", width)
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     shapes |= _norm("ln_out", width)
     shapes["head.weight"] = (vocabulary, width)
     return shapes
 
 
-def block_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The tensors of one block, named from the block on (`att.key.weight`). Block 0 has `ln0` as well."""
+def _block(config: ModelConfig) -> dict[str, Shape]:
+    """The tensors of one block but for its norms, named from the block on (`att.key.weight`)."""
     attention = {"4": _attention_4, "5": _attention_5, "6": _attention_6}[config.version[0]](config)
     if config.tuned_state:
-        attention["time_state"] = (config.n_head, config.head_size, config.head_size)  # [V, K]
+        attention = {"time_state": (config.n_head, config.head_size, config.head_size)} | attention  # (H, V, K)
     return {
-        **_norm("ln1", config.n_embd),
-        **_norm("ln2", config.n_embd),
         **{f"att.{name}": shape for name, shape in attention.items()},
         **{f"ffn.{name}": shape for name, shape in _channel_mix(config).items()},
     }
@@ -48,10 +47,9 @@ def _mixes(kind: str, letters: str, width: int) -> dict[str, Shape]:
     return {f"{kind}_{letter}": (1, 1, width) for letter in letters}
 
 
-def _projections(config: ModelConfig, *, gate: bool) -> dict[str, Shape]:
+def _projections(config: ModelConfig, *names: str) -> dict[str, Shape]:
     inner, width = config.dim_att, config.n_embd
-    into: tuple[str, ...] = ("receptance", "key", "value", "gate") if gate else ("receptance", "key", "value")
-    return {**{f"{name}.weight": (inner, width) for name in into}, "output.weight": (width, inner)}
+    return {f"{name}.weight": (width, inner) if name == "output" else (inner, width) for name in names}
 
 
 def _attention_4(config: ModelConfig) -> dict[str, Shape]:
@@ -59,7 +57,7 @@ def _attention_4(config: ModelConfig) -> dict[str, Shape]:
         "time_decay": (config.dim_att,),
         "time_first": (config.dim_att,),
         **_mixes("time_mix", "kvr", config.n_embd),
-        **_projections(config, gate=False),
+        **_projections(config, "key", "value", "receptance", "output"),
     }
 
 
@@ -71,7 +69,7 @@ def _attention_5(config: ModelConfig) -> dict[str, Shape]:
         **_mixes("time_mix", "kvrg" if gate else "kvr", config.n_embd),
         "time_decay": per_head,
         config.bonus: per_head,
-        **_projections(config, gate=gate),
+        **_projections(config, "receptance", "key", "value", "output", *(["gate"] if gate else [])),
         **_norm("ln_x", config.dim_att),
     }
 
@@ -86,7 +84,7 @@ def _attention_6(config: ModelConfig) -> dict[str, Shape]:
         "time_decay_w1": (width, decay),
         "time_decay_w2": (decay, inner),
         "time_faaaa": (config.n_head, config.head_size),
-        **_projections(config, gate=True),
+        **_projections(config, "receptance", "key", "value", "output", "gate"),
         **_norm("ln_x", inner),
     }
 

@@ -37,6 +37,8 @@ def container_of(path: Path) -> str:
     if size == 0:
         raise CheckpointError(f"{path} is empty; download or export it again")
     if start.startswith(b"PK\x03\x04"):
+        if path.suffix == ".safetensors":  # torch itself goes by this suffix
+            raise CheckpointError(f"{path} is a zip archive of torch.save with the wrong suffix; rename it to .pth")
         return "pth"
     for magic, what in UNSUPPORTED:
         if start.startswith(magic):

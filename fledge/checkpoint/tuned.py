@@ -32,7 +32,7 @@ def load_tuned_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     states = {name: tensor for name, tensor in plain.items() if STATE.fullmatch(name)}
     if not states:
         raise CheckpointError(
-            f"{path} holds no tuned state: looked for blocks.0.att.time_state, found {min(plain, default='nothing')}"
+            f"{path} holds no tuned state: looked for blocks.0.att.time_state, found {min(plain, default='')!r:.80}"
         )
     return states
 

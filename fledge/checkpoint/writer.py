@@ -17,6 +17,7 @@ from fledge.checkpoint import metadata
 from fledge.checkpoint.detection import check_shapes
 from fledge.checkpoint.pth import write_pth
 from fledge.checkpoint.record import Stored
+from fledge.checkpoint.shapes import expected_shapes
 from fledge.checkpoint.st_file import CODES, write_safetensors
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.models.config import ModelConfig
@@ -42,6 +43,7 @@ def save(
     path = Path(path)
     check_writable(config, tensors, tokenizer_spec, str(path))
     check_space(path.parent, tensors)
+    tensors = {name: tensors[name] for name in expected_shapes(config)}  # the rwkv package tells versions by order
     if path.suffix == ".safetensors":
         stored = Stored(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}))
         write_safetensors(path, tensors, metadata.encode(stored))

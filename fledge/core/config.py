@@ -29,9 +29,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")

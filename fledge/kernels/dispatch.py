@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import BackendError
-from fledge.kernels.wkv4.chunked import wkv4_chunked
-from fledge.kernels.wkv4.reference import State4, wkv4_reference
 from fledge.kernels.wkv.chunked import wkv_chunked
 from fledge.kernels.wkv.reference import wkv_reference
+from fledge.kernels.wkv4.chunked import wkv4_chunked
+from fledge.kernels.wkv4.reference import State4, wkv4_reference
 
 WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
 WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}

@@ -1,4 +1,4 @@
-"""What a model is: its version and its sizes. Everything here can be read off a checkpoint's tensor names and shapes."""
+"""What a model is: its version and its sizes. All of it can be read off a checkpoint's tensor names and shapes."""
 
 from __future__ import annotations
 

@@ -32,11 +32,17 @@ class TimeMix(nn.Module):
         self.n_head, self.head_size = H, N
         self.has_gate = config.version != "5.0"
         self.bonus_is_log = config.bonus == "time_first"
-        for name in ("k", "v", "r", "g") if self.has_gate else ("k", "v", "r"):
-            setattr(self, f"time_mix_{name}", vector(C, device))
+        self.time_mix_k = vector(C, device)
+        self.time_mix_v = vector(C, device)
+        self.time_mix_r = vector(C, device)
+        if self.has_gate:
+            self.time_mix_g = vector(C, device)
         per_head = (H, N) if config.version == "5.2" else (H,)
         self.time_decay = nn.Parameter(torch.empty(per_head, device=device))
-        setattr(self, config.bonus, nn.Parameter(torch.empty(per_head, device=device)))
+        if self.bonus_is_log:
+            self.time_first = nn.Parameter(torch.empty(per_head, device=device))
+        else:
+            self.time_faaaa = nn.Parameter(torch.empty(per_head, device=device))
         self.receptance = Linear(C, A, device)
         self.key = Linear(C, A, device)
         self.value = Linear(C, A, device)
@@ -117,5 +123,5 @@ class Block(nn.Module):
 class Eagle(Trunk):
     """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
 
-    Block = Block
-    State = WkvState
+    block_class = Block
+    state_class = WkvState

@@ -32,8 +32,12 @@ class TimeMix(nn.Module):
         super().__init__()
         C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
         self.n_head, self.head_size = H, N
-        for name in ("x", "w", "k", "v", "r", "g"):
-            setattr(self, f"time_maa_{name}", vector(C, device))
+        self.time_maa_x = vector(C, device)
+        self.time_maa_w = vector(C, device)
+        self.time_maa_k = vector(C, device)
+        self.time_maa_v = vector(C, device)
+        self.time_maa_r = vector(C, device)
+        self.time_maa_g = vector(C, device)
         self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_rank, device=device))
         self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_rank, C, device=device))
         self.time_decay = vector(A, device)
@@ -53,7 +57,7 @@ class TimeMix(nn.Module):
         """x_w, x_k, x_v, x_r, x_g (equations 14-16); delta = previous token - x, both (B, T, C)."""
         B, T, C = x.shape
         low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 Dm)
-        low = low.view(B * T, 5, -1).transpose(0, 1)  # (5, B T, Dm)
+        low = low.view(B * T, 5, self.time_maa_w2.shape[1]).transpose(0, 1)  # (5, B T, Dm)
         mix = (low @ self.time_maa_w2).view(5, B, T, C)
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return [x + delta * (mu + dynamic) for mu, dynamic in zip(static, mix.unbind(0), strict=True)]
@@ -116,5 +120,5 @@ class Block(nn.Module):
 class Finch(Trunk):
     """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
 
-    Block = Block
-    State = WkvState
+    block_class = Block
+    state_class = WkvState

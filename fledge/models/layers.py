@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; weight (out, in) as in every official checkpoint. x may have any float dtype, y is float32."""
+    """y = x W^T without bias; weight (out, in) as in official checkpoints. x has any float dtype, y is float32."""
 
     def __init__(self, n_in: int, n_out: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def token_shift(x: Tensor, previous: Tensor) -> Tensor:
 
 
 def last_token(x: Tensor, previous: Tensor, lengths: Tensor | None) -> Tensor:
-    """What the next call's token shift needs: row b's token lengths[b] - 1 of x (B, T, C), `previous` if it has none."""
+    """What the next call's token shift needs: token lengths[b] - 1 of each row of x (B, T, C), or `previous`."""
     if lengths is None:
         return x[:, -1] if x.shape[1] else previous
     seen = torch.cat((previous[:, None], x), dim=1)  # (B, T + 1, C)

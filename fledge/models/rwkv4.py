@@ -30,8 +30,9 @@ class TimeMix(nn.Module):
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         C, A = config.n_embd, config.dim_att
-        for name in ("k", "v", "r"):
-            setattr(self, f"time_mix_{name}", vector(C, device))
+        self.time_mix_k = vector(C, device)
+        self.time_mix_v = vector(C, device)
+        self.time_mix_r = vector(C, device)
         self.time_decay = nn.Parameter(torch.empty(A, device=device))
         self.time_first = nn.Parameter(torch.empty(A, device=device))
         self.receptance = Linear(C, A, device)
@@ -98,5 +99,5 @@ class Block(nn.Module):
 class Rwkv4(Trunk):
     """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
 
-    Block = Block
-    State = Rwkv4State
+    block_class = Block
+    state_class = Rwkv4State

@@ -7,8 +7,9 @@ log decay 0 (it forgets nothing), and the shifts are taken from the last real to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,20 +48,19 @@ class Padding:
 
 
 class Trunk(nn.Module):
-    """Embedding, blocks, norm, head. A family names its Block and State classes.
+    """Embedding, blocks, norm, head. A family names its `block_class` and `state_class`.
 
     One forward serves training, prefill and decoding: `logits, state = model(idx, state)`.
     """
 
-    Block: type[nn.Module]
-    State: type[State]
+    block_class: Callable[..., nn.Module]
+    state_class: type[State]
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
         self.emb = nn.Embedding(config.vocab_size, config.n_embd, device=device)
-        block: Any = self.Block
-        self.blocks = nn.ModuleList(block(config, layer, device) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(self.block_class(config, layer, device) for layer in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd, config.norm_eps, device)
         self.head = Linear(config.n_embd, config.vocab_size, device)
 
@@ -69,9 +69,10 @@ class Trunk(nn.Module):
         state = zero_state(self.config, batch, self.emb.weight.device)
         if not self.config.tuned_state:
             return state
-        tuned = torch.stack([block.att.time_state for block in self.blocks]).float()  # (L, H, V, K)
+        states: list[Tensor] = [cast(Any, block).att.time_state for block in self.blocks]
+        tuned = torch.stack(states).float()  # (L, H, V, K)
         wkv = tuned.transpose(-1, -2)[:, None].expand(-1, batch, -1, -1, -1)
-        return self.State(**{**state.tensors(), "wkv": wkv})
+        return self.state_class(**{**state.tensors(), "wkv": wkv})
 
     def forward(
         self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
@@ -87,12 +88,12 @@ class Trunk(nn.Module):
         self._check(idx, state, last)
         padding = Padding.of(lengths, idx)
         before = self.initial_state(idx.shape[0]) if state is None else state
-        x = self.blocks[0].ln0(self.emb(idx).float())  # (B, T, C)
+        x = cast(Any, self.blocks[0]).ln0(self.emb(idx).float())  # (B, T, C)
         layers: list[dict[str, Tensor]] = []
         for number, block in enumerate(self.blocks):
             x, after = block(x, before, number, padding)
             layers.append(after)
-        new_state = self.State(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+        new_state = self.state_class(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
         if last:
             x = self._last(x, padding)
         return self.head(self.ln_out(x)), new_state
@@ -115,6 +116,6 @@ class Trunk(nn.Module):
                 bad = low if low < 0 else high
                 raise TokenizerError(f"token id {bad} is outside this model's vocabulary of {self.config.vocab_size}")
         if state is not None:
-            if not isinstance(state, self.State):
+            if not isinstance(state, self.state_class):
                 raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
             state.check(self.config, idx.shape[0])

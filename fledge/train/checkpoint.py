@@ -18,7 +18,7 @@ def save_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ste
 
 
 def resume_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load what `save_run` wrote into model and optimiser; returns the number of steps done, 0 where there is no file."""
+    """Load what `save_run` wrote into model and optimiser; returns the steps done, 0 without a file."""
     if not path.exists():
         return 0
     try:

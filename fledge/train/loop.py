@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class TrainSettings:
     """One run. `windows` gives micro-batches; `accumulate` of them make a step."""
 
     schedule: Schedule
-    adam: AdamSettings = AdamSettings()
+    adam: AdamSettings = field(default_factory=AdamSettings)
     accumulate: int = 1
     clip: float = 1.0
     compute_dtype: torch.dtype | None = None  # dtype of the matrix products; None is the weights' own float32

@@ -29,6 +29,6 @@ def document_nats(model: Trunk, ids: Sequence[int], *, start: int = 0, window: i
     return total
 
 
-def bits_per_byte(nats: float, size: int) -> float:
+def bits_per_byte(nats: float, size: float) -> float:
     """Nats over a text of `size` bytes -> bits per byte."""
     return nats / math.log(2) / size

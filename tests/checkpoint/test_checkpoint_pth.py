@@ -247,7 +247,7 @@ def test_zip_archives_of_other_kinds(tmp_path: Path) -> None:
         ({"state_dict": {"emb.weight": torch.zeros(2)}, "step": 3}, "may be its part 'state_dict'"),
         ({"emb.weight": 5}, "'emb.weight' is a int, not a dense tensor"),
         ({"_strategy": "cpu fp32", "emb.weight": torch.zeros(2)}, "rwkv package for the strategy 'cpu fp32'"),
-        ({"conv.weight": torch.zeros(2, 2)}, "is not an RWKV checkpoint.*found conv.weight"),
+        ({"conv.weight": torch.zeros(2, 2)}, "is not an RWKV checkpoint.*found 'conv.weight'"),
     ],
 )
 def test_contents_that_are_no_model(content: Any, message: str, tmp_path: Path) -> None:

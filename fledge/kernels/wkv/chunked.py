@@ -104,7 +104,9 @@ class _Chunks(torch.autograd.Function):
     """r, k, w (B, H, n, c, K), v (B, H, n, c, V), u (H, K), state (B, H, K, V) -> y (B, H, n, c, V), final state."""
 
     @staticmethod
-    def forward(ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         sums = _sum_decays(w)
         # The token itself: weight r_t . (u * k_t), no decay.
         y = (r * k * u[:, None, None, :]).sum(-1, keepdim=True) * v

@@ -1,0 +1,137 @@
+"""From file to running model: strictness, precision, sharing of memory, tuned states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_checkpoints import KINDS, make, saved
+
+from fledge.checkpoint import assemble, load, load_model, load_tuned_state, merge_tuned_state, save
+from fledge.core.errors import CheckpointError, UsageError
+
+IDX = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    """Independent of the loader's rule: the Linear layers and the two vocabulary tables, by name."""
+    layers = ("key", "value", "receptance", "gate", "output", "emb", "head")
+    return name.endswith(".weight") and name.split(".")[-2] in layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_loads_and_runs(kind: str, tmp_path: Path) -> None:
+    loaded = load_model(saved(tmp_path, make(kind)))
+    with torch.no_grad():
+        logits, state = loaded.model(IDX)
+    assert logits.shape == (1, 5, 37) and bool(logits.isfinite().all()) and state.batch == 1
+    assert loaded.config == loaded.model.config and loaded.format == "pth" and not loaded.model.training
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_precision(stored: torch.dtype, wanted: torch.dtype | None, tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path, make("6.0 tuned", dtype=stored)), dtype=wanted).model
+    matrices = wanted or (torch.float32 if stored == torch.float16 else stored)
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == (matrices if is_matrix(name, weight) else torch.float32), name
+
+
+def test_weights_keep_their_values_in_bfloat16(tmp_path: Path) -> None:
+    tensors = make("6.0 in bfloat16")
+    weights = load_model(saved(tmp_path, tensors)).model.state_dict()
+    assert all(torch.equal(weights[name].float(), tensor.float()) for name, tensor in tensors.items())
+
+
+def test_unchanged_weights_are_shared_not_copied(tmp_path: Path) -> None:
+    config, tensors = load(saved(tmp_path, make("5.2")))
+    model = assemble(config, tensors)
+    assert all(weight.data_ptr() == tensors[name].data_ptr() for name, weight in model.state_dict().items())
+
+
+def test_training_a_mapped_model_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = saved(tmp_path, make("5.2"))
+    before = path.read_bytes()
+    model = load_model(path).model
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
+def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not one of float32, bfloat16, float16"):
+        load_model(saved(tmp_path, make("4")), dtype=dtype)
+
+
+def test_the_tiny_model_gives_the_logits_of_rwkv_cpp(shared: Path, tmp_path: Path) -> None:
+    """Its stored logits were computed with a group-norm epsilon of 1e-5, which our header can carry."""
+    from dataclasses import replace
+
+    config, tensors = load(shared / "models/tiny-eagle/model.pth")
+    save(tmp_path / "m.safetensors", replace(config, group_norm_eps=1e-5), tensors)
+    expected = np.fromfile(shared / "models/tiny-eagle/expected-logits.f32", dtype="<f4")
+    with torch.no_grad():
+        logits, _ = load_model(tmp_path / "m.safetensors").model(torch.tensor([[34, 105, 110]]))
+    np.testing.assert_allclose(logits[0, -1].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["5.2", "6.0"])
+def test_a_tuned_state_is_used_left_out_or_given(kind: str, tmp_path: Path) -> None:
+    tensors = make(f"{kind} tuned")
+    state = {name: tensor for name, tensor in tensors.items() if name.endswith("time_state")}
+    base = {name: tensor for name, tensor in tensors.items() if name not in state}
+    whole, plain = saved(tmp_path, tensors, "whole.pth"), saved(tmp_path, base, "plain.pth")
+    alone = saved(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in state.items()}, "state.pth")
+
+    def logits(path: Path, **options: object) -> torch.Tensor:
+        loaded = load_model(path, **options)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return loaded.model(IDX)[0]
+
+    tuned, untuned = logits(whole), logits(plain)
+    assert not torch.allclose(tuned, untuned)
+    assert torch.equal(logits(whole, tuned=False), untuned)
+    assert torch.equal(logits(plain, state_file=alone), tuned)
+    assert torch.equal(logits(whole, tuned=False, state_file=whole), tuned)
+
+
+def test_the_dict_keeps_a_tuned_state_as_the_file_has_it(tmp_path: Path) -> None:
+    """(H, V, K) in the file and in the dict; the model's own state is its transpose."""
+    tensors = make("6.0 tuned")
+    state = load_tuned_state(saved(tmp_path, tensors))
+    assert list(state) == [f"blocks.{layer}.att.time_state" for layer in range(3)]
+    config, merged = merge_tuned_state(*load(saved(tmp_path, make("6.0"), "base.pth")), state)
+    assert config.tuned_state and torch.equal(merged["blocks.1.att.time_state"], tensors["blocks.1.att.time_state"])
+    first = assemble(config, merged).initial_state(2)
+    assert torch.equal(first.wkv[1, 0], tensors["blocks.1.att.time_state"].transpose(1, 2))
+
+
+def test_tuned_states_of_other_models_are_refused(tmp_path: Path) -> None:
+    state = load_tuned_state(saved(tmp_path, make("6.0 tuned"), "state.pth"))
+    for kind, sizes, message in (
+        ("4", {}, "cannot be used with an RWKV-4 model"),
+        ("6.0", {"n_layer": 2}, "is for 3 layers, the model has 2"),
+        ("5.2", {"n_embd": 32}, r"blocks\.0\.att\.time_state is \(3, 8, 8\), the model needs \(4, 8, 8\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            merge_tuned_state(*load(saved(tmp_path, make(kind, **sizes))), state)
+    with pytest.raises(CheckpointError, match="holds no tuned state"):
+        load_tuned_state(saved(tmp_path, make("6.0")))
+    alone = saved(tmp_path, state, "alone.pth")
+    with pytest.raises(CheckpointError, match="is a tuned state, not a whole model"):
+        load_model(alone)
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu(tmp_path: Path) -> None:
+    path = saved(tmp_path, make("6.0", dtype=torch.float16))
+    model = load_model(path, device="cuda").model
+    assert {weight.device.type for weight in model.parameters()} == {"cuda"}
+    assert model.head.weight.dtype == torch.float16
+    with torch.no_grad():
+        logits = model(IDX.cuda())[0].cpu()
+    torch.testing.assert_close(logits, load_model(path).model(IDX)[0].detach(), atol=0.05, rtol=0.05)

@@ -1,0 +1,200 @@
+"""Any format to any other with no bit changed, and targets that are never half written or overwritten by accident."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_checkpoints import KINDS, make, same, saved
+
+from fledge.checkpoint import conversion, convert, load, load_model, read, save, writer
+from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
+
+ROUTE = [("a.safetensors", None), ("hf", None), ("fla", "fla"), ("b.safetensors", None), ("b.pth", None)]
+HOLDS = {"hf": ("4", "5.2", "6.0"), "fla": ("6.0",)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_through_every_format_that_can_hold_it(kind: str, tmp_path: Path) -> None:
+    tensors = make(kind)
+    place = saved(tmp_path, tensors)
+    steps = []
+    for name, to in ROUTE:
+        holds = HOLDS.get(name, (KINDS[kind]["version"],))
+        if KINDS[kind]["version"] not in holds or (name == "fla" and "tuned" in kind):
+            with pytest.raises(UnsupportedError, match="folder"):
+                convert(place, tmp_path / name, to=to)
+            assert not (tmp_path / name).exists()
+            continue
+        done = convert(place, tmp_path / name, to=to)
+        assert done.target == tmp_path / name and done.source == place
+        place = tmp_path / name
+        steps.append(read(place).format)
+        assert same(tensors, load(place)[1])
+    assert place == tmp_path / "b.pth" and steps[-1] == "pth"
+    assert len(steps) == 3 + (KINDS[kind]["version"] in HOLDS["hf"]) + (kind in ("6.0", "6.0 in bfloat16"))
+    assert list(torch.load(place, weights_only=True)) == list(tensors)  # the official order of keys survives
+
+
+def test_config_tokenizer_and_extras_survive_where_they_can(tmp_path: Path) -> None:
+    tensors = make("5.2", vocab_size=256)
+    config = replace(load(saved(tmp_path, tensors))[0], group_norm_eps=1e-5)
+    save(tmp_path / "a.safetensors", config, tensors, tokenizer_spec={"kind": "bytes"}, extra={"steps": 3})
+    convert(tmp_path / "a.safetensors", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "b.safetensors")
+    one, other = read(tmp_path / "a.safetensors"), read(tmp_path / "b.safetensors")
+    assert (one.config, one.tokenizer_spec, one.extra) == (other.config, other.tokenizer_spec, other.extra)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    notes = convert(tmp_path / "hf", tmp_path / "b.pth").notes
+    assert len(notes) == 3 and "the tokenizer" in notes[0] and "group_norm_eps 1e-05" in notes[2]
+
+
+def test_hf_config_for_the_remote_code(tmp_path: Path) -> None:
+    done = convert(saved(tmp_path, make("6.0", n_embd=64, head_size=16)), tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings["architectures"] == ["Rwkv6ForCausalLM"] and settings["model_type"] == "rwkv6"
+    assert settings["auto_map"]["AutoModelForCausalLM"] == "modeling_rwkv6.Rwkv6ForCausalLM"
+    assert (settings["hidden_size"], settings["num_hidden_layers"], settings["head_size"]) == (64, 3, 16)
+    assert (settings["head_size_divisor"], settings["vocab_size"], settings["bos_token_id"]) == (8, 37, 0)
+    assert settings["tie_word_embeddings"] is False
+    assert any("modeling_rwkv6.py" in note for note in done.notes) and any("LoRA ranks" in note for note in done.notes)
+    assert "num_heads" not in settings  # that name would make it a fla folder
+    assert sorted(entry.name for entry in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_fla_config(tmp_path: Path) -> None:
+    done = convert(saved(tmp_path, make("6.0")), tmp_path / "m", to="fla")
+    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (settings["num_heads"], settings["expand_k"], settings["expand_v"]) == (3, 1.0, 1.0)
+    assert (settings["proj_low_rank_dim"], settings["gate_low_rank_dim"]) == (8, 12)
+    assert settings["norm_eps"] == 1e-5 and any("64e-5" in note for note in done.notes)
+
+
+def test_an_existing_target_is_kept_without_force(tmp_path: Path) -> None:
+    source = saved(tmp_path, make("6.0"))
+    other = saved(tmp_path, make("4"), "other.pth")
+    for name in ("t.pth", "t.safetensors", "folder"):
+        convert(other, tmp_path / name)
+        before = read(tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"exists; give force to replace it"):
+            convert(source, tmp_path / name)
+        assert same(before.tensors, load(tmp_path / name)[1])
+        convert(source, tmp_path / name, force=True)
+        assert load(tmp_path / name)[0].version == "6.0"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "folder", "model.pth", "other.pth", "t.pth", "t.safetensors",
+    ]  # fmt: skip
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    convert(saved(tmp_path, make("4")), tmp_path / "new")
+    assert load(tmp_path / "new")[0].version == "4"
+
+
+def test_force_never_replaces_a_folder_with_other_things_in_it(tmp_path: Path) -> None:
+    source = saved(tmp_path, make("6.0"))
+    convert(source, tmp_path / "m")
+    (tmp_path / "m" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds more than a model \(thesis\.txt\) and will not be replaced"):
+        convert(source, tmp_path / "m", force=True)
+    assert (tmp_path / "m" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_is_never_replaced_by_a_file_or_the_other_way(tmp_path: Path) -> None:
+    source = saved(tmp_path, make("4"))
+    (tmp_path / "d.pth").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder, a pth checkpoint is not"):
+        convert(source, tmp_path / "d.pth", force=True)
+    (tmp_path / "plain").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file, a hf checkpoint is not"):
+        convert(source, tmp_path / "plain", force=True)
+
+
+def test_a_file_can_be_converted_onto_itself(tmp_path: Path) -> None:
+    tensors = make("5.2")
+    path = saved(tmp_path, tensors)
+    convert(path, path, force=True)
+    assert same(tensors, load(path)[1])
+
+
+def test_wrong_requests(tmp_path: Path) -> None:
+    source = saved(tmp_path, make("4"))
+    with pytest.raises(UsageError, match="format 'gguf' is unknown; use one of pth, safetensors, hf, fla"):
+        convert(source, tmp_path / "x", to="gguf")
+    with pytest.raises(UsageError, match=r"must be named \*\.safetensors"):
+        convert(source, tmp_path / "x.pth", to="safetensors")
+    with pytest.raises(CheckpointError, match="there is no"):
+        convert(tmp_path / "absent.pth", tmp_path / "x.pth")
+
+
+def test_damage_is_not_carried_over(tmp_path: Path) -> None:
+    tensors = make("5.2")
+    whole = bytearray(saved(tmp_path, tensors).read_bytes())
+    whole[whole.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
+    (tmp_path / "bad.pth").write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"bad\.pth is damaged"):
+        convert(tmp_path / "bad.pth", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
+    source = saved(tmp_path, make("4"))
+    for name in ("x.pth", "x.safetensors", "deep/er/x"):
+        with pytest.raises(CheckpointError, match=r"has 0\.00 GB free, and 0\.00 GB are needed; make room"):
+            convert(source, tmp_path / name)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
+def test_nothing_is_left_of_a_conversion_that_fails(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path, make("6.0"))
+    convert(source, tmp_path / name)
+    before = read(tmp_path / name).tensors
+
+    def fail(*args: object, **rest: object) -> None:
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(writer, "write_pth" if name == "x.pth" else "write_safetensors", fail)
+    monkeypatch.setattr(conversion.json, "dumps", fail)
+    with pytest.raises(OSError, match="disk on fire"):
+        convert(source, tmp_path / name, force=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.pth", name]
+    monkeypatch.undo()
+    assert same(before, load(tmp_path / name)[1])
+
+
+def test_a_pth_holds_each_tensor_once(tmp_path: Path) -> None:
+    """torch.save writes whole storages, and a mapped file is one large storage."""
+    source = saved(tmp_path, make("6.0"))
+    convert(source, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", tmp_path / "x.pth")
+    assert (tmp_path / "x.pth").stat().st_size == pytest.approx(source.stat().st_size, rel=0.05)
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("4", 1), ("4", 2), ("5.0", 2), ("5.1", 2), ("5.2", 2), ("6.0", 1), ("6.0", 2)]
+)
+def test_the_rwkv_package_reads_what_comes_out(
+    kind: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells versions by the order of keys, which safetensors files need not keep. It runs no RWKV-5 of one layer."""
+    for name, value in {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}.items():
+        monkeypatch.setenv(name, value)
+    peer = pytest.importorskip("rwkv.model")
+    tensors = make(kind, n_layer=layers)
+    source = tmp_path / "x.safetensors"
+    save(source, load(saved(tmp_path, tensors))[0], dict(sorted(tensors.items())))
+    convert(source, tmp_path / "x.pth")
+    theirs, _ = peer.RWKV(model=str(tmp_path / "x"), strategy="cpu fp32").forward([3, 1, 4], None)
+    with torch.no_grad():
+        ours, _ = load_model(tmp_path / "x.pth").model(torch.tensor([[3, 1, 4]]))
+    torch.testing.assert_close(ours[0, -1], theirs, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,89 @@
+"""What a name stands for: local paths first, hub names after, and help where it is neither. No network is used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small_checkpoints import make, saved
+
+from fledge.checkpoint import hub, load
+from fledge.core.errors import CheckpointError
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A huggingface_hub that notes what it is asked for and knows no repository."""
+    calls: list[tuple[Any, ...]] = []
+
+    def refuse(*asked: Any, **rest: Any) -> str:
+        calls.append((*asked, *rest.values()))
+        raise OSError("Repository Not Found\nfor url ...")
+
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=refuse, hf_hub_download=refuse)
+    )
+    monkeypatch.setattr(hub, "find_spec", lambda name: object())
+    return calls
+
+
+def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
+    (tmp_path / "owner").mkdir()
+    saved(tmp_path / "owner", make("4"), "name")
+    monkeypatch.chdir(tmp_path)
+    assert load("owner/name")[0].version == "4" and not fake_hub
+
+
+def test_a_repository_is_fetched_as_a_folder(monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"RWKV/v6-Finch could not|RWKV/v6-Finch is no local path") as caught:
+        load("RWKV/v6-Finch")
+    assert fake_hub[0][0] == "RWKV/v6-Finch" and "config.json" in fake_hub[0][1]
+    assert "Repository Not Found" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_file_of_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, make("6.0"))
+    asked: list[Any] = []
+
+    def give(*names: str) -> str:
+        asked.append(names)
+        return str(path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=give))
+    monkeypatch.setattr(hub, "find_spec", lambda name: object())
+    assert load("BlinkDL/rwkv-6-world/RWKV-x060.pth")[0].version == "6.0"
+    assert asked == [("BlinkDL/rwkv-6-world", "RWKV-x060.pth")]
+
+
+def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r'huggingface_hub is not installed.*pip install "fledge\[hub\]"'):
+        load("RWKV/v6-Finch")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("modle.pth", r"did you mean model\.pth"),
+        ("zzz.pth", r"that folder holds model\.pth"),
+        ("models/tiny.pth", "exists, but not what follows it"),
+        ("owner/name.safetensors", "exists, but not what follows it"),
+        ("./owner/name", "exists, but not what follows it"),
+        ("../a/b/c/d", "exists, but not what follows it"),
+        ("sub/name", r"there is no sub/name"),
+    ],
+)
+def test_what_looks_like_a_path_is_never_fetched(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]
+) -> None:
+    (tmp_path / "sub").mkdir()
+    saved(tmp_path, make("4"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"there is no .*{hint}|{hint}"):
+        load(name)
+    with pytest.raises(CheckpointError):
+        load(Path("RWKV/v6-Finch"))  # a Path is a path
+    assert not fake_hub

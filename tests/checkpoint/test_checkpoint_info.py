@@ -1,0 +1,149 @@
+"""Facts without weights: the paper's numbers, and large files in little time and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_checkpoints import KINDS, make, saved
+
+from fledge.checkpoint import expected_shapes, inspect, save
+from fledge.checkpoint.info import flops_per_token
+from fledge.models import ModelConfig
+from fledge.tokenizer import prune, world_vocabulary
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def parameters(config: ModelConfig) -> int:
+    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "state", "flops"),
+    [
+        (ModelConfig.eagle(24, 1024), 461_721_600, 1_622_016, 9.33e8),
+        (ModelConfig.eagle(24, 2048), 1_577_754_624, 3_244_032, 3.17e9),
+        (ModelConfig.eagle(32, 2560), 3_062_999_040, 5_406_720, 6.16e9),
+        (ModelConfig.eagle(32, 4096), 7_518_044_160, 8_650_752, 1.51e10),
+        (ModelConfig.finch(24, 2048), 1_599_873_024, 3_244_032, 3.22e9),
+        (ModelConfig.finch(32, 2560), 3_099_863_040, 5_406_720, 6.23e9),
+    ],
+)
+def test_the_numbers_of_the_papers_table_11(config: ModelConfig, count: int, state: int, flops: float) -> None:
+    assert parameters(config) == count
+    assert config.state_floats == state
+    assert flops_per_token(config, count) == pytest.approx(flops, rel=0.005)
+
+
+def test_unpublished_sizes() -> None:
+    assert parameters(ModelConfig.finch(32, 4096)) == 7_635_746_816
+    assert parameters(ModelConfig.eagle(12, 768)) == 192_807_936
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_files(kind: str, tmp_path: Path) -> None:
+    tensors = make(kind)
+    path = saved(tmp_path, tensors)
+    info = inspect(path)
+    assert info.config.version == KINDS[kind]["version"]
+    assert info.parameters == sum(t.numel() for name, t in tensors.items() if not name.endswith("time_state"))
+    assert info.dtypes == (("bfloat16",) if "bfloat16" in kind else ("float32",))
+    assert info.nbytes == path.stat().st_size and info.format == "pth"
+    assert info.state_nbytes == 4 * 3 * (5 * 24 if kind == "4" else 2 * 24 + 3 * 64)
+    labels = dict(info.rows())
+    assert labels["parameters"] == f"{info.parameters:,}" and labels["tuned state"] == (
+        "yes" if "tuned" in kind else "no"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(65536, "World (guessed"), (50277, "does not ship"), (256, "bytes (guessed"), (37, "unknown: none is stored")],
+)
+def test_a_tokenizer_is_guessed_from_the_vocabulary(rows: int, words: str, tmp_path: Path) -> None:
+    assert words in inspect(saved(tmp_path, make("4", n_layer=1, n_embd=8, vocab_size=rows))).tokenizer
+
+
+def test_a_stored_tokenizer_is_named(tmp_path: Path) -> None:
+    vocabulary = prune(world_vocabulary(), [300], size=260)
+    tensors = make("6.0", vocab_size=260)
+    config = inspect(saved(tmp_path, tensors)).config
+    save(tmp_path / "m.safetensors", config, tensors, tokenizer_spec=vocabulary.to_spec(), extra={"steps": 3})
+    info = inspect(tmp_path / "m.safetensors")
+    assert info.tokenizer == "World, pruned to 260 rows (stored in the file)" and info.extra == {"steps": 3}
+
+
+def test_mixed_dtypes_are_listed_largest_first(tmp_path: Path) -> None:
+    tensors = make("6.0 in bfloat16")
+    save_file(tensors | {"ln_out.bias": tensors["ln_out.bias"].float()}, tmp_path / "m.safetensors")
+    assert inspect(tmp_path / "m.safetensors").dtypes == ("bfloat16", "float32")
+
+
+def sparse_safetensors(path: Path, config: ModelConfig) -> None:
+    """A bfloat16 model of real size whose weights take no room on disk."""
+    header, end = {}, 0
+    for name, shape in expected_shapes(config).items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def sparse_pth(path: Path, config: ModelConfig) -> None:
+    """The same as torch.save lays it out."""
+    with torch.serialization.skip_data():
+        shapes = expected_shapes(config).items()
+        torch.save({name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes}, path)
+
+
+@pytest.mark.parametrize("write", [sparse_safetensors, sparse_pth])
+def test_a_file_of_15_gigabytes_is_inspected_in_a_moment(write: object, tmp_path: Path) -> None:
+    path = tmp_path / "finch-7b"
+    write(path, ModelConfig.finch(32, 4096))  # type: ignore[operator]
+    assert path.stat().st_size > 15e9
+    if path.stat().st_blocks * 512 > 1e8:
+        pytest.skip("the file system here has no sparse files")
+    start = time.perf_counter()
+    info = inspect(path)
+    assert time.perf_counter() - start < 1
+    assert info.parameters == 7_635_746_816 and (info.config.mix_rank, info.config.decay_rank) == (64, 128)
+    assert info.nbytes > 15e9
+
+
+def test_inspecting_a_large_file_takes_little_memory(tmp_path: Path) -> None:
+    """In a process of its own, which may not even reserve as much address space as the file is long."""
+    pytest.importorskip("resource", reason="needs POSIX limits")
+    sparse_safetensors(tmp_path / "m.safetensors", ModelConfig.finch(32, 4096))
+    sparse_pth(tmp_path / "m.pth", ModelConfig.finch(32, 4096))
+    code = """
+import resource, sys
+import torch
+from fledge.checkpoint import inspect
+inspect(sys.argv[1])  # imports what it needs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.platform == "linux":
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))
+for path in sys.argv[2:]:
+    inspect(path)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    files = [saved(tmp_path, make("4"), "small.pth"), tmp_path / "m.safetensors", tmp_path / "m.pth"]
+    command = [sys.executable, "-c", code, *map(str, files)]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 50_000  # kilobytes (bytes on macOS, which only makes this stricter)
+
+
+def test_rwkv4_has_no_heads(tmp_path: Path) -> None:
+    assert flops_per_token(ModelConfig.rwkv4(2, 8), 100) == 200

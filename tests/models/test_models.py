@@ -1,0 +1,250 @@
+"""Every family: one forward for any split, any ragged batch, float32 rows equal alone and together."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_checkpoints import random_checkpoint
+
+from fledge.core.errors import ConfigError, StateError, TokenizerError, UsageError
+from fledge.models import ModelConfig, State, Trunk, WkvState, build, init_weights, zero_state
+
+VOCAB = 23
+SIZES = {"vocab_size": VOCAB, "n_layer": 2, "n_embd": 24, "dim_att": 24, "dim_ffn": 40}
+CONFIGS = {
+    "4": ModelConfig("4", **SIZES),
+    "5.0": ModelConfig("5.0", **SIZES, n_head=3),
+    "5.0-time_first": ModelConfig("5.0", **SIZES, n_head=3, bonus="time_first"),
+    "5.1": ModelConfig("5.1", **SIZES, n_head=3),
+    "5.2": ModelConfig("5.2", **SIZES, n_head=3),
+    "6.0": ModelConfig("6.0", **SIZES, n_head=3, mix_rank=4, decay_rank=6),
+    "6.0-tuned": ModelConfig("6.0", **SIZES, n_head=3, mix_rank=4, decay_rank=6, tuned_state=True),
+}
+every_family = pytest.mark.parametrize("name", CONFIGS)
+
+
+@lru_cache
+def model_of(name: str) -> Trunk:
+    config = CONFIGS[name]
+    sizes = {"head_size": config.head_size or 8, "bonus": config.bonus, "tuned_state": config.tuned_state}
+    if config.version == "6.0":
+        sizes |= {"mix_rank": 4, "decay_rank": 6}
+    tensors = random_checkpoint(
+        config.version, n_layer=2, n_embd=24, dim_ffn=40, vocab_size=VOCAB, dtype=torch.float32, seed=3, **sizes
+    )
+    model = build(config)
+    model.load_state_dict(tensors, strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_state(found: State, expected: State) -> None:
+    """aa and bb of RWKV-4 share the scale exp(-pp), which may differ: compare them brought to one scale."""
+    ours, theirs = found.tensors(), expected.tensors()
+    if "pp" in ours:
+        for side in (ours, theirs):
+            pp = side.pop("pp")
+            scale = torch.exp((pp - expected.tensors()["pp"]).clamp(-50, 50))
+            side["aa"], side["bb"] = side["aa"] * scale, side["bb"] * scale
+    for field in ours:
+        torch.testing.assert_close(ours[field], theirs[field], rtol=1e-5, atol=1e-5)
+
+
+@every_family
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(0, 40), data=st.data())
+def test_split_anywhere(name: str, length: int, data: st.DataObject) -> None:
+    model, idx = model_of(name), tokens(2, length)
+    cut = data.draw(st.integers(0, length))
+    whole, end = model(idx)
+    first, middle = model(idx[:, :cut])
+    second, after = model(idx[:, cut:], middle)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-5, atol=1e-5)
+    assert_same_state(after, end)
+
+
+@every_family
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 33), min_size=1, max_size=4), carried=st.booleans())
+def test_row_alone_equals_row_in_any_ragged_batch(name: str, lengths: list[int], carried: bool) -> None:
+    model, longest = model_of(name), max(lengths)
+    idx = tokens(len(lengths), longest, seed=1)
+    state = model(tokens(len(lengths), 7, seed=2))[1] if carried else None
+    logits, after = model(idx, state, lengths=torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        before = None if state is None else state.rows(row)
+        alone, alone_after = model(idx[row : row + 1, :length], before)
+        torch.testing.assert_close(logits[row : row + 1, :length], alone, rtol=1e-5, atol=1e-5)
+        assert_same_state(after.rows(row), alone_after)
+
+
+@every_family
+def test_padding_leaves_the_state_exactly_alone(name: str) -> None:
+    model = model_of(name)
+    state = model(tokens(2, 9))[1]
+    _, after = model(tokens(2, 20, seed=4), state, lengths=torch.tensor([0, 0]))
+    for field, tensor in after.tensors().items():
+        assert torch.equal(tensor, state.tensors()[field]), field
+
+
+@every_family
+def test_one_by_one_equals_the_whole(name: str) -> None:
+    model, idx = model_of(name), tokens(1, 30)
+    whole, _ = model(idx)
+    state, steps = None, []
+    for token in idx[0]:
+        logits, state = model(token.view(1, 1), state)
+        steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_last_is_the_last_row_of_all(name: str) -> None:
+    model, idx = model_of(name), tokens(3, 12)
+    lengths = torch.tensor([12, 1, 5])
+    logits, _ = model(idx, lengths=lengths)
+    last, _ = model(idx, lengths=lengths, last=True)
+    torch.testing.assert_close(last[:, 0], logits[torch.arange(3), lengths - 1])
+    assert model(idx, last=True)[0].shape == (3, 1, VOCAB)
+
+
+@every_family
+def test_the_given_state_is_never_written_to(name: str) -> None:
+    model = model_of(name)
+    state = model(tokens(2, 5))[1]
+    copy = state.clone()
+    model(tokens(2, 1), state)
+    model(tokens(2, 50), state, lengths=torch.tensor([50, 3]))
+    for field, tensor in state.tensors().items():
+        assert torch.equal(tensor, copy.tensors()[field])
+
+
+@every_family
+def test_gradient_reaches_every_parameter_and_the_state(name: str) -> None:
+    model = build(CONFIGS[name])
+    model.load_state_dict(model_of(name).state_dict())
+    state = model(tokens(2, 6))[1].detach()
+    state = type(state)(**{k: t.clone().requires_grad_() for k, t in state.tensors().items()})
+    logits, after = model(tokens(2, 17), state)
+    (logits.square().sum() + sum(t.square().sum() for t in after.tensors().values())).backward()
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter_name.endswith("time_state"):  # stands in for the state only when none is given
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+    for field, tensor in state.tensors().items():
+        assert tensor.grad is not None and tensor.grad.isfinite().all(), field
+
+
+def test_tuned_state_is_value_major_on_disk_and_key_major_here() -> None:
+    model = model_of("6.0-tuned")
+    state = model.initial_state(2)
+    assert isinstance(state, WkvState)
+    for layer, block in enumerate(model.blocks):
+        for row in range(2):
+            assert torch.equal(state.wkv[layer, row], block.att.time_state.transpose(1, 2))
+    with_default, _ = model(tokens(2, 4))
+    with_zero, _ = model(tokens(2, 4), zero_state(model.config, 2))
+    assert not torch.allclose(with_default, with_zero)
+
+
+@pytest.mark.parametrize("version", ["5.2", "6.0"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_official_initialisation_starts_at_the_uniform_loss_and_is_repeatable(version: str, layers: int) -> None:
+    make = {"5.2": ModelConfig.eagle, "6.0": ModelConfig.finch}[version]
+    config = make(layers, 64, vocab_size=50, head_size=16)
+    first, second = build(config), build(config)
+    for model in (first, second):
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+        for module in model.modules():  # norms that the initialisation leaves alone start as 1 and 0
+            if type(module).__name__ in ("LayerNorm", "HeadNorm"):
+                module.weight.data.fill_(1.0)
+                module.bias.data.zero_()
+        init_weights(model, seed=5)
+    for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.isfinite().all(), name
+    logits, _ = first(torch.arange(50).view(1, 50))
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], torch.arange(1, 50))
+    assert abs(loss.item() - 3.912) < 0.25  # ln 50
+
+
+def test_initial_values_of_the_recurrence() -> None:
+    model = build(ModelConfig.finch(3, 64, vocab_size=50, head_size=16))
+    init_weights(model, seed=0)
+    decay = model.blocks[1].att.time_decay.flatten()
+    assert decay[0].item() == -6 and abs(decay[-1].item() + 1) < 1e-6
+    bonus = model.blocks[0].att.time_faaaa.flatten()
+    torch.testing.assert_close(bonus[:4], torch.tensor([0.0, 0.1, -0.1, 0.0]))
+    assert model.blocks[2].ffn.value.weight.abs().max() == 0
+    torch.testing.assert_close(model.blocks[0].att.time_maa_k.flatten(), 1 - torch.arange(64) / 64)
+    torch.testing.assert_close(model.blocks[0].att.ln_x.weight[0].item(), (1 / 3) ** 0.7)
+
+
+def test_parameter_counts_match_the_published_models() -> None:
+    """Eagle 0.4B has 461,721,600 parameters and Finch 1.6B 1,599,873,024 (paper, table 11)."""
+    for config, count in (
+        (ModelConfig.eagle(24, 1024), 461_721_600),
+        (ModelConfig.finch(24, 2048), 1_599_873_024),
+        (ModelConfig.finch(32, 4096), 7_635_746_816),
+    ):
+        assert sum(p.numel() for p in build(config, device="meta").parameters()) == count
+    assert ModelConfig.finch(24, 2048).state_floats == 3_244_032
+
+
+def test_low_precision_matrices_keep_a_float32_stream() -> None:
+    model = build(CONFIGS["6.0"])
+    model.load_state_dict(model_of("6.0").state_dict())
+    expected, _ = model(tokens(1, 20))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".weight") and parameter.dim() == 2:
+            parameter.data = parameter.data.bfloat16()
+    logits, state = model(tokens(1, 20))
+    assert logits.dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in state.tensors().values())
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_wrong_arguments_are_named() -> None:
+    model = model_of("6.0")
+    with pytest.raises(TokenizerError, match=f"id {VOCAB} .*vocabulary of {VOCAB}"):
+        model(torch.tensor([[1, VOCAB]]))
+    with pytest.raises(TokenizerError, match="id -1 "):
+        model(torch.tensor([[-1]]))
+    with pytest.raises(StateError, match="Rwkv4State does not fit"):
+        model(tokens(1, 2), zero_state(CONFIGS["4"], 1))
+    with pytest.raises(StateError, match="holds 2 sequences, the input 1"):
+        model(tokens(1, 2), zero_state(CONFIGS["6.0"], 2))
+    with pytest.raises(StateError, match=r"state\.att_shift has shape \(1, 1, 24\).*\(2, 1, 24\)"):
+        model(
+            tokens(1, 2),
+            zero_state(ModelConfig("6.0", **{**SIZES, "n_layer": 1}, n_head=3, mix_rank=4, decay_rank=6), 1),
+        )
+    with pytest.raises(UsageError, match="lengths must hold 2 numbers between 0 and 3"):
+        model(tokens(2, 3), lengths=torch.tensor([1, 4]))
+    with pytest.raises(UsageError, match="last=True"):
+        model(tokens(1, 0), last=True)
+    with pytest.raises(UsageError, match=r"\(3,\)"):
+        model(torch.tensor([1, 2, 3]))
+    with pytest.raises(ConfigError, match="no initialisation for version 4"):
+        init_weights(build(CONFIGS["4"]))
+
+
+def test_state_values() -> None:
+    state = model_of("6.0")(tokens(3, 4))[1]
+    assert state.batch == 3
+    assert state.nbytes == 3 * 4 * CONFIGS["6.0"].state_floats
+    stacked = type(state).stack([state.rows(2), state.rows([0, 1])])
+    for field, tensor in state.tensors().items():
+        assert torch.equal(stacked.tensors()[field], tensor[:, [2, 0, 1]])
+        assert torch.equal(state.rows(slice(1, 3)).tensors()[field], tensor[:, 1:3])
+    with pytest.raises(StateError, match="different families"):
+        State.stack([state.rows(0), zero_state(CONFIGS["4"], 1)])
+    with pytest.raises(StateError, match="empty list"):
+        WkvState.stack([])
