@@ -169,7 +169,7 @@ def _score(model: Trunk, documents: list[tuple[dict[str, Any], list[int]]], limi
     sizes: defaultdict[str, float] = defaultdict(float)
     for span, ids in documents:
         language, size = span["language"], float(span["bytes"])
-        if limit is not None:
+        if limit is not None and ids:
             left = limit - sizes[language]
             if left <= 0:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,6 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_the_tiny_model_gives_the_logits_of_rwkv_cpp(shared: Path, tmp_path: Path) -> None:
     """Its stored logits were computed with a group-norm epsilon of 1e-5, which our header can carry."""
-    from dataclasses import replace
-
     config, tensors = load(shared / "models/tiny-eagle/model.pth")
     save(tmp_path / "m.safetensors", replace(config, group_norm_eps=1e-5), tensors)
     expected = np.fromfile(shared / "models/tiny-eagle/expected-logits.f32", dtype="<f4")

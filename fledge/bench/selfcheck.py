@@ -1,0 +1,124 @@
+"""Does every kernel backend compute what the paper says, on this machine? A few seconds, no files.
+
+Each backend runs in float32 on each device and is compared with the reference loop in float64, in outputs, final state
+and all gradients. The decays go from almost 0 to almost 1 and no two sizes are equal, so a wrong axis, a clamp or a
+broken instruction shows. The tests of the repository do this for far more cases; here it is about the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, wkv, wkv4
+
+TOLERANCE = 1e-4
+"""Largest error taken for sound, relative to the largest number of its tensor. Rounding gives a hundredth of it."""
+
+BATCH, LENGTH, HEADS, KEY, VALUE = 2, 77, 3, 16, 24
+
+Kernel = Callable[[Sequence[Tensor], str | None], list[Tensor]]
+"""(inputs, backend) -> outputs and states."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One backend on one device; the errors are the largest of outputs and states, and of gradients."""
+
+    kernel: str
+    backend: str
+    device: str
+    error: float
+    gradient_error: float
+    problem: str = ""  # what it raised, if it raised
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are within TOLERANCE (nan is not)."""
+        return not self.problem and self.error <= TOLERANCE and self.gradient_error <= TOLERANCE
+
+
+def check_kernels() -> list[Check]:
+    """Every backend on every device that is here."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [
+        _check(kernel, name, backend, inputs, device)
+        for kernel, name, backends, inputs in (
+            (_run_wkv, "wkv", WKV_BACKENDS, _wkv_inputs()),
+            (_run_wkv4, "wkv4", WKV4_BACKENDS, _wkv4_inputs()),
+        )
+        for device in devices
+        for backend in backends
+    ]
+
+
+def _check(kernel: Kernel, name: str, backend: str, inputs: Sequence[Tensor], device: str) -> Check:
+    expected, expected_gradients = _results(kernel, inputs, "reference", torch.float64, "cpu")
+    try:
+        found, gradients = _results(kernel, inputs, backend, torch.float32, device)
+    except Exception as error:  # a kernel that does not run here is a finding, whatever it raises
+        return Check(name, backend, device, math.inf, math.inf, f"{type(error).__name__}: {error}")
+    return Check(name, backend, device, _error(found, expected), _error(gradients, expected_gradients))
+
+
+def _results(
+    kernel: Kernel, inputs: Sequence[Tensor], backend: str, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of a fixed weighted sum of them, all in float64 on the CPU."""
+    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
+    outputs = kernel(leaves, backend)
+    weights = torch.Generator().manual_seed(2)
+    total = sum((out * torch.randn(out.shape, generator=weights).to(out)).sum() for out in outputs)
+    assert isinstance(total, Tensor)
+    gradients = torch.autograd.grad(total, leaves)
+    return [_plain(out) for out in outputs], [_plain(gradient) for gradient in gradients]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference in any tensor, relative to its largest number; nan if anything is."""
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def _run_wkv(inputs: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+    r, k, v, w, u, state = inputs
+    return list(wkv(r, k, v, w, u, state, backend=backend))
+
+
+def _run_wkv4(inputs: Sequence[Tensor], backend: str | None) -> list[Tensor]:
+    k, v, w, u, aa, bb, pp = inputs
+    y, state = wkv4(k, v, w, u, (aa, bb, pp), backend=backend)
+    return [y, *state]
+
+
+def _decays(*shape: int) -> Tensor:
+    """Log decays from -7e-4 (a token keeps 0.9993) to -20 (it keeps nothing), in random order."""
+    ramp = -torch.exp(torch.linspace(-7.3, 3.0, math.prod(shape)))
+    return ramp[torch.randperm(len(ramp), generator=torch.Generator().manual_seed(3))].reshape(shape)
+
+
+def _wkv_inputs() -> list[Tensor]:
+    """r, k, v, w, u, state."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = [(BATCH, LENGTH, HEADS, KEY)] * 2 + [(BATCH, LENGTH, HEADS, VALUE)]
+    r, k, v = (torch.randn(shape, generator=draw) for shape in shapes)
+    u = torch.randn(HEADS, KEY, generator=draw)
+    state = torch.randn(BATCH, HEADS, KEY, VALUE, generator=draw)
+    return [r, k, v, _decays(BATCH, LENGTH, HEADS, KEY), u, state]
+
+
+def _wkv4_inputs() -> list[Tensor]:
+    """k, v, w, u and the state aa, bb, pp."""
+    draw = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(BATCH, LENGTH, KEY, generator=draw) for _ in range(2))
+    u, aa = torch.randn(KEY, generator=draw), torch.randn(BATCH, KEY, generator=draw)
+    bb, pp = torch.rand(BATCH, KEY, generator=draw) + 0.5, torch.randn(BATCH, KEY, generator=draw)
+    return [k, v, _decays(BATCH, LENGTH, KEY), u, aa, bb, pp]

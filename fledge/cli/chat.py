@@ -1,0 +1,37 @@
+"""`fledge chat`: talk to a model, on a terminal or through a pipe. The conversation itself is `fledge.engine.Chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fledge.cli.options import ModelOptions, SamplingOptions, spread
+from fledge.cli.terminal import SlowBar, remark
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@spread
+def chat(
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    system: Annotated[str | None, typer.Option(help="A system text, read before the conversation.")] = None,
+    template: Annotated[str, typer.Option(help="How turns are written: world, instruct or qa.")] = "world",
+) -> None:
+    """Talk to a model: every line is a message, and the answer comes as it is written.
+
+    Lines that begin with a slash are commands (/help lists them). Ctrl-C ends an answer, Ctrl-D the conversation. From a
+    pipe, standard output gets the answers, a blank line between them, and the first error ends the run.
+    """
+    llm = model.load()
+
+    from fledge.cli.conversation import Conversation
+    from fledge.engine.chat import CHAT_PARAMS
+
+    with SlowBar("reading the system text"):
+        talk = llm.chat(system=system, template=template, params=sampling.applied_to(CHAT_PARAMS))
+    remark(f"{llm.name}: {llm.config.family}, {str(llm.dtype).removeprefix('torch.')} on {llm.device}. /help lists commands")
+    Conversation(talk, interactive=sys.stdin.isatty() and sys.stdout.isatty()).run()

@@ -1,0 +1,31 @@
+"""`fledge convert`: a checkpoint in another format, with no value changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fledge.cli.terminal import SlowBar, note, results
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint (file or folder) or a hub name.")],
+    target: Annotated[Path, typer.Argument(help="The file or folder to write.")],
+    to: Annotated[
+        str | None, typer.Option(help="pth, safetensors, hf or fla. (default: by the target's suffix; a folder is hf)")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
+) -> None:
+    """Write a checkpoint in another format. The values and their dtypes stay as they are."""
+    with SlowBar(f"converting {source}"):
+        from fledge import checkpoint
+
+        done = checkpoint.convert(source, target, to=to, force=force)
+    results().print(f"{done.target}: {done.format}, {done.nbytes:,} bytes", markup=False, soft_wrap=True)
+    for sentence in done.notes:
+        note(f"note: {sentence}")

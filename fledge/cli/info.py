@@ -1,0 +1,63 @@
+"""`fledge info`: what a checkpoint is. Reads names, shapes and metadata, never the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fledge.cli.terminal import results, visible
+
+if TYPE_CHECKING:
+    from fledge.checkpoint import CheckpointInfo
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def info(
+    file: Annotated[
+        str | None, typer.Argument(help="A checkpoint (file or folder) or a hub name. (default: the bundled model)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a checkpoint is, without reading its weights."""
+    from fledge.checkpoint import inspect
+    from fledge.engine.loading import locate
+
+    found = inspect(locate(file))
+    if as_json:
+        print(json.dumps(record(found), ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in [*found.rows(), *_extra_rows(found.extra)]:
+        table.add_row(visible(label), visible(text))
+    results().print(table, markup=False)
+
+
+def record(found: CheckpointInfo) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "path": str(found.path),
+        "format": found.format,
+        "config": {**asdict(found.config), "family": found.config.family, "head_size": found.config.head_size},
+        "parameters": found.parameters,
+        "dtypes": list(found.dtypes),
+        "bytes": found.nbytes,
+        "state_bytes": found.state_nbytes,
+        "flops_per_token": found.flops_per_token,
+        "tokenizer": found.tokenizer,
+        "tokenizer_spec": found.tokenizer_spec,
+        "extra": found.extra,
+    }
+
+
+def _extra_rows(extra: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the writer of the file added, one row a key."""
+    return [(str(key), value if isinstance(value, str) else json.dumps(value)) for key, value in extra.items()]

@@ -1,0 +1,140 @@
+"""The command `fledge`: a table of commands, and the one place where errors become a line and an exit code.
+
+Exit codes: 0 well; 1 an error (or, from `doctor`, a failed check); 2 a mistake in the arguments; 130 Ctrl-C.
+No traceback is shown unless `--traceback` asks for it.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from fledge import __version__
+from fledge.cli.terminal import one_line
+from fledge.core.errors import FledgeError
+
+COMMANDS = {
+    "generate": "fledge.cli.generate",
+    "chat": "fledge.cli.chat",
+    "info": "fledge.cli.info",
+    "tokenize": "fledge.cli.tokenize",
+    "convert": "fledge.cli.convert",
+    "doctor": "fledge.cli.doctor",
+    "bench": "fledge.cli.bench",
+}
+"""Command -> the module with its `app`, in the order in which help lists them."""
+
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """The commands of the table, each imported when asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = dict.fromkeys(COMMANDS)  # the names, for "did you mean"
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, or None where the table has no such name."""
+        return get_command(import_module(COMMANDS[cmd_name]).app) if cmd_name in COMMANDS else None
+
+
+@dataclass
+class Settings:
+    """What the options before the command say; the callback fills it in, `main` reads it."""
+
+    traceback: bool = False
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fledge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fledge(
+    context: typer.Context,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run RWKV-5 Eagle and RWKV-6 Finch language models."""
+    context.obj.traceback = traceback
+
+
+def run() -> None:
+    """The entry point: text goes out as UTF-8, whatever the platform would choose, and comes in without complaint."""
+    for stream, settings in (
+        (sys.stdin, {"errors": "replace"}),
+        (sys.stdout, {"encoding": "utf-8", "errors": "replace"}),
+        (sys.stderr, {"encoding": "utf-8", "errors": "replace"}),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(**settings)
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Raises the error itself where `--traceback` was given."""
+    settings = Settings()
+    try:
+        code = get_command(app)(args=list(arguments), prog_name="fledge", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+        return code or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return 1
+    except Exception as error:
+        if settings.traceback:
+            raise
+        message, code = _explain(error, arguments)
+        with suppress(BrokenPipeError):
+            print(f"error: {one_line(message)}", file=sys.stderr)
+        return code
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
+    """One line for people, and the exit code."""
+    if isinstance(error, FledgeError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+    # typer's own errors have click's base class, which later versions of typer bring along under a private name.
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "fledge"
+        return f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code
+    again = shlex.join(["fledge", "--traceback", *arguments])
+    kind = type(error).__name__
+    return f"{kind}: {error} (a bug in Fledge; please report it together with what `{again}` prints)", 1
+
+
+def _drop_output() -> None:
+    """The reader of standard output has gone (`| head`): what is still buffered must not be written at exit."""
+    import os
+
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,103 @@
+"""Options that several commands share, as dataclasses, and the decorator that spreads them over a command line.
+
+A command takes `model: ModelOptions`; typer sees `--model`, `--device` and `--dtype`. Not here: what options mean, beyond
+handing them to the room that knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from fledge.cli.terminal import SlowBar
+
+if TYPE_CHECKING:
+    from fledge.engine import LLM, SamplingParams
+
+
+def spread(function: Callable[..., None]) -> Callable[..., None]:
+    """Every parameter that is a dataclass becomes one option for each of its fields."""
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if dataclasses.is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            inner = get_type_hints(hints[name], include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name]
+                )
+                for field in dataclasses.fields(hints[name])
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    def command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        function(**values)
+
+    described: Any = command
+    described.__name__, described.__doc__ = function.__name__, function.__doc__
+    described.__signature__ = inspect.Signature(parameters)
+    described.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A checkpoint (file or folder) or a hub name. (default: the bundled one)"),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. (default: a GPU if there is one)")] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16, for the matrices. (default: as suits the device)")
+    ] = None
+
+    def load(self) -> LLM:
+        """The model, ready to use."""
+        with SlowBar("loading the model"):
+            from fledge.engine import load
+
+            return load(self.model, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn. What is not given stays as the command has it."""
+
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the most probable token. (default: 1)")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this probability. (generate 0.85, chat 0.3)")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Then keep at most so many; 0 keeps all. (default: 0)")] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Off the score of every token that has come. (generate 0, chat 0.5)")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Off it again for each time it came. (generate 0, chat 0.5)")
+    ] = None
+    penalty_decay: Annotated[
+        float | None, typer.Option(help="How much of a past time still counts after each token. (default: 0.996)")
+    ] = None
+    max_tokens: Annotated[int | None, typer.Option(help="End after so many. (generate 256, chat 1024)")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated. In bash $'\\n\\n' is a blank line.")
+    ] = None
+
+    def applied_to(self, params: SamplingParams) -> SamplingParams:
+        """`params` with what was given in place of its own."""
+        given = {name: value for name, value in vars(self).items() if value is not None and value != []}
+        return params.with_overrides(given)
