@@ -3,6 +3,7 @@
     python recipes/tiny_finch.py prepare --corpus FOLDER --run runs/tiny-finch
     python recipes/tiny_finch.py train    --run runs/tiny-finch
     python recipes/tiny_finch.py evaluate --run runs/tiny-finch
+    python recipes/tiny_finch.py plot     --run runs/tiny-finch --to docs/models/tiny-finch-loss.png
     python recipes/tiny_finch.py export   --run runs/tiny-finch --to fledge/assets/tiny-finch.safetensors
 
 FOLDER holds .jsonl or .jsonl.xz files with {"text", "lang", "src"} a line. `train` can be interrupted and started
@@ -22,7 +23,8 @@ import torch
 import typer
 from rich.console import Console
 
-from fledge.core.files import atomic_path
+from fledge.checkpoint import save
+from fledge.core.files import atomic_path, sha256
 from fledge.data.documents import Document, read_jsonl
 from fledge.data.mixture import Mixture, select
 from fledge.data.tokens import Windows, open_tokens, write_tokens
@@ -133,7 +135,11 @@ def train_model(run: RunFolder) -> None:
     def validate(current: Trunk) -> dict[str, float]:
         return {f"bpb_{name}": value for name, value in _score(current, documents, QUICK_BYTES).items()}
 
-    train(model, windows, SETTINGS, run, validate, console.print)
+    train(model, windows, SETTINGS, run, validate, _print_line)
+
+
+def _print_line(line: dict[str, float]) -> None:
+    console.print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), highlight=False)
 
 
 @app.command()
@@ -143,6 +149,53 @@ def evaluate(run: RunFolder) -> None:
     scores = _score(model, _validation_documents(run), None)
     _write_json(run / "evaluation.json", scores)
     console.print(scores)
+
+
+@app.command()
+def plot(run: RunFolder, to: Annotated[Path, typer.Option(help="the PNG to write")]) -> None:
+    """Loss and validation bits per byte against tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    per_step = BATCH * LENGTH * ACCUMULATE / 1e6
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    losses = [(line["step"] * per_step, line["loss"]) for line in lines if "loss" in line]
+    left.plot(*zip(*losses, strict=True), linewidth=1)
+    left.set(xlabel="million tokens", ylabel="training loss (nats a token)", title="Training loss")
+    scored = [line for line in lines if "bpb_mean" in line]
+    for name in sorted(key for key in scored[-1] if key.startswith("bpb_")):
+        points = [(line["step"] * per_step, line[name]) for line in scored]
+        style = {"color": "black", "linewidth": 2.0} if name == "bpb_mean" else {"linewidth": 1.0}
+        right.plot(*zip(*points, strict=True), label=name.removeprefix("bpb_"), **style)
+    right.set(xlabel="million tokens", ylabel="bits per byte", title="Text it never saw, by language")
+    right.legend(fontsize="small", ncols=2)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=110)
+
+
+@app.command()
+def export(run: RunFolder, to: Annotated[Path, typer.Option(help="the .safetensors to write")]) -> None:
+    """Write the model with its config, vocabulary and training facts; matrices in float16."""
+    model = _trained(run)
+    tensors = {
+        name: tensor.half() if name.endswith(".weight") and tensor.dim() == 2 else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    extra = {
+        "name": "tiny-finch",
+        "licence": "Apache-2.0",
+        "recipe": "recipes/tiny_finch.py",
+        "train_tokens": SETTINGS.schedule.steps * BATCH * LENGTH * ACCUMULATE,
+        "bits_per_byte": json.loads((run / "evaluation.json").read_text()),
+    }
+    spec = json.loads((run / "vocabulary.json").read_text())
+    save(to, MODEL, tensors, tokenizer_spec=spec, extra=extra)
+    console.print(f"{to}: {to.stat().st_size / 1e6:.1f} MB, sha256 {sha256(to)}")
 
 
 def _trained(run: Path) -> Trunk:

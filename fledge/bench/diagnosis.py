@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from fledge.bench.environment import EXTRAS, Extra, bundled_model, free_memory_bytes, machine_facts
+from fledge.bench.environment import EXTRAS, Extra, free_memory_bytes, machine_facts
 from fledge.bench.selfcheck import Check, check_kernels
 from fledge.checkpoint import verify
 from fledge.core.device import choose_device
 from fledge.core.errors import FledgeError
+from fledge.core.files import asset, sha256
+from fledge.engine.loading import BUNDLED
 from fledge.kernels import explain
 from fledge.kernels.dispatch import Choice
 
@@ -74,11 +76,11 @@ def diagnose() -> Diagnosis:
 
 
 def _bundled() -> Bundled:
-    path, digest = bundled_model()
-    if digest is None:
+    path = asset(f"{BUNDLED}.safetensors")
+    if not path.is_file():
         return Bundled(path, None, "missing; install Fledge again, or give --model a checkpoint of your own")
     try:
         verify(path)
     except FledgeError as error:
-        return Bundled(path, digest, str(error))
-    return Bundled(path, digest)
+        return Bundled(path, sha256(path), str(error))
+    return Bundled(path, sha256(path))

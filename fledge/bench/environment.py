@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-import fledge
-from fledge.core.files import asset, sha256
+from fledge import __version__
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -37,6 +36,11 @@ class Extra:
     name: str
     modules: tuple[str, ...]
     brings: str
+
+    @property
+    def command(self) -> str:
+        """What installs it; empty where nothing is missing."""
+        return f'pip install "fledge[{self.name}]"' if self.missing else ""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ def machine_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fledge": fledge.__version__,
+        "fledge": __version__,
         "commit": commit(),
         "load_average": load_average(),
     }
@@ -141,12 +145,6 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def bundled_model() -> tuple[Path, str | None]:
-    """Where the model of the package is to be, and the SHA-256 of its bytes; None where it is missing."""
-    path = asset("tiny-finch.safetensors")
-    return path, sha256(path) if path.is_file() else None
 
 
 def _text(path: Path) -> str:

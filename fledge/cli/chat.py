@@ -10,7 +10,7 @@ import typer
 from fledge.cli.options import ModelOptions, SamplingOptions, spread
 from fledge.cli.terminal import SlowBar, remark
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(name="chat", add_completion=False)
 
 
 @app.command()
@@ -21,10 +21,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system text, read before the conversation.")] = None,
     template: Annotated[str, typer.Option(help="How turns are written: world, instruct or qa.")] = "world",
 ) -> None:
-    """Talk to a model: every line is a message, and the answer comes as it is written.
+    """Talk to a model: one line, one message.
 
-    Lines that begin with a slash are commands (/help lists them). Ctrl-C ends an answer, Ctrl-D the conversation. From a
-    pipe, standard output gets the answers, a blank line between them, and the first error ends the run.
+    Lines that begin with a slash are commands (/help lists them). Ctrl-C ends an answer, Ctrl-D the conversation.
+    From a pipe, standard output gets the answers, a blank line between them, and the first error ends the run.
     """
     llm = model.load()
 
@@ -33,5 +33,6 @@ def chat(
 
     with SlowBar("reading the system text"):
         talk = llm.chat(system=system, template=template, params=sampling.applied_to(CHAT_PARAMS))
-    remark(f"{llm.name}: {llm.config.family}, {str(llm.dtype).removeprefix('torch.')} on {llm.device}. /help lists commands")
+    dtype = str(llm.dtype).removeprefix("torch.")
+    remark(f"{llm.name}: {llm.config.family}, {dtype} on {llm.device}. /help lists commands")
     Conversation(talk, interactive=sys.stdin.isatty() and sys.stdout.isatty()).run()

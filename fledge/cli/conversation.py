@@ -121,7 +121,8 @@ class Conversation:
                 write(piece)
                 piece = next(stream, "")
         except KeyboardInterrupt:
-            stream.close()
+            with suppress(KeyboardInterrupt):  # pressed again: then the chat closes the answer when it goes on
+                stream.close()
             write("\n")
             if not self._interactive:
                 raise
@@ -130,6 +131,8 @@ class Conversation:
         write("\n")
         if stream.completion.finish_reason == "length":
             remark("cut off by --max-tokens")
+        if self._interactive:
+            write("\n")
 
     def _undo(self, _rest: str) -> None:
         remark(f"took back: {self._chat.undo().user}")
@@ -140,7 +143,10 @@ class Conversation:
     def _branch(self, name: str) -> None:
         if not name:
             here = self._chat.current
-            note("branches: " + ", ".join(f"{branch} (here)" if branch == here else branch for branch in self._chat.branches))
+            note(
+                "branches: "
+                + ", ".join(f"{branch} (here)" if branch == here else branch for branch in self._chat.branches)
+            )
             return
         self._chat.branch(name)
         remark(f"in the new branch {name}")

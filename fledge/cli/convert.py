@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fledge.cli.terminal import SlowBar, note, results
+from fledge.cli.terminal import SlowBar, note, visible
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(name="convert", add_completion=False)
 
 
 @app.command()
@@ -21,11 +21,14 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
 ) -> None:
-    """Write a checkpoint in another format. The values and their dtypes stay as they are."""
+    """Write a checkpoint in another format.
+
+    The values and their dtypes stay as they are.
+    """
     with SlowBar(f"converting {source}"):
         from fledge import checkpoint
 
         done = checkpoint.convert(source, target, to=to, force=force)
-    results().print(f"{done.target}: {done.format}, {done.nbytes:,} bytes", markup=False, soft_wrap=True)
+    print(visible(f"{done.target}: {done.format}, {done.nbytes:,} bytes"))
     for sentence in done.notes:
         note(f"note: {sentence}")

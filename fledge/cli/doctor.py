@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fledge.cli.terminal import SlowBar, results
+from fledge.cli.terminal import SlowBar, print_heading, print_rows
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fledge.bench.diagnosis import Diagnosis
+    from fledge.bench.selfcheck import Check
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(name="doctor", add_completion=False)
 
 
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check this installation: versions, kernels with a self-check, the bundled model, optional parts."""
+    """Check this installation, and that it computes right.
+
+    Shows versions, kernels with a self-check, the bundled model and optional parts. The exit code is 1 if anything is
+    wrong.
+    """
     with SlowBar("checking"):
         from fledge.bench.diagnosis import diagnose
 
@@ -30,7 +33,7 @@ def doctor(
     if as_json:
         print(json.dumps(record(found)))
     else:
-        _show(found, results())
+        _show(found)
     if not found.healthy:
         raise typer.Exit(1)
 
@@ -58,42 +61,40 @@ def record(found: Diagnosis) -> dict[str, Any]:
     }
 
 
-def _show(found: Diagnosis, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    def section(title: str, rows: list[tuple[str, ...]]) -> None:
-        console.print(f"[bold]{title}[/bold]")
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-
-    section("This installation", [(label, escape(text)) for label, text in found.facts()])
-    section("Kernels", [(c.kernel, c.situation, c.backend, escape(c.reason)) for c in found.kernels])
-    section(
-        "Self-check: largest error against the reference in float64, of results and of gradients",
-        [
-            (
-                *(check.kernel, check.backend, check.device, f"{check.error:.1e}", f"{check.gradient_error:.1e}"),
-                "[green]ok[/green]" if check.passed else f"[red]wrong {escape(check.problem)}[/red]",
-            )
-            for check in found.checks
-        ],
-    )
+def _show(found: Diagnosis) -> None:
     bundled = found.bundled
-    state = f"[red]{escape(bundled.problem)}[/red]" if bundled.problem else "[green]ok[/green]"
-    section("Bundled model", [("file", escape(str(bundled.path))), ("sha256", bundled.sha256 or "-"), ("state", state)])
-    section(
-        "Optional parts",
-        [
-            (
-                extra.name,
-                "[green]installed[/green]" if not extra.missing else f'pip install "fledge\\[{extra.name}]"',
-                escape(extra.brings),
-            )
-            for extra in found.extras
-        ],
-    )
-    console.print("[green]All is well.[/green]" if found.healthy else "[red]Something is wrong; see above.[/red]")
+    sections: list[tuple[str, list[tuple[str, ...]]]] = [
+        ("This installation", list(found.facts())),
+        ("Kernels", [(c.kernel, c.situation, c.backend, c.reason) for c in found.kernels]),
+        (
+            "Self-check: largest error of results and of gradients, against the reference in float64",
+            [
+                (*(c.kernel, c.backend, c.device, f"{c.error:.1e}", f"{c.gradient_error:.1e}"), _verdict(c))
+                for c in found.checks
+            ],
+        ),
+        (
+            "Bundled model",
+            [
+                ("file", str(bundled.path)),
+                ("sha256", bundled.sha256 or "none"),
+                ("state", bundled.problem or "ok"),
+            ],
+        ),
+        (
+            "Optional parts",
+            [
+                (extra.name, "not installed" if extra.missing else "installed", extra.brings, extra.command)
+                for extra in found.extras
+            ],
+        ),
+    ]
+    for title, rows in sections:
+        print_heading(title)
+        print_rows(rows, indent=2)
+        print()
+    print("All is well." if found.healthy else "Something is wrong; see above.")
+
+
+def _verdict(check: Check) -> str:
+    return "ok" if check.passed else check.problem or "wrong"

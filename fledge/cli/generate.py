@@ -1,4 +1,4 @@
-"""`fledge generate`: continue a text. Standard output gets the text as it comes, or one JSON object, and nothing else."""
+"""`fledge generate`: continue a text. Standard output gets that text as it comes, or one JSON object; nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN_PROMPT = 400
 """Characters of the prompt that a terminal shows before the text."""
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(name="generate", add_completion=False)
 
 
 @app.command()
@@ -28,7 +28,9 @@ app = typer.Typer(rich_markup_mode=None)
 def generate(
     model: ModelOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue. (default: standard input)")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue. (default: standard input)")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
 ) -> None:
     """Continue a text.

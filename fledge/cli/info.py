@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fledge.cli.terminal import results, visible
+from fledge.cli.terminal import print_rows
 
 if TYPE_CHECKING:
     from fledge.checkpoint import CheckpointInfo
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(name="info", add_completion=False)
 
 
 @app.command()
 def info(
     file: Annotated[
-        str | None, typer.Argument(help="A checkpoint (file or folder) or a hub name. (default: the bundled model)")
+        str | None,
+        typer.Argument(
+            metavar="[FILE]", help="A checkpoint (file or folder) or a hub name. (default: the bundled model)"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -31,14 +34,7 @@ def info(
     if as_json:
         print(json.dumps(record(found), ensure_ascii=False))
         return
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in [*found.rows(), *_extra_rows(found.extra)]:
-        table.add_row(visible(label), visible(text))
-    results().print(table, markup=False)
+    print_rows([*found.rows(), *_extra_rows(found.extra)])
 
 
 def record(found: CheckpointInfo) -> dict[str, Any]:

@@ -59,8 +59,6 @@ class Settings:
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -85,13 +83,9 @@ def fledge(
 
 def run() -> None:
     """The entry point: text goes out as UTF-8, whatever the platform would choose, and comes in without complaint."""
-    for stream, settings in (
-        (sys.stdin, {"errors": "replace"}),
-        (sys.stdout, {"encoding": "utf-8", "errors": "replace"}),
-        (sys.stderr, {"encoding": "utf-8", "errors": "replace"}),
-    ):
+    for stream, encoding in ((sys.stdin, None), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(**settings)
+            stream.reconfigure(encoding=encoding, errors="replace")
     sys.exit(main(sys.argv[1:]))
 
 
@@ -99,7 +93,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code. Raises the error itself where `--traceback` was given."""
     settings = Settings()
     try:
-        code = get_command(app)(args=list(arguments), prog_name="fledge", standalone_mode=False, obj=settings)
+        code = get_command(app)(
+            args=list(arguments) or ["--help"], prog_name="fledge", standalone_mode=False, obj=settings
+        )
         sys.stdout.flush()
         return code or 0
     except (KeyboardInterrupt, typer.Abort):

@@ -1,7 +1,7 @@
 """Options that several commands share, as dataclasses, and the decorator that spreads them over a command line.
 
-A command takes `model: ModelOptions`; typer sees `--model`, `--device` and `--dtype`. Not here: what options mean, beyond
-handing them to the room that knows.
+A command takes `model: ModelOptions`; typer sees `--model`, `--device` and `--dtype`. Not here: what options mean,
+beyond handing them to the room that knows.
 """
 
 from __future__ import annotations
@@ -56,11 +56,21 @@ class ModelOptions:
 
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="A checkpoint (file or folder) or a hub name. (default: the bundled one)"),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="A checkpoint (file or folder) or a hub name. (default: the bundled one)",
+        ),
     ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. (default: a GPU if there is one)")] = None
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps. (default: a GPU if there is one)")
+    ] = None
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16, for the matrices. (default: as suits the device)")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="float32, bfloat16 or float16, for the matrices. (default: as suits the device)"
+        ),
     ] = None
 
     def load(self) -> LLM:
@@ -76,9 +86,9 @@ class SamplingOptions:
     """How tokens are drawn. What is not given stays as the command has it."""
 
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")] = None
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the most probable token. (default: 1)")
-    ] = None
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the most probable token. (default: 1)")] = (
+        None
+    )
     top_p: Annotated[
         float | None, typer.Option(help="Keep the likeliest tokens up to this probability. (generate 0.85, chat 0.3)")
     ] = None
@@ -94,7 +104,8 @@ class SamplingOptions:
     ] = None
     max_tokens: Annotated[int | None, typer.Option(help="End after so many. (generate 256, chat 1024)")] = None
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be repeated. In bash $'\\n\\n' is a blank line.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; may be repeated. In bash $'\\n\\n' is a blank line."),
     ] = None
 
     def applied_to(self, params: SamplingParams) -> SamplingParams:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from threading import Timer
 from types import TracebackType
+from typing import Literal
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
+
+STYLES = {"ok": "green", "installed": "green", "wrong": "red", "missing": "red"}
+"""Cells of a table that are one of these words have a colour."""
 
 DELAY = 2.0
 """Seconds before a bar appears."""
@@ -43,10 +50,34 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def results() -> Console:
-    """Standard output, for tables and facts. Lines are cut to a terminal's width only."""
+def print_rows(rows: Sequence[Sequence[str]], heads: Sequence[str] = (), indent: int = 0) -> None:
+    """Columns on standard output, the first one coloured; long texts fold on a terminal and stay whole elsewhere.
+
+    heads: names of the columns; their numbers then stand to the right, all but the first.
+    """
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    if not console.is_terminal:
+        lines = [[visible(cell) for cell in row] for row in ([heads] if heads else []) + list(rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            cells = [
+                cell.rjust(width) if heads and at else cell.ljust(width)
+                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            print((" " * indent + "  ".join(cells)).rstrip())
+        return
+    table = Table(box=None, show_header=bool(heads), pad_edge=False, padding=(0, 2, 0, 0))
+    for at, head in enumerate(heads or rows[0]):
+        justify: Literal["left", "right"] = "right" if heads and at else "left"
+        table.add_column(head if heads else "", style="" if at else "cyan", justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
+    console.print(Padding(table, (0, 0, 0, indent)))
+
+
+def print_heading(text: str) -> None:
+    """A line above rows."""
+    Console(highlight=False).print(Text(text, style="bold"), soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -66,7 +97,8 @@ class SlowBar:
     Without `update` it shows that work goes on; afterwards nothing of it remains on the screen.
     """
 
-    def __init__(self, label: str, unit: str = "") -> None:
+    def __init__(self, label: str, unit: str = "", *, per_second: float = 10) -> None:
+        """unit: of the numbers given to `update`. per_second: how often it is drawn, which takes time itself."""
         console = messages()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -75,6 +107,7 @@ class SlowBar:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            refresh_per_second=per_second,
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -92,6 +125,11 @@ class SlowBar:
         """So much is done."""
         count = f"{done:,} of {total:,} {self._unit}".rstrip()
         self._progress.update(self._task, completed=done, total=total, count=count)
+
+    def step(self, label: str, done: int, total: int) -> None:
+        """So many steps are done, and `label` goes on now."""
+        self._progress.update(self._task, description=label)
+        self.update(done, total)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

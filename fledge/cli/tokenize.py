@@ -17,12 +17,14 @@ from fledge.core.errors import UsageError
 if TYPE_CHECKING:
     from fledge.tokenizer import Tokenizer
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(name="tokenize", add_completion=False)
 
 
 @app.command()
 def tokenize(
-    text: Annotated[list[str] | None, typer.Argument(help="A text, or ids with --decode. (default: stdin)")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]", help="A text, or ids with --decode. (default: stdin)")
+    ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Take ids, print their text.")] = False,
     count: Annotated[bool, typer.Option("--count", help="Print only how many tokens there are.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -30,9 +32,10 @@ def tokenize(
         str | None, typer.Option("--model", "-m", help="Use this model's vocabulary. (default: World)")
     ] = None,
 ) -> None:
-    """Show the tokens of a text: one line each, the id and the text it stands for.
+    """Turn text into token ids, or ids into text.
 
-    The bytes of standard input are taken exactly as they are, a final line end included.
+    One line a token: its id and the text it stands for. Standard input is taken as bytes, exactly as they are, a final
+    line end included.
     """
     if decode:
         if count:
@@ -52,7 +55,9 @@ def tokenize(
         print(json.dumps({"ids": ids, "pieces": [piece_text(piece) for piece in pieces]}, ensure_ascii=False))
         return
     width = len(str(tokenizer.vocab_size))
-    sys.stdout.write("".join(f"{token:>{width}}  {piece_text(piece)}\n" for token, piece in zip(ids, pieces, strict=True)))
+    sys.stdout.write(
+        "".join(f"{token:>{width}}  {piece_text(piece)}\n" for token, piece in zip(ids, pieces, strict=True))
+    )
     if ids:
         remark(f"{len(ids):,} tokens, {len(data):,} bytes, {len(data) / len(ids):.2f} bytes a token")
 

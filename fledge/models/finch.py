@@ -53,14 +53,14 @@ class TimeMix(nn.Module):
         if config.tuned_state:
             self.time_state = nn.Parameter(torch.empty(H, N, N, device=device))
 
-    def mixed_inputs(self, x: Tensor, delta: Tensor) -> list[Tensor]:
+    def mixed_inputs(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """x_w, x_k, x_v, x_r, x_g (equations 14-16); delta = previous token - x, both (B, T, C)."""
         B, T, C = x.shape
-        low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 Dm)
+        low = torch.tanh(torch.addcmul(x, delta, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 Dm)
         low = low.view(B * T, 5, self.time_maa_w2.shape[1]).transpose(0, 1)  # (5, B T, Dm)
         mix = (low @ self.time_maa_w2).view(5, B, T, C)
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return [x + delta * (mu + dynamic) for mu, dynamic in zip(static, mix.unbind(0), strict=True)]
+        return torch.addcmul(x, delta, mix + torch.stack(static)).unbind(0)
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
@@ -92,7 +92,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         delta = token_shift(x, shift) - x
-        xk, xr = x + delta * self.time_maa_k, x + delta * self.time_maa_r
+        xk, xr = torch.addcmul(x, delta, self.time_maa_k), torch.addcmul(x, delta, self.time_maa_r)
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, last_token(x, shift, padding.lengths)
 

@@ -61,7 +61,7 @@ class Trunk(nn.Module):
         self.config = config
         # Given its weight, because drawing one costs time, and on "meta" seconds of imports.
         rows = torch.empty(config.vocab_size, config.n_embd, device=device)
-        self.emb = nn.Embedding(*rows.shape, _weight=rows)
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd, _weight=rows)
         self.blocks = nn.ModuleList(self.block_class(config, layer, device) for layer in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd, config.norm_eps, device)
         self.head = Linear(config.n_embd, config.vocab_size, device)

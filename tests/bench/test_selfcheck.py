@@ -1,0 +1,51 @@
+"""The self-check passes here, and notices what it is there for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fledge.bench import selfcheck
+from fledge.bench.selfcheck import TOLERANCE, check_kernels
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS
+from fledge.kernels.wkv.reference import wkv_reference
+
+
+def test_every_backend_passes_with_room_to_spare() -> None:
+    checks = check_kernels()
+    names = {(check.kernel, check.backend) for check in checks if check.device == "cpu"}
+    assert names == {("wkv", name) for name in WKV_BACKENDS} | {("wkv4", name) for name in WKV4_BACKENDS}
+    assert all(check.passed and max(check.error, check.gradient_error) < TOLERANCE / 20 for check in checks)
+
+
+def clamped(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return wkv_reference(r, k, v, w.clamp(min=-5), u, state)
+
+
+def without_state_gradient(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *others, state = inputs
+    return wkv_reference(*others, state.detach() + 0 * state)  # type: ignore[call-arg]
+
+
+def not_a_number(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    y, state = wkv_reference(*inputs)  # type: ignore[call-arg]
+    return y * torch.nan, state
+
+
+def fails(*_inputs: Tensor) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize("broken", [clamped, without_state_gradient, not_a_number, fails])
+def test_a_broken_backend_is_found(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Any]) -> None:
+    monkeypatch.setitem(WKV_BACKENDS, "chunked", broken)
+    by_name = {(check.kernel, check.backend): check for check in selfcheck.check_kernels() if check.device == "cpu"}
+    found = by_name.pop(("wkv", "chunked"))
+    assert not found.passed and all(check.passed for check in by_name.values())
+    if broken is fails:
+        assert found.problem == "RuntimeError: no such instruction" and math.isinf(found.error)
