@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, wkv, wkv4
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, pack, packed_linear, why_not, wkv, wkv4
 
 TOLERANCE = 1e-4
 """Largest error taken for sound, relative to the largest number of its tensor. Rounding gives a hundredth of it."""
@@ -45,7 +45,7 @@ class Check:
 def check_kernels() -> list[Check]:
     """Every backend on every device that is here."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [
+    checks = [
         _check(kernel, name, backend, inputs, device)
         for kernel, name, backends, inputs in (
             (_run_wkv, "wkv", WKV_BACKENDS, _wkv_inputs()),
@@ -54,6 +54,15 @@ def check_kernels() -> list[Check]:
         for device in devices
         for backend in backends
     ]
+    return checks if why_not(torch.float32) else [*checks, _check_packed()]
+
+
+def _check_packed() -> Check:
+    """The product with packed weights, which has no gradient."""
+    draw = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(3, 70, generator=draw), torch.randn(50, 70, generator=draw)
+    found, expected = packed_linear(x, pack(weight)), x.double() @ weight.double().T
+    return Check("linear", "packed", "cpu", _error([_plain(found)], [expected]), 0.0)
 
 
 def _check(kernel: Kernel, name: str, backend: str, inputs: Sequence[Tensor], device: str) -> Check:

@@ -39,13 +39,15 @@ class FledgeSubject:
         import fledge.engine.generation  # noqa: F401 - the two modules that the calls below use
 
     def load(self, checkpoint: str, dtype: str) -> None:
-        """Weights of `dtype`, everything else float32."""
+        """Weights of `dtype`, packed as `fledge.load` packs them; everything else float32."""
         import torch
 
         from fledge.checkpoint import load_model
+        from fledge.models.layers import pack_linears
 
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         self._model = load_model(checkpoint, dtype=kind).model
+        pack_linears(self._model)
 
     def prompt(self, ids: Sequence[int]) -> Tensor:
         """By pieces, as `LLM.stream` does."""

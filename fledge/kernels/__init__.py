@@ -5,5 +5,6 @@ compares outputs, final state and every gradient with it.
 """
 
 from fledge.kernels.dispatch import WKV4_BACKENDS, WKV_BACKENDS, Choice, explain, wkv, wkv4
+from fledge.kernels.packed import pack, packed_linear, why_not
 
-__all__ = ["WKV4_BACKENDS", "WKV_BACKENDS", "Choice", "explain", "wkv", "wkv4"]
+__all__ = ["WKV4_BACKENDS", "WKV_BACKENDS", "Choice", "explain", "pack", "packed_linear", "why_not", "wkv", "wkv4"]

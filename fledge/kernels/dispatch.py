@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import BackendError
+from fledge.kernels.packed import why_not
 from fledge.kernels.wkv.chunked import wkv_chunked
 from fledge.kernels.wkv.reference import wkv_reference
 from fledge.kernels.wkv4.chunked import wkv4_chunked
@@ -32,11 +33,19 @@ class Choice:
 
 def explain() -> list[Choice]:
     """What runs when nobody passes `backend=`, and why; shown by `fledge doctor`."""
+    reason = why_not(torch.float32)
     return [
         Choice("wkv", f"up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
         Choice("wkv", "longer", "chunked", "matrix products over chunks, any device, exact for every decay"),
         Choice("wkv4", f"up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
         Choice("wkv4", "longer", "chunked", "parallel within short chunks, any device"),
+        Choice(
+            "linear",
+            "inference on a CPU",
+            "plain" if reason else "packed",
+            reason or "oneDNN reads reordered weights about twice as fast",
+        ),
+        Choice("linear", "training, or on a GPU", "plain", "torch's own product, with gradients"),
     ]
 
 

@@ -2,13 +2,15 @@
 
 The residual stream, norms, mixes, decay and state are float32, whatever the dtype of the matrices. A `Linear` casts its
 input to its weight's dtype (or to `compute_dtype`, which training in bf16 sets while the weights stay float32) and
-gives float32 back.
+gives float32 back. For inference on a CPU its weight can be packed (`pack_linears`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from fledge.kernels import pack, packed_linear, why_not
 
 
 class Linear(nn.Module):
@@ -18,10 +20,32 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in, device=device))
         self.compute_dtype: torch.dtype | None = None
+        self.packed: Tensor | None = None  # takes the place of `weight` after `pack`
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            assert not x.requires_grad, "a packed model computes no gradients"
+            return packed_linear(x.to(self.packed.dtype), self.packed).float()
         dtype = self.compute_dtype or self.weight.dtype
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype)).float()
+
+    def pack(self) -> None:
+        """Exchange the weight for a copy in the CPU's best layout, for inference only: no gradient, no state_dict."""
+        self.packed = pack(self.weight)
+        self.register_parameter("weight", None)
+
+
+def pack_linears(model: nn.Module) -> str | None:
+    """Pack every Linear of a model for inference on a CPU. Returns None, or the reason why it was left as it is."""
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.packed is None]
+    for linear in linears:
+        if linear.weight.device.type != "cpu":
+            return f"the weights are on {linear.weight.device}"
+        if reason := why_not(linear.weight.dtype):
+            return reason
+    for linear in linears:
+        linear.pack()
+    return None
 
 
 class LayerNorm(nn.Module):
@@ -63,6 +87,8 @@ def vector(width: int, device: torch.device | str | None = None) -> nn.Parameter
 
 def token_shift(x: Tensor, previous: Tensor) -> Tensor:
     """The input one token earlier: (B, T, C) and the last token before it (B, C) -> (B, T, C)."""
+    if x.shape[1] == 1:
+        return previous[:, None]
     return torch.cat((previous[:, None], x[:, :-1]), dim=1)
 
 

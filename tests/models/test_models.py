@@ -12,6 +12,7 @@ from random_checkpoints import random_checkpoint
 
 from fledge.core.errors import ConfigError, StateError, TokenizerError, UsageError
 from fledge.models import ModelConfig, State, Trunk, WkvState, build, init_weights, zero_state
+from fledge.models.layers import pack_linears
 
 VOCAB = 23
 SIZES = {"vocab_size": VOCAB, "n_layer": 2, "n_embd": 24, "dim_att": 24, "dim_ffn": 40}
@@ -209,6 +210,20 @@ def test_low_precision_matrices_keep_a_float32_stream() -> None:
     assert logits.dtype == torch.float32
     assert all(tensor.dtype == torch.float32 for tensor in state.tensors().values())
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@every_family
+def test_a_packed_model_gives_the_same_logits(name: str) -> None:
+    model = build(CONFIGS[name]).eval().requires_grad_(False)
+    model.load_state_dict(model_of(name).state_dict())
+    if reason := pack_linears(model):
+        pytest.skip(reason)
+    assert pack_linears(model) is None  # a second time changes nothing
+    for length in (1, 20):
+        found, after = model(tokens(2, length))
+        expected, end = model_of(name)(tokens(2, length))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert_same_state(after, end)
 
 
 def test_wrong_arguments_are_named() -> None:
