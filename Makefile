@@ -42,7 +42,7 @@ fix: $(DEVELOPING) ## format the code and repair what the linter can
 	$(BIN)/ruff check --fix .
 
 bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
-	$(BIN)/fledge bench
+	$(BIN)/fledge bench generate --peer
 
 $(VENV_STAMP):
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \

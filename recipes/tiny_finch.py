@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 
 from fledge.checkpoint import save
+from fledge.core.errors import UsageError
 from fledge.core.files import atomic_path, sha256
 from fledge.data.documents import Document, read_jsonl
 from fledge.data.mixture import Mixture, select
@@ -145,9 +146,9 @@ def _print_line(line: dict[str, float]) -> None:
 @app.command()
 def evaluate(run: RunFolder) -> None:
     """Bits per byte by language on all validation documents; written to evaluation.json."""
-    model = _trained(run)
+    model, step = _trained(run)
     scores = _score(model, _validation_documents(run), None)
-    _write_json(run / "evaluation.json", scores)
+    _write_json(run / "evaluation.json", {"step": step, "bits_per_byte": scores})
     console.print(scores)
 
 
@@ -181,7 +182,10 @@ def plot(run: RunFolder, to: Annotated[Path, typer.Option(help="the PNG to write
 @app.command()
 def export(run: RunFolder, to: Annotated[Path, typer.Option(help="the .safetensors to write")]) -> None:
     """Write the model with its config, vocabulary and training facts; matrices in float16."""
-    model = _trained(run)
+    model, step = _trained(run)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    if evaluation["step"] != step:
+        raise UsageError(f"evaluation.json is of step {evaluation['step']}, the weights of step {step}; evaluate again")
     tensors = {
         name: tensor.half() if name.endswith(".weight") and tensor.dim() == 2 else tensor
         for name, tensor in model.state_dict().items()
@@ -190,19 +194,20 @@ def export(run: RunFolder, to: Annotated[Path, typer.Option(help="the .safetenso
         "name": "tiny-finch",
         "licence": "Apache-2.0",
         "recipe": "recipes/tiny_finch.py",
-        "train_tokens": SETTINGS.schedule.steps * BATCH * LENGTH * ACCUMULATE,
-        "bits_per_byte": json.loads((run / "evaluation.json").read_text()),
+        "train_tokens": step * BATCH * LENGTH * ACCUMULATE,
+        "bits_per_byte": evaluation["bits_per_byte"],
     }
     spec = json.loads((run / "vocabulary.json").read_text())
     save(to, MODEL, tensors, tokenizer_spec=spec, extra=extra)
     console.print(f"{to}: {to.stat().st_size / 1e6:.1f} MB, sha256 {sha256(to)}")
 
 
-def _trained(run: Path) -> Trunk:
+def _trained(run: Path) -> tuple[Trunk, int]:
+    """The model of the run's last checkpoint, and how many steps it has seen."""
     model = build(MODEL)
     saved = torch.load(run / "last.pt", weights_only=True, map_location="cpu")
     model.load_state_dict(saved["model"])
-    return model.eval()
+    return model.eval(), saved["step"]
 
 
 def _validation_documents(run: Path) -> list[tuple[dict[str, Any], list[int]]]:
@@ -240,7 +245,7 @@ def _count_tokens(document: Document) -> Counter[int]:
 
 def _most_used(counts: Counter[int]) -> Vocabulary:
     """The 256 bytes and the most frequent World tokens, VOCAB_SIZE ids with the end of text."""
-    longer = [token for token, _ in counts.most_common() if token > 256]
+    longer = sorted((token for token in counts if token > 256), key=lambda token: (-counts[token], token))
     return prune(world_vocabulary(), longer[: VOCAB_SIZE - 257], size=VOCAB_SIZE)
 
 

@@ -99,11 +99,12 @@ class FakeModel(nn.Module):
         return reply[memory[3]] if memory[3] < len(reply) else EOS
 
 
-def random_finch(vocab_size: int = 257) -> nn.Module:
+def random_finch(vocab_size: int = 257, tuned_state: bool = False) -> nn.Module:
     """A small real model with random weights."""
-    config = ModelConfig("6.0", vocab_size, 2, 32, 32, 96, n_head=4, mix_rank=8, decay_rank=12)
+    config = ModelConfig("6.0", vocab_size, 2, 32, 32, 96, n_head=4, mix_rank=8, decay_rank=12, tuned_state=tuned_state)
     model = build(config, "meta")
-    model.load_state_dict(random_checkpoint("6.0", n_layer=2, n_embd=32, vocab_size=vocab_size), assign=True)
+    tensors = random_checkpoint("6.0", n_layer=2, n_embd=32, vocab_size=vocab_size, tuned_state=tuned_state)
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fledge.checkpoint.pages import release_pages
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.tuned import load_tuned_state, merge_tuned_state
 from fledge.core.errors import UsageError
@@ -52,17 +53,19 @@ def load_model(
 
     dtype: of the matrices, see above; float32, bfloat16 or float16. tuned: False leaves out a tuned initial state
     that the checkpoint carries. state_file: a tuned state to start from instead. On the CPU, weights that keep their
-    dtype stay mapped: they are read when first used and shared between processes.
+    dtype stay mapped: they are read when first used and shared between processes. A weight that changes its dtype is
+    let go in the file as soon as it is converted, so memory peaks near the size of the finished model.
     Raises CheckpointError as `load` does, UsageError for another dtype.
     """
     checkpoint = read(path)
     config, tensors = checkpoint.config, checkpoint.tensors
+    checkpoint = replace(checkpoint, tensors={})  # from here on `tensors` alone holds the weights
     if not tuned and config.tuned_state:
         config = replace(config, tuned_state=False)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".time_state")}
     if state_file is not None:
         config, tensors = merge_tuned_state(config, tensors, load_tuned_state(state_file), str(state_file))
-    model = assemble(config, tensors, device=device, dtype=dtype)
+    model = _assembled(config, tensors, device, dtype, spend=True)
     return LoadedModel(model, config, checkpoint.path, checkpoint.format, checkpoint.tokenizer_spec, checkpoint.extra)
 
 
@@ -75,17 +78,31 @@ def assemble(
 ) -> Trunk:
     """The model of `config` with these weights (official names and shapes), in evaluation mode.
 
-    Weights whose dtype and device need no change are shared with `tensors`, not copied.
+    Weights whose dtype and device need no change are shared with `tensors`, not copied; `tensors` stays as it is.
     """
+    return _assembled(config, dict(tensors), device, dtype)
+
+
+def _assembled(
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    *,
+    spend: bool = False,
+) -> Trunk:
+    """`assemble`, emptying `tensors`. `spend`: nobody else reads these weights, so those converted give up memory."""
     if dtype is not None and dtype not in MATRIX_DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in MATRIX_DTYPES)
         raise UsageError(f"dtype {str(dtype).removeprefix('torch.')} is not one of {names}")
     device = torch.device(device)
     model = build(config, device="meta")
-    weights = {
-        name: tensor.to(device=device, dtype=weight_dtype(name, tensor, device, dtype))
-        for name, tensor in tensors.items()
-    }
+    weights: dict[str, Tensor] = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        weights[name] = tensor.to(device=device, dtype=weight_dtype(name, tensor, device, dtype))
+        if spend and weights[name] is not tensor:
+            release_pages(tensor)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 

@@ -39,6 +39,12 @@ from fledge.core.files import atomic_path
 
 FORMATS = ("pth", "safetensors", "hf", "fla")
 DEFAULT_EPS = 64e-5
+# Names of files that others write; a folder of such a name is surely not what was meant. A folder may be called v1.5.
+FILE_SUFFIXES = (
+    *(".pth", ".safetensors"),  # in capitals, that is; readers go by the small letters
+    *(".pt", ".bin", ".ckpt", ".gguf", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".mlmodel", ".tflite"),
+    *(".pkl", ".pickle", ".json", ".txt", ".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".zst"),
+)
 OURS = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -60,10 +66,10 @@ def convert(
 
     Every byte of a .pth is compared with its checksum on the way. An existing target is refused unless `force`; a
     folder is only ever replaced when nothing but a model is in it. Raises CheckpointError, UnsupportedError where the
-    format cannot hold the version, UsageError for an unknown format.
+    format cannot hold the version, UsageError for an unknown format or the suffix of one.
     """
     target = Path(target)
-    kind = to or {".pth": "pth", ".safetensors": "safetensors"}.get(target.suffix, "hf")
+    kind = to or _kind_of(target)
     if kind not in FORMATS:
         raise UsageError(f"format {kind!r} is unknown; use one of {', '.join(FORMATS)}")
     if kind in ("pth", "safetensors") and target.suffix != f".{kind}":
@@ -83,12 +89,24 @@ def convert(
     return Conversion(checkpoint.path, target, kind, sum(file.stat().st_size for file in files), notes)
 
 
+def _kind_of(target: Path) -> str:
+    """The format that a name asks for."""
+    if target.suffix in (".pth", ".safetensors"):
+        return target.suffix.removeprefix(".")
+    if target.suffix.lower() in FILE_SUFFIXES:
+        raise UsageError(
+            f"{target}: the suffix {target.suffix!r} is no format that can be written; name a *.pth or *.safetensors "
+            "file, or a folder without such a suffix (format hf, or fla where you ask for it)"
+        )
+    return "hf"
+
+
 def _check_target(target: Path, kind: str, force: bool) -> None:
     folder = kind in ("hf", "fla")
     if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
     if not force:
-        raise CheckpointError(f"{target} exists; give force to replace it, or another name")
+        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
     if target.is_dir() != folder:
         raise CheckpointError(f"{target} is a {'folder' if target.is_dir() else 'file'}, a {kind} checkpoint is not")
     strange = [entry.name for entry in target.iterdir() if not OURS.fullmatch(entry.name)] if target.is_dir() else []

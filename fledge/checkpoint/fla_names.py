@@ -59,19 +59,24 @@ Parts = dict[str, Tensor]
 
 
 def from_fla(tensors: Mapping[str, Tensor]) -> Parts:
-    """This layout -> official names and shapes. Unknown names are kept, for the later check to report."""
+    """This layout -> official names and shapes. Unknown names are kept, for the later check to report.
+
+    Raises CheckpointError for a tensor of impossible shape, and for one that is there under its official name as well.
+    """
     outside = {theirs: ours for ours, theirs in OUTSIDE.items()}
     official: Parts = {}
     for name, tensor in tensors.items():
         match = BLOCK.fullmatch(name)
-        if match is None:
-            official[outside.get(name, name)] = tensor
-            continue
-        try:
-            parts = READ.get(match[2], lambda tensor, kept=name: {kept: tensor})(tensor)
-        except (RuntimeError, IndexError) as error:
-            raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
-        official |= {part if part == name else f"blocks.{match[1]}.{part}": value for part, value in parts.items()}
+        if match is None or match[2] not in READ:
+            found = {outside.get(name, name): tensor}
+        else:
+            try:
+                found = {f"blocks.{match[1]}.{part}": value for part, value in READ[match[2]](tensor).items()}
+            except (RuntimeError, IndexError) as error:
+                raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
+        if found.keys() & official.keys():
+            raise CheckpointError(f"{name!r:.80} is there under its official name too; remove one of them")
+        official |= found
     return official
 
 

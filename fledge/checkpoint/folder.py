@@ -25,7 +25,7 @@ LARGEST_JSON = 64 << 20  # bytes
 MODEL_TYPES = {"4": "rwkv", "5.2": "rwkv5", "6.0": "rwkv6"}
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
+PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)  # no longer than any file system takes
 
 
 def read_folder(folder: Path, *, weights: bool = True) -> RawFile:
@@ -82,15 +82,13 @@ def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; the file is damaged")
-    shards = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in weight_map.values():
         # A name, not a path: an index must not lead out of its folder.
         if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
             raise CheckpointError(f"{index} names the file {name!r:.80}, which is not a plain file name; refused")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not in the folder; download it as well")
-        shards.append(index.parent / name)
-    return shards
+    return [index.parent / name for name in dict.fromkeys(weight_map.values())]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from fledge.checkpoint.folder import MODEL_TYPES
 from fledge.core.errors import CheckpointError
 from fledge.models.config import ModelConfig
 
+LARGEST_NUMBER = 1e6  # of those that are not sizes; the squares of much larger ones overflow
 GROUP_NORM_BASE = 1e-5  # the remote code's group norm has this epsilon times head_size_divisor squared
 CLASSES = {"rwkv": "Rwkv", "rwkv5": "Rwkv5", "rwkv6": "Rwkv6"}
 
 
 def apply_settings(config: ModelConfig, settings: Mapping[str, Any], layout: str, source: str) -> ModelConfig:
-    """`config`, as detected from tensors, with the epsilons of a folder's config.json (`settings`).
+    """`config`, as detected from tensors, with those epsilons that a folder's config.json (`settings`) names.
 
     Raises CheckpointError where the two disagree on a size. A fla folder gives the epsilon of the LayerNorms only:
     see fla_names.py for why its group norm keeps 64e-5. `num_attention_heads` is 64 in every published folder,
@@ -39,10 +40,10 @@ def apply_settings(config: ModelConfig, settings: Mapping[str, Any], layout: str
             )
     eps = _number(settings, "norm_eps" if layout == "fla" else "layer_norm_epsilon", config.norm_eps, source)
     config = replace(config, norm_eps=eps)
-    if layout == "fla" or not config.n_head:
+    if layout == "fla" or not config.n_head or "head_size_divisor" not in settings:
         return config
     divisor = _number(settings, "head_size_divisor", 8, source)
-    return replace(config, group_norm_eps=config.group_norm_eps if divisor == 8 else GROUP_NORM_BASE * divisor**2)
+    return replace(config, group_norm_eps=GROUP_NORM_BASE * divisor**2)
 
 
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
@@ -133,6 +134,8 @@ def _code_ranks(width: int) -> tuple[int, int]:
 
 def _number(settings: Mapping[str, Any], name: str, default: float, source: str) -> float:
     value = settings.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{source}: config.json says {name} {value!r:.40}; it must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+        raise CheckpointError(
+            f"{source}: config.json says {name} {value!r:.40}; it must be a positive number below {LARGEST_NUMBER:.0f}"
+        )
     return value

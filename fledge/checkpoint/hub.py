@@ -25,9 +25,13 @@ WANTED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
 
 def locate(name: str | os.PathLike[str]) -> Path:
     """The file or folder `name` stands for. Raises CheckpointError where there is none, with the nearest name."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # too long, not allowed; a home folder of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{os.fspath(name)!r:.80} cannot be looked up ({reason}); give another path") from error
     text = os.fspath(name)
     match = REPOSITORY.fullmatch(text) if isinstance(name, str) else None
     if match is None or (match[2] is None and text.endswith(SUFFIXES)) or Path(path.parts[0]).is_dir():

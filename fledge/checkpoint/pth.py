@@ -1,8 +1,9 @@
 """The official `.pth`: a zip archive with a pickled dict of names and one record of raw bytes a tensor.
 
 The pickle is only ever read by torch's restricted unpickler (`weights_only=True`), which knows tensors and refuses
-everything else before it runs; weights are mapped, not copied. Here: bytes to dict and back. Not here: what the names
-mean. The old torch format (before 1.6, one bare pickle) is refused with the way to convert it.
+everything else before it runs; weights are mapped, not copied. Records must be stored as they are, which torch.save
+always does: a compressed one can unpack to any size. Here: bytes to dict and back. Not here: what the names mean. The
+old torch format (before 1.6, one bare pickle) is refused with the way to convert it.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ def read_pth(path: Path, *, weights: bool = True) -> dict[str, Tensor]:
     """Name -> tensor, in file order and the file's dtypes.
 
     With `weights` the tensors are views of the mapped file, private to this process; without, they are on "meta" and
-    only the list of names is read. Raises CheckpointError for a file that is damaged, runs code or holds no tensors.
+    only the list of names is read. Raises CheckpointError for a file that is damaged, runs code, holds no tensors or
+    fewer bytes than its tensors have together.
     """
-    stored_plain, held = _examine(path)
-    if weights:
-        tensors = _tensors_of(_torch_load(path, "cpu", mapped=stored_plain), path)
-        needed = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}.values())
-        if needed > held:
-            raise CheckpointError(f"{path} is damaged: its tensors need {needed} bytes, it holds {held}. {AGAIN}")
-        return tensors
-    return _tensors_of(_torch_load(path, "meta", mapped=True), path)
+    held = _examine(path)
+    tensors = _tensors_of(_torch_load(path, "cpu" if weights else "meta"), path)
+    # Not the storages: strides of 0 make a large tensor of a small storage, and a copy in another dtype has its size.
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if needed > held:
+        raise CheckpointError(
+            f"{path} is damaged or its tensors share memory: its tensors need {needed} bytes, it holds {held}. {AGAIN}"
+        )
+    return tensors
 
 
 def write_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -67,8 +70,8 @@ def check_sums(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}. {AGAIN}") from error
 
 
-def _examine(path: Path) -> tuple[bool, int]:
-    """Whether all records are stored uncompressed, and the bytes of tensor data in the archive."""
+def _examine(path: Path) -> int:
+    """The bytes of tensor data in an archive that can be read safely; CheckpointError for any other."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -80,6 +83,11 @@ def _examine(path: Path) -> tuple[bool, int]:
                 raise CheckpointError(
                     f"{path} is a zip archive, but not one that torch.save wrote (it has no data.pkl); unpack it, the "
                     "checkpoint may be inside"
+                )
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise CheckpointError(
+                    f"{path} is compressed, which torch.save never does, and could unpack to any size; refused. Get the "
+                    "original, or load and save it with torch if you trust it"
                 )
             if lists[0].file_size > LARGEST_PICKLE:
                 raise CheckpointError(
@@ -96,11 +104,11 @@ def _examine(path: Path) -> tuple[bool, int]:
             f"{path} was refused: its pickle has protocol {protocol[1]}, which torch cannot read without running it; "
             "nothing was run. Ask for the model saved with torch.save's own protocol 2"
         )
-    data = [record for record in records if "/data/" in record.filename]
-    return all(record.compress_type == zipfile.ZIP_STORED for record in data), sum(r.file_size for r in data)
+    # The archive's own list of sizes may lie; the length of the file cannot.
+    return min(sum(record.file_size for record in records if "/data/" in record.filename), path.stat().st_size)
 
 
-def _torch_load(path: Path, device: str, *, mapped: bool) -> Any:
+def _torch_load(path: Path, device: str, *, mapped: bool = True) -> Any:
     """torch.load without the power to run anything, with errors for people."""
     try:
         with warnings.catch_warnings():
@@ -164,14 +172,15 @@ def _tensors_of(found: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The same values as the only contents of a storage: torch.save writes a view's whole storage, however large."""
+    """The same values as the only contents of a storage of their own.
+
+    torch.save writes a view's whole storage, however large, and one storage for tensors that share it.
+    """
     tensor = tensor.detach().cpu().contiguous()
     size = tensor.numel() * tensor.element_size()
-    storage = tensor.untyped_storage()
-    if storage.nbytes() == size:
-        return tensor
     start = tensor.storage_offset() * tensor.element_size()
-    return torch.empty(0, dtype=tensor.dtype).set_(storage[start : start + size], 0, tensor.shape, tensor.stride())
+    storage = tensor.untyped_storage()[start : start + size]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _first_line(error: Exception) -> str:

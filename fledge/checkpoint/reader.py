@@ -19,7 +19,7 @@ from fledge.checkpoint.detection import detect
 from fledge.checkpoint.fla_names import from_fla
 from fledge.checkpoint.folder import read_folder
 from fledge.checkpoint.foreign import refuse_unsupported
-from fledge.checkpoint.hf_config import apply_settings
+from fledge.checkpoint.hf_config import LARGEST_NUMBER, apply_settings
 from fledge.checkpoint.hub import locate
 from fledge.checkpoint.names import PREFIX, from_hf, layout_of
 from fledge.checkpoint.pth import check_sums, read_pth
@@ -81,10 +81,14 @@ def interpret(raw: RawFile) -> Checkpoint:
     layout, tensors = official_names(raw.tensors, source)
     config = detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     _check_dtypes(tensors, source)
-    if raw.container == "folder":
-        config = apply_settings(config, raw.settings, layout, source)
     if raw.stored.config is not None:
         config = _agreed(config, raw.stored.config, source)
+    if raw.container == "folder":
+        told = apply_settings(config, raw.settings, layout, source)
+        if raw.stored.config is not None:
+            _check_unedited(told, config, source)
+        else:
+            config = told
     # One order for all: other programs tell versions by it, and safetensors has none.
     tensors = {name: tensors[name] for name in expected_shapes(config)}
     metadata.check_vocabulary(config, raw.stored.tokenizer_spec, source)
@@ -100,7 +104,10 @@ def official_names(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[s
     layout = layout_of(plain)
     refuse_unsupported(plain.keys(), source)
     if layout == "hf":
-        return layout, {from_hf(name): tensor for name, tensor in plain.items()}
+        official = {from_hf(name): tensor for name, tensor in plain.items()}
+        if len(official) < len(plain):
+            raise CheckpointError(f"{source} holds the same tensor under its Hugging Face name and its official one")
+        return layout, official
     if layout == "fla":
         try:
             return layout, from_fla(plain)
@@ -121,7 +128,7 @@ def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
 def _agreed(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelConfig:
     """The stored config, which knows the epsilons, once its sizes are those of the tensors."""
     epsilons = (stored.norm_eps, stored.group_norm_eps)
-    if not all(isinstance(eps, int | float) and 0 <= eps < math.inf for eps in epsilons):
+    if not all(isinstance(eps, int | float) and 0 < eps < LARGEST_NUMBER for eps in epsilons):
         raise CheckpointError(f"{source}: the config in its header has impossible epsilons {epsilons}")
     same = replace(detected, norm_eps=stored.norm_eps, group_norm_eps=stored.group_norm_eps)
     if detected.version == "4":  # has no choice of bonus
@@ -131,3 +138,14 @@ def _agreed(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelCon
         claimed, found = (", ".join(f"{name} {getattr(c, name)!r:.40}" for name in differing) for c in (stored, same))
         raise CheckpointError(f"{source}: its header says {claimed}, its tensors say {found}; the file is damaged")
     return same
+
+
+def _check_unedited(told: ModelConfig, stored: ModelConfig, source: str) -> None:
+    """Raise CheckpointError where a folder's config.json names another epsilon than the header of its weights."""
+    for name in ("norm_eps", "group_norm_eps"):
+        ours, theirs = getattr(stored, name), getattr(told, name)
+        if not math.isclose(ours, theirs):
+            raise CheckpointError(
+                f"{source}: config.json asks for {name} {theirs:g}, the header of its weights for {ours:g}; undo the "
+                "change to config.json, or save the model anew with the epsilon you want"
+            )

@@ -1,6 +1,7 @@
 """The table of official tensor names and shapes: what a complete checkpoint of each version holds.
 
-The one place that knows this; detection, checking and the tests all read it. No tensors, no files.
+Detection, checking and writing all read this table, so that a file is judged before any model is built. The model
+classes say the same in their own words, and a test holds the two together. No tensors, no files.
 
 L layers, C = n_embd, A = dim_att, F = dim_ffn, H heads of N channels, V rows of the vocabulary,
 Dm and Dd the ranks of Finch's token-shift and decay LoRAs.

@@ -26,6 +26,7 @@ from fledge.core.files import atomic_path
 
 LARGEST_HEADER = 32 << 20  # bytes; Finch 14B needs a quarter of a megabyte
 LARGEST_RANK = 8
+LARGEST_STRIDE = 1 << 56  # numbers; torch counts bytes in 64 bits
 ALIGNMENT = 64  # bytes; the start of the data, so that mapped matrices suit vector loads
 METADATA = "__metadata__"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -114,7 +115,7 @@ def _tensor(name: str, entry: Any, path: Path) -> Tensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where} lacks dtype, shape or data_offsets; the file is damaged")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise UnsupportedError(
             f"{where} has dtype {code!r:.20}; Fledge reads {', '.join(DTYPES)}: give the file from before quantisation"
         )
@@ -122,6 +123,8 @@ def _tensor(name: str, entry: Any, path: Path) -> Tensor:
         raise CheckpointError(f"{where} has an impossible shape or place; the file is damaged")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[code].itemsize:
         raise CheckpointError(f"{where} has shape {shape} but {offsets[1] - offsets[0]} bytes; the file is damaged")
+    if math.prod(max(size, 1) for size in shape) >= LARGEST_STRIDE:  # only with a 0 in it, which hides the rest
+        raise CheckpointError(f"{where} has the impossible shape {shape}; the file is damaged")
     return torch.empty(shape, dtype=DTYPES[code], device="meta")
 
 

@@ -14,8 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fledge.checkpoint.hub import locate
-from fledge.checkpoint.names import PREFIX
-from fledge.checkpoint.reader import read_raw
+from fledge.checkpoint.reader import official_names, read_raw
 from fledge.core.errors import CheckpointError
 from fledge.models.config import ModelConfig
 
@@ -23,16 +22,16 @@ STATE = re.compile(r"blocks\.\d+\.att\.time_state")
 
 
 def load_tuned_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """`blocks.<i>.att.time_state` -> (H, V, K), from a .pth or .safetensors of a state tuner, or from a whole model.
+    """`blocks.<i>.att.time_state` -> (H, V, K), from a file of a state tuner, or from a whole model.
 
-    Raises CheckpointError where the file holds no tuned state.
+    `path` is of any kind that `load` takes. Raises CheckpointError where it holds no tuned state.
     """
     raw = read_raw(locate(path))
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in raw.tensors.items()}
-    states = {name: tensor for name, tensor in plain.items() if STATE.fullmatch(name)}
+    _, tensors = official_names(raw.tensors, str(raw.path))
+    states = {name: tensor for name, tensor in tensors.items() if STATE.fullmatch(name)}
     if not states:
         raise CheckpointError(
-            f"{path} holds no tuned state: looked for blocks.0.att.time_state, found {min(plain, default='')!r:.80}"
+            f"{path} holds no tuned state: looked for blocks.0.att.time_state, found {min(tensors, default='')!r:.80}"
         )
     return states
 

@@ -7,7 +7,8 @@
     │   └── UnsupportedError    a file is fine but holds something Fledge does not run (RWKV-7, say)
     ├── TokenizerError          a vocabulary is malformed, or an id lies outside it
     ├── StateError              a state does not fit the model it is given to
-    └── BackendError            a kernel backend is not available here
+    ├── BackendError            a kernel backend is not available here
+    └── TrainingError           a training run cannot go on
 
 A message names what was wrong, the value, and the next step. Programmer errors are plain asserts, not these.
 """
@@ -49,3 +50,7 @@ class StateError(FledgeError):
 
 class BackendError(FledgeError):
     """A kernel backend is unknown, or not available on this machine."""
+
+
+class TrainingError(FledgeError):
+    """A training run cannot go on: its numbers are no longer finite, say."""

@@ -35,10 +35,21 @@ def read_jsonl(path: Path) -> Iterator[Document]:
     opener = OPENERS.get(path.suffix)
     if opener is None:
         raise UsageError(f"{path}: cannot read {path.suffix!r} files; known: {', '.join(sorted(OPENERS))}")
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                yield Document(record["text"], base_language(record.get("lang", "")), record.get("src", path.stem))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(f"{path}, line {number}: not a JSON object with a text: {error}") from None
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 - the handlers below name the line
+                yield _document(line, path.stem)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}, line {number}: not a JSON object with a text: {error}") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UsageError(f"{path}: cannot be read beyond line {number}: {error}") from None
+
+
+def _document(line: str, source: str) -> Document:
+    record = json.loads(line)
+    text, language, source = record["text"], record.get("lang", ""), record.get("src", source)
+    if not all(isinstance(value, str) for value in (text, language, source)):
+        raise ValueError("text, lang and src must be strings")
+    text.encode()  # a lone surrogate is no text
+    return Document(text, base_language(language), source)

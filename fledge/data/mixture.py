@@ -17,11 +17,11 @@ LONG = 200_000  # characters; longer documents are cut into pieces of this size,
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many bytes of text to take, by language, and at most from one source. Languages not named are left out."""
+    """How many bytes of text to take. Languages not named are left out; a cap may be passed by one document's piece."""
 
     language_bytes: Mapping[str, int]
-    source_bytes: Mapping[str, int] = field(default_factory=dict)
-    validation_share: float = 0.01  # of the documents of each language
+    source_bytes: Mapping[str, int] = field(default_factory=dict)  # from one source, in each of its languages
+    validation_share: float = 0.01  # of the documents of each language, but at least 3
     validation_bytes: int = 100_000  # kept aside a language, at most
 
 
@@ -35,8 +35,7 @@ class Selection:
 
 def select(documents: Iterable[Document], mixture: Mixture) -> Selection:
     """Split and cap. Whole documents go aside for validation first; the caps apply to what is left."""
-    wanted = [document for document in documents if document.language in mixture.language_bytes]
-    wanted.sort(key=_rank)
+    wanted = _distinct(document for document in documents if document.language in mixture.language_bytes)
     validation, held = _hold_out(wanted, mixture)
     train: list[Document] = []
     taken: Counter[str] = Counter()
@@ -62,12 +61,29 @@ def _hold_out(wanted: list[Document], mixture: Mixture) -> tuple[list[Document],
     validation, held = [], set()
     for document in wanted:
         if left[document.language] > 0 and room[document.language] > 0:
-            part = document.text[: mixture.validation_bytes // 4]
+            part = _at_most(document.text, min(mixture.validation_bytes // 4, room[document.language]))
             validation.append(Document(part, document.language, document.source))
             held.add(id(document))
             left[document.language] -= 1
             room[document.language] -= len(part.encode())
     return validation, held
+
+
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    """Each text once, whatever order the documents come in, sorted by hash."""
+    by_rank: dict[bytes, Document] = {}
+    for document in documents:
+        if not document.text:
+            continue
+        rank = _rank(document)
+        known = by_rank.get(rank, document)
+        by_rank[rank] = min(known, document, key=lambda one: (one.language, one.source))
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def _at_most(text: str, size: int) -> str:
+    """The beginning of `text` that takes no more than `size` bytes."""
+    return text.encode()[:size].decode(errors="ignore")
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[Document]:

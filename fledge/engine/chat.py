@@ -7,6 +7,7 @@ piece is encoded on its own; `Chat.ids` is all of them, and the state is that of
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,18 +114,24 @@ class Chat:
         return self._current
 
     def say(self, text: str, **overrides: Any) -> Stream:
-        """Ask; the answer comes as a stream. overrides: fields of SamplingParams, for this answer only."""
+        """Ask; the answer comes as a stream. overrides: fields of SamplingParams, for this answer only.
+
+        Where `params` has a seed, each turn draws with its own, made of that seed and the number of turns before it
+        (`turn_seed`). A seed among the overrides is taken as it is.
+        """
         if not text.strip():
             raise UsageError("there is no text to say")
         self._settle()
         question = tuple(self._tokenizer.encode(self.template.open_turn(text)))
+        if self.params.seed is not None:
+            overrides = {"seed": turn_seed(self.params.seed, len(self.turns)), **overrides}
         return self._answer(text, question, self._heads[self._current], self.state, overrides)
 
     def retry(self, **overrides: Any) -> Stream:
         """Another answer to the last question, in place of the present one (name a branch first to keep that).
 
-        The question is not read again. Without a seed of its own the new answer uses the next one, to be different
-        and still repeatable.
+        The question is not read again. Without a seed of its own the new answer uses the one after the present
+        answer's, to be different and still repeatable.
         """
         self._settle()
         last = self._head("retry")
@@ -198,3 +205,11 @@ class Chat:
         ids = (*question, *completion.ids, *closing)
         state = feed(self._model, closing, completion.state)
         self._heads[self._current] = Turn(parent, user, completion.text, question, ids, begin, state, completion)
+
+
+def turn_seed(seed: int, number: int) -> int:
+    """The seed of turn `number` (from 0) in a chat with `seed`, so that no two turns share their random numbers.
+
+    The first four bytes, little-endian, of the SHA-256 of "seed number" in decimal.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")

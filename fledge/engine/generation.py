@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import UsageError
-from fledge.engine.sampling import Sampler, logprob
+from fledge.engine.sampling import Sampler
 from fledge.models.state import State
 
 Progress = Callable[[int, int], None]
@@ -32,17 +32,19 @@ class Cursor(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One drawn token. `logprob` is the model's own, natural logarithm; `before` has not read the token yet."""
+    """One drawn token; `before` is the state that has not read it yet."""
 
     id: int
-    logprob: float
     before: State
 
 
 def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> Cursor:
-    """Read `ids` (at least one) in one call."""
+    """Read `ids` (at least one) in one call, without gradients.
+
+    Not in inference mode: its tensors could never again take part in training, and a state is anybody's to use.
+    """
     idx = torch.tensor([list(ids)], dtype=torch.long, device=device_of(model))  # (1, T)
-    with torch.inference_mode():
+    with torch.no_grad():
         logits, state = model(idx, state, last=True)
     return Cursor(logits[0, -1], state)
 
@@ -90,7 +92,7 @@ def tokens(model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max
     """
     for left in range(max_tokens, 0, -1):
         token = sampler.next(logits)
-        yield Step(token, logprob(logits, token), state)
+        yield Step(token, state)
         if left > 1:
             logits, state = forward(model, [token], state)
 
@@ -103,5 +105,6 @@ def device_of(model: nn.Module) -> torch.device:
 def fresh_state(model: nn.Module) -> State:
     """The state of one sequence of which nothing has been read: zeros, or the tuned state of the checkpoint."""
     begin: Any = model.initial_state
-    state: State = begin(1)
+    with torch.no_grad():
+        state: State = begin(1)
     return state

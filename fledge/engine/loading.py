@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,20 @@ def load(
     """
     path = locate(name_or_path)
     chosen_device, device_reason = choose_device(device)
-    info = checkpoint.inspect(path)
-    chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, info.parameters)
-    tokenizer = tokenizer_of(info.tokenizer_spec, info.config.vocab_size, str(path))
-    model = checkpoint.load_model(path, device=chosen_device, dtype=chosen_dtype).model
-    dtype_now = model.head.weight.dtype
+    found = checkpoint.read(path)  # once: between two readings the file could change, and a hub name asks the hub
+    chosen_dtype, dtype_reason = choose_dtype(
+        dtype, chosen_device, sum(tensor.numel() for tensor in found.tensors.values())
+    )
+    tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
+    name = found.path.stem if found.path.is_file() else Path(path).name
+    model = checkpoint.assemble(found.config, found.tensors, device=chosen_device, dtype=chosen_dtype)
+    stored = found.tensors["head.weight"].dtype
+    if chosen_dtype is None and model.head.weight.dtype != stored:
+        dtype_reason = f"the file's {str(stored).removeprefix('torch.')} does not run well on this device"
+    del found  # so that packing, which goes matrix by matrix, lets go of each one as it is replaced
     if pack and chosen_device.type == "cpu":
         pack_linears(model)  # where that cannot be done the model stays as it is; `fledge doctor` says why
-    name = info.path.stem if info.path.is_file() else Path(path).name
-    llm = LLM(model, tokenizer, name, device_reason, dtype_reason)
-    if chosen_dtype is None and str(dtype_now).removeprefix("torch.") != info.dtypes[0]:
-        llm = replace(llm, dtype_reason=f"the file's {info.dtypes[0]} does not run well on this device")
-    return llm
+    return LLM(model, tokenizer, name, device_reason, dtype_reason)
 
 
 def locate(name_or_path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

@@ -13,6 +13,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,8 +22,13 @@ from fledge.core.errors import FledgeError, UsageError
 
 LARGEST_SEED = 2**63 - 1
 
-FIRST_LOOK = 256
-"""Tokens ranked first when looking for the top-p cutoff; a full sort of 65536 costs 7 ms on a CPU, this 0.2 ms."""
+GROUPS = 2048
+WIDEST = 32.0
+"""The top-p cutoff is looked for among tokens grouped by logit: the gaps to the highest logit, up to WIDEST, in equal
+parts. Sorting 65536 tokens takes a CPU 5 ms, counting them into groups and sorting one group 0.2 ms."""
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self._random = torch.Generator().manual_seed(self.seed)
-        self._counts: dict[int, float] = {}
+        self._places: dict[int, int] = {}  # of the tokens drawn so far in `_counts`
+        self._counts: Floats = np.zeros(0)
 
     def next(self, logits: Tensor) -> int:
         """The next token for logits (V,) float32 on any device; they are not changed.
@@ -99,17 +107,20 @@ class Sampler:
             if max(self.params.ban) >= len(logits):
                 raise UsageError(f"ban holds {max(self.params.ban)}; this model's ids end at {len(logits) - 1}")
             logits[list(self.params.ban)] = -math.inf
-        if self._counts:
-            counts = torch.tensor(list(self._counts.values()))
+        if self._places:
+            counts = torch.from_numpy(self._counts).float()
             penalty = self.params.presence_penalty + self.params.frequency_penalty * counts
-            logits[list(self._counts)] -= penalty
+            logits[torch.tensor(list(self._places))] -= penalty
         return logits
 
     def _remember(self, token: int) -> None:
         params = self.params
         if params.presence_penalty or params.frequency_penalty:
-            self._counts = {known: count * params.penalty_decay for known, count in self._counts.items()}
-            self._counts[token] = self._counts.get(token, 0.0) + 1.0
+            self._counts *= params.penalty_decay
+            place = self._places.setdefault(token, len(self._places))
+            if place == len(self._counts):
+                self._counts = np.append(self._counts, 0.0)
+            self._counts[place] += 1.0
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -118,49 +129,56 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     logits: (V,) float32 on the CPU, bans and penalties already in. Returns ids (n,) int64, rising, and weights (n,)
     float64, the largest of them 1 (divide by their sum for probabilities).
     """
-    highest = float(logits.max())
+    scores = logits.numpy()  # numpy's comparisons and masks are several times as fast as torch's
+    highest = float(scores.max())
     if math.isnan(highest) or highest == math.inf:
         raise FledgeError(f"the model's logits hold {highest}; run it in float32 (dtype='float32')")
     if highest == -math.inf:
         raise UsageError(f"ban leaves no token to draw ({len(params.ban)} ids of {len(logits)} are banned)")
     if params.temperature == 0.0:
-        return (logits == highest).nonzero()[:1, 0], torch.ones(1, dtype=torch.float64)
-    scores = logits.double()
-    ids = _top_p(scores.softmax(0), params.top_p)
+        return torch.tensor([int(scores.argmax())]), torch.ones(1, dtype=torch.float64)
+    gaps = highest - scores.astype(np.float64)
+    weights = np.exp(-gaps)  # the probabilities, times the same number
+    ids = _top_p(gaps, weights, params.top_p)
     if 0 < params.top_k < len(ids):
-        ids = ids[_top_k(scores[ids], params.top_k)]
+        ids = ids[_top_k(weights[ids], params.top_k)]
+    if params.temperature == 1.0:
+        return torch.from_numpy(ids), torch.from_numpy(weights[ids])
     # The temperature acts on logarithms: p^(1/T) itself would underflow to nothing at a low T.
-    return ids, ((scores[ids] - highest) / params.temperature).exp()
+    return torch.from_numpy(ids), (torch.from_numpy(gaps[ids]) / -params.temperature).exp()
 
 
-def logprob(logits: Tensor, token: int) -> float:
-    """Natural logarithm of the probability the model itself gives `token`, before any sampling rule. logits: (V,)."""
-    return float(logits[token].double() - logits.double().logsumexp(0))
-
-
-def _top_p(probabilities: Tensor, top_p: float) -> Tensor:
+def _top_p(gaps: Floats, weights: Floats, top_p: float) -> Ids:
     """Ids (n,) of what stays: all tokens at least as probable as the first rank whose running sum reaches top_p."""
-    kept = probabilities > 0
-    if top_p < 1.0:
-        size, look = len(probabilities), FIRST_LOOK
-        while True:
-            ranked = probabilities.topk(min(look, size)).values
-            reached = ranked.cumsum(0) >= top_p
-            if bool(reached[-1]):
-                kept = probabilities >= ranked[reached.nonzero()[0, 0]]
-                break
-            if look >= size:  # rounding alone kept the whole sum below top_p
-                break
-            look *= 16
-    return kept.nonzero()[:, 0]
+    if top_p == 1.0:
+        return np.flatnonzero(weights > 0)
+    total = weights.sum()
+    # Tokens below this bound hold less than half of 1 - top_p even all together, so the sum is reached before them.
+    ids = np.flatnonzero(weights > (1.0 - top_p) * total / (2 * len(weights)))
+    return np.flatnonzero(weights >= _cutoff(gaps[ids], weights[ids], top_p * total))
 
 
-def _top_k(scores: Tensor, top_k: int) -> Tensor:
-    """Places (top_k,), rising, of the highest scores; among equals the first ones."""
-    least = scores.topk(top_k).values[-1]
-    above = (scores > least).nonzero()[:, 0]
-    level = (scores == least).nonzero()[:, 0]
-    return torch.cat([above, level[: top_k - len(above)]]).sort().values
+def _cutoff(gaps: Floats, weights: Floats, goal: float) -> float:
+    """The weight at which the running sum of the weights, largest first, reaches `goal` (the last, should it not).
+
+    gaps (n,): of the logits to the highest. Sums whole groups of neighbours, and sorts only the one where it happens.
+    """
+    width = min(float(gaps.max()), WIDEST) / (GROUPS - 1) or 1.0
+    group = np.minimum(gaps / width, GROUPS - 1).astype(np.int64)
+    sums = np.bincount(group, weights).cumsum()
+    reached = min(int(np.searchsorted(sums, goal)), len(sums) - 1)
+    ranked = np.sort(weights[group == reached])[::-1]
+    before = sums[reached - 1] if reached else 0.0
+    place = int(np.searchsorted(before + ranked.cumsum(), goal))
+    return float(ranked[min(place, len(ranked) - 1)])
+
+
+def _top_k(weights: Floats, top_k: int) -> Ids:
+    """Places (top_k,), rising, of the largest weights; among equals the first ones."""
+    least = float(torch.from_numpy(weights).topk(top_k).values[-1])
+    above = np.flatnonzero(weights > least)
+    level = np.flatnonzero(weights == least)
+    return np.sort(np.concatenate([above, level[: top_k - len(above)]]))
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ def score(model: nn.Module, start: Cursor, ids: Sequence[int], chunk: int = CHUN
     for begin in range(0, len(ids), chunk):
         piece = list(ids[begin : begin + chunk])
         wanted = torch.tensor(piece, device=device_of(model))
-        with torch.inference_mode():
+        with torch.no_grad():
             logits, state = model(wanted[None], state)  # (1, T, V)
             shifted = torch.cat([first[None], logits[0, :-1]])  # (T, V): what was expected before each token
             found += (-torch.nn.functional.cross_entropy(shifted, wanted, reduction="none")).tolist()

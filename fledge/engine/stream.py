@@ -209,4 +209,5 @@ class Stream(Iterator[str]):
             if self._on_end is not None:
                 self._on_end(completion)
             self._completion = completion
+            self._on_end = None  # what it refers to may refer to this stream, and would keep all its states alive
         return self._completion

@@ -17,7 +17,7 @@ from fledge.kernels.wkv4.reference import State4, wkv4_reference
 WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
 WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}
 
-# Below this many tokens the loop is as fast as the chunked form, and for a single token much faster.
+# Up to this many tokens the loop is as fast as the chunked form, and for a single token much faster.
 SHORT = 3
 
 
@@ -76,7 +76,7 @@ def wkv(
 
     r, k, w: (B, T, H, K); v: (B, T, H, V); u: (H, K); state: (B, H, K, V) float32, zeros when None. `w` is the log of
     the decay, <= 0; Eagle passes its static decay expanded, without a copy. Any floating dtype comes in; all arithmetic
-    is float32 (float64 if any input is), and so are the results y (B, T, H, V) and the new state (B, H, K, V).
+    is float32 (float64 if any input but the state is), and so are y (B, T, H, V) and the new state (B, H, K, V).
     The given state is not changed. `backend` names one of WKV_BACKENDS; None lets `explain()`'s table decide.
     """
     dtype = _compute_dtype(r, k, v, w, u)

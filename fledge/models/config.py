@@ -39,12 +39,23 @@ class ModelConfig:
         for name in ("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("norm_eps", "group_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        self._check_version()
+
+    def _check_version(self) -> None:
+        """What only some versions have must be there, and nothing that they do not have."""
         if self.version != "4" and (self.n_head < 1 or self.dim_att % self.n_head):
             raise ConfigError(f"n_head is {self.n_head}; it must divide dim_att = {self.dim_att}")
         if self.version == "6.0" and (self.mix_rank < 1 or self.decay_rank < 1):
             raise ConfigError(f"mix_rank {self.mix_rank} and decay_rank {self.decay_rank} must be at least 1 for 6.0")
+        if self.tuned_state and self.version == "4":
+            raise ConfigError("tuned_state is set, but RWKV-4 has no matrix state to tune")
         if self.bonus not in ("time_faaaa", "time_first"):
             raise ConfigError(f"bonus is {self.bonus!r}; it must be 'time_faaaa' or 'time_first'")
+        if self.bonus == "time_first" and self.version in ("5.2", "6.0"):
+            raise ConfigError(f"version {self.version} stores its bonus as time_faaaa, never as time_first")
 
     @property
     def head_size(self) -> int:
@@ -74,7 +85,7 @@ class ModelConfig:
             n_embd=n_embd,
             dim_att=n_embd,
             dim_ffn=int(n_embd * 3.5 // 32 * 32),
-            n_head=n_embd // head_size,
+            n_head=_heads(n_embd, head_size),
             mix_rank=64 if wide else 32,
             decay_rank=128 if wide else 64,
         )
@@ -89,10 +100,16 @@ class ModelConfig:
             n_embd=n_embd,
             dim_att=n_embd,
             dim_ffn=int(n_embd * 3.5 // 32 * 32),
-            n_head=n_embd // head_size,
+            n_head=_heads(n_embd, head_size),
         )
 
     @classmethod
     def rwkv4(cls, n_layer: int, n_embd: int, vocab_size: int = 65536) -> ModelConfig:
         """An RWKV-4 with the official proportions."""
         return cls("4", vocab_size, n_layer, n_embd, dim_att=n_embd, dim_ffn=4 * n_embd)
+
+
+def _heads(n_embd: int, head_size: int) -> int:
+    if n_embd % head_size:
+        raise ConfigError(f"n_embd is {n_embd}; it must be a multiple of head_size = {head_size}")
+    return n_embd // head_size

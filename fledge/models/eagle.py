@@ -67,15 +67,15 @@ class TimeMix(nn.Module):
         heads = (B, T, self.n_head, self.head_size)
         previous = token_shift(x, shift)
         delta = x - previous
-        r = self.receptance(previous + delta * self.time_mix_r).view(heads)  # (B, T, H, K)
-        k = padding.zero(self.key(previous + delta * self.time_mix_k)).view(heads)
-        v = self.value(previous + delta * self.time_mix_v).view(heads)  # (B, T, H, V)
+        r = self.receptance(previous + delta * self.time_mix_r.float()).view(heads)  # (B, T, H, K)
+        k = padding.zero(self.key(previous + delta * self.time_mix_k.float())).view(heads)
+        v = self.value(previous + delta * self.time_mix_v.float()).view(heads)  # (B, T, H, V)
         w, u = self.decay_and_bonus()
         w = padding.zero(w.reshape(1, 1, -1).expand(B, T, -1)).unflatten(-1, heads[2:])  # (B, T, H, K)
         y, state = wkv(r, k, v, w, u, state)
         y = self.ln_x(y)  # (B, T, A)
         if self.has_gate:
-            y = y * nn.functional.silu(self.gate(previous + delta * self.time_mix_g))
+            y = y * nn.functional.silu(self.gate(previous + delta * self.time_mix_g.float()))
         return self.output(y), last_token(x, shift, padding.lengths), state
 
 
@@ -95,7 +95,7 @@ class ChannelMix(nn.Module):
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         previous = token_shift(x, shift)
         delta = x - previous
-        xk, xr = previous + delta * self.time_mix_k, previous + delta * self.time_mix_r
+        xk, xr = previous + delta * self.time_mix_k.float(), previous + delta * self.time_mix_r.float()
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, last_token(x, shift, padding.lengths)
 

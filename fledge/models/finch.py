@@ -56,11 +56,11 @@ class TimeMix(nn.Module):
     def mixed_inputs(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """x_w, x_k, x_v, x_r, x_g (equations 14-16); delta = previous token - x, both (B, T, C)."""
         B, T, C = x.shape
-        low = torch.tanh(torch.addcmul(x, delta, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 Dm)
+        low = torch.tanh(torch.addcmul(x, delta, self.time_maa_x.float()) @ self.time_maa_w1.float())  # (B, T, 5 Dm)
         low = low.view(B * T, 5, self.time_maa_w2.shape[1]).transpose(0, 1)  # (5, B T, Dm)
-        mix = (low @ self.time_maa_w2).view(5, B, T, C)
+        mix = (low @ self.time_maa_w2.float()).view(5, B, T, C)
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return torch.addcmul(x, delta, mix + torch.stack(static)).unbind(0)
+        return torch.addcmul(x, delta, mix + torch.stack(static).float()).unbind(0)
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
@@ -71,9 +71,10 @@ class TimeMix(nn.Module):
         k = padding.zero(self.key(xk)).view(heads)
         v = self.value(xv).view(heads)  # (B, T, H, V)
         g = nn.functional.silu(self.gate(xg))  # (B, T, A)
-        decay = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2  # (B, T, A)
-        w = padding.zero(-torch.exp(decay.float())).view(heads)
-        y, state = wkv(r, k, v, w, self.time_faaaa, state)
+        low = torch.tanh(xw @ self.time_decay_w1.float())  # (B, T, Dd)
+        decay = self.time_decay.float() + low @ self.time_decay_w2.float()  # (B, T, A)
+        w = padding.zero(-torch.exp(decay)).view(heads)
+        y, state = wkv(r, k, v, w, self.time_faaaa.float(), state)
         return self.output(self.ln_x(y) * g), last_token(x, shift, padding.lengths), state
 
 
@@ -92,7 +93,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         delta = token_shift(x, shift) - x
-        xk, xr = torch.addcmul(x, delta, self.time_maa_k), torch.addcmul(x, delta, self.time_maa_r)
+        xk, xr = torch.addcmul(x, delta, self.time_maa_k.float()), torch.addcmul(x, delta, self.time_maa_r.float())
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, last_token(x, shift, padding.lengths)
 

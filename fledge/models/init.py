@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import ConfigError
+from fledge.models.layers import HeadNorm, LayerNorm
 from fledge.models.trunk import Trunk
 
 
@@ -40,6 +41,10 @@ def init_weights(model: Trunk, seed: int | None = None) -> None:
     if model.config.version not in ("5.2", "6.0"):
         raise ConfigError(f"there is no initialisation for version {model.config.version}; train 5.2 or 6.0")
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    for module in model.modules():
+        if isinstance(module, LayerNorm | HeadNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
     _init_ends(model, generator)
     for layer, block in enumerate(model.blocks):
         _init_mixes(block, layer, model)
@@ -50,7 +55,7 @@ def init_weights(model: Trunk, seed: int | None = None) -> None:
 def _init_ends(model: Trunk, generator: torch.Generator) -> None:
     vocab, width = model.head.weight.shape
     model.emb.weight.copy_(_uniform(model.emb.weight, 1e-4, generator))
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(vocab / width, 1.0)), generator=generator)
+    _orthogonal(model.head.weight, 0.5 * math.sqrt(max(vocab / width, 1.0)), generator)
 
 
 def _init_mixes(block: Any, layer: int, model: Trunk) -> None:
@@ -86,7 +91,6 @@ def _init_recurrence(att: Any, layer: int, model: Trunk) -> None:
     zigzag = 0.1 * ((n + 1) % 3 - 1)
     att.time_faaaa.copy_((rho * (1 - ratio) + zigzag).view_as(att.time_faaaa))
     att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
-    att.ln_x.bias.zero_()
     if model.config.tuned_state:
         att.time_state.zero_()
 
@@ -94,7 +98,7 @@ def _init_recurrence(att: Any, layer: int, model: Trunk) -> None:
 def _init_matrices(block: Any, generator: torch.Generator) -> None:
     att, ffn = block.att, block.ffn
     for linear, gain in ((att.receptance, 1.0), (att.key, 0.1), (att.value, 1.0), (att.gate, 0.1), (ffn.key, 1.0)):
-        nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
+        _orthogonal(linear.weight, gain, generator)
     for linear in (att.output, ffn.value, ffn.receptance):
         linear.weight.zero_()
     if hasattr(att, "time_maa_w1"):
@@ -102,6 +106,11 @@ def _init_matrices(block: Any, generator: torch.Generator) -> None:
             zero.zero_()
         for small in (att.time_maa_w2, att.time_decay_w2):
             small.copy_(_uniform(small, 0.01, generator))
+
+
+def _orthogonal(weight: Tensor, gain: float, generator: torch.Generator) -> None:
+    """Drawn on the CPU in float32, so that a seed gives the same values on every device and in every dtype."""
+    weight.copy_(nn.init.orthogonal_(torch.empty(weight.shape), gain=gain, generator=generator))
 
 
 def _depth(layer: int, layers: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fledge.core.errors import UsageError
 from fledge.kernels import pack, packed_linear, why_not
 
 
@@ -24,7 +25,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            assert not x.requires_grad, "a packed model computes no gradients"
+            if x.requires_grad:
+                raise UsageError("this model is packed for inference and gives no gradients; load it with pack=False")
             return packed_linear(x.to(self.packed.dtype), self.packed).float()
         dtype = self.compute_dtype or self.weight.dtype
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype)).float()
@@ -43,6 +45,7 @@ def pack_linears(model: nn.Module) -> str | None:
             return f"the weights are on {linear.weight.device}"
         if reason := why_not(linear.weight.dtype):
             return reason
+    model.requires_grad_(False)
     for linear in linears:
         linear.pack()
     return None

@@ -46,9 +46,9 @@ class TimeMix(nn.Module):
         """x (B, T, C), shift (B, C), state aa, bb, pp (B, A) -> output (B, T, C), new shift, new state."""
         previous = token_shift(x, shift)
         delta = x - previous
-        r = torch.sigmoid(self.receptance(previous + delta * self.time_mix_r))  # (B, T, A)
-        k = padding.fill(self.key(previous + delta * self.time_mix_k), SILENT)
-        v = self.value(previous + delta * self.time_mix_v)
+        r = torch.sigmoid(self.receptance(previous + delta * self.time_mix_r.float()))  # (B, T, A)
+        k = padding.fill(self.key(previous + delta * self.time_mix_k.float()), SILENT)
+        v = self.value(previous + delta * self.time_mix_v.float())
         w = padding.zero(-torch.exp(self.time_decay.float()).expand_as(k))
         y, state = wkv4(k, v, w, self.time_first.float(), state)
         return self.output(r * y), last_token(x, shift, padding.lengths), state
@@ -70,7 +70,7 @@ class ChannelMix(nn.Module):
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         previous = token_shift(x, shift)
         delta = x - previous
-        xk, xr = previous + delta * self.time_mix_k, previous + delta * self.time_mix_r
+        xk, xr = previous + delta * self.time_mix_k.float(), previous + delta * self.time_mix_r.float()
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, last_token(x, shift, padding.lengths)
 

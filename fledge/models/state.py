@@ -14,20 +14,27 @@ input of its sub-layer. A model never writes into a state it was given: it retur
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.core.errors import StateError
+from fledge.core.files import atomic_path
 from fledge.models.config import ModelConfig
 
 S = TypeVar("S", bound="State")
 
+KIND = "fledge_state"
+"""The key of a state file's metadata under which its class is named."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class State:
     """Base of the state classes. Every field is a tensor with axes (layer, batch, ...)."""
 
@@ -62,11 +69,12 @@ class State:
 
     def rows(self: S, index: int | slice | Sequence[int]) -> S:
         """The state of some sequences of the batch; an int gives a batch of one."""
-        if isinstance(index, int):
-            index = [index]
         if isinstance(index, slice):
             return self._map(lambda tensor: tensor[:, index])
-        chosen = torch.as_tensor(list(index), dtype=torch.long)
+        places = [index] if isinstance(index, int) else [int(place) for place in index]
+        if any(not 0 <= place < self.batch for place in places):
+            raise StateError(f"rows {places} do not all lie in a state of {self.batch} sequences (0 is the first)")
+        chosen = torch.as_tensor(places, dtype=torch.long)
         return self._map(lambda tensor: tensor.index_select(1, chosen.to(tensor.device)))
 
     @classmethod
@@ -81,23 +89,43 @@ class State:
         parts = [state.tensors() for state in states]
         return kind(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this state as safetensors, whole or not at all. To which model it belongs is the caller's to record."""
+        with atomic_path(path) as temporary:
+            tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
+            save_file(tensors, temporary, metadata={KIND: type(self).__name__})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: str = "cpu") -> State:
+        """The state that `save` wrote. Raises StateError for any other file; `check` tells whether it fits a model."""
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                kind = KINDS[(file.metadata() or {})[KIND]]
+                names = [field.name for field in dataclasses.fields(kind)]
+                if sorted(file.keys()) != sorted(names):
+                    raise StateError(f"{path}: holds {', '.join(sorted(file.keys()))}, not {', '.join(names)}")
+                return kind(**{name: file.get_tensor(name).float() for name in names})
+        except KeyError:
+            raise StateError(f"{path} is a safetensors file, but not a state saved by Fledge") from None
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{path} cannot be read as a state: {error}") from None
+
     def check(self, config: ModelConfig, batch: int) -> None:
         """Raise StateError unless this state belongs to a model of these sizes and has `batch` rows."""
-        expected = zero_state(config, 1, device="meta")
+        expected = zero_state(config, batch, device="meta")
         if type(expected) is not type(self):
             raise StateError(f"a {type(self).__name__} does not fit a {config.family} model")
-        for name, want in expected.tensors().items():
-            have = getattr(self, name)
-            if have.shape[0] != want.shape[0] or have.shape[2:] != want.shape[2:]:
-                raise StateError(
-                    f"state.{name} has shape {tuple(have.shape)}, but this model needs "
-                    f"({want.shape[0]}, {batch}, {', '.join(map(str, want.shape[2:]))})"
-                )
         if self.batch != batch:
             raise StateError(f"the state holds {self.batch} sequences, the input {batch}")
+        for name, want in expected.tensors().items():
+            have = getattr(self, name)
+            if have.shape != want.shape:
+                raise StateError(
+                    f"state.{name} has shape {tuple(have.shape)}, but this model needs {tuple(want.shape)}"
+                )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WkvState(State):
     """The state of RWKV-5 Eagle and RWKV-6 Finch."""
 
@@ -106,7 +134,7 @@ class WkvState(State):
     ffn_shift: Tensor  # (L, B, C) float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rwkv4State(State):
     """The state of RWKV-4: a weighted sum of values aa, its weight bb, both scaled by exp(-pp)."""
 
@@ -115,6 +143,9 @@ class Rwkv4State(State):
     bb: Tensor  # (L, B, A) float32, denominator
     pp: Tensor  # (L, B, A) float32, the running maximum of the exponents
     ffn_shift: Tensor  # (L, B, C) float32
+
+
+KINDS: dict[str, type[State]] = {"WkvState": WkvState, "Rwkv4State": Rwkv4State}
 
 
 def zero_state(config: ModelConfig, batch: int, device: torch.device | str = "cpu") -> State:

@@ -103,7 +103,7 @@ class Trunk(nn.Module):
     def _last(self, x: Tensor, padding: Padding) -> Tensor:
         if padding.lengths is None:
             return x[:, -1:]
-        if int(padding.lengths.min()) < 1:
+        if bool((padding.lengths < 1).any()):
             raise UsageError("last=True needs at least one token in every row")
         return x[torch.arange(x.shape[0], device=x.device), padding.lengths - 1][:, None]
 

@@ -24,7 +24,10 @@ def resume_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         model.load_state_dict(saved["model"])
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, settings in zip(optimizer.param_groups, asked, strict=True):
+            group.update(settings)  # what this run asks for, not what the file was written with
         return int(saved["step"])
     except Exception as error:
         raise CheckpointError(f"{path}: cannot resume from it ({error}); move it away to start anew") from error

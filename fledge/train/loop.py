@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fledge.core.errors import ConfigError, TrainingError
 from fledge.data.tokens import Windows
 from fledge.models import Trunk
 from fledge.models.layers import Linear
@@ -32,6 +34,13 @@ class TrainSettings:
     save_every: int = 100  # steps
     validate_every: int = 200  # steps
 
+    def __post_init__(self) -> None:
+        for name in ("accumulate", "log_every", "save_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.clip > 0:
+            raise ConfigError(f"clip is {self.clip}; it must be above 0")
+
 
 def train(
     model: Trunk,
@@ -43,7 +52,8 @@ def train(
 ) -> None:
     """Train `model` in place until the schedule ends, going on from folder/last.pt if there is one.
 
-    Every line of folder/metrics.jsonl is also given to `report`. Interrupting saves first.
+    Every line of folder/metrics.jsonl is also given to `report`. An interrupt, or any other end, saves the last whole
+    step first. Raises TrainingError when a gradient is not finite, before it touches the weights.
     """
     for module in model.modules():
         if isinstance(module, Linear):
@@ -51,12 +61,16 @@ def train(
     optimizer = build_optimizer(model, settings.adam)
     step = resume_run(folder / "last.pt", model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    meter = Meter(folder / "metrics.jsonl", report)
+    meter = Meter(folder / "metrics.jsonl", step, report)
+    whole = True  # False while weights and step number do not belong together
     try:
         while step < settings.schedule.steps:
+            loss, norm = gradients(model, windows, settings, step)
+            whole = False
             set_learning_rate(optimizer, settings.schedule.rate(step))
-            loss, norm = one_step(model, optimizer, windows, settings, step)
+            optimizer.step()
             step += 1
+            whole = True
             meter.add(loss, windows.batch * windows.length * settings.accumulate)
             if step % settings.log_every == 0:
                 meter.write(step, norm=norm, rate=settings.schedule.rate(step - 1))
@@ -65,31 +79,37 @@ def train(
             if step % settings.save_every == 0:
                 save_run(folder / "last.pt", model, optimizer, step)
     finally:
-        save_run(folder / "last.pt", model, optimizer, step)
+        if whole:
+            save_run(folder / "last.pt", model, optimizer, step)
 
 
-def one_step(
-    model: Trunk, optimizer: torch.optim.Optimizer, windows: Windows, settings: TrainSettings, step: int
-) -> tuple[float, float]:
-    """Forward, backward and update over `accumulate` micro-batches. Returns the mean loss and the gradient's norm."""
+def gradients(model: Trunk, windows: Windows, settings: TrainSettings, step: int) -> tuple[float, float]:
+    """Forward and backward over `accumulate` micro-batches, then clip. Returns mean loss and gradient norm."""
     total = 0.0
+    model.zero_grad(set_to_none=True)
     for part in range(settings.accumulate):
         batch = torch.from_numpy(windows[step * settings.accumulate + part]).to(model.emb.weight.device)
         logits, _ = model(batch[:, :-1])  # (B, T, vocab)
         loss = next_token_loss(logits, batch[:, 1:]) / settings.accumulate
         loss.backward()
         total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"step {step}: the gradient is not finite (loss {total:.3g}); the last good weights are saved. "
+            "Go on from them with a lower learning rate, or see the published remedies for loss spikes"
+        )
+    return total, norm
 
 
 class Meter:
-    """Collects losses between two lines of the metrics file."""
+    """Collects losses between two lines of the metrics file. A resumed run drops the lines it is about to repeat."""
 
-    def __init__(self, path: Path, report: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, path: Path, step: int, report: Callable[[dict[str, float]], None]) -> None:
         self.path, self.report = path, report
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+            path.write_text("".join(kept))
         self.losses: list[float] = []
         self.tokens = 0
         self.since = time.perf_counter()
@@ -107,6 +127,6 @@ class Meter:
             line |= {"loss": sum(self.losses) / len(self.losses), "tokens_per_s": self.tokens / elapsed}
         line |= values
         with open(self.path, "a") as file:
-            file.write(json.dumps({name: round(value, 5) for name, value in line.items()}) + "\n")
+            file.write(json.dumps({name: float(f"{value:.6g}") for name, value in line.items()}) + "\n")
         self.report(line)
         self.losses, self.tokens, self.since = [], 0, time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PULL = 1e-4
 
@@ -21,6 +22,7 @@ class _L2Wrap(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (logits,) = ctx.saved_tensors
         largest, where = logits.max(-1, keepdim=True)

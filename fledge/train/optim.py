@@ -2,8 +2,7 @@
 
     group     what                                                       learning rate   weight decay
     fast      att.time_decay                                             2x              0
-    matrices  every tensor with two or more axes longer than one,        1x              wd
-              except LoRA factors and u: emb, head and the Linears
+    matrices  *.weight with two axes: emb, head and the Linears          1x              wd
     rest      LoRA factors, mixes, u, norms                              1x              0
 
 Source: the x052 and x060 training code; the paper's appendix H has the same rates.

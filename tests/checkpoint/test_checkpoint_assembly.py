@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import KINDS, make, saved
+from small_checkpoints import KINDS, make, same, saved
 
-from fledge.checkpoint import assemble, load, load_model, load_tuned_state, merge_tuned_state, save
+from fledge.checkpoint import (
+    assemble,
+    convert,
+    expected_shapes,
+    load,
+    load_model,
+    load_tuned_state,
+    merge_tuned_state,
+    save,
+)
 from fledge.core.errors import CheckpointError, UsageError
+from fledge.models import ModelConfig
 
+REPO = Path(__file__).resolve().parents[2]
 IDX = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -50,6 +63,40 @@ def test_unchanged_weights_are_shared_not_copied(tmp_path: Path) -> None:
     config, tensors = load(saved(tmp_path, make("5.2")))
     model = assemble(config, tensors)
     assert all(weight.data_ptr() == tensors[name].data_ptr() for name, weight in model.state_dict().items())
+
+
+def test_converting_leaves_the_callers_dict_alone(tmp_path: Path) -> None:
+    tensors = make("6.0 in bfloat16", n_embd=64)  # a matrix is larger than a page
+    config, mapped = load(saved(tmp_path, tensors))
+    for given in (tensors, mapped):
+        before = {name: tensor.clone() for name, tensor in given.items()}
+        assemble(config, given, dtype=torch.float32)
+        assert same(before, given)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_loading_in_another_dtype_peaks_near_the_size_of_the_model(name: str, tmp_path: Path) -> None:
+    """Not at that and the file's: what was converted is let go at once."""
+    config = ModelConfig.finch(2, 1024, vocab_size=4096)
+    shapes = expected_shapes(config)
+    save(tmp_path / name, config, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
+    small = saved(tmp_path, make("6.0"), "small.pth")
+    code = """
+import sys, torch
+from pathlib import Path
+from fledge.checkpoint import load_model
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+load_model(sys.argv[1], dtype=torch.float32)  # imports what it needs
+before = peak()
+model = load_model(sys.argv[2], dtype=torch.float32).model
+print(peak() - before)
+"""
+    command = [sys.executable, "-c", code, str(small), str(tmp_path / name)]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    target = 4 * sum(torch.Size(shape).numel() for shape in shapes.values()) / 1024
+    assert int(run.stdout) < 1.2 * target  # and 1.5 with all of the file
 
 
 def test_training_a_mapped_model_leaves_the_file_alone(tmp_path: Path) -> None:
@@ -107,6 +154,12 @@ def test_the_dict_keeps_a_tuned_state_as_the_file_has_it(tmp_path: Path) -> None
     assert config.tuned_state and torch.equal(merged["blocks.1.att.time_state"], tensors["blocks.1.att.time_state"])
     first = assemble(config, merged).initial_state(2)
     assert torch.equal(first.wkv[1, 0], tensors["blocks.1.att.time_state"].transpose(1, 2))
+
+
+def test_a_tuned_state_comes_from_any_kind_of_checkpoint(tmp_path: Path) -> None:
+    tensors = make("6.0 tuned")
+    convert(saved(tmp_path, tensors), tmp_path / "folder")
+    assert same(load_tuned_state(tmp_path / "folder"), load_tuned_state(tmp_path / "model.pth"))
 
 
 def test_tuned_states_of_other_models_are_refused(tmp_path: Path) -> None:

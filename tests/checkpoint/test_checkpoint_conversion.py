@@ -80,7 +80,7 @@ def test_an_existing_target_is_kept_without_force(tmp_path: Path) -> None:
     for name in ("t.pth", "t.safetensors", "folder"):
         convert(other, tmp_path / name)
         before = read(tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"exists; give force to replace it"):
+        with pytest.raises(CheckpointError, match=r"exists; to replace it give force=True, or --force on"):
             convert(source, tmp_path / name)
         assert same(before.tensors, load(tmp_path / name)[1])
         convert(source, tmp_path / name, force=True)
@@ -88,6 +88,12 @@ def test_an_existing_target_is_kept_without_force(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "folder", "model.pth", "other.pth", "t.pth", "t.safetensors",
     ]  # fmt: skip
+
+
+def test_a_folder_may_have_a_dot_in_its_name_or_be_asked_for(tmp_path: Path) -> None:
+    source = saved(tmp_path, make("6.0"))
+    for name, to in (("finch-1.6b", None), ("v1.5", None), ("odd.bin", "hf")):
+        assert convert(source, tmp_path / name, to=to).format == "hf"
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
@@ -128,6 +134,12 @@ def test_wrong_requests(tmp_path: Path) -> None:
         convert(source, tmp_path / "x", to="gguf")
     with pytest.raises(UsageError, match=r"must be named \*\.safetensors"):
         convert(source, tmp_path / "x.pth", to="safetensors")
+    for name in ("out.gguf", "out.bin", "model.pt", "out.PTH", "out.SafeTensors", "out.tar.gz"):
+        with pytest.raises(
+            UsageError, match=rf"{name}: the suffix .* name a \*\.pth or \*\.safetensors file, or a folder"
+        ):
+            convert(source, tmp_path / name)
+        assert not (tmp_path / name).exists()
     with pytest.raises(CheckpointError, match="there is no"):
         convert(tmp_path / "absent.pth", tmp_path / "x.pth")
 

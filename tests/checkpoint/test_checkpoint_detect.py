@@ -35,7 +35,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         n_head=0 if version == "4" else heads,
         mix_rank=draw(size) if version == "6.0" else 0,
         decay_rank=draw(size) if version == "6.0" else 0,
-        bonus=draw(st.sampled_from(["time_first", "time_faaaa"])) if version[0] == "5" else "time_faaaa",
+        bonus=draw(st.sampled_from(["time_first", "time_faaaa"])) if version in ("5.0", "5.1") else "time_faaaa",
         tuned_state=version != "4" and draw(st.booleans()),
     )
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoints import make, same
+from small_checkpoints import make, same, saved
 from torch import Tensor
 
-from fledge.checkpoint import load, read
+from fledge.checkpoint import convert, load, read, save
 from fledge.checkpoint.fla_names import from_fla, to_fla
 from fledge.checkpoint.names import from_hf, layout_of, to_hf
 from fledge.core.errors import CheckpointError, UnsupportedError
@@ -94,7 +96,23 @@ def test_sharded_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.bin", "/etc/passwd", "a/b.bin", "..", "", "C:\\x.bin", "a\\b.bin", ".hidden", "a\0b", 5, None]
+    "name",
+    [
+        "../secret.bin",
+        "/etc/passwd",
+        "a/b.bin",
+        "..",
+        "",
+        "C:\\x.bin",
+        "a\\b.bin",
+        ".hidden",
+        "a\0b",
+        5,
+        None,
+        ["x"],
+        {},
+        "x" * 300,
+    ],
 )
 def test_an_index_cannot_lead_out_of_its_folder(name: object, tmp_path: Path) -> None:
     torch.save(hf(make("6.0")), tmp_path / "secret.bin")
@@ -139,6 +157,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         ('{"model_type": "rwkv6", "hidden_size": 32}', CheckpointError, "hidden_size 32, its tensors say 24"),
         ('{"model_type": "rwkv6", "head_size": 64}', CheckpointError, "head_size 64, its tensors say 8"),
         ('{"model_type": "rwkv6", "layer_norm_epsilon": "x"}', CheckpointError, "must be a positive number"),
+        ('{"model_type": "rwkv6", "head_size_divisor": 1e200}', CheckpointError, "must be a positive number below"),
     ],
 )
 def test_configs_that_are_wrong(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
@@ -152,6 +171,37 @@ def test_epsilons_come_from_the_config(tmp_path: Path) -> None:
     settings = {"model_type": "rwkv5", "layer_norm_epsilon": 1e-6, "head_size_divisor": 1}
     config, _ = load(folder(tmp_path / "m", settings, hf(make("5.2"))))
     assert (config.norm_eps, config.group_norm_eps) == (1e-6, 1e-5)
+
+
+@pytest.mark.parametrize("to", ["hf", "fla"])
+def test_an_epsilon_changed_in_a_folder_we_wrote_is_an_error(to: str, tmp_path: Path) -> None:
+    """The header of the weights has the epsilons too, and neither may win in silence."""
+    tensors = make("6.0")
+    config = replace(load(saved(tmp_path, tensors))[0], norm_eps=2e-5, group_norm_eps=3e-4)
+    save(tmp_path / "a.safetensors", config, tensors)
+    convert(tmp_path / "a.safetensors", tmp_path / "m", to=to)
+    place = tmp_path / "m" / "config.json"
+    written = json.loads(place.read_text())
+    assert load(tmp_path / "m")[0] == config
+    eps = "layer_norm_epsilon" if to == "hf" else "norm_eps"
+    place.write_text(json.dumps({name: value for name, value in written.items() if name != eps}))
+    assert load(tmp_path / "m")[0] == config  # says nothing, so contradicts nothing
+    changes = {eps: "norm_eps"} | ({"head_size_divisor": "group_norm_eps"} if to == "hf" else {})
+    for name, said in changes.items():
+        place.write_text(json.dumps(written | {name: 8}))
+        with pytest.raises(CheckpointError, match=rf"config\.json asks for {said} .*, the header of its weights for"):
+            load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("renamed", [hf, to_fla])
+def test_a_tensor_under_two_names_is_an_error(
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    tensors = make("6.0")
+    for name in ("emb.weight", "blocks.1.att.key.weight"):
+        for both in (renamed(tensors) | {name: tensors[name]}, {name: tensors[name]} | renamed(tensors)):
+            with pytest.raises(CheckpointError, match="official"):
+                load(saved(tmp_path, both))
 
 
 def test_missing_tensors_have_their_official_name(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
         ("./owner/name", "exists, but not what follows it"),
         ("../a/b/c/d", "exists, but not what follows it"),
         ("sub/name", r"there is no sub/name"),
+        ("~nosuchuser/x", r"'~nosuchuser/x' cannot be looked up \(.*home directory"),
+        ("x" * 300, r"cannot be looked up \(File name too long\)"),
+        ("sub/" + "x" * 300 + ".pth", r"cannot be looked up \(File name too long\)"),
     ],
 )
 def test_what_looks_like_a_path_is_never_fetched(

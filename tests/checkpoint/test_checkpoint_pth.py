@@ -18,11 +18,17 @@ from fledge.checkpoint.pth import read_pth, write_pth
 from fledge.core.errors import CheckpointError, UnsupportedError
 
 
-def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes], compression: int = 0) -> Path:
-    """The same archive with each record passed through `change`."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+def rewritten(
+    source: Path,
+    target: Path,
+    change: Callable[[str, bytes], bytes],
+    method: Callable[[str], int] = lambda name: zipfile.ZIP_STORED,
+) -> Path:
+    """The same archive with each record passed through `change` and packed by the `method` of its name."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for record in old.infolist():
-            new.writestr(record.filename, change(record.filename, old.read(record)))
+            name = record.filename
+            new.writestr(name, change(name, old.read(record)), compress_type=method(name))
     return target
 
 
@@ -89,10 +95,46 @@ def test_deepspeed_prefix_is_stripped(tmp_path: Path) -> None:
     assert config.version == "6.0" and same(tensors, found)
 
 
-def test_compressed_archives_are_read_right(tmp_path: Path) -> None:
-    tensors = make("5.1")
-    packed = rewritten(saved(tmp_path, tensors), tmp_path / "packed.pth", lambda _, data: data, zipfile.ZIP_DEFLATED)
-    assert same(tensors, load(packed)[1])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("harm", [0, 0xFF])
+@pytest.mark.parametrize("part", ["data/0", "data.pkl"])
+def test_compressed_archives_are_refused_unread(part: str, harm: int, method: int, tmp_path: Path) -> None:
+    """A small one can unpack to any size, and each method has its own exception for damage."""
+    path = saved(tmp_path, {"a": torch.zeros(100_000)})
+    packed = rewritten(path, tmp_path / "packed.pth", lambda name, data: data, lambda name: method * (part in name))
+    with zipfile.ZipFile(packed) as archive:
+        record = next(record for record in archive.infolist() if record.filename.endswith(part))
+    whole = bytearray(packed.read_bytes())
+    whole[record.header_offset + 30 + len(record.filename) + record.compress_size // 2] ^= harm
+    packed.write_bytes(whole)
+    for weights in (True, False):
+        with pytest.raises(CheckpointError, match=r"packed\.pth is compressed.*refused"):
+            read_pth(packed, weights=weights)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_tensors_without_bytes_of_their_own_are_refused(weights: bool, tmp_path: Path) -> None:
+    """Kilobytes of a file that would become gigabytes of model on the first change of dtype."""
+    one, many = torch.zeros(1).expand(6000, 6000), torch.zeros(100, 100)
+    for tensors, needed in (({"a": one}, 144_000_000), ({str(i): many for i in range(100)}, 4_000_000)):
+        with pytest.raises(CheckpointError, match=f"tensors share memory: its tensors need {needed} bytes"):
+            read_pth(saved(tmp_path, tensors), weights=weights)
+
+
+def test_sizes_that_an_archive_claims_count_no_further_than_its_length(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.zeros(1000).expand(1000, 1000)})
+    whole = path.read_bytes()
+    for size in (b"\xa0\x0f\0\0",):  # 4000 bytes, stored
+        assert whole.count(size * 2) >= 1
+        path.write_bytes(whole.replace(size * 2, b"\0\0\0\x7f" * 2))
+    with pytest.raises(CheckpointError):
+        read_pth(path, weights=False)
+
+
+def test_tensors_that_share_memory_are_written_one_by_one(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0)
+    write_pth(tmp_path / "a.pth", {"emb": tensor, "head": tensor.view(2, 3)})
+    assert same({"emb": tensor, "head": tensor.view(2, 3)}, read_pth(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -68,6 +68,26 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         list(read_jsonl(tmp_path / "x.zip"))
 
 
+@pytest.mark.parametrize("line", ['{"text": 5}', '{"text": "a", "lang": 7}', '{"text": "\\ud800"}', "[]", "nonsense"])
+def test_what_is_no_document_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(UsageError, match="line 2: not a JSON object with a text"):
+        list(read_jsonl(tmp_path / "x.jsonl"))
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(UsageError, match=r"x\.jsonl\.gz: cannot be read beyond line 0"):
+        list(read_jsonl(tmp_path / "x.jsonl.gz"))
+
+
+def test_a_text_that_comes_twice_is_never_on_both_sides() -> None:
+    corpus = documents(250, "en") * 2
+    chosen = select(corpus, Mixture({"en": 10**6}, validation_share=0.1))
+    assert len(chosen.train) + len(chosen.validation) == 250
+    assert not {d.text for d in chosen.validation} & {d.text for d in chosen.train}
+
+
 def test_base_language() -> None:
     found = [base_language(code) for code in ("pt_BR", "zh-TW", "en", "code:python", "de-DE")]
     assert found == ["pt", "zh", "en", "code:python", "de"]

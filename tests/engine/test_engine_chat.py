@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import weakref
+
 import pytest
 import torch
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 
 from fledge.core.errors import UsageError
 from fledge.engine import LLM, Chat, SamplingParams
+from fledge.engine.chat import turn_seed
 from fledge.tokenizer import render
 
 TOKENIZER = ByteTokenizer("\n\n", "User", "Assistant", "System", ": ", ".\n")
@@ -89,9 +94,43 @@ def test_retry_takes_the_next_seed_unless_told() -> None:
     chat = llm.chat(params=SamplingParams(top_p=1.0, seed=7, max_tokens=8))
     first = "".join(chat.say("hello"))
     second = "".join(chat.retry())
-    assert (chat.turns[-1].completion.seed, second != first) == (8, True)
-    assert "".join(chat.retry()) not in (first, second) and chat.turns[-1].completion.seed == 9
-    assert "".join(chat.retry(seed=7)) == first
+    seed = turn_seed(7, 0)
+    assert (chat.turns[-1].completion.seed, second != first) == (seed + 1, True)
+    assert "".join(chat.retry()) not in (first, second) and chat.turns[-1].completion.seed == seed + 2
+    assert "".join(chat.retry(seed=seed)) == first
+
+
+def test_every_turn_has_its_own_seed_and_the_whole_chat_repeats() -> None:
+    llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
+
+    def talk() -> tuple[list[int], list[str]]:
+        chat = llm.chat(params=SamplingParams(top_p=1.0, seed=7, max_tokens=8))
+        for question in ("a", "b", "c"):
+            list(chat.say(question))
+        list(chat.retry())
+        list(chat.say("d", seed=7))
+        return [turn.completion.seed for turn in chat.turns], [turn.answer for turn in chat.turns]
+
+    seeds, answers = talk()
+    assert seeds == [turn_seed(7, 0), turn_seed(7, 1), turn_seed(7, 2) + 1, 7] and len(set(seeds)) == 4
+    assert talk() == (seeds, answers)
+    # As documented, so that other programs can repeat a chat.
+    assert turn_seed(7, 1) == int.from_bytes(hashlib.sha256(b"7 1").digest()[:4], "little")
+
+
+def test_a_finished_answer_is_let_go_of_without_the_garbage_collector() -> None:
+    llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
+    chat = llm.chat(params=SamplingParams(seed=7, max_tokens=4))
+    gc.collect()
+    gc.disable()
+    try:
+        stream = chat.say("a")
+        list(stream)
+        watched = [weakref.ref(stream), weakref.ref(chat.turns[-1]), weakref.ref(chat)]
+        del stream, chat
+        assert [reference() for reference in watched] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_branches_share_the_past_and_nothing_else() -> None:

@@ -85,6 +85,15 @@ def test_logprobs_sum_to_the_probability_of_the_text() -> None:
     assert scores.bits_per_byte == pytest.approx(-float(wanted.sum()) / math.log(2) / len(text), rel=1e-5)
 
 
+def test_states_and_scores_leave_the_model_ready_for_training() -> None:
+    llm = random_llm()
+    state = llm.read("hello")
+    llm.logprobs("scored", state, ":")
+    llm.model(torch.tensor([[5]]), state)[0].sum().backward()
+    done = llm.generate("hello", max_tokens=2, seed=1, ban=(0,))
+    llm.model(torch.tensor([[5]]), done.state)[0].sum().backward()
+
+
 def test_logprobs_after_a_state_need_a_context() -> None:
     llm = random_llm()
     cold = llm.logprobs("answer", context="text question: ")

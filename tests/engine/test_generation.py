@@ -7,7 +7,7 @@ import torch
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import feed, prefill, tokens
+from fledge.engine.generation import feed, fresh_state, prefill, tokens
 from fledge.engine.sampling import Sampler, SamplingParams
 
 TOKENIZER = ByteTokenizer()
@@ -49,13 +49,21 @@ def test_tokens_come_one_for_each_call_and_each_with_the_state_before_it() -> No
         assert equal_states(
             step.before, feed(model, [*prompt, *(s.id for s in steps[:number])], model.initial_state(1))
         )
-        assert step.logprob == pytest.approx(0.0, abs=1e-6)
 
 
-def test_inference_mode_does_not_leak_out_of_the_loop() -> None:
-    model = fake()
-    for _ in tokens(model, *prefill(model, [COLON]), Sampler(GREEDY), 3):
-        assert not torch.is_inference_mode_enabled()
+def test_what_the_loop_gives_is_without_gradients_and_can_take_part_in_training() -> None:
+    model = random_finch(97, tuned_state=True)
+    places = [
+        fresh_state(model),
+        prefill(model, [1, 2, 3]).state,
+        *(step.before for step in tokens(model, *prefill(model, [COLON]), Sampler(GREEDY), 3)),
+    ]
+    for state in places:
+        assert torch.is_grad_enabled()
+        assert not any(tensor.requires_grad for tensor in state.tensors().values())
+        model.zero_grad()
+        model(torch.tensor([[5]]), state)[0].sum().backward()
+        assert model.head.weight.grad.abs().sum() > 0
 
 
 def test_a_real_model_split_anywhere_gives_the_same_tokens() -> None:

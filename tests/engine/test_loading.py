@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from random_checkpoints import random_checkpoint
 
 import fledge
 from fledge import checkpoint
+from fledge.checkpoint import reader
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.engine import loading
 from fledge.tokenizer import load_world, prune, world_vocabulary
@@ -27,6 +30,38 @@ def test_a_byte_model_generates(tmp_path: Path) -> None:
     assert llm.device_reason == "asked for" and "float32" in llm.dtype_reason
     assert not llm.model.training
     assert len(llm.generate("abc", max_tokens=5, seed=1).ids) == 5
+
+
+def test_the_checkpoint_is_found_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, read_raw = list[dict[str, Any]](), reader.read_raw
+
+    def counting(path: Path, **options: Any) -> Any:
+        calls.append(options)
+        return read_raw(path, **options)
+
+    monkeypatch.setattr(reader, "read_raw", counting)
+    fledge.load(save_pth(tmp_path, 256), device="cpu")
+    assert calls == [{"weights": True}]
+
+
+def test_only_the_model_holds_the_weights_while_they_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, read = list[weakref.ref[Any]](), checkpoint.read
+
+    def watched(path: Path) -> Any:
+        found = read(path)
+        held.append(weakref.ref(found))
+        return found
+
+    def pack(model: torch.nn.Module) -> None:
+        assert [reference() for reference in held] == [None]
+        held.clear()
+
+    monkeypatch.setattr(checkpoint, "read", watched)
+    monkeypatch.setattr(loading, "pack_linears", pack)
+    fledge.load(save_pth(tmp_path, 256), device="cpu")
+    assert held == []
 
 
 def test_a_dtype_that_is_asked_for(tmp_path: Path) -> None:

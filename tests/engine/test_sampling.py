@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.engine.sampling import Sampler, SamplingParams, distribution, logprob
+from fledge.engine import sampling
+from fledge.engine.sampling import Sampler, SamplingParams, distribution
 
 
 def slow_distribution(
@@ -67,12 +68,38 @@ def test_distribution_equals_the_slow_twin(row: list[float], temperature: float,
     assert same(fast_distribution(torch.tensor(row), params), slow_distribution(row, params))
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.85, 0.9999])
-def test_a_large_vocabulary_is_cut_as_a_full_sort_would(top_p: float) -> None:
-    """The cutoff is looked for among the first 256, then 4096, then all tokens."""
-    logits = torch.randn(9000, generator=torch.Generator().manual_seed(3))
-    params = SamplingParams(top_p=top_p)
-    assert same(fast_distribution(logits, params), slow_distribution(logits.tolist(), params))
+def logits_of_shape(shape: str) -> torch.Tensor:
+    """20000 logits as a model might give them, and some that none should."""
+    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(3))
+    if shape == "peaked":  # Zipf's law, in random order
+        ranks = torch.arange(1, 20_001)[torch.randperm(20_000, generator=torch.Generator().manual_seed(4))]
+        return noise * 0.3 - 1.6 * ranks.log()
+    if shape == "far apart":  # most lie further below the highest than the groups reach
+        return noise * 200
+    if shape == "ties":
+        return (noise * 4).round() / 4
+    if shape == "banned":
+        return noise.where(noise < 0, -math.inf)
+    return noise * {"random": 1.0, "nearly flat": 1e-3, "flat": 0.0}[shape]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.85, 0.9999, 1 - 2**-53])
+@pytest.mark.parametrize("shape", ["peaked", "random", "nearly flat", "flat", "far apart", "ties", "banned"])
+def test_a_large_vocabulary_is_cut_as_a_full_sort_would(shape: str, top_p: float) -> None:
+    logits = logits_of_shape(shape)
+    for params in (SamplingParams(top_p=top_p), SamplingParams(top_p=top_p, top_k=300, temperature=0.7)):
+        fast = fast_distribution(logits, params)
+        slow = slow_distribution(logits.tolist(), params)
+        assert fast.keys() ^ slow.keys() <= {token for token, chance in slow.items() if chance < 1e-15}
+        assert max(abs(fast.get(token, 0.0) - chance) for token, chance in slow.items()) < 1e-9
+
+
+def test_the_time_of_a_cut_does_not_depend_on_a_sort_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, sort = list[int](), sampling.np.sort
+    monkeypatch.setattr(sampling.np, "sort", lambda values: sizes.append(len(values)) or sort(values))
+    for shape in ("peaked", "random", "nearly flat"):
+        fast_distribution(logits_of_shape(shape), SamplingParams(top_p=0.85))
+    assert len(sizes) == 3 and max(sizes) < 200
 
 
 def test_ties_at_the_cutoff_stay_and_top_k_takes_the_first_of_them() -> None:
@@ -148,12 +175,6 @@ def test_a_draw_does_not_touch_the_global_random_state() -> None:
     before = torch.get_rng_state()
     Sampler(SamplingParams()).next(torch.zeros(9))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_logprob_is_of_the_model_and_not_of_the_sampler() -> None:
-    logits = torch.tensor([1.0, 2.0, -math.inf, 0.5])
-    odds = [math.exp(1.0), math.exp(2.0), 0.0, math.exp(0.5)]
-    assert logprob(logits, 3) == pytest.approx(math.log(odds[3] / sum(odds)))
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ def test_float64_twin_is_exact(backend: str) -> None:
     expected, found = run("reference", arguments, torch.float64), run(backend, arguments, torch.float64)
     assert_near(found[0], expected[0], "y", 1e-12)
     assert_near(found[1], expected[1], "state", 1e-12)
+    for name, ours, theirs in zip(("r", "k", "v", "w", "u", "state"), found[2], expected[2], strict=True):
+        assert_near(ours, theirs, f"gradient of {name}", 1e-12)
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    leaves = [x.requires_grad_() for x in inputs(9, DECAYS["trained"])]
+    y, _ = wkv(*leaves, backend="chunked")
+    (first,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        torch.autograd.grad(first.square().sum(), leaves[5])
 
 
 @pytest.mark.parametrize("backend", list(WKV_BACKENDS))
@@ -141,6 +151,13 @@ def test_inputs_are_left_alone() -> None:
 def test_unknown_backend_names_the_choices() -> None:
     with pytest.raises(BackendError, match=r"'fast'.*reference, chunked"):
         wkv(*inputs(2, DECAYS["slow"]), backend="fast")
+
+
+@pytest.mark.parametrize("backend", list(WKV_BACKENDS))
+def test_an_empty_batch(backend: str) -> None:
+    arguments = [x[:0] if x.dim() == 4 else x for x in inputs(9, DECAYS["trained"])]
+    y, state = wkv(*arguments, backend=backend)
+    assert y.shape == (0, 9, H, V) and state.shape == (0, H, K, V)
 
 
 def test_explain_names_real_backends() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoints import random_checkpoint
+from safetensors.torch import save_file
 
 from fledge.core.errors import ConfigError, StateError, TokenizerError, UsageError
 from fledge.models import ModelConfig, State, Trunk, WkvState, build, init_weights, zero_state
@@ -89,10 +91,41 @@ def test_row_alone_equals_row_in_any_ragged_batch(name: str, lengths: list[int],
 @every_family
 def test_padding_leaves_the_state_exactly_alone(name: str) -> None:
     model = model_of(name)
-    state = model(tokens(2, 9))[1]
-    _, after = model(tokens(2, 20, seed=4), state, lengths=torch.tensor([0, 0]))
-    for field, tensor in after.tensors().items():
-        assert torch.equal(tensor, state.tensors()[field]), field
+    for state in (model(tokens(2, 9))[1], model.initial_state(2)):
+        _, after = model(tokens(2, 20, seed=4), state, lengths=torch.tensor([0, 20]))
+        for field, tensor in after.tensors().items():
+            assert torch.equal(tensor[:, 0], state.tensors()[field][:, 0]), field
+            assert tensor.isfinite().all(), field
+
+
+@every_family
+def test_gradients_are_finite_beside_an_empty_row(name: str) -> None:
+    model = build(CONFIGS[name])
+    model.load_state_dict(model_of(name).state_dict())
+    logits, _ = model(tokens(2, 9), lengths=torch.tensor([0, 9]))
+    logits[1].square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_family
+@pytest.mark.parametrize("length", [0, 1, 9])
+def test_an_empty_batch(name: str, length: int) -> None:
+    logits, state = model_of(name)(tokens(0, length))
+    assert logits.shape == (0, length, VOCAB) and state.batch == 0
+    if length:
+        assert model_of(name)(tokens(0, length), lengths=torch.zeros(0, dtype=torch.long), last=True)[0].shape[0] == 0
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_whole_model_in_another_dtype(name: str, dtype: torch.dtype) -> None:
+    model = build(CONFIGS[name])
+    model.load_state_dict(model_of(name).state_dict())
+    logits, state = model.to(dtype)(tokens(2, 9))
+    assert logits.dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in state.tensors().values())
+    expected, _ = model_of(name)(tokens(2, 9))
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
 
 
 @every_family
@@ -163,10 +196,6 @@ def test_official_initialisation_starts_at_the_uniform_loss_and_is_repeatable(ve
     for model in (first, second):
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
-        for module in model.modules():  # norms that the initialisation leaves alone start as 1 and 0
-            if type(module).__name__ in ("LayerNorm", "HeadNorm"):
-                module.weight.data.fill_(1.0)
-                module.bias.data.zero_()
         init_weights(model, seed=5)
     for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -263,3 +292,63 @@ def test_state_values() -> None:
         State.stack([state.rows(0), zero_state(CONFIGS["4"], 1)])
     with pytest.raises(StateError, match="empty list"):
         WkvState.stack([])
+    with pytest.raises(StateError, match=r"rows \[3\].*3 sequences"):
+        state.rows(3)
+    assert state != stacked and state == state
+
+
+@every_family
+def test_states_on_disk(name: str, tmp_path: Path) -> None:
+    state = model_of(name)(tokens(2, 5))[1]
+    state.save(tmp_path / "s")
+    back = State.load(tmp_path / "s")
+    assert type(back) is type(state)
+    for field, tensor in state.tensors().items():
+        assert torch.equal(tensor, back.tensors()[field])
+
+
+def test_other_files_are_no_states(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "x")
+    save_file({"x": torch.zeros(1)}, tmp_path / "y", metadata={"fledge_state": "WkvState"})
+    (tmp_path / "z").write_bytes(b"junk")
+    for file, message in (
+        ("x", "not a state"),
+        ("y", "holds x, not att_shift"),
+        ("z", "cannot be"),
+        ("q", "cannot be"),
+    ):
+        with pytest.raises(StateError, match=message):
+            State.load(tmp_path / file)
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="n_embd is 160; it must be a multiple of head_size = 64"):
+        ModelConfig.finch(2, 160)
+    with pytest.raises(ConfigError, match="stores its bonus as time_faaaa"):
+        ModelConfig("6.0", **SIZES, n_head=3, mix_rank=4, decay_rank=6, bonus="time_first")
+    with pytest.raises(ConfigError, match="RWKV-4 has no matrix state"):
+        ModelConfig("4", **SIZES, tuned_state=True)
+    with pytest.raises(ConfigError, match="norm_eps is -1"):
+        ModelConfig("4", **SIZES, norm_eps=-1)
+    with pytest.raises(ConfigError, match="n_head is 5; it must divide dim_att = 24"):
+        ModelConfig("5.2", **SIZES, n_head=5)
+
+
+def test_every_row_of_every_field_is_checked() -> None:
+    model = model_of("6.0")
+    good = zero_state(CONFIGS["6.0"], 2)
+    bad = WkvState(good.att_shift, good.wkv[:, :1], good.ffn_shift)
+    with pytest.raises(StateError, match=r"state\.wkv has shape \(2, 1, 3, 8, 8\)"):
+        model(tokens(2, 3), bad)
+
+
+def test_a_packed_model_refuses_gradients() -> None:
+    model = build(CONFIGS["6.0"])
+    model.load_state_dict(model_of("6.0").state_dict())
+    if reason := pack_linears(model):
+        pytest.skip(reason)
+    logits, state = model(tokens(1, 3))  # without no_grad: its parameters ask for no gradient
+    assert not logits.requires_grad
+    tuned = WkvState(state.att_shift.clone().requires_grad_(), state.wkv, state.ffn_shift)
+    with pytest.raises(UsageError, match="pack=False"):
+        model(tokens(1, 3), tuned)

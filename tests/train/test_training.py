@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fledge.core.errors import CheckpointError, ConfigError
+from fledge.core.errors import CheckpointError, ConfigError, TrainingError
 from fledge.data.tokens import Windows
 from fledge.models import ModelConfig, Trunk, build, init_weights
 from fledge.train.checkpoint import resume_run
@@ -68,6 +68,62 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     resumed, _ = run(tmp_path / "cut", 30)
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_an_interrupt_inside_the_update_keeps_the_last_whole_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(tmp_path / "whole", 30)
+    update, updates = torch.optim.AdamW.step, []
+
+    def interrupted(self: torch.optim.AdamW) -> None:
+        updates.append(1)
+        update(self)
+        if len(updates) == 12:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        run(tmp_path / "cut", 30)
+    resumed, lines = run(tmp_path / "cut", 30)
+    assert lines[0]["step"] == 15
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    written = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert written == sorted(written)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(tmp_path: Path) -> None:
+    model = fresh()
+    poison = iter(range(100))
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan") if next(poison) == 6 else gradient
+
+    model.head.weight.register_hook(hook)
+    settings = TrainSettings(Schedule(5e-3, 1e-4, 2, 30))
+    with pytest.raises(TrainingError, match="step 6: the gradient is not finite"):
+        train(model, Windows(TEXT, 16, 3, 0), settings, tmp_path, lambda model: {}, lambda line: None)
+    again = fresh()
+    assert resume_run(tmp_path / "last.pt", again, build_optimizer(again, AdamSettings())) == 6
+    assert all(p.isfinite().all() for p in again.parameters())
+
+
+def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
+    run(tmp_path, 5)
+    model = fresh()
+    optimizer = build_optimizer(model, AdamSettings(beta2=0.95, eps=1e-8, weight_decay=0.3))
+    assert resume_run(tmp_path / "last.pt", model, optimizer) == 5
+    group = optimizer.param_groups[1]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-8, 0.3)
+    assert optimizer.state_dict()["state"]
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="log_every is 0"):
+        TrainSettings(Schedule(1.0, 0.1, 1, 5), log_every=0)
+    with pytest.raises(ConfigError, match="clip is 0"):
+        TrainSettings(Schedule(1.0, 0.1, 1, 5), clip=0)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # tokens; near the head size, so that work inside a chunk and work on the state are balanced
 
@@ -47,8 +48,7 @@ def wkv_chunked(
     chunk = min(chunk, 1 << (length - 1).bit_length())
     y: Tensor
     y, state = _Chunks.apply(*(_to_chunks(x, chunk) for x in (r, k, v, w)), u, state)
-    batch, heads, _, _, width = y.shape
-    return y.reshape(batch, heads, -1, width)[:, :, :length].transpose(1, 2), state
+    return y.flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
 def _to_chunks(x: Tensor, chunk: int) -> Tensor:
@@ -57,7 +57,7 @@ def _to_chunks(x: Tensor, chunk: int) -> Tensor:
     missing = -length % chunk
     if missing:
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
-    return x.reshape(batch, -1, chunk, heads, width).permute(0, 3, 1, 2, 4).contiguous()
+    return x.reshape(batch, (length + missing) // chunk, chunk, heads, width).permute(0, 3, 1, 2, 4).contiguous()
 
 
 class _Border(NamedTuple):
@@ -79,14 +79,14 @@ class _Sums(NamedTuple):
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Views of the earlier and the later half of every block of 2 size rows: (..., c, N) -> two of (G, size, N)."""
-    pairs = x.view(-1, 2, size, x.shape[-1])
+    pairs = x.view(x.numel() // (2 * size * x.shape[-1]), 2, size, x.shape[-1])
     return pairs[:, 0], pairs[:, 1]
 
 
 def _sum_decays(w: Tensor) -> _Sums:
     """All partial sums, from neighbours up to the whole chunk."""
     prefix, suffix = torch.zeros_like(w), torch.zeros_like(w)
-    total = w.reshape(-1, 1, w.shape[-1])  # (blocks, 1, K)
+    total = w.flatten(0, 3)[:, None]  # (blocks, 1, K)
     borders = []
     size = 1
     while size < w.shape[-2]:
@@ -128,6 +128,7 @@ class _Chunks(torch.autograd.Function):
         return y, state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         r, k, v, w, u, before = ctx.saved_tensors
         dy, dstate = gradients[0].contiguous(), gradients[1]
@@ -170,7 +171,7 @@ def _through_borders(
     inputs r, k, v, dy; gradients dr, dk, dv; dsums those of prefix, suffix (B, H, n, c, K) and total (B, H, n, 1, K).
     """
     (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal) = inputs, gradients, dsums
-    dtotal = dtotal.reshape(-1, 1, dtotal.shape[-1])  # (blocks, 1, K)
+    dtotal = dtotal.flatten(0, 2)  # (blocks, 1, K)
     for size, prefix, suffix in reversed(borders):
         dprefix_later, dsuffix_earlier = _halves(dprefix, size)[1], _halves(dsuffix, size)[0]
         # The sums of this block were made of its halves': undo that first.

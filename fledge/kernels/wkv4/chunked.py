@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fledge.kernels.wkv4.reference import State4
+from fledge.kernels.wkv4.reference import TINY, State4
 
 CHUNK = 32  # tokens; memory for one chunk is c^2 A floats a sequence
 NEVER = -1e38  # an exponent that is certainly lost, yet finite: inf - inf would be nan in the gradients
@@ -48,7 +48,7 @@ def _one_chunk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State4) -> tup
     past = torch.exp(carried - top)
     numerator = past * aa[:, None] + torch.einsum("btia,bia->bta", weight, v)
     denominator = past * bb[:, None] + weight.sum(2)
-    y = numerator[:, :length] / denominator[:, :length]
+    y = numerator[:, :length] / denominator[:, :length].clamp_min(TINY)
     return y, (numerator[:, length], denominator[:, length], top[:, length])
 
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 State4 = tuple[Tensor, Tensor, Tensor]
 
+# A real denominator is near 1 or above. It is 0 only at padding of a row that never read anything; its output must be
+# finite all the same.
+TINY = 1e-30
+
 
 def wkv4_reference(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State4) -> tuple[Tensor, State4]:
     """k, v, w: (B, T, A), w <= 0 the log of the decay; u: (A); state: aa, bb, pp, each (B, A).
@@ -25,7 +29,7 @@ def wkv4_reference(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State4) ->
         bonus = u + k[:, t]
         top = torch.maximum(pp, bonus)
         past, now = torch.exp(pp - top), torch.exp(bonus - top)
-        outputs.append((past * aa + now * v[:, t]) / (past * bb + now))
+        outputs.append((past * aa + now * v[:, t]) / (past * bb + now).clamp_min(TINY))
         kept = pp + w[:, t]
         top = torch.maximum(kept, k[:, t])
         past, now = torch.exp(kept - top), torch.exp(k[:, t] - top)

@@ -1,0 +1,140 @@
+"""What the front pages say can be run: their Python blocks run, and so do their `fledge` command lines.
+
+Command lines that name a checkpoint of somebody else's are only parsed: every command and option must exist.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer.main
+
+from fledge.cli.main import app, main
+from fledge.core.files import asset
+
+REPO = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/quickstart.md")
+BUNDLED = "tiny-finch.safetensors"
+
+
+class Line(NamedTuple):
+    """One command line of a page: `fledge ARGUMENTS`, and what it reads."""
+
+    page: str
+    arguments: list[str]
+    stdin: bytes
+
+
+def blocks(markdown: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", markdown, re.M | re.S)
+
+
+def text_of(page: str) -> str:
+    return (REPO / page).read_text(encoding="utf-8")
+
+
+def parse(page: str, line: str) -> Line | None:
+    """What a line of a shell block asks `fledge` to do; None for other programs. Knows `echo X |` and `< FILE`."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words, stdin = list(lexer), b""
+    if words[:1] == ["echo"] and words[2:3] == ["|"]:
+        stdin, words = words[1].encode() + b"\n", words[3:]
+    if words[-2:-1] == ["<"]:
+        stdin, words = (REPO / words[-1]).read_bytes(), words[:-2]
+    if words[:1] != ["fledge"]:
+        assert "fledge" not in words, f"{page}: cannot tell what this line runs: {line}"
+        return None
+    assert not {"|", "<", ">", "&&", ";"} & set(words), f"{page}: cannot tell what this line runs: {line}"
+    return Line(page, words[1:], stdin)
+
+
+def lines() -> list[Line]:
+    """Every `fledge` command line in the shell blocks of the pages."""
+    every = [
+        parse(page, line) for page in PAGES for block in blocks(text_of(page), "sh") for line in block.splitlines()
+    ]
+    return [line for line in every if line is not None]
+
+
+def names_a_checkpoint(arguments: list[str]) -> bool:
+    """Whether a command line needs a file or a hub model that does not come with Fledge."""
+    values = [word for flag, word in zip(arguments, arguments[1:], strict=False) if flag in ("--model", "-m")]
+    return bool(values) or any(re.search(r"\.(pth|safetensors)$", word) for word in arguments)
+
+
+def check_options(arguments: list[str]) -> None:
+    """Parse a command line as `fledge` would, without running it. Raises for an option that does not exist."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("fledge", list(arguments), obj=None)
+    while hasattr(command, "resolve_command"):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+
+
+def need_the_bundled_model() -> None:
+    if not asset(BUNDLED).is_file():
+        pytest.skip(f"the bundled model {BUNDLED} is not in this checkout")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_blocks_of_a_page_run_one_after_the_other(page: str, tmp_path: Path) -> None:
+    code = "\n".join(blocks(text_of(page), "python"))
+    assert "fledge.load()" in code
+    need_the_bundled_model()
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("line", lines(), ids=lambda line: f"{line.page}: fledge {shlex.join(line.arguments)}")
+def test_a_command_line_runs(
+    line: Line, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
+) -> None:
+    check_options(line.arguments)
+    if names_a_checkpoint(line.arguments):
+        return
+    if line.arguments[0] in ("generate", "chat"):
+        need_the_bundled_model()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line.stdin), encoding="utf-8"))
+    code = main(line.arguments)
+    output, messages = capsysbinary.readouterr()
+    assert code == 0, messages.decode(errors="replace")
+    assert output or line.arguments[0] == "chat", "nothing was printed"
+
+
+def test_the_pages_have_command_lines() -> None:
+    assert {line.arguments[0] for line in lines()} >= {"generate", "chat", "tokenize"}
+    assert any(names_a_checkpoint(line.arguments) for line in lines())
+
+
+@pytest.mark.parametrize("arguments", ["nonsense", "generate --no-such", "bench generate --no-such", "chat --top-q 1"])
+def test_the_checker_catches_what_does_not_exist(arguments: str) -> None:
+    with pytest.raises(Exception, match="(?i)no such"):
+        check_options(shlex.split(arguments))
+
+
+def test_the_checker_reads_a_shell_line() -> None:
+    assert parse("page", "make demo   # then `fledge` runs") is None
+    assert parse("page", 'echo "def f():" | fledge generate --stop "a b" --json  # why') == Line(
+        "page", ["generate", "--stop", "a b", "--json"], b"def f():\n"
+    )
+    assert parse("page", "fledge tokenize --count < README.md") == Line(
+        "page", ["tokenize", "--count"], (REPO / "README.md").read_bytes()
+    )
+    with pytest.raises(AssertionError, match="cannot tell"):
+        parse("page", "fledge generate x > file")
