@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def lines() -> list[Line]:
 
 def names_a_checkpoint(arguments: list[str]) -> bool:
     """Whether a command line needs a file or a hub model that does not come with Fledge."""
-    values = [word for flag, word in zip(arguments, arguments[1:], strict=False) if flag in ("--model", "-m")]
+    values = [word for flag, word in pairwise(arguments) if flag in ("--model", "-m")]
     return bool(values) or any(re.search(r"\.(pth|safetensors)$", word) for word in arguments)
 
 
@@ -124,7 +125,7 @@ def test_the_pages_have_command_lines() -> None:
 
 @pytest.mark.parametrize("arguments", ["nonsense", "generate --no-such", "bench generate --no-such", "chat --top-q 1"])
 def test_the_checker_catches_what_does_not_exist(arguments: str) -> None:
-    with pytest.raises(Exception, match="(?i)no such"):
+    with pytest.raises(Exception, match=r"(?i)no such"):
         check_options(shlex.split(arguments))
 
 

@@ -86,8 +86,8 @@ def _examine(path: Path) -> int:
                 )
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise CheckpointError(
-                    f"{path} is compressed, which torch.save never does, and could unpack to any size; refused. Get the "
-                    "original, or load and save it with torch if you trust it"
+                    f"{path} is compressed, which torch.save never does, and could unpack to any size; refused. Get "
+                    "the original, or load and save it with torch if you trust it"
                 )
             if lists[0].file_size > LARGEST_PICKLE:
                 raise CheckpointError(

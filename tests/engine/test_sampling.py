@@ -26,7 +26,8 @@ def slow_distribution(
         scores[token] -= params.presence_penalty + count * params.frequency_penalty
     if params.temperature == 0:
         return {scores.index(max(scores)): 1.0}
-    odds = [math.exp(score - max(scores)) for score in scores]
+    highest = max(scores)
+    odds = [math.exp(score - highest) for score in scores]
     total = math.fsum(odds)
     chances = [odd / total for odd in odds]
     ranking = sorted(range(len(chances)), key=lambda token: (-chances[token], token))
