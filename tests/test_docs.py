@@ -78,7 +78,7 @@ def check_options(arguments: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     context = command.make_context("fledge", list(arguments), obj=None)
     while hasattr(command, "resolve_command"):
-        rest = [*context._protected_args, *context.args]
+        rest = [*getattr(context, "_protected_args", ()), *context.args]  # where click keeps a group's words varies
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
 

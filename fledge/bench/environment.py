@@ -50,8 +50,7 @@ class Extra:
 
 EXTRAS = (
     Extra("hub", ("huggingface_hub",), "models by their names on the Hugging Face hub"),
-    Extra("peer", ("rwkv", "tokenizers"), "tests against other implementations"),
-    Extra("bench", ("psutil", "rwkv", "tokenizers"), "`fledge bench generate --peer`: other programs beside this one"),
+    Extra("bench", ("rwkv", "tokenizers"), "`fledge bench generate --peer`: other programs beside this one"),
     Extra("train", ("matplotlib",), "plots of training runs"),
 )
 

@@ -43,11 +43,9 @@ class FledgeSubject:
         import torch
 
         from fledge.checkpoint import load_model
-        from fledge.models.layers import pack_linears
 
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        self._model = load_model(checkpoint, dtype=kind).model
-        pack_linears(self._model)
+        self._model = load_model(checkpoint, dtype=kind, pack=True).model
 
     def prompt(self, ids: Sequence[int]) -> Tensor:
         """By pieces, as `LLM.stream` does."""

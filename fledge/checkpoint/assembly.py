@@ -25,6 +25,7 @@ from fledge.checkpoint.reader import read
 from fledge.checkpoint.tuned import load_tuned_state, merge_tuned_state
 from fledge.core.errors import UsageError
 from fledge.models import ModelConfig, Trunk, build
+from fledge.models.layers import pack_linears
 
 MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,15 +47,17 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    pack: bool = False,
     tuned: bool = True,
     state_file: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Read a checkpoint and build its model.
 
-    dtype: of the matrices, see above; float32, bfloat16 or float16. tuned: False leaves out a tuned initial state
-    that the checkpoint carries. state_file: a tuned state to start from instead. On the CPU, weights that keep their
-    dtype stay mapped: they are read when first used and shared between processes. A weight that changes its dtype is
-    let go in the file as soon as it is converted, so memory peaks near the size of the finished model.
+    dtype: of the matrices, see above; float32, bfloat16 or float16. pack: see `assemble`.
+    tuned: False leaves out a tuned initial state that the checkpoint carries. state_file: one to start from instead.
+    On the CPU, weights that keep their dtype stay mapped: they are read when first used and shared between processes.
+    A weight that changes its dtype, or is packed, is let go in the file at once, so memory peaks near the size of the
+    finished model.
     Raises CheckpointError as `load` does, UsageError for another dtype.
     """
     checkpoint = read(path)
@@ -65,7 +68,7 @@ def load_model(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".time_state")}
     if state_file is not None:
         config, tensors = merge_tuned_state(config, tensors, load_tuned_state(state_file), str(state_file))
-    model = _assembled(config, tensors, device, dtype, spend=True)
+    model = assemble(config, tensors, device=device, dtype=dtype, pack=pack, spend=True)
     return LoadedModel(model, config, checkpoint.path, checkpoint.format, checkpoint.tokenizer_spec, checkpoint.extra)
 
 
@@ -75,35 +78,29 @@ def assemble(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    pack: bool = False,
+    spend: bool = False,
 ) -> Trunk:
     """The model of `config` with these weights (official names and shapes), in evaluation mode.
 
     Weights whose dtype and device need no change are shared with `tensors`, not copied; `tensors` stays as it is.
+    pack: give the matrices to the CPU's best layout, where that can be done; the model is then for inference only.
+    spend: nobody else reads these weights, so those that are converted or packed give up their memory at once.
     """
-    return _assembled(config, dict(tensors), device, dtype)
-
-
-def _assembled(
-    config: ModelConfig,
-    tensors: dict[str, Tensor],
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    *,
-    spend: bool = False,
-) -> Trunk:
-    """`assemble`, emptying `tensors`. `spend`: nobody else reads these weights, so those converted give up memory."""
     if dtype is not None and dtype not in MATRIX_DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in MATRIX_DTYPES)
         raise UsageError(f"dtype {str(dtype).removeprefix('torch.')} is not one of {names}")
     device = torch.device(device)
     model = build(config, device="meta")
     weights: dict[str, Tensor] = {}
-    for name in list(tensors):
-        tensor = tensors.pop(name)
+    for name, tensor in tensors.items():
         weights[name] = tensor.to(device=device, dtype=weight_dtype(name, tensor, device, dtype))
         if spend and weights[name] is not tensor:
             release_pages(tensor)
     model.load_state_dict(weights, strict=True, assign=True)
+    del weights  # the model alone holds them now, so packing lets go of each one as it is replaced
+    if pack:
+        pack_linears(model, release_pages if spend else None)
     return model.eval()
 
 

@@ -15,7 +15,6 @@ from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.core.files import asset
 from fledge.engine.text import LLM
-from fledge.models.layers import pack_linears
 from fledge.tokenizer import Tokenizer, byte_vocabulary, load_world, tokenizer_for
 
 BUNDLED = "tiny-finch"
@@ -48,13 +47,12 @@ def load(
     )
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     name = found.path.stem if found.path.is_file() else Path(path).name
-    model = checkpoint.assemble(found.config, found.tensors, device=chosen_device, dtype=chosen_dtype)
-    stored = found.tensors["head.weight"].dtype
-    if chosen_dtype is None and model.head.weight.dtype != stored:
+    model = checkpoint.assemble(
+        found.config, found.tensors, device=chosen_device, dtype=chosen_dtype, pack=pack, spend=True
+    )
+    stored = found.tensors["emb.weight"].dtype
+    if chosen_dtype is None and model.emb.weight.dtype != stored:
         dtype_reason = f"the file's {str(stored).removeprefix('torch.')} does not run well on this device"
-    del found  # so that packing, which goes matrix by matrix, lets go of each one as it is replaced
-    if pack and chosen_device.type == "cpu":
-        pack_linears(model)  # where that cannot be done the model stays as it is; `fledge doctor` says why
     return LLM(model, tokenizer, name, device_reason, dtype_reason)
 
 

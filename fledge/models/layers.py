@@ -7,6 +7,8 @@ gives float32 back. For inference on a CPU its weight can be packed (`pack_linea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +39,11 @@ class Linear(nn.Module):
         self.register_parameter("weight", None)
 
 
-def pack_linears(model: nn.Module) -> str | None:
-    """Pack every Linear of a model for inference on a CPU. Returns None, or the reason why it was left as it is."""
+def pack_linears(model: nn.Module, release: Callable[[Tensor], None] | None = None) -> str | None:
+    """Pack every Linear of a model for inference on a CPU. Returns None, or the reason why it was left as it is.
+
+    release: called with each plain weight once its packed copy is there, so that memory can be given back at once.
+    """
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.packed is None]
     for linear in linears:
         if linear.weight.device.type != "cpu":
@@ -47,7 +52,10 @@ def pack_linears(model: nn.Module) -> str | None:
             return reason
     model.requires_grad_(False)
     for linear in linears:
+        weight = linear.weight
         linear.pack()
+        if release:
+            release(weight)
     return None
 
 

@@ -185,6 +185,7 @@ def interrupt_after(lines: int) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(True)  # an interrupt in the moment before torch.no_grad ends leaves gradients off
 
 
 def test_an_interrupt_while_the_prompt_is_read_keeps_the_part_that_was_read() -> None:
