@@ -27,7 +27,7 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## install into .venv and generate text with the bundled model
-	$(BIN)/fledge generate "$(PROMPT)"
+	$(BIN)/fledge generate "$(PROMPT)" --top-p 0.6 --max-tokens 150
 
 test: check ## install for development, check everything, run the tests
 	$(BIN)/python -m pytest
