@@ -24,19 +24,21 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     """Every parameter that is a dataclass becomes one option for each of its fields."""
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
-    hints = get_type_hints(function, include_extras=True)
-    for name, parameter in inspect.signature(function).parameters.items():
-        if dataclasses.is_dataclass(hints[name]):
-            groups[name] = hints[name]
-            inner = get_type_hints(hints[name], include_extras=True)
+    # Not get_type_hints: before Python 3.11 it wraps Annotated in Optional where the default is None, and the options
+    # inside are lost.
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        group = parameter.annotation
+        if dataclasses.is_dataclass(group):
+            groups[name] = group
+            inner = get_type_hints(group, include_extras=True)
             parameters += [
                 inspect.Parameter(
                     field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name]
                 )
-                for field in dataclasses.fields(hints[name])
+                for field in dataclasses.fields(group)
             ]
         else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     def command(**values: Any) -> None:
         for name, group in groups.items():
