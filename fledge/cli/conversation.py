@@ -43,7 +43,17 @@ class Conversation:
         }
 
     def run(self) -> None:
-        """Until /quit or the end of the input."""
+        """Until /quit or the end of the input. On a terminal no Ctrl-C ends it, whenever it is pressed."""
+        while True:
+            try:
+                return self._converse()
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                write("\n")
+                note("Ctrl-D or /quit leaves")
+
+    def _converse(self) -> None:
         for line in self._lines():
             if line.strip() == "/quit":
                 return
@@ -111,7 +121,7 @@ class Conversation:
         if self._answers and not self._interactive:
             write("\n")
         self._answers += 1
-        begun = False
+        begun, turns = False, len(self._chat.turns)
         try:
             with SlowBar("reading"):
                 piece = next(stream, "")
@@ -126,7 +136,8 @@ class Conversation:
             write("\n")
             if not self._interactive:
                 raise
-            remark("stopped; the answer ends here")
+            kept = len(self._chat.turns) > turns
+            remark("stopped; the answer ends here" if kept else "stopped while reading; this was not said")
             return
         write("\n")
         if stream.completion.finish_reason == "length":
@@ -155,7 +166,7 @@ class Conversation:
         if not name:
             raise UsageError("/switch needs the name of a branch; /branch lists them")
         self._chat.switch(name)
-        remark(f"in branch {name}, after {len(self._chat.turns)} turns")
+        remark(f"in branch {name}, turns so far: {len(self._chat.turns)}")
 
     def _history(self, _rest: str) -> None:
         labels = self._chat.template.labels

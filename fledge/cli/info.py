@@ -56,4 +56,15 @@ def record(found: CheckpointInfo) -> dict[str, Any]:
 
 def _extra_rows(extra: dict[str, Any]) -> list[tuple[str, str]]:
     """What the writer of the file added, one row a key."""
-    return [(str(key), value if isinstance(value, str) else json.dumps(value)) for key, value in extra.items()]
+    return [(str(key).replace("_", " "), _extra_text(value)) for key, value in extra.items()]
+
+
+def _extra_text(value: Any) -> str:
+    """Short enough for a line: numbers to four digits, a table as "key number, ..."."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_extra_text(inner)}" for key, inner in value.items())
+    return json.dumps(value)

@@ -7,6 +7,7 @@ No traceback is shown unless `--traceback` asks for it.
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,10 @@ def fledge(
 
 def run() -> None:
     """The entry point: text goes out as UTF-8, whatever the platform would choose, and comes in without complaint."""
+    if sys.stdout is None:  # closed by the shell, as in `fledge generate hi >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream, encoding in ((sys.stdin, None), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors="replace")
@@ -130,7 +135,5 @@ def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
 
 def _drop_output() -> None:
     """The reader of standard output has gone (`| head`): what is still buffered must not be written at exit."""
-    import os
-
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

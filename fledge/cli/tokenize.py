@@ -52,7 +52,11 @@ def tokenize(
         return
     pieces = [tokenizer.decode_bytes([token]) for token in ids]
     if as_json:
-        print(json.dumps({"ids": ids, "pieces": [piece_text(piece) for piece in pieces]}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"ids": ids, "pieces": [piece.decode("utf-8", "replace") for piece in pieces]}, ensure_ascii=False
+            )
+        )
         return
     width = len(str(tokenizer.vocab_size))
     sys.stdout.write(

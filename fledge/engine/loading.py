@@ -83,5 +83,6 @@ def tokenizer_of(spec: Mapping[str, Any] | None, vocab_size: int, source: str) -
             "Its text cannot be read or written here; `fledge info` and `fledge convert` work"
         )
     raise UnsupportedError(
-        f"{source} has {vocab_size} token rows and records no vocabulary; known sizes: 65536 (World) and 256 (bytes)"
+        f"{source} has {vocab_size} token rows and records no vocabulary; known sizes: 65536 (World) and 256 (bytes). "
+        "A .safetensors that Fledge wrote keeps a pruned vocabulary; a .pth cannot"
     )

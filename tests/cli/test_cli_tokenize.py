@@ -27,7 +27,7 @@ def test_standard_input_is_exact(fledge: Any) -> None:
 def test_count_and_json(fledge: Any) -> None:
     assert fledge("tokenize", "--count", "Hello, world").text == "3\n"
     record = json.loads(fledge("tokenize", "--json", "Hé").text)
-    assert record["ids"] == load_world().encode("Hé") and record["pieces"] == ["'H'", "'é'"]
+    assert record["ids"] == load_world().encode("Hé") and record["pieces"] == ["H", "é"]
 
 
 def test_decode_gives_the_exact_bytes(fledge: Any) -> None:
