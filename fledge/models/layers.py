@@ -39,12 +39,17 @@ class Linear(nn.Module):
         self.register_parameter("weight", None)
 
 
+# Entries. A smaller matrix stays in the cache, and a packed product's longer call costs more than it saves.
+WORTH_PACKING = 1 << 18
+
+
 def pack_linears(model: nn.Module, release: Callable[[Tensor], None] | None = None) -> str | None:
-    """Pack every Linear of a model for inference on a CPU. Returns None, or the reason why it was left as it is.
+    """Pack the large matrices of a model for inference on a CPU. Returns None, or the reason why it was left as it is.
 
     release: called with each plain weight once its packed copy is there, so that memory can be given back at once.
     """
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.packed is None]
+    linears = [linear for linear in linears if linear.weight.numel() >= WORTH_PACKING]
     for linear in linears:
         if linear.weight.device.type != "cpu":
             return f"the weights are on {linear.weight.device}"
