@@ -41,11 +41,11 @@ def explain() -> list[Choice]:
         Choice("wkv4", "longer", "chunked", "parallel within short chunks, any device"),
         Choice(
             "linear",
-            "inference on a CPU",
+            "large, inference on a CPU",
             "plain" if reason else "packed",
             reason or "oneDNN reads reordered weights about twice as fast",
         ),
-        Choice("linear", "training, or on a GPU", "plain", "torch's own product, with gradients"),
+        Choice("linear", "any other", "plain", "torch's own product, with gradients"),
     ]
 
 

@@ -112,17 +112,14 @@ class State:
 
     def check(self, config: ModelConfig, batch: int) -> None:
         """Raise StateError unless this state belongs to a model of these sizes and has `batch` rows."""
-        expected = zero_state(config, batch, device="meta")
-        if type(expected) is not type(self):
+        if type(self) is not state_class(config):
             raise StateError(f"a {type(self).__name__} does not fit a {config.family} model")
         if self.batch != batch:
             raise StateError(f"the state holds {self.batch} sequences, the input {batch}")
-        for name, want in expected.tensors().items():
-            have = getattr(self, name)
-            if have.shape != want.shape:
-                raise StateError(
-                    f"state.{name} has shape {tuple(have.shape)}, but this model needs {tuple(want.shape)}"
-                )
+        for name, want in state_shapes(config, batch).items():
+            have = tuple(getattr(self, name).shape)
+            if have != want:
+                raise StateError(f"state.{name} has shape {have}, but this model needs {want}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +145,24 @@ class Rwkv4State(State):
 KINDS: dict[str, type[State]] = {"WkvState": WkvState, "Rwkv4State": Rwkv4State}
 
 
+def state_class(config: ModelConfig) -> type[State]:
+    """The class of this model's states."""
+    return Rwkv4State if config.version == "4" else WkvState
+
+
+def state_shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
+    """Field name -> shape, for `batch` sequences: the layout at the top of this file in numbers."""
+    L, H, N = config.n_layer, config.n_head, config.head_size
+    shift = (L, batch, config.n_embd)
+    if config.version == "4":
+        sums = (L, batch, config.dim_att)
+        return {"att_shift": shift, "aa": sums, "bb": sums, "pp": sums, "ffn_shift": shift}
+    return {"att_shift": shift, "wkv": (L, batch, H, N, N), "ffn_shift": shift}
+
+
 def zero_state(config: ModelConfig, batch: int, device: torch.device | str = "cpu") -> State:
     """The state of `batch` sequences of which nothing has been read."""
-    layers, width = config.n_layer, config.n_embd
-
-    def shift() -> Tensor:
-        return torch.zeros(layers, batch, width, device=device)
-
-    if config.version == "4":
-        zeros = torch.zeros(layers, batch, config.dim_att, device=device)
-        return Rwkv4State(shift(), zeros, zeros.clone(), torch.full_like(zeros, -1e30), shift())
-    head = config.head_size
-    return WkvState(shift(), torch.zeros(layers, batch, config.n_head, head, head, device=device), shift())
+    tensors = {name: torch.zeros(shape, device=device) for name, shape in state_shapes(config, batch).items()}
+    if "pp" in tensors:
+        tensors["pp"].fill_(-1e30)  # no exponent has been seen yet
+    return state_class(config)(**tensors)
