@@ -14,14 +14,15 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.1
 VENV_STAMP := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.developing
-SOURCES := pyproject.toml $(shell find fledge native -type f -not -name '*.py[co]' 2>/dev/null)
+NATIVE := $(shell find native -type f)
+SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
 
 # Somebody's import path must not decide which code is tested.
 unexport PYTHONPATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench
+.PHONY: help demo test check fix bench native
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
@@ -64,7 +65,13 @@ $(INSTALLED): $(DEVELOPING)
 	@touch $@
 endif
 
-$(DEVELOPING): $(VENV_STAMP) pyproject.toml
+# What `make native` has left would hide the library that is installed here.
+$(DEVELOPING): $(VENV_STAMP) pyproject.toml $(NATIVE)
 	@echo "Installing fledge for development into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@rm -rf build/native
 	@touch $@
+
+native: ## build only the native library, for work on it: found in build/native until the next installation
+	cmake -S native -B build/native
+	cmake --build build/native --parallel

@@ -4,7 +4,30 @@ Knows tensors only: no models, no files. `reference` is the specification; a twi
 compares outputs, final state and every gradient with it.
 """
 
-from fledge.kernels.dispatch import WKV4_BACKENDS, WKV_BACKENDS, Choice, explain, wkv, wkv4
+from fledge.kernels.dispatch import (
+    WKV4_BACKENDS,
+    WKV4_INFERENCE,
+    WKV_BACKENDS,
+    WKV_INFERENCE,
+    Choice,
+    explain,
+    wkv,
+    wkv4,
+)
 from fledge.kernels.packed import pack, packed_linear, why_not
+from fledge.kernels.quantised import Quantised
 
-__all__ = ["WKV4_BACKENDS", "WKV_BACKENDS", "Choice", "explain", "pack", "packed_linear", "why_not", "wkv", "wkv4"]
+__all__ = [
+    "WKV4_BACKENDS",
+    "WKV4_INFERENCE",
+    "WKV_BACKENDS",
+    "WKV_INFERENCE",
+    "Choice",
+    "Quantised",
+    "explain",
+    "pack",
+    "packed_linear",
+    "why_not",
+    "wkv",
+    "wkv4",
+]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import BackendError
+from fledge.core.native import why_missing
+from fledge.kernels.native import instruction_set, usable, wkv4_native, wkv_native
 from fledge.kernels.packed import why_not
 from fledge.kernels.wkv.chunked import wkv_chunked
 from fledge.kernels.wkv.reference import wkv_reference
@@ -16,6 +18,10 @@ from fledge.kernels.wkv4.reference import State4, wkv4_reference
 
 WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
 WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}
+
+# Without a gradient, float32 on a CPU only, and only where the native library is.
+WKV_INFERENCE = {"native": wkv_native}
+WKV4_INFERENCE = {"native": wkv4_native}
 
 # Up to this many tokens the loop is as fast as the chunked form, and for a single token much faster.
 SHORT = 3
@@ -33,24 +39,40 @@ class Choice:
 
 def explain() -> list[Choice]:
     """What runs when nobody passes `backend=`, and why; shown by `fledge doctor`."""
-    reason = why_not(torch.float32)
     return [
-        Choice("wkv", f"up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
-        Choice("wkv", "longer", "chunked", "matrix products over chunks, any device, exact for every decay"),
-        Choice("wkv4", f"up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
-        Choice("wkv4", "longer", "chunked", "parallel within short chunks, any device"),
+        *_explain_inference(),
+        Choice("wkv, wkv4", f"else up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
+        Choice("wkv", "else longer", "chunked", "matrix products over chunks, any device, exact for every decay"),
+        Choice("wkv4", "else longer", "chunked", "parallel within short chunks, any device"),
+        Choice("linear", "any other", "plain", "torch's own product, with gradients"),
+    ]
+
+
+def _explain_inference() -> list[Choice]:
+    """What serves inference on a CPU: the native library, or else torch with packed matrices."""
+    missing = why_missing()
+    if missing is None:
+        reason = f"one call for all layers, instruction set {instruction_set()}"
+        return [
+            Choice("whole model", "inference on a CPU", "native", reason),
+            Choice("wkv, wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
+        ]
+    reason = why_not(torch.float32) or ""
+    return [
+        Choice("whole model", "inference on a CPU", "torch", missing),
         Choice(
             "linear",
             "large, inference on a CPU",
             "plain" if reason else "packed",
             reason or "oneDNN reads reordered weights about twice as fast",
         ),
-        Choice("linear", "any other", "plain", "torch's own product, with gradients"),
     ]
 
 
-def _choose(length: int, backend: str | None, known: list[str]) -> str:
+def _choose(length: int, backend: str | None, known: list[str], inputs: tuple[Tensor, ...]) -> str:
     if backend is None:
+        if usable(*inputs):
+            return "native"
         return "reference" if length <= SHORT else "chunked"
     if backend not in known:
         raise BackendError(f"unknown kernel backend {backend!r}; choose one of: {', '.join(known)}")
@@ -77,13 +99,15 @@ def wkv(
     r, k, w: (B, T, H, K); v: (B, T, H, V); u: (H, K); state: (B, H, K, V) float32, zeros when None. `w` is the log of
     the decay, <= 0; Eagle passes its static decay expanded, without a copy. Any floating dtype comes in; all arithmetic
     is float32 (float64 if any input but the state is), and so are y (B, T, H, V) and the new state (B, H, K, V).
-    The given state is not changed. `backend` names one of WKV_BACKENDS; None lets `explain()`'s table decide.
+    The given state is not changed. `backend` names one of WKV_BACKENDS or WKV_INFERENCE; None lets `explain()`'s table
+    decide.
     """
     dtype = _compute_dtype(r, k, v, w, u)
     batch, length, heads, key = r.shape
     if state is None:
         state = r.new_zeros(batch, heads, key, v.shape[-1], dtype=dtype)
-    run = WKV_BACKENDS[_choose(length, backend, list(WKV_BACKENDS))]
+    backends = WKV_BACKENDS | WKV_INFERENCE
+    run = backends[_choose(length, backend, list(backends), (r, k, v, w, u, state))]
     return run(r.to(dtype), k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), state.to(dtype))
 
 
@@ -97,5 +121,6 @@ def wkv4(
     """
     dtype = _compute_dtype(k, v, w, u)
     aa, bb, pp = (x.to(dtype) for x in state)
-    run = WKV4_BACKENDS[_choose(k.shape[1], backend, list(WKV4_BACKENDS))]
+    backends = WKV4_BACKENDS | WKV4_INFERENCE
+    run = backends[_choose(k.shape[1], backend, list(backends), (k, v, w, u, aa, bb, pp))]
     return run(k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), (aa, bb, pp))

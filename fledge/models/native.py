@@ -1,0 +1,306 @@
+"""A whole model in the native library: one call for a prompt or for a written token, for inference on a CPU.
+
+The same seam as `Trunk`, `logits, state = model(idx, state)`, and the same numbers up to rounding: the torch models are
+its twins and its specification. A sequence gets the same bits alone, in any batch, and however its tokens are cut into
+calls, because every sum is taken in one order. Padding is never computed at all.
+
+Formats of the matrices are chosen from the weights that come in (see `fledge.kernels.native.FORMATS`); norms, mixes,
+LoRA factors, decay and state are float32, the factors stored as bfloat16 where that holds their values exactly.
+Not here: reading files, and the arithmetic (native/model.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.core.native import why_missing
+from fledge.kernels.native import PackedMatrix, follow_torch_threads, functions, pack
+from fledge.kernels.quantised import Quantised
+from fledge.models.config import ModelConfig
+from fledge.models.state import State, state_class, state_shapes, zero_state
+
+Release = Callable[[Tensor], None]
+NO_LOGITS, LAST, ALL = 0, 1, 2
+
+MATRICES = {
+    "att.receptance.weight",
+    "att.key.weight",
+    "att.value.weight",
+    "att.gate.weight",
+    "att.output.weight",
+    "ffn.key.weight",
+    "ffn.value.weight",
+    "ffn.receptance.weight",
+}
+"""The products of one block, as they are called in a checkpoint and in native/model.cpp."""
+
+MAX_HEAD = 1024
+
+
+def why_not_native(config: ModelConfig) -> str | None:
+    """None where a model of this config can run natively here, else the reason why not."""
+    if config.head_size > MAX_HEAD:
+        return f"heads of {config.head_size} are larger than {MAX_HEAD}"
+    return why_missing()
+
+
+class NativeModel(nn.Module):
+    """Weights in official names and shapes -> a model for inference. The tensors given are packed, not kept, but for
+    the embedding, which is used where it lies.
+
+    tensors: all that are not quantised. matrix_dtype: float32 or bfloat16, for the matrices among them; None: their
+    own (float16 becomes float32). release: called with each tensor that is not needed any more.
+    """
+
+    embedding: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        quantised: Mapping[str, Quantised] | None = None,
+        *,
+        matrix_dtype: torch.dtype | None = None,
+        release: Release | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.matrices: dict[str, PackedMatrix] = {}
+        self._matrix_dtype = matrix_dtype
+        self._release = release or (lambda tensor: None)
+        self._handle = _new_model(config)
+        for name in _block_names(config, -1):
+            self._set_matrix(name, tensors, quantised or {})
+        for layer in range(config.n_layer):
+            for name in _block_names(config, layer):
+                self._set_matrix(name, tensors, quantised or {})
+            _set_block(self, layer, tensors)
+        for name in ("ln0", "ln_out"):
+            for part in ("weight", "bias"):
+                source = f"blocks.0.ln0.{part}" if name == "ln0" else f"ln_out.{part}"
+                self.set_vector(-1, f"{name}.{part}", tensors[source])
+        self.register_buffer("embedding", _embedding(tensors["emb.weight"], matrix_dtype), persistent=False)
+        functions().fledge_model_embedding(
+            self._handle, self.embedding.data_ptr(), int(self.embedding.dtype == torch.bfloat16)
+        )
+        self._tuned = _tuned_state(config, tensors)
+        missing = functions().fledge_model_check(self._handle)
+        assert missing is None, missing.decode()
+
+    def __del__(self) -> None:
+        handle = self.__dict__.pop("_handle", None)
+        if handle is not None:
+            functions().fledge_model_free(handle)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products with matrices that are not quantised (float32 where all are)."""
+        formats = {matrix.format for matrix in self.matrices.values()}
+        return torch.bfloat16 if "bfloat16" in formats else torch.float32
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Format -> bytes of the matrices stored in it."""
+        found: dict[str, int] = {}
+        for matrix in self.matrices.values():
+            found[matrix.format] = found.get(matrix.format, 0) + matrix.nbytes
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed matrices and the embedding."""
+        packed = sum(matrix.nbytes for matrix in self.matrices.values())
+        return packed + self.embedding.numel() * self.embedding.element_size()
+
+    def initial_state(self, batch: int) -> State:
+        """The state before the first token: zeros, or the tuned state the checkpoint came with."""
+        state = zero_state(self.config, batch)
+        if self._tuned is None:
+            return state
+        wkv = self._tuned[:, None].expand(-1, batch, -1, -1, -1).contiguous()
+        return type(state)(**{**state.tensors(), "wkv": wkv})
+
+    def forward(
+        self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
+    ) -> tuple[Tensor, State]:
+        """As `Trunk.forward`, with the same arguments, results and errors; logits at padded places are zero."""
+        B, T = self._check(idx, state)
+        before = self.initial_state(B) if state is None else state
+        counts = [T] * B if lengths is None else _checked(lengths, B, T)
+        if last and min(counts, default=0) < 1:
+            raise UsageError("last=True needs at least one token in every row")
+        ids = idx.reshape(-1) if lengths is None else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx[0]])
+        rows = B if last else ids.numel()
+        logits = torch.empty(rows, self.config.vocab_size)
+        after = {name: torch.empty(shape) for name, shape in state_shapes(self.config, B).items()}
+        self._run(ids.contiguous(), counts, before, after, logits, LAST if last else ALL)
+        new_state = state_class(self.config)(**after)
+        if last or lengths is None:
+            return logits.view(B, 1 if last else T, self.config.vocab_size), new_state
+        padded = torch.zeros(B, T, self.config.vocab_size)
+        for b, piece in enumerate(logits.split(counts)):
+            padded[b, : counts[b]] = piece
+        return padded, new_state
+
+    def _run(
+        self, ids: Tensor, counts: list[int], before: State, after: dict[str, Tensor], logits: Tensor, want: int
+    ) -> None:
+        parts = len(after)
+        old = [tensor.detach().float().contiguous() for tensor in before.tensors().values()]
+        pointers = (ctypes.c_void_p * (2 * parts))(*(t.data_ptr() for t in (*old, *after.values())))
+        lengths = (ctypes.c_int64 * max(len(counts), 1))(*counts)
+        follow_torch_threads()
+        failed = functions().fledge_model_forward(
+            self._handle, ids.data_ptr(), ids.numel(), len(counts), lengths, pointers, parts, logits.data_ptr(), want
+        )
+        if failed:
+            raise MemoryError(f"not enough memory for {ids.numel()} tokens at once")
+
+    def _check(self, idx: Tensor, state: State | None) -> tuple[int, int]:
+        if idx.dim() != 2:
+            raise UsageError(f"idx has shape {tuple(idx.shape)}; the model needs (batch, time)")
+        if idx.dtype != torch.long or idx.device.type != "cpu":
+            raise UsageError(f"idx is {idx.dtype} on {idx.device}; the model needs int64 on the CPU")
+        if idx.numel():
+            low, high = int(idx.min()), int(idx.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise TokenizerError(f"token id {bad} is outside this model's vocabulary of {self.config.vocab_size}")
+        if state is not None:
+            if not isinstance(state, state_class(self.config)):
+                raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
+            state.check(self.config, idx.shape[0])
+        return idx.shape[0], idx.shape[1]
+
+    def set_vector(self, layer: int, name: str, values: Tensor) -> None:
+        """Hand a vector of parameters over; the library copies it."""
+        flat = values.detach().float().reshape(-1).contiguous()
+        found = functions().fledge_model_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
+        assert found == 0, name
+
+    def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
+        """Hand a LoRA factor (out, in) over: float32 arithmetic, stored as small as its values allow."""
+        exact = weight.dtype == torch.bfloat16
+        self._keep(layer, name, pack(weight, "bfloat16 exact" if exact else "float32"))
+
+    def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantised: Mapping[str, Quantised]) -> None:
+        layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
+        if name in quantised:
+            self._keep(layer, inner, PackedMatrix.of(quantised[name]))
+            return
+        weight = tensors[name]
+        wanted = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+        format = "bfloat16" if wanted == torch.bfloat16 else "float32"
+        if format == "float32" and weight.dtype == torch.bfloat16:
+            format = "bfloat16 exact"
+        self._keep(layer, inner, pack(weight, format))
+        self._release(weight)
+
+    def _keep(self, layer: int, name: str, matrix: PackedMatrix) -> None:
+        self.matrices[name if layer < 0 else f"blocks.{layer}.{name}"] = matrix
+        found = functions().fledge_model_matrix(
+            self._handle, layer, name.encode(), matrix.code, matrix.rows, matrix.columns, matrix.data.data_ptr()
+        )
+        assert found == 0, name
+
+
+def _new_model(config: ModelConfig) -> int:
+    sizes = (
+        int(config.version[0]),
+        config.vocab_size,
+        config.n_layer,
+        config.n_embd,
+        config.dim_att,
+        config.dim_ffn,
+        config.n_head,
+        config.mix_rank,
+        config.decay_rank,
+        int(config.version not in ("4", "5.0")),
+    )
+    handle: int | None = functions().fledge_model_new(
+        (ctypes.c_int64 * len(sizes))(*sizes), config.norm_eps, config.group_norm_eps
+    )
+    if handle is None:
+        raise MemoryError("not enough memory for the model")
+    return handle
+
+
+def _block_names(config: ModelConfig, layer: int) -> list[str]:
+    if layer < 0:
+        return ["head.weight"]
+    absent = {"att.gate.weight"} if config.version in ("4", "5.0") else set()
+    return [f"blocks.{layer}.{name}" for name in sorted(MATRICES - absent)]
+
+
+def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    """The vectors and LoRA factors of one block."""
+    config = model.config
+
+    def of(name: str) -> Tensor:
+        return tensors[f"blocks.{layer}.{name}"]
+
+    for norm in ("ln1", "ln2", *(["att.ln_x"] if config.version != "4" else [])):
+        for part in ("weight", "bias"):
+            model.set_vector(layer, f"{norm}.{part}", of(f"{norm}.{part}"))
+    if config.version == "6.0":
+        for letter in "xwkvrg":
+            model.set_vector(layer, f"att.mix_{letter}", of(f"att.time_maa_{letter}"))
+        for letter in "kr":
+            model.set_vector(layer, f"ffn.mix_{letter}", of(f"ffn.time_maa_{letter}"))
+        model.set_factor(layer, "att.mix_down", of("att.time_maa_w1").T)
+        for letter, factor in zip("wkvrg", of("att.time_maa_w2"), strict=True):
+            model.set_factor(layer, f"att.mix_up_{letter}", factor.T)
+        model.set_factor(layer, "att.decay_down", of("att.time_decay_w1").T)
+        model.set_factor(layer, "att.decay_up", of("att.time_decay_w2").T)
+    else:
+        # Before Finch the files hold the weight of the current token; the library wants that of the one before.
+        for letter in "kvr" if config.version in ("4", "5.0") else "kvrg":
+            model.set_vector(layer, f"att.mix_{letter}", 1 - of(f"att.time_mix_{letter}").float())
+        for letter in "kr":
+            model.set_vector(layer, f"ffn.mix_{letter}", 1 - of(f"ffn.time_mix_{letter}").float())
+    decay, bonus = _decay_and_bonus(config, of)
+    model.set_vector(layer, "att.decay", decay)
+    model.set_vector(layer, "att.bonus", bonus)
+
+
+def _decay_and_bonus(config: ModelConfig, of: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Finch: the raw decay; Eagle: the factor; RWKV-4: its logarithm. And u; one number a channel each."""
+    raw = of("att.time_decay").float()
+    if config.version == "4":
+        return -torch.exp(raw), of("att.time_first").float()
+    bonus = of(f"att.{config.bonus}").float()
+    if config.version == "6.0":
+        return raw, bonus
+    if config.bonus == "time_first":
+        bonus = torch.exp(bonus)
+    decay = torch.exp(-torch.exp(raw))
+    if decay.dim() == 1:  # 5.0 and 5.1: one number a head
+        decay, bonus = (x[:, None].expand(-1, config.head_size) for x in (decay, bonus))
+    return decay, bonus
+
+
+def _embedding(weight: Tensor, matrix_dtype: torch.dtype | None) -> Tensor:
+    """The table as it lies where the library can read it; rows are looked up, so its dtype costs no speed."""
+    if weight.dtype == torch.bfloat16:
+        return weight.detach().contiguous()
+    return weight.detach().float().contiguous()
+
+
+def _tuned_state(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """(L, H, K, V), or None. Files hold (H, V, K)."""
+    if not config.tuned_state:
+        return None
+    states = [tensors[f"blocks.{layer}.att.time_state"].detach().float() for layer in range(config.n_layer)]
+    return torch.stack(states).transpose(-1, -2).contiguous()
+
+
+def _checked(lengths: Tensor, B: int, T: int) -> list[int]:
+    counts: list[int] = lengths.tolist() if lengths.dim() == 1 else []
+    if len(counts) != B or any(not 0 <= count <= T for count in counts):
+        raise UsageError(f"lengths must hold {B} numbers between 0 and {T}, not {lengths.tolist()}")
+    return counts

@@ -1,0 +1,309 @@
+// Products of one panel of a weight (64 rows) with a tile of activations.
+//
+// Every output is one sum over the inputs in their order, whatever the number of rows in the tile or in the batch, so a
+// sequence gets the same bits alone, in any batch and in any cut of its prompt. Sums live in registers (bf16, float) or,
+// for quantised weights, integer sums of one group in registers and the float total in `c`.
+#pragma once
+#include "tables.h"
+#include "vector.h"
+
+namespace {
+
+using namespace fledge;
+
+constexpr int NV = 4;                      // vectors of columns worked on at a time
+constexpr int COLUMNS = NV * W;            // 64, 32 or 16
+constexpr int PARTS = PANEL / COLUMNS;     // 1, 2 or 4
+constexpr int TILE = W == 16 ? 6 : 3;      // rows: as many as the registers hold
+constexpr int AHEAD = 2048;                // bytes; a stream is asked for this early, across page borders too
+
+struct Tile {
+    const void* a;       // first input (pair) of the tile
+    int64_t stride;
+    const float *scale, *total;
+    const uint16_t* alive;
+    float* c;            // [rows][PANEL]
+    bool first;          // c holds nothing yet
+};
+
+INLINE void ask(const uint8_t* p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
+}
+
+// ---- bf16 x bf16
+
+template <int M>
+void tile_bf16(const uint8_t* panel, int64_t groups, const Tile& t) {
+    for (int part = 0; part < PARTS; part++) {
+        vf acc[M][NV];
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < NV; v++)
+                acc[m][v] = t.first ? vf{} : load(t.c + m * PANEL + part * COLUMNS + v * W);
+        const int32_t* a = (const int32_t*)t.a;
+        const uint8_t* b = panel + part * COLUMNS * 4;
+        auto pair = [&](int64_t kp) {
+            vi w[NV];
+            for (int v = 0; v < NV; v++) w[v] = load_ints(b + kp * PANEL * 4 + v * W * 4);
+            for (int m = 0; m < M; m++) {
+                const vi x = splat(a[kp * t.stride + m]);
+                for (int v = 0; v < NV; v++) acc[m][v] = dot_bf16(acc[m][v], x, w[v]);
+            }
+        };
+        if (M == 1 && t.alive) {
+            for (int64_t g = 0; g < groups; g++)
+                for (uint32_t left = t.alive[g]; left; left &= left - 1) pair(g * PAIRS + __builtin_ctz(left));
+        } else {
+            for (int64_t kp = 0; kp < groups * PAIRS; kp++) {
+                if (M == 1) ask(b + kp * PANEL * 4, PANEL * 4 / PARTS);
+                pair(kp);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < NV; v++) store(t.c + m * PANEL + part * COLUMNS + v * W, acc[m][v]);
+    }
+}
+
+// ---- float activations; weights float32, or bfloat16 that is exact
+
+struct Float32 {
+    static constexpr int PAIR_BYTES = PANEL * 8;
+    INLINE void pair(const uint8_t* p, int part, int v, vf& even, vf& odd) {
+        const float* f = (const float*)p + part * COLUMNS + v * W;
+        even = load(f);
+        odd = load(f + PANEL);
+    }
+};
+
+struct Bf16Exact {
+    static constexpr int PAIR_BYTES = PANEL * 4;
+    INLINE void pair(const uint8_t* p, int part, int v, vf& even, vf& odd) {
+        const vi both = load_ints(p + (part * COLUMNS + v * W) * 4);
+        even = low_half(both);
+        odd = high_half(both);
+    }
+};
+
+template <class Stored, int M>
+void tile_float(const uint8_t* panel, int64_t groups, const Tile& t) {
+    for (int part = 0; part < PARTS; part++) {
+        vf acc[M][NV];
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < NV; v++)
+                acc[m][v] = t.first ? vf{} : load(t.c + m * PANEL + part * COLUMNS + v * W);
+        const float* a = (const float*)t.a;
+        for (int64_t kp = 0; kp < groups * PAIRS; kp++) {
+            const uint8_t* b = panel + kp * Stored::PAIR_BYTES;
+            if (M == 1) ask(b, Stored::PAIR_BYTES / PARTS);
+            vf even[NV], odd[NV];
+            for (int v = 0; v < NV; v++) Stored::pair(b, part, v, even[v], odd[v]);
+            const float *x0 = a + 2 * kp * t.stride, *x1 = x0 + t.stride;
+            for (int m = 0; m < M; m++) {
+                const vf x = splat(x0[m]);
+                for (int v = 0; v < NV; v++) acc[m][v] = fma(x, even[v], acc[m][v]);
+            }
+            for (int m = 0; m < M; m++) {
+                const vf x = splat(x1[m]);
+                for (int v = 0; v < NV; v++) acc[m][v] = fma(x, odd[v], acc[m][v]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < NV; v++) store(t.c + m * PANEL + part * COLUMNS + v * W, acc[m][v]);
+    }
+}
+
+// ---- quantised weights
+
+struct Int8 {
+    static constexpr int BYTES = 2 * PANEL + GROUP * PANEL;
+    static constexpr int PAIR_BYTES = 2 * PANEL;
+    static constexpr bool HAS_MIN = false;
+    INLINE const uint8_t* pairs(const uint8_t* block) { return block + 2 * PANEL; }
+    INLINE void pair(const uint8_t* p, int part, vi (&out)[NV]) {
+        for (int v = 0; v < NV; v++) out[v] = widen_bytes(p + (part * COLUMNS + v * W) * 2);
+    }
+};
+
+struct Int4 {
+    static constexpr int BYTES = 4 * PANEL + GROUP * PANEL / 2;
+    static constexpr int PAIR_BYTES = PANEL;
+    static constexpr bool HAS_MIN = true;
+    INLINE const uint8_t* pairs(const uint8_t* block) { return block + 4 * PANEL; }
+    INLINE void pair(const uint8_t* p, int part, vi (&out)[NV]) {
+        constexpr int LOADS = 16 / W;            // of the 16 words
+        constexpr int QUARTERS = NV / LOADS;     // of the panel in this part
+        for (int i = 0; i < LOADS; i++) {
+            const vi words = load_ints(p + i * W * 4);
+            for (int q = 0; q < QUARTERS; q++)
+                out[q * LOADS + i] = (vi)((vu)words >> (4 * (part * QUARTERS + q))) & 0x000f000f;
+        }
+    }
+};
+
+template <class Stored, int M>
+void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
+    if (t.first)
+        for (int i = 0; i < M * PANEL; i += W) store(t.c + i, vf{});
+    for (int64_t g = 0; g < groups; g++) {
+        if (M == 1 && t.alive && !t.alive[g]) continue;
+        const uint8_t* block = panel + g * Stored::BYTES;
+        const int32_t* a = (const int32_t*)t.a + g * PAIRS * t.stride;
+        for (int part = 0; part < PARTS; part++) {
+            vi acc[M][NV] = {};
+            auto pair = [&](int kp) {
+                vi w[NV];
+                Stored::pair(Stored::pairs(block) + kp * Stored::PAIR_BYTES, part, w);
+                for (int m = 0; m < M; m++) {
+                    const vi x = splat(a[kp * t.stride + m]);
+                    for (int v = 0; v < NV; v++) acc[m][v] = dot_i16(acc[m][v], x, w[v]);
+                }
+            };
+            if (M == 1 && t.alive) {
+                for (uint32_t left = t.alive[g]; left; left &= left - 1) pair(__builtin_ctz(left));
+            } else {
+                if (M == 1 && part == 0) ask(block, Stored::BYTES);
+                for (int kp = 0; kp < PAIRS; kp++) pair(kp);
+            }
+            vf scale[NV], least[NV];
+            for (int v = 0; v < NV; v++) {
+                scale[v] = load_halves(block + (part * COLUMNS + v * W) * 2);
+                if (Stored::HAS_MIN) least[v] = load_halves(block + (PANEL + part * COLUMNS + v * W) * 2);
+            }
+            for (int m = 0; m < M; m++) {
+                const vf by = splat(t.scale[g * t.stride + m]), total = splat(t.total[g * t.stride + m]);
+                for (int v = 0; v < NV; v++) {
+                    float* c = t.c + m * PANEL + part * COLUMNS + v * W;
+                    vf sum = fma(to_float(acc[m][v]), scale[v] * by, load(c));
+                    if (Stored::HAS_MIN) sum = fma(least[v], total, sum);
+                    store(c, sum);
+                }
+            }
+        }
+    }
+}
+
+// ---- a whole panel
+
+typedef void (*TileFunction)(const uint8_t*, int64_t, const Tile&);
+
+template <int M>
+TileFunction tile_of(int32_t format) {
+    switch (format) {
+        case BF16: return tile_bf16<M>;
+        case INT8: return tile_quantised<Int8, M>;
+        case INT4: return tile_quantised<Int4, M>;
+        case BF16_EXACT: return tile_float<Bf16Exact, M>;
+        default: return tile_float<Float32, M>;
+    }
+}
+
+template <int M>
+TileFunction tile_for(int32_t format, int64_t rows) {
+    if constexpr (M > 1)
+        if (rows < M) return tile_for<M - 1>(format, rows);
+    return tile_of<M>(format);
+}
+
+// Groups of a panel that are used for all rows before the next ones: they should stay in the second-level cache.
+constexpr int64_t CACHED_BYTES = 160 << 10;
+
+void panel(const Matrix& w, int64_t number, const Activations& a, float* scratch, const Output& out) {
+    const uint8_t* data = w.data + number * w.panel_bytes();
+    const int64_t groups = a.padded / GROUP, bytes = block_bytes(w.format);
+    const int64_t number_size = a.kind == FLOATS ? 1 : 2;  // inputs in a word of `data`
+    int64_t step = groups;
+    if (a.rows > a.stride) step = CACHED_BYTES / bytes < 1 ? 1 : CACHED_BYTES / bytes;
+    const int64_t tile_words = a.padded / number_size * a.stride, tile_groups = groups * a.stride;
+    for (int64_t g = 0; g < groups; g += step) {
+        const int64_t count = groups - g < step ? groups - g : step;
+        for (int64_t row = 0; row < a.rows; row += a.stride) {
+            const int64_t left = a.rows - row, rows = left < a.stride ? left : a.stride, tile = row / a.stride;
+            Tile t{};
+            t.a = (const float*)a.data + tile * tile_words + g * GROUP / number_size * a.stride;
+            t.stride = a.stride;
+            if (a.kind == I16_PAIRS) {
+                t.scale = a.scale + tile * tile_groups + g * a.stride;
+                t.total = a.total + tile * tile_groups + g * a.stride;
+            }
+            t.alive = a.rows == 1 && a.alive ? a.alive + g : nullptr;
+            t.c = scratch + row * PANEL;
+            t.first = g == 0;
+            tile_for<TILE>(w.format, rows)(data + g * bytes, count, t);
+        }
+    }
+    const int64_t start = number * PANEL;
+    const int64_t columns = out.width - start < PANEL ? out.width - start : PANEL;
+    for (int64_t row = 0; row < a.rows; row++) {
+        float* y = out.y + row * out.stride + start;
+        const float* c = scratch + row * PANEL;
+        if (groups == 0)
+            for (int64_t i = 0; i < columns; i++) y[i] = out.add ? y[i] : 0.0f;
+        else if (out.add)
+            for (int64_t i = 0; i < columns; i++) y[i] += c[i];
+        else
+            for (int64_t i = 0; i < columns; i++) y[i] = c[i];
+    }
+}
+
+// ---- activations
+
+typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+// One group of inputs as int16 pairs' halves, with its scale and the sum of what the integers stand for.
+INLINE void round_group(const float* group, vh* halves, float& scale, float& total) {
+    vf most = {}, broken = {};
+    for (int i = 0; i < GROUP; i += W) {
+        const vf x = load(group + i), size = (vf)((vi)x & 0x7fffffff);
+        most = select((vi)(size > most), size, most);
+        broken += x * 0.0f;  // not zero where x is infinite or undefined
+    }
+    float top = 0;
+    for (int i = 0; i < W; i++) top = most[i] > top ? most[i] : top;
+    const float inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
+    vi count = {};
+    for (int i = 0; i < GROUP; i += W) {
+        // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+        const vi rounded = (vi)(load(group + i) * inverse + 12582912.0f);
+        halves[i / W] = __builtin_convertvector((vu)rounded, vh);
+        count += (rounded << 16) >> 16;
+    }
+    int32_t sum_of = 0;
+    for (int i = 0; i < W; i++) sum_of += count[i];
+    scale = sum(broken) == 0.0f ? top / 32767.0f : __builtin_nanf("");
+    total = scale * (float)sum_of;
+}
+
+void prepare(const float* x, int64_t row, const Activations& a) {
+    const int64_t tile = row / a.stride, place = row % a.stride;
+    if (a.kind == FLOATS) {
+        float* out = (float*)a.data + tile * a.padded * a.stride + place;
+        for (int64_t k = 0; k < a.k; k++) out[k * a.stride] = x[k];
+        for (int64_t k = a.k; k < a.padded; k++) out[k * a.stride] = 0.0f;
+        return;
+    }
+    int32_t* out = (int32_t*)a.data + tile * (a.padded / 2) * a.stride + place;
+    const int64_t groups = a.padded / GROUP;
+    for (int64_t g = 0; g < groups; g++) {
+        alignas(64) float filled[GROUP];
+        alignas(64) int32_t pairs[PAIRS];
+        const float* group = x + g * GROUP;
+        if ((g + 1) * GROUP > a.k) {
+            for (int i = 0; i < GROUP; i++) filled[i] = g * GROUP + i < a.k ? group[i] : 0.0f;
+            group = filled;
+        }
+        if (a.kind == BF16_PAIRS) {
+            for (int i = 0; i < GROUP; i += W)
+                ((vh*)pairs)[i / W] = __builtin_convertvector(round_bf16(load(group + i)), vh);
+        } else {
+            const int64_t at = (tile * groups + g) * a.stride + place;
+            round_group(group, (vh*)pairs, a.scale[at], a.total[at]);
+        }
+        uint32_t alive = 0;
+        for (int kp = 0; kp < PAIRS; kp++) {
+            out[(g * PAIRS + kp) * a.stride] = pairs[kp];
+            alive |= (uint32_t)((pairs[kp] & 0x7fff7fff) != 0) << kp;
+        }
+        if (a.alive) a.alive[g] = (uint16_t)alive;
+    }
+}
+
+}  // namespace

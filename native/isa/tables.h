@@ -1,0 +1,118 @@
+// The kernels of one instruction set as a table of functions, and the plain structures they share with their callers.
+#pragma once
+#include <stdint.h>
+
+namespace fledge {
+
+constexpr int PANEL = 64;  // rows of a weight that lie together
+constexpr int GROUP = 32;  // inputs that share a scale, and the unit to which every K is filled up
+constexpr int PAIRS = GROUP / 2;
+constexpr int LANES = 16;  // floats; rows of activations are filled up to a multiple of this
+
+// How the numbers of a weight are stored, which decides how its product is computed.
+enum Format : int32_t {
+    F32 = 0,         // float32; activations float32
+    BF16 = 1,        // bfloat16; activations rounded to bfloat16, sums in float32
+    INT8 = 2,        // groups of int8; activations rounded to int16 by groups, exact integer sums within a group
+    INT4 = 3,        // groups of 4 bits with a minimum; as INT8
+    BF16_EXACT = 4,  // bfloat16 that stands for the float32 number exactly; activations float32
+};
+
+// What a format asks of the activations.
+enum Kind : int32_t { FLOATS = 0, BF16_PAIRS = 1, I16_PAIRS = 2 };
+
+inline Kind kind_of(int32_t format) {
+    return format == BF16 ? BF16_PAIRS : format == INT8 || format == INT4 ? I16_PAIRS : FLOATS;
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Activations of `rows` rows and `k` inputs, ready for products of one kind.
+//
+// Rows are taken in tiles of `stride`; inside a tile the numbers of its rows alternate, input by input (pair by pair),
+// so that a kernel reads them one after the other. A single row has stride 1.
+struct Activations {
+    Kind kind;
+    int64_t rows, k, padded;  // padded: k filled up to whole groups
+    int64_t stride;
+    void* data;         // FLOATS: [tile][padded][stride] floats; pairs: [tile][padded / 2][stride] int32
+    float* scale;       // I16_PAIRS: [tile][groups][stride]
+    float* total;       // I16_PAIRS: the same shape, the sum of a group's numbers
+    uint16_t* alive;    // single row of pairs: for each group, which of its 16 pairs are not both zero
+};
+
+struct Output {
+    float* y;
+    int64_t stride;  // floats from row to row
+    int64_t width;   // columns to write, at most those of all panels
+    bool add;        // to what is there
+};
+
+struct Matrix {
+    int32_t format;
+    int64_t n, k;  // outputs, inputs
+    const uint8_t* data;
+    int64_t panels() const { return (n + PANEL - 1) / PANEL; }
+    int64_t padded() const { return round_up(k, GROUP); }
+    int64_t panel_bytes() const;
+};
+
+inline int64_t block_bytes(int32_t format) {  // of one group of one panel
+    switch (format) {
+        case F32: return GROUP * PANEL * 4;
+        case INT8: return PANEL * 2 + GROUP * PANEL;
+        case INT4: return PANEL * 4 + GROUP * PANEL / 2;
+        default: return GROUP * PANEL * 2;
+    }
+}
+inline int64_t Matrix::panel_bytes() const { return padded() / GROUP * block_bytes(format); }
+
+struct Wkv {  // one head of one sequence
+    int64_t length, keys, values;
+    const float *r, *k, *v;
+    const float* decay;       // the factor itself, 0 to 1
+    int64_t stride, v_stride, w_stride, y_stride;  // floats from token to token; w_stride 0: a static decay
+    const float* bonus;       // (K)
+    const float* before;      // (K, V)
+    float* after;             // (K, V), may be `before`
+    float* y;
+    float* scratch;           // keys * round_up(values, LANES) + 3 * round_up(max(keys, values), LANES) floats
+};
+
+struct Wkv4 {  // some channels of one sequence of RWKV-4
+    int64_t length, width;     // width: a multiple of LANES
+    int64_t stride, w_stride;  // floats from token to token; w_stride 0: a static decay
+    const float *k, *v, *w;    // w: the log of the decay
+    const float* u;
+    float *aa, *bb, *pp;       // the state, changed in place
+    float* y;
+};
+
+struct Kernels {
+    const char* name;
+    int64_t tile_rows, vector_floats;
+    // One panel of a product for all rows. scratch: rows * PANEL floats.
+    void (*panel)(const Matrix& w, int64_t panel, const Activations& a, float* scratch, const Output& out);
+    // Row `row` of x, into its place in `a`.
+    void (*prepare)(const float* x, int64_t row, const Activations& a);
+    void (*wkv)(const Wkv& call);
+    void (*wkv4)(const Wkv4& call);
+    // Norm over `width` numbers; y may be x.
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t width, float* y);
+    // The rest works on whole multiples of LANES floats.
+    void (*lerp)(const float* x, const float* before, const float* mix, const float* more, int64_t n, float* y);
+    void (*tanh)(float* x, int64_t n);
+    void (*sigmoid)(float* x, int64_t n);
+    void (*squared_relu)(float* x, int64_t n);
+    void (*decay)(const float* x, const float* base, int64_t n, float* y);     // exp(-exp(base + x))
+    void (*gate)(float* y, const float* g, int64_t n);                         // y *= silu(g)
+    void (*gated_add)(float* x, const float* r, const float* v, int64_t n);    // x += sigmoid(r) v
+    void (*multiply)(float* x, const float* y, int64_t n);
+    double (*quantise)(int32_t format, const float* rows, const float* importance, uint8_t* block);
+    double (*read)(const void* data, int64_t bytes);  // touches every byte: for measuring the memory
+    void (*burn)(int64_t turns, int32_t kind);        // products of registers: for measuring the arithmetic
+};
+
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+
+}  // namespace fledge

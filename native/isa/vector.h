@@ -1,0 +1,168 @@
+// Vectors of W floats or 32-bit integers, and the few operations that the compiler's own vectors do not spell.
+//
+// This file is compiled once for each instruction set, by isa/kernels.cpp, with that set's flags; everything is static,
+// so nothing that was compiled for a newer processor can be linked into code for an older one. For the same reason no
+// header of the C++ library is included here.
+#pragma once
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define FLEDGE_W 16
+#elif defined(__AVX2__)
+#define FLEDGE_W 8
+#else
+#define FLEDGE_W 4
+#endif
+
+namespace {
+
+constexpr int W = FLEDGE_W;
+typedef float vf __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+INLINE vf load(const float* p) { return *(const vf*)p; }
+INLINE void store(float* p, vf x) { *(vf*)p = x; }
+INLINE vi load_ints(const void* p) { return *(const vi*)p; }
+INLINE vf splat(float x) { return vf{} + x; }
+INLINE vi splat(int32_t x) { return vi{} + x; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }  // cuts towards zero
+
+INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(vf x) {
+    float total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
+}
+
+// The two bf16 numbers of each lane, as floats.
+INLINE vf low_half(vi x) { return (vf)(x << 16); }
+INLINE vf high_half(vi x) { return (vf)(x & splat((int32_t)0xffff0000)); }
+
+// acc + a.low * b.low + a.high * b.high, the pairs being bf16.
+INLINE vf dot_bf16(vf acc, vi a, vi b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    return fma(high_half(a), high_half(b), fma(low_half(a), low_half(b), acc));
+#endif
+}
+
+// acc + a.low * b.low + a.high * b.high, the pairs being int16, exact.
+INLINE vi dot_i16(vi acc, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// 2 W bytes -> the int16 pairs of W lanes.
+INLINE vi widen_bytes(const void* p) {
+#if defined(__AVX512BW__)
+    return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+    vi out;
+    const int8_t* bytes = (const int8_t*)p;
+    for (int i = 0; i < W; i++) out[i] = (int32_t)((uint32_t)(uint16_t)(int16_t)bytes[2 * i] | (uint32_t)(int32_t)bytes[2 * i + 1] << 16);
+    return out;
+#endif
+}
+
+// W float16 numbers -> floats, the subnormal ones too.
+INLINE vf load_halves(const void* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vi bits;
+    const uint8_t* bytes = (const uint8_t*)p;
+    for (int i = 0; i < W; i++) bits[i] = bytes[2 * i] | bytes[2 * i + 1] << 8;
+    const vi sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
+    // A normal number's exponent is moved; a subnormal one is its integer times 2^-24, which needs no exponent at all.
+    const vi normal = (rest << 13) + splat((127 - 15) << 23);
+    const vf subnormal = to_float(rest) * 0x1p-24f;
+    const vi is_small = (vi)(rest < 0x0400);
+    return (vf)(((normal & ~is_small) | ((vi)subnormal & is_small)) | sign);
+#endif
+}
+
+// Round to bf16, ties to even; the result sits in the low 16 bits of each lane. NaN stays NaN.
+INLINE vu round_bf16(vf x) {
+    const vu bits = (vu)x;
+    const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vu is_nan = (vu)(x != x);
+    return (rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan);
+}
+
+INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+
+// e^x to about 2 units in the last place; 0 below -87.3 (no subnormal results), infinity above 88.7, NaN for NaN.
+INLINE vf exp(vf x) {
+    const vf low = splat(-87.33f), high = splat(88.72f);
+    const vi under = (vi)(x < low), over = (vi)(x > high), nan = (vi)(x != x);
+    const vf safe = select(under | over | nan, splat(0.0f), x);
+    const vf shifted = safe * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer sits in the low bits
+    const vf whole = shifted - 12582912.0f;
+    const vf r = fma(whole, splat(1.42860677e-6f), fma(whole, splat(-0.693148613f), safe));  // x - n ln 2, in two steps
+    vf p = splat(1.37805939e-3f);
+    p = fma(p, r, splat(8.37312452e-3f));
+    p = fma(p, r, splat(4.16695364e-2f));
+    p = fma(p, r, splat(1.66664720e-1f));
+    p = fma(p, r, splat(4.99999851e-1f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    const vi exponent = to_int(whole);
+    // 2^n in two factors, so that n = 128 does not overflow before its time.
+    const vi half = exponent >> 1;
+    const vf first = (vf)((half + 127) << 23), second = (vf)((exponent - half + 127) << 23);
+    const vf value = p * first * second;
+    const vf bounded = select(over, splat(__builtin_inff()), select(under, splat(0.0f), value));
+    return select(nan, x, bounded);
+}
+
+INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+INLINE vf silu(vf x) { return x * sigmoid(x); }
+
+// tanh: a polynomial near zero (Cephes' coefficients), where 1 - 2 / (e^2x + 1) would cancel.
+INLINE vf tanh(vf x) {
+    const vf z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = fma(p, z, splat(2.06390887954e-2f));
+    p = fma(p, z, splat(-5.37397155531e-2f));
+    p = fma(p, z, splat(1.33314422036e-1f));
+    p = fma(p, z, splat(-3.33332819422e-1f));
+    const vf small = fma(p * z, x, x);
+    const vf large = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+    return select((vi)(z < 0.390625f), small, large);
+}
+
+}  // namespace

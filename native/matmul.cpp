@@ -1,0 +1,76 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fledge {
+
+Buffer::~Buffer() { std::free(memory_); }
+
+void* Buffer::bytes(size_t count) {
+    if (count <= size_ && memory_) return memory_;
+    std::free(memory_);
+    size_ = (count + 127) / 64 * 64;
+    memory_ = std::aligned_alloc(64, size_);
+    if (!memory_) {
+        size_ = 0;
+        throw std::bad_alloc();
+    }
+    return memory_;
+}
+
+void Prepared::reset(Kind kind, int64_t rows, int64_t k, bool sparse) {
+    const int64_t padded = round_up(k, GROUP), groups = padded / GROUP;
+    view_.kind = kind, view_.rows = rows, view_.k = k, view_.padded = padded;
+    view_.stride = rows == 1 ? 1 : kernels().tile_rows;
+    const int64_t filled = round_up(rows, view_.stride);
+    view_.data = data_.bytes(static_cast<size_t>(filled * padded * (kind == FLOATS ? 4 : 2)));
+    view_.scale = view_.total = nullptr;
+    if (kind == I16_PAIRS) {
+        view_.scale = scale_.floats(2 * filled * groups);
+        view_.total = view_.scale + filled * groups;
+    }
+    view_.alive = nullptr;
+    if (sparse && rows == 1 && kind != FLOATS)
+        view_.alive = static_cast<uint16_t*>(alive_.bytes(static_cast<size_t>(groups) * 2));
+}
+
+void Prepared::row(const float* x, int64_t number) const { kernels().prepare(x, number, view_); }
+
+namespace {
+
+// A thread's running totals. Kept between calls: a prompt needs the same room again and again.
+std::vector<std::unique_ptr<Buffer>>& scratch() {
+    static std::vector<std::unique_ptr<Buffer>> buffers;
+    return buffers;
+}
+
+}  // namespace
+
+void multiply(const std::vector<Product>& products) {
+    auto& buffers = scratch();
+    while (static_cast<int>(buffers.size()) < threads()) buffers.push_back(std::make_unique<Buffer>());
+    int64_t parts = 0, rows = 0;
+    for (const Product& p : products) parts += p.weight->panels(), rows = std::max(rows, p.x->rows);
+    if (rows == 0) return;
+    for (auto& buffer : buffers) buffer->floats(rows * PANEL);
+    const Kernels& k = kernels();
+    parallel(parts, [&](int64_t part, int thread) {
+        for (const Product& p : products) {
+            if (part >= p.weight->panels()) {
+                part -= p.weight->panels();
+                continue;
+            }
+            k.panel(*p.weight, part, *p.x, buffers[static_cast<size_t>(thread)]->floats(rows * PANEL), p.out);
+            return;
+        }
+    });
+}
+
+}  // namespace fledge

@@ -1,0 +1,159 @@
+#include "threads.h"
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "export.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace fledge {
+namespace {
+
+constexpr int SPINS = 4000;  // about 50 microseconds: longer than the pause between two tasks of one forward pass
+
+void pause_briefly() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+// Results too small for a normal float become zero: a decaying state would otherwise slow the processor down.
+unsigned flush_tiny_results() {
+#if defined(__x86_64__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | _MM_FLUSH_ZERO_ON);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+void restore(unsigned control) {
+#if defined(__x86_64__)
+    _mm_setcsr(control);
+#else
+    (void)control;
+#endif
+}
+
+class Pool {
+   public:
+    explicit Pool(int count) : count_(count) {
+        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Pool() {
+        ending_ = true;
+        epoch_.fetch_add(1);
+        epoch_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+    int count() const { return count_; }
+
+    void run(int64_t parts, Part part, void* task) {
+        parts_ = parts, part_ = part, task_ = task;
+        next_.store(0, std::memory_order_relaxed);
+        open_.store(true);
+        epoch_.fetch_add(1);
+        if (sleeping_.load()) epoch_.notify_all();
+        take(0);
+        // Whoever enters after this sees a closed task; whoever entered before is counted and waited for. A worker that
+        // sleeps through a short task costs nothing.
+        open_.store(false);
+        while (inside_.load()) pause_briefly();
+    }
+
+   private:
+    void take(int thread) {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) part_(task_, i, thread);
+    }
+
+    void work(int thread) {
+        flush_tiny_results();
+        uint64_t seen = 0;
+        while (true) {
+            for (int spin = 0; epoch_.load() == seen && spin < SPINS; spin++) pause_briefly();
+            if (epoch_.load() == seen) {
+                sleeping_.fetch_add(1);
+                epoch_.wait(seen);
+                sleeping_.fetch_sub(1);
+            }
+            if (ending_) return;
+            seen = epoch_.load();
+            inside_.fetch_add(1);
+            if (open_.load()) take(thread);
+            inside_.fetch_sub(1);
+        }
+    }
+
+    const int count_;
+    int64_t parts_ = 0;
+    Part part_ = nullptr;
+    void* task_ = nullptr;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint64_t> epoch_{0};
+    alignas(64) std::atomic<int> inside_{0};
+    std::atomic<bool> open_{false}, ending_{false};
+    std::atomic<int> sleeping_{0};
+    std::vector<std::thread> workers_;
+};
+
+std::mutex turn;
+std::atomic<int> wanted{0};  // 0: one for each core
+Pool* pool = nullptr;        // never destroyed at exit: its threads may be asleep then
+long owner = 0;
+
+long process() {
+#if defined(_WIN32)
+    return 0;
+#else
+    return static_cast<long>(getpid());
+#endif
+}
+
+Pool& ready_pool() {
+    if (pool && owner != process()) pool = nullptr;  // threads do not survive a fork; their memory is left alone
+    if (pool && pool->count() != threads()) {
+        delete pool;
+        pool = nullptr;
+    }
+    if (!pool) pool = new Pool(threads()), owner = process();
+    return *pool;
+}
+
+}  // namespace
+
+Turn::Turn() : lock_(turn), control_(flush_tiny_results()) {}
+Turn::~Turn() { restore(control_); }
+
+int threads() {
+    static const unsigned cores = std::thread::hardware_concurrency();  // asking takes microseconds
+    const int count = wanted.load(std::memory_order_relaxed);
+    return count ? count : cores ? static_cast<int>(cores) : 1;
+}
+
+void run_parts(int64_t parts, Part part, void* task) {
+    if (parts <= 1 || threads() == 1) {
+        for (int64_t i = 0; i < parts; i++) part(task, i, 0);
+        return;
+    }
+    ready_pool().run(parts, part, task);
+}
+
+}  // namespace fledge
+
+// How many threads to use from now on; 0: one for each core.
+FLEDGE_API void fledge_set_threads(int count) {
+    fledge::Turn turn;
+    fledge::wanted = count < 0 ? 0 : count > 1024 ? 1024 : count;
+}
+
+FLEDGE_API int fledge_threads() { return fledge::threads(); }

@@ -1,0 +1,32 @@
+// The library's own threads: parts of a task are handed out one by one, so a thread that is held up holds up nobody.
+#pragma once
+#include <cstdint>
+#include <mutex>
+
+namespace fledge {
+
+// Held for a whole call of the C interface: the pool serves one caller at a time, and a caller sees one set of kernels.
+class Turn {
+   public:
+    Turn();
+    ~Turn();
+    Turn(const Turn&) = delete;
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+    unsigned control_;  // how this thread's processor treated tiny results before
+};
+
+int threads();
+
+using Part = void (*)(void* task, int64_t part, int thread);
+void run_parts(int64_t parts, Part part, void* task);
+
+// f(part, thread) for every part from 0 to parts - 1; thread is below threads(). Returns when all are done.
+template <class F>
+void parallel(int64_t parts, F&& f) {
+    run_parts(
+        parts, [](void* task, int64_t part, int thread) { (*static_cast<F*>(task))(part, thread); }, &f);
+}
+
+}  // namespace fledge
