@@ -22,6 +22,7 @@ from fledge.core.native import why_missing
 from fledge.kernels.native import PackedMatrix, follow_torch_threads, functions, pack
 from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
+from fledge.models.recycled import Recycler
 from fledge.models.state import State, state_class, state_shapes, zero_state
 
 Release = Callable[[Tensor], None]
@@ -72,6 +73,7 @@ class NativeModel(nn.Module):
         self.config = config
         self.matrices: dict[str, PackedMatrix] = {}
         self._matrix_dtype = matrix_dtype
+        self._memory = Recycler()
         self._release = release or (lambda tensor: None)
         self._handle = _new_model(config)
         for name in _block_names(config, -1):
@@ -136,8 +138,8 @@ class NativeModel(nn.Module):
             raise UsageError("last=True needs at least one token in every row")
         ids = idx.reshape(-1) if lengths is None else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx[0]])
         rows = B if last else ids.numel()
-        logits = torch.empty(rows, self.config.vocab_size)
-        after = {name: torch.empty(shape) for name, shape in state_shapes(self.config, B).items()}
+        logits = self._memory.empty((rows, self.config.vocab_size))
+        after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
         self._run(ids.contiguous(), counts, before, after, logits, LAST if last else ALL)
         new_state = state_class(self.config)(**after)
         if last or lengths is None:

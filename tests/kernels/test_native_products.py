@@ -1,0 +1,141 @@
+"""Products of the native library against torch in float64, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_library import every_instruction_set, forced, needs_native
+from torch import Tensor
+
+from fledge.kernels.native import FORMATS, PackedMatrix, instruction_set, instruction_sets, matmul, pack
+from fledge.kernels.quantised import quantised_linear
+from fledge.kernels.rounding import quantise
+
+pytestmark = needs_native
+
+# (rows, columns) of weights: one entry, whole panels and groups, and neither, a panel's edge on both sides.
+SHAPES = [(1, 1), (64, 32), (131, 70), (63, 257), (65, 96)]
+ROWS = (0, 1, 2, 3, 5, 6, 7, 13, 40)
+# Largest error relative to the largest output. A quantised product rounds its inputs to 16 bits, 2e-5 of a group's
+# largest; the others only differ in the order of float32 sums.
+TOLERANCE = {"int8": 1e-4, "int4": 1e-4}
+
+
+def packed_and_dense(format: str, rows: int, columns: int) -> tuple[PackedMatrix, Tensor]:
+    """A weight in this format, and the numbers it stands for."""
+    weight = torch.randn(rows, columns)
+    if format in ("int8", "int4"):
+        matrix, _ = quantise(weight, format)
+        return PackedMatrix.of(matrix), matrix.dequantise(torch.float64)
+    if format != "float32":
+        weight = weight.bfloat16()
+    return pack(weight, format), weight.double()
+
+
+def inputs(rows: int, columns: int) -> Tensor:
+    """Activations with zeros, a run of zeros and an outlier among them."""
+    x = torch.randn(rows, columns)
+    x[:, ::3] = 0
+    x[:, columns // 2 : columns // 2 + 40] = 0
+    x[:, -1] = 50 * torch.randn(rows)
+    return x
+
+
+@every_instruction_set
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_products_equal_float64(instruction_set: str, format: str, shape: tuple[int, int]) -> None:
+    matrix, dense = packed_and_dense(format, *shape)
+    with forced(instruction_set):
+        for rows in ROWS:
+            x = inputs(rows, shape[1])
+            seen = x.bfloat16().double() if format == "bfloat16" else x.double()
+            y, expected = matmul(x, matrix), seen @ dense.T
+            assert y.shape == expected.shape
+            if rows:
+                error = (y - expected).abs().max() / expected.abs().max()
+                assert error <= TOLERANCE.get(format, 2e-6), (rows, float(error))
+
+
+@every_instruction_set
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(instruction_set: str, format: str) -> None:
+    matrix, _ = packed_and_dense(format, 131, 2100)  # more inputs than are kept in the cache at once
+    x = inputs(21, 2100)
+    with forced(instruction_set):
+        together = matmul(x, matrix)
+        for rows in (1, 2, 5, 6, 7, 20):
+            assert torch.equal(matmul(x[:rows], matrix), together[:rows]), rows
+        assert torch.equal(matmul(x[9:10], matrix), together[9:10])
+
+
+@every_instruction_set
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_skipping_zeros_changes_no_bit(instruction_set: str, format: str) -> None:
+    matrix, _ = packed_and_dense(format, 131, 300)
+    x = inputs(1, 300)
+    with forced(instruction_set):
+        assert torch.equal(matmul(x, matrix, sparse=True), matmul(x, matrix))
+        assert not matmul(torch.zeros(1, 300), matrix, sparse=True).any()
+
+
+@every_instruction_set
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_does_not_vanish(instruction_set: str, format: str, bad: float) -> None:
+    matrix, _ = packed_and_dense(format, 70, 64)
+    x = torch.randn(3, 64)
+    x[1, 5] = bad
+    with forced(instruction_set):
+        y = matmul(x, matrix)
+    assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6])
+def test_inputs_of_any_size(format: str, scale: float) -> None:
+    matrix, dense = packed_and_dense(format, 70, 64)
+    x = torch.randn(4, 64) * scale
+    expected = x.double() @ dense.T
+    torch.testing.assert_close(matmul(x, matrix).double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_the_readable_twin_is_the_same_function(format: str) -> None:
+    matrix, _ = quantise(torch.randn(67, 45), format)
+    x = torch.randn(5, 45)
+    torch.testing.assert_close(matmul(x, PackedMatrix.of(matrix)), quantised_linear(x, matrix), rtol=1e-3, atol=1e-3)
+
+
+def test_threads_change_nothing() -> None:
+    matrix, _ = packed_and_dense("int4", 500, 300)
+    x = inputs(9, 300)
+    one = matmul(x, matrix)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        try:
+            assert torch.equal(matmul(x, matrix), one), count
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_transposed_and_strided_weights_are_packed_as_they_read() -> None:
+    weight, x = torch.randn(40, 70), torch.randn(3, 40)
+    torch.testing.assert_close(matmul(x, pack(weight.T, "float32")), x @ weight)
+    torch.testing.assert_close(matmul(x, pack(weight.T[::2], "float32")), x @ weight[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_can_be_packed(dtype: torch.dtype) -> None:
+    weight = torch.randn(9, 33).to(dtype)
+    weight[0, 0] = 6e-8  # subnormal in float16
+    x = torch.eye(33)
+    assert torch.equal(matmul(x, pack(weight, "float32")).T, weight.float())
+
+
+def test_an_instruction_set_is_chosen_by_name() -> None:
+    assert instruction_set() == instruction_sets()[0] and "portable" in instruction_sets()
+    with forced("portable"):
+        assert instruction_set() == "portable"
+    with pytest.raises(Exception, match="'mmx' is not one of"), forced("mmx"):
+        pass

@@ -1,0 +1,114 @@
+"""The native recurrences against the plain loops in float64, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_library import every_instruction_set, forced, needs_native
+from torch import Tensor
+
+from fledge.core.errors import BackendError
+from fledge.kernels import wkv, wkv4
+
+pytestmark = needs_native
+
+B, H, K, V = 2, 3, 10, 24  # V, no multiple of 16, takes the path of widths that vectors do not divide
+LENGTHS = (0, 1, 2, 17, 130)
+DECAYS = {"slow": (-9.0, -5.0), "trained": (-6.0, 0.0), "everything": (-9.0, 4.5)}
+
+
+def inputs(length: int, span: tuple[float, float], values: int = V) -> list[Tensor]:
+    """r, k, v, w, u, state in float64; log decays -exp(x), x spread over `span` in random order."""
+    r, k = torch.randn(2, B, length, H, K, dtype=torch.float64)
+    v = torch.randn(B, length, H, values, dtype=torch.float64)
+    ramp = -torch.exp(torch.linspace(*span, max(r.numel(), 1), dtype=torch.float64))
+    w = ramp[torch.randperm(len(ramp))][: r.numel()].view(r.shape)
+    u = torch.randn(H, K, dtype=torch.float64)
+    return [r, k, v, w, u, torch.randn(B, H, K, values, dtype=torch.float64)]
+
+
+@every_instruction_set
+@pytest.mark.parametrize("values", [1, 16, 24, 64, 70])
+@pytest.mark.parametrize("decays", list(DECAYS))
+def test_wkv_equals_the_reference(instruction_set: str, decays: str, values: int) -> None:
+    for length in LENGTHS:
+        given = inputs(length, DECAYS[decays], values)
+        expected = wkv(*given, backend="reference")
+        with forced(instruction_set):
+            found = wkv(*(x.float() for x in given), backend="native")
+        for have, want in zip(found, expected, strict=True):
+            assert have.shape == want.shape
+            size = float(want.abs().max()) if want.numel() else 0.0
+            torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5 * max(1.0, size))
+
+
+@every_instruction_set
+def test_decay_of_exactly_zero_and_one(instruction_set: str) -> None:
+    r, k, v, w, u, state = (x.float() for x in inputs(9, DECAYS["slow"]))
+    w = torch.where(torch.arange(K) % 2 == 0, -torch.inf, 0.0).expand_as(w)
+    with forced(instruction_set):
+        y, after = wkv(r, k, v, w, u, state, backend="native")
+    expected, expected_after = wkv(r, k, v, w, u, state, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(after, expected_after, rtol=1e-5, atol=1e-4)
+
+
+@every_instruction_set
+def test_any_cut_gives_the_same_bits(instruction_set: str) -> None:
+    r, k, v, w, u, state = (x.float() for x in inputs(20, DECAYS["trained"]))
+    with forced(instruction_set):
+        whole, final = wkv(r, k, v, w, u, state, backend="native")
+        for cut in range(21):
+            y1, middle = wkv(r[:, :cut], k[:, :cut], v[:, :cut], w[:, :cut], u, state, backend="native")
+            y2, end = wkv(r[:, cut:], k[:, cut:], v[:, cut:], w[:, cut:], u, middle, backend="native")
+            assert torch.equal(torch.cat((y1, y2), 1), whole) and torch.equal(end, final)
+
+
+def test_the_given_state_is_left_alone_and_strides_do_not_matter() -> None:
+    r, k, v, w, u, state = (x.float() for x in inputs(6, DECAYS["trained"]))
+    before = state.clone()
+    y, after = wkv(r, k, v, w, u, state, backend="native")
+    assert torch.equal(state, before) and after.data_ptr() != state.data_ptr()
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (r, k, v, w)]
+    assert torch.equal(wkv(*turned, u, state, backend="native")[0], y)
+    static = w[:1, :1].expand_as(w)  # Eagle's decay comes expanded
+    assert torch.equal(
+        wkv(r, k, v, static, u, backend="native")[0], wkv(r, k, v, static.clone(), u, backend="native")[0]
+    )
+
+
+def test_a_state_that_fades_away_stays_fast_and_exact() -> None:
+    """Subnormal numbers would make this hundreds of times as slow; they become zero."""
+    r, k, v, w, u, state = (x.float() for x in inputs(400, DECAYS["slow"]))
+    k[:, 1:] = 0
+    _, after = wkv(r, k, v, torch.full_like(w, -0.3), u, state, backend="native")
+    assert not after.any()
+
+
+@every_instruction_set
+@pytest.mark.parametrize("width", [1, 16, 40])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_wkv4_equals_the_reference(instruction_set: str, width: int, fresh: bool) -> None:
+    for length in LENGTHS:
+        k, v = 3 * torch.randn(2, B, length, width, dtype=torch.float64)
+        w = -torch.exp(torch.randn(B, length, width, dtype=torch.float64) * 2 - 2)
+        u, aa = torch.randn(width, dtype=torch.float64), torch.randn(B, width, dtype=torch.float64)
+        bb, pp = torch.rand(B, width, dtype=torch.float64) + 0.5, torch.randn(B, width, dtype=torch.float64)
+        state = (aa * 0, bb * 0, pp * 0 - 1e30) if fresh else (aa, bb, pp)
+        y, after = wkv4(k, v, w, u, state, backend="reference")
+        a32, b32, p32 = (x.float() for x in state)
+        with forced(instruction_set):
+            found, found_after = wkv4(k.float(), v.float(), w.float(), u.float(), (a32, b32, p32), backend="native")
+        torch.testing.assert_close(found.double(), y, rtol=2e-5, atol=2e-5)
+        for have, want in zip(found_after, after, strict=True):
+            torch.testing.assert_close(have.double(), want, rtol=2e-5, atol=2e-5)
+
+
+def test_what_it_cannot_do_is_refused_and_never_chosen() -> None:
+    r, k, v, w, u, state = (x.float() for x in inputs(5, DECAYS["trained"]))
+    with pytest.raises(BackendError, match="without gradients"):
+        wkv(r.requires_grad_(), k, v, w, u, state, backend="native")
+    y, _ = wkv(r, k, v, w, u, state)
+    assert y.requires_grad
+    with pytest.raises(BackendError, match="float32 on a CPU"):
+        wkv(*(x.detach().double() for x in (r, k, v, w, u, state)), backend="native")
