@@ -14,6 +14,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.1
 VENV_STAMP := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.developing
+NATIVE_TESTS := $(wildcard tests/*/test_native_*.py tests/*/test_rounding.py)
 NATIVE := $(shell find native -type f)
 SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
 
@@ -22,7 +23,7 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench native
+.PHONY: help demo test check fix bench native sanitize
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
@@ -44,6 +45,14 @@ fix: $(DEVELOPING) ## format the code and repair what the linter can
 
 bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
 	$(BIN)/fledge bench generate --peer
+
+# Leaks are not looked for: Python and torch keep memory until the end on purpose.
+sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behaviour sanitizers
+	cmake -S native -B build/sanitize -DFLEDGE_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	@mkdir -p build/native && cp build/sanitize/libfledge_native.so build/native/
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS); status=$$?; rm -rf build/native; exit $$status
 
 $(VENV_STAMP):
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \

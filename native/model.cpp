@@ -7,6 +7,7 @@ namespace fledge {
 namespace {
 
 constexpr int64_t CHUNK = 256;  // rows of one pass: enough to use a weight well, few enough that all stays in the cache
+constexpr int64_t CACHES = 16 << 20;  // bytes of state that may still be there at the next token
 enum Mix { X, W_, K_, V_, R_, G_ };
 
 int64_t filled(int64_t n) { return round_up(n, PANEL); }
@@ -124,11 +125,13 @@ void Model::forward(const Batch& batch) {
     }
     if (batch.want == LAST) w.last.floats(batch.sequences * C_);
     int64_t sequence = 0, used = 0;  // tokens of `sequence` that are behind us
+    const int64_t chunks = (batch.rows + CHUNK - 1) / CHUNK;
+    const int64_t size = chunks ? (batch.rows + chunks - 1) / chunks : 0;  // all alike: a short one would be dear
     for (int64_t first = 0; first < batch.rows;) {
         std::vector<Segment> segments;
         int64_t rows = 0;
-        while (rows < CHUNK && first + rows < batch.rows) {
-            const int64_t length = std::min(batch.lengths[sequence] - used, CHUNK - rows);
+        while (rows < size && first + rows < batch.rows) {
+            const int64_t length = std::min(batch.lengths[sequence] - used, size - rows);
             if (length) segments.push_back({sequence, rows, length, used == 0});
             rows += length, used += length;
             if (used == batch.lengths[sequence]) sequence++, used = 0;
@@ -307,6 +310,7 @@ void Model::wkv_heads(const Batch& batch, const std::vector<Segment>& segments, 
         call.bonus = layer.bonus.get() + h * N;
         call.before = (g.begins ? batch.before.tensor[1] : batch.after.tensor[1]) + state;
         call.after = batch.after.tensor[1] + state;
+        call.past_caches = 4 * s_.layers * batch.sequences * H * N * N > CACHES;
         call.scratch = w.of_thread(thread, (N + 3) * round_up(N, LANES));
         kernels().wkv(call);
         for (int64_t t = 0; t < g.length; t++)

@@ -192,5 +192,5 @@ FLEDGE_API double fledge_burn(int64_t turns, int32_t kind) {
     Turn turn;
     const int count = 8 * threads();
     parallel(count, [&](int64_t, int) { kernels().burn(turns, kind); });
-    return static_cast<double>(turns) * count * 24 * kernels().vector_floats * (kind == FLOATS ? 2 : 4);
+    return static_cast<double>(turns) * count * 8 * kernels().vector_floats * (kind == FLOATS ? 2 : 4);
 }

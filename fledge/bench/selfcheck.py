@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, pack, packed_linear, why_not, wkv, wkv4
+from fledge.core.native import why_missing
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native, pack, packed_linear, why_not, wkv, wkv4
+from fledge.kernels.rounding import quantise
 
 TOLERANCE = 1e-4
 """Largest error taken for sound, relative to the largest number of its tensor. Rounding gives a hundredth of it."""
@@ -54,7 +56,37 @@ def check_kernels() -> list[Check]:
         for device in devices
         for backend in backends
     ]
+    if why_missing() is None:
+        checks += [
+            _check_inference(_run_wkv, "wkv", _wkv_inputs()),
+            _check_inference(_run_wkv4, "wkv4", _wkv4_inputs()),
+        ]
+        checks += [_check_native_product(format) for format in native.FORMATS]
     return checks if why_not(torch.float32) else [*checks, _check_packed()]
+
+
+def _check_inference(kernel: Kernel, name: str, inputs: Sequence[Tensor]) -> Check:
+    """A native recurrence, which has no gradient."""
+    expected = kernel([tensor.double() for tensor in inputs], "reference")
+    found = kernel([tensor.float() for tensor in inputs], "native")
+    return Check(name, "native", "cpu", _error([_plain(x) for x in found], [_plain(x) for x in expected]), 0.0)
+
+
+def _check_native_product(format: str) -> Check:
+    """A native product of rows and of a single row, in one of the formats that weights are stored in."""
+    draw = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(7, 70, generator=draw), torch.randn(150, 70, generator=draw)
+    if format.startswith("bfloat16"):
+        x, weight = x.bfloat16().float(), weight.bfloat16()
+    if format in ("int8", "int4"):
+        rounded, _ = quantise(weight, format)
+        matrix, dense = native.PackedMatrix.of(rounded), rounded.dequantise(torch.float64)
+    else:
+        matrix, dense = native.pack(weight, format), weight.double()
+    expected = x.double() @ dense.T
+    found = torch.cat((native.matmul(x, matrix), native.matmul(x[:1], matrix, sparse=True)))
+    error = _error([_plain(found)], [torch.cat((expected, expected[:1]))])
+    return Check(f"product, {format}", f"native, {native.instruction_set()}", "cpu", error, 0.0)
 
 
 def _check_packed() -> Check:

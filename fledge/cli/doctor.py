@@ -68,10 +68,7 @@ def _show(found: Diagnosis) -> None:
         ("Kernels", [(c.kernel, c.situation, c.backend, c.reason) for c in found.kernels]),
         (
             "Self-check: largest error of results and of gradients, against the reference in float64",
-            [
-                (*(c.kernel, c.backend, c.device, f"{c.error:.1e}", f"{c.gradient_error:.1e}"), _verdict(c))
-                for c in found.checks
-            ],
+            [(c.kernel, c.backend, c.device, f"{c.error:.1e}", _gradient(c), _verdict(c)) for c in found.checks],
         ),
         (
             "Bundled model",
@@ -94,6 +91,10 @@ def _show(found: Diagnosis) -> None:
         print_rows(rows, indent=2)
         print()
     print("All is well." if found.healthy else "Something is wrong; see above.")
+
+
+def _gradient(check: Check) -> str:
+    return f"{check.gradient_error:.1e}" if check.gradient_error else "no gradient"
 
 
 def _verdict(check: Check) -> str:

@@ -102,7 +102,9 @@ class Sampler:
         return token
 
     def _penalised(self, logits: Tensor) -> Tensor:
-        logits = logits.detach().to("cpu", torch.float32, copy=True)  # (V,)
+        # Copied by numpy: torch would copy with several threads, and those then wait in a loop for more of such work,
+        # on the very cores that the next token needs.
+        logits = torch.from_numpy(logits.detach().to("cpu", torch.float32).numpy().copy())  # (V,)
         if self.params.ban:
             if max(self.params.ban) >= len(logits):
                 raise UsageError(f"ban holds {max(self.params.ban)}; this model's ids end at {len(logits) - 1}")

@@ -90,21 +90,25 @@ double read_all(const void* data, int64_t bytes) {
 #define HIDE(x) __asm__ volatile("" : "+m"(x))
 #endif
 
-// 8 independent products of registers a turn, as many of one kind as keep the units busy. `turns` of them.
-void burn(int64_t turns, int32_t kind) {
-    constexpr int CHAINS = 24;
-    vf sums[CHAINS] = {};
-    vi counts[CHAINS] = {};
+constexpr int CHAINS = 8;  // sums at a time: enough to keep the units busy, few enough for the registers
+
+template <class Sum, class Step>
+void burn_chains(int64_t turns, Step step) {
+    Sum sums[CHAINS] = {};
     vi a = splat(1), b = splat(1);
+    for (int j = 0; j < CHAINS; j++) HIDE(sums[j]);  // or the compiler would see that all sums are the same
     for (int64_t t = 0; t < turns; t++) {
-        HIDE(a);  // or the compiler would do the sum once
-        for (int j = 0; j < CHAINS; j++) {
-            if (kind == FLOATS) sums[j] = fma((vf)a, (vf)b, sums[j]);
-            if (kind == BF16_PAIRS) sums[j] = dot_bf16(sums[j], a, b);
-            if (kind == I16_PAIRS) counts[j] = dot_i16(counts[j], a, b);
-        }
+        HIDE(a);
+        for (int j = 0; j < CHAINS; j++) sums[j] = step(sums[j], a, b);
     }
-    for (int j = 0; j < CHAINS; j++) __asm__ volatile("" : : "m"(sums[j]), "m"(counts[j]));
+    for (int j = 0; j < CHAINS; j++) HIDE(sums[j]);
+}
+
+// Independent products of registers, `turns` times CHAINS of them.
+void burn(int64_t turns, int32_t kind) {
+    if (kind == FLOATS) burn_chains<vf>(turns, [](vf sum, vi a, vi b) { return fma((vf)a, (vf)b, sum); });
+    if (kind == BF16_PAIRS) burn_chains<vf>(turns, [](vf sum, vi a, vi b) { return dot_bf16(sum, a, b); });
+    if (kind == I16_PAIRS) burn_chains<vi>(turns, [](vi sum, vi a, vi b) { return dot_i16(sum, a, b); });
 }
 
 }  // namespace

@@ -24,7 +24,13 @@ struct Tile {
     const uint16_t* alive;
     float* c;            // [rows][PANEL]
     bool first;          // c holds nothing yet
+    const uint8_t* ahead;  // what the tiles of this block are to bring into the cache for the next one
+    int64_t ahead_step;    // bytes for each pair of inputs; 0: nothing
 };
+
+INLINE void bring(const Tile& t, int64_t pair) {
+    for (int64_t i = 0; i < t.ahead_step; i += 64) __builtin_prefetch(t.ahead + pair * t.ahead_step + i);
+}
 
 INLINE void ask(const uint8_t* p, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
@@ -55,6 +61,7 @@ void tile_bf16(const uint8_t* panel, int64_t groups, const Tile& t) {
         } else {
             for (int64_t kp = 0; kp < groups * PAIRS; kp++) {
                 if (M == 1) ask(b + kp * PANEL * 4, PANEL * 4 / PARTS);
+                if (M > 1 && part == 0) bring(t, kp);
                 pair(kp);
             }
         }
@@ -94,6 +101,7 @@ void tile_float(const uint8_t* panel, int64_t groups, const Tile& t) {
         for (int64_t kp = 0; kp < groups * PAIRS; kp++) {
             const uint8_t* b = panel + kp * Stored::PAIR_BYTES;
             if (M == 1) ask(b, Stored::PAIR_BYTES / PARTS);
+            if (M > 1 && part == 0) bring(t, kp);
             vf even[NV], odd[NV];
             for (int v = 0; v < NV; v++) Stored::pair(b, part, v, even[v], odd[v]);
             const float *x0 = a + 2 * kp * t.stride, *x1 = x0 + t.stride;
@@ -161,7 +169,10 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
                 for (uint32_t left = t.alive[g]; left; left &= left - 1) pair(__builtin_ctz(left));
             } else {
                 if (M == 1 && part == 0) ask(block, Stored::BYTES);
-                for (int kp = 0; kp < PAIRS; kp++) pair(kp);
+                for (int kp = 0; kp < PAIRS; kp++) {
+                    if (M > 1 && part == 0) bring(t, g * PAIRS + kp);
+                    pair(kp);
+                }
             }
             vf scale[NV], least[NV];
             for (int v = 0; v < NV; v++) {
@@ -203,33 +214,44 @@ TileFunction tile_for(int32_t format, int64_t rows) {
     return tile_of<M>(format);
 }
 
-// Groups of a panel that are used for all rows before the next ones: they should stay in the second-level cache.
-constexpr int64_t CACHED_BYTES = 160 << 10;
+// A panel is worked off in blocks of about this size, each with all rows before the next. While they multiply, the tiles
+// share the work of asking for the next block: with a few rows, memory and arithmetic would otherwise take turns.
+constexpr int64_t BLOCK_BYTES = 32 << 10;
+
+INLINE int64_t groups_of_block(const Matrix& w, const Activations& a) {
+    if (a.rows <= a.stride) return a.padded / GROUP;
+    const int64_t fitting = BLOCK_BYTES / block_bytes(w.format);
+    return fitting < 1 ? 1 : fitting;
+}
+
+INLINE void panel_block(const Matrix& w, const uint8_t* data, int64_t g, int64_t count, const Activations& a, float* c) {
+    const int64_t groups = a.padded / GROUP, bytes = block_bytes(w.format);
+    const int64_t word = a.kind == FLOATS ? 1 : 2;  // inputs in a word of the activations
+    const int64_t tile_words = a.padded / word * a.stride, tiles = (a.rows + a.stride - 1) / a.stride;
+    const int64_t next = groups - g - count < count ? groups - g - count : count;  // groups of the next block
+    const int64_t share = (next * bytes + tiles - 1) / tiles, pairs = count * PAIRS;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t row = tile * a.stride, left = a.rows - row, rows = left < a.stride ? left : a.stride;
+        const int64_t scales = (tile * groups + g) * a.stride;
+        Tile t{};
+        t.a = (const float*)a.data + tile * tile_words + g * GROUP / word * a.stride;
+        t.stride = a.stride;
+        t.scale = a.scale + scales, t.total = a.total + scales;
+        t.alive = a.rows == 1 && a.alive ? a.alive + g : nullptr;
+        t.c = c + row * PANEL;
+        t.first = g == 0;
+        t.ahead_step = (share + pairs * 64 - 1) / (pairs * 64) * 64;
+        t.ahead = data + (g + count) * bytes + tile * t.ahead_step * pairs;
+        if (tile * t.ahead_step * pairs >= next * bytes) t.ahead_step = 0;
+        tile_for<TILE>(w.format, rows)(data + g * bytes, count, t);
+    }
+}
 
 void panel(const Matrix& w, int64_t number, const Activations& a, float* scratch, const Output& out) {
     const uint8_t* data = w.data + number * w.panel_bytes();
-    const int64_t groups = a.padded / GROUP, bytes = block_bytes(w.format);
-    const int64_t number_size = a.kind == FLOATS ? 1 : 2;  // inputs in a word of `data`
-    int64_t step = groups;
-    if (a.rows > a.stride) step = CACHED_BYTES / bytes < 1 ? 1 : CACHED_BYTES / bytes;
-    const int64_t tile_words = a.padded / number_size * a.stride, tile_groups = groups * a.stride;
-    for (int64_t g = 0; g < groups; g += step) {
-        const int64_t count = groups - g < step ? groups - g : step;
-        for (int64_t row = 0; row < a.rows; row += a.stride) {
-            const int64_t left = a.rows - row, rows = left < a.stride ? left : a.stride, tile = row / a.stride;
-            Tile t{};
-            t.a = (const float*)a.data + tile * tile_words + g * GROUP / number_size * a.stride;
-            t.stride = a.stride;
-            if (a.kind == I16_PAIRS) {
-                t.scale = a.scale + tile * tile_groups + g * a.stride;
-                t.total = a.total + tile * tile_groups + g * a.stride;
-            }
-            t.alive = a.rows == 1 && a.alive ? a.alive + g : nullptr;
-            t.c = scratch + row * PANEL;
-            t.first = g == 0;
-            tile_for<TILE>(w.format, rows)(data + g * bytes, count, t);
-        }
-    }
+    const int64_t groups = a.padded / GROUP, step = groups_of_block(w, a);
+    for (int64_t g = 0; g < groups; g += step)
+        panel_block(w, data, g, groups - g < step ? groups - g : step, a, scratch);
     const int64_t start = number * PANEL;
     const int64_t columns = out.width - start < PANEL ? out.width - start : PANEL;
     for (int64_t row = 0; row < a.rows; row++) {
@@ -248,17 +270,18 @@ void panel(const Matrix& w, int64_t number, const Activations& a, float* scratch
 
 typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
-// One group of inputs as int16 pairs' halves, with its scale and the sum of what the integers stand for.
+// One group of inputs as int16 pairs, with its scale and the sum of what the integers stand for.
 INLINE void round_group(const float* group, vh* halves, float& scale, float& total) {
-    vf most = {}, broken = {};
+    vi sizes = {};  // bits of the largest sizes: they compare as the numbers do, infinite and undefined ones above all
     for (int i = 0; i < GROUP; i += W) {
-        const vf x = load(group + i), size = (vf)((vi)x & 0x7fffffff);
-        most = select((vi)(size > most), size, most);
-        broken += x * 0.0f;  // not zero where x is infinite or undefined
+        const vi size = load_ints(group + i) & 0x7fffffff;
+        sizes = (vi)select((vi)(size > sizes), (vf)size, (vf)sizes);
     }
-    float top = 0;
-    for (int i = 0; i < W; i++) top = most[i] > top ? most[i] : top;
-    const float inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
+    const int32_t bits = largest(sizes);
+    float top;
+    __builtin_memcpy(&top, &bits, 4);
+    const bool sound = bits < 0x7f800000;
+    const float inverse = sound && top > 1e-30f ? 32767.0f / top : 0.0f;
     vi count = {};
     for (int i = 0; i < GROUP; i += W) {
         // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
@@ -266,10 +289,8 @@ INLINE void round_group(const float* group, vh* halves, float& scale, float& tot
         halves[i / W] = __builtin_convertvector((vu)rounded, vh);
         count += (rounded << 16) >> 16;
     }
-    int32_t sum_of = 0;
-    for (int i = 0; i < W; i++) sum_of += count[i];
-    scale = sum(broken) == 0.0f ? top / 32767.0f : __builtin_nanf("");
-    total = scale * (float)sum_of;
+    scale = sound ? top / 32767.0f : __builtin_nanf("");
+    total = scale * (float)sum(count);
 }
 
 void prepare(const float* x, int64_t row, const Activations& a) {

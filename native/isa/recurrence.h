@@ -12,6 +12,7 @@ namespace {
 INLINE void copy(float* to, const float* from, int64_t n) { __builtin_memcpy(to, from, (size_t)n * 4); }
 
 // Whole vectors of value channels: `wide` of them, a multiple of W.
+template <bool PAST>
 INLINE void wkv_step(int64_t keys, int64_t wide, const float* r, const float* k, const float* v, const float* decay,
                      const float* bonus, const float* before, float* after, float* y) {
     float now = 0;  // the token itself: r . (u k)
@@ -26,7 +27,9 @@ INLINE void wkv_step(int64_t keys, int64_t wide, const float* r, const float* k,
                 for (int n = 0; n < 4; n++) {
                     const vf s = load(before + i * wide + j + n * W);
                     out[n] = fma(ri, s, out[n]);
-                    store(after + i * wide + j + n * W, fma(wi, s, ki * value[n]));
+                    const vf next = fma(wi, s, ki * value[n]);
+                    float* to = after + i * wide + j + n * W;
+                    PAST ? store_past(to, next) : store(to, next);
                 }
             }
             for (int n = 0; n < 4; n++) store(y + j + n * W, out[n]);
@@ -51,10 +54,14 @@ void wkv(const Wkv& c) {
         if (c.after != c.before) copy(c.after, c.before, K * V);
         return;
     }
+    if (c.past_caches && c.length == 1 && V % (4 * W) == 0 && (uintptr_t)c.after % (4 * W) == 0) {
+        wkv_step<true>(K, V, c.r, c.k, c.v, c.decay, c.bonus, c.before, c.after, c.y);
+        return;
+    }
     if (wide == V) {
         const float* state = c.before;
         for (int64_t t = 0; t < c.length; t++) {
-            wkv_step(K, V, c.r + t * c.stride, c.k + t * c.stride, c.v + t * c.v_stride, c.decay + t * c.w_stride,
+            wkv_step<false>(K, V, c.r + t * c.stride, c.k + t * c.stride, c.v + t * c.v_stride, c.decay + t * c.w_stride,
                      c.bonus, state, c.after, c.y + t * c.y_stride);
             state = c.after;
         }
@@ -69,7 +76,7 @@ void wkv(const Wkv& c) {
     for (int64_t j = V; j < wide; j++) v[j] = 0;
     for (int64_t t = 0; t < c.length; t++) {
         copy(v, c.v + t * c.v_stride, V);
-        wkv_step(K, wide, c.r + t * c.stride, c.k + t * c.stride, v, c.decay + t * c.w_stride, c.bonus, state, state, y);
+        wkv_step<false>(K, wide, c.r + t * c.stride, c.k + t * c.stride, v, c.decay + t * c.w_stride, c.bonus, state, state, y);
         copy(c.y + t * c.y_stride, y, V);
     }
     for (int64_t i = 0; i < K; i++) copy(c.after + i * V, state + i * wide, V);

@@ -76,6 +76,7 @@ struct Wkv {  // one head of one sequence
     const float* before;      // (K, V)
     float* after;             // (K, V), may be `before`
     float* y;
+    bool past_caches;         // write `after` past the caches: it is part of more than they hold
     float* scratch;           // keys * round_up(values, LANES) + 3 * round_up(max(keys, values), LANES) floats
 };
 

@@ -11,6 +11,12 @@
 #include <arm_neon.h>
 #endif
 
+// gcc 12 believes that its own headers for AVX-512 use what they have not set.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -30,6 +36,18 @@ typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 INLINE vf load(const float* p) { return *(const vf*)p; }
 INLINE void store(float* p, vf x) { *(vf*)p = x; }
+
+// Past the caches, for what nobody reads soon; p on a vector's own border.
+INLINE void store_past(float* p, vf x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)x);
+#else
+    store(p, x);
+#endif
+}
+
 INLINE vi load_ints(const void* p) { return *(const vi*)p; }
 INLINE vf splat(float x) { return vf{} + x; }
 INLINE vi splat(int32_t x) { return vi{} + x; }
@@ -49,9 +67,33 @@ INLINE vf fma(vf a, vf b, vf c) {
 }
 
 INLINE float sum(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float total = 0;
     for (int i = 0; i < W; i++) total += x[i];
     return total;
+#endif
+}
+
+INLINE int32_t sum(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
+#endif
+}
+
+INLINE int32_t largest(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t found = x[0];
+    for (int i = 1; i < W; i++) found = x[i] > found ? x[i] : found;
+    return found;
+#endif
 }
 
 // The two bf16 numbers of each lane, as floats.

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fledge.bench import selfcheck
 from fledge.bench.selfcheck import TOLERANCE, check_kernels
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, why_not
+from fledge.core.native import why_missing
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native, why_not
 from fledge.kernels.wkv.reference import wkv_reference
 
 
@@ -20,7 +21,11 @@ def test_every_backend_passes_with_room_to_spare() -> None:
     checks = check_kernels()
     names = {(check.kernel, check.backend) for check in checks if check.device == "cpu"}
     packed = set() if why_not(torch.float32) else {("linear", "packed")}
-    assert names == {("wkv", name) for name in WKV_BACKENDS} | {("wkv4", name) for name in WKV4_BACKENDS} | packed
+    plain = {("wkv", name) for name in WKV_BACKENDS} | {("wkv4", name) for name in WKV4_BACKENDS} | packed
+    assert {name for name in names if not name[1].startswith("native")} == plain
+    forward_only = {kernel for kernel, backend in names if backend.startswith("native")}
+    wanted = {"wkv", "wkv4", *(f"product, {format}" for format in native.FORMATS)}
+    assert forward_only == (set() if why_missing() else wanted)
     assert all(check.passed and max(check.error, check.gradient_error) < TOLERANCE / 20 for check in checks)
 
 
