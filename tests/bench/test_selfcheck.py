@@ -26,7 +26,9 @@ def test_every_backend_passes_with_room_to_spare() -> None:
     forward_only = {kernel for kernel, backend in names if backend.startswith("native")}
     wanted = {"wkv", "wkv4", *(f"product, {format}" for format in native.FORMATS)}
     assert forward_only == (set() if why_missing() else wanted)
-    assert all(check.passed and max(check.error, check.gradient_error) < TOLERANCE / 20 for check in checks)
+    for check in checks:
+        room = 4 if "int" in check.kernel else 20  # quantised products round their inputs to 16 bits
+        assert check.passed and max(check.error, check.gradient_error) < TOLERANCE / room, check
 
 
 def clamped(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
