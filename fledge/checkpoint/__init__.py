@@ -1,8 +1,8 @@
 """L3: checkpoints in and out of files. One dict of official names and shapes in memory, whatever the file was.
 
-Reads and writes the official `.pth`, Fledge's `.safetensors` and two kinds of Hugging Face folder; tells version and
-sizes from tensor names and shapes; builds the model. No training, no text, no printing. Names load on first use, so
-that importing this package costs nothing.
+Reads and writes the official `.pth`, Fledge's `.safetensors`, `.gguf` and two kinds of Hugging Face folder; tells
+version and sizes from tensor names and shapes; builds the model. No training, no text, no printing. Names load on first
+use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fledge.checkpoint.assembly import LoadedModel, assemble, load_model
+    from fledge.checkpoint.assembly import LoadedModel, Weights, assemble, load_model
     from fledge.checkpoint.conversion import Conversion, convert
     from fledge.checkpoint.detection import detect
     from fledge.checkpoint.info import CheckpointInfo, inspect
@@ -27,6 +27,7 @@ _HOME = {
     "CheckpointInfo": "info",
     "Conversion": "conversion",
     "LoadedModel": "assembly",
+    "Weights": "assembly",
     "assemble": "assembly",
     "convert": "conversion",
     "detect": "detection",
@@ -46,6 +47,7 @@ __all__ = [
     "CheckpointInfo",
     "Conversion",
     "LoadedModel",
+    "Weights",
     "assemble",
     "convert",
     "detect",

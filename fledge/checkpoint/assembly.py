@@ -6,7 +6,8 @@ Precision, stated here and nowhere else:
                 the `dtype` asked for, or the file's own; float16 on a CPU becomes float32, which is faster there
     the rest    norms, mixes, decays, bonus, LoRA factors, tuned state: always float32
 
-Not here: reading files.
+Quantised matrices (int8, int4) come from the file as they are, or are made here from the others.
+Not here: reading files, and how numbers are rounded (fledge.kernels.rounding).
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoint.pages import release_pages
+from fledge.checkpoint.quantise import quantise_tensors
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.tuned import load_tuned_state, merge_tuned_state
+from fledge.core.device import SMALL_MODEL
 from fledge.core.errors import UsageError
+from fledge.kernels import Quantised
 from fledge.models import ModelConfig, Trunk, build
 from fledge.models.layers import pack_linears
+from fledge.models.native import NativeModel, why_not_native
 
 MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +39,7 @@ MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class LoadedModel:
     """A model ready to run (in evaluation mode), and what its file said about it."""
 
-    model: Trunk
+    model: Trunk | NativeModel
     config: ModelConfig
     path: Path
     format: str  # "pth", "safetensors", "hf" or "fla"
@@ -48,12 +53,13 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     pack: bool = False,
+    quant: str | None = None,
     tuned: bool = True,
     state_file: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Read a checkpoint and build its model.
 
-    dtype: of the matrices, see above; float32, bfloat16 or float16. pack: see `assemble`.
+    dtype: of the matrices, see above; float32, bfloat16 or float16. pack, quant: see `assemble`.
     tuned: False leaves out a tuned initial state that the checkpoint carries. state_file: one to start from instead.
     On the CPU, weights that keep their dtype stay mapped: they are read when first used and shared between processes.
     A weight that changes its dtype, or is packed, is let go in the file at once, so memory peaks near the size of the
@@ -61,47 +67,99 @@ def load_model(
     Raises CheckpointError as `load` does, UsageError for another dtype.
     """
     checkpoint = read(path)
-    config, tensors = checkpoint.config, checkpoint.tensors
-    checkpoint = replace(checkpoint, tensors={})  # from here on `tensors` alone holds the weights
+    config, tensors, quantised = checkpoint.config, checkpoint.tensors, checkpoint.quantised
+    checkpoint = replace(checkpoint, tensors={}, quantised={})  # from here on these two alone hold the weights
     if not tuned and config.tuned_state:
         config = replace(config, tuned_state=False)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".time_state")}
     if state_file is not None:
         config, tensors = merge_tuned_state(config, tensors, load_tuned_state(state_file), str(state_file))
-    model = assemble(config, tensors, device=device, dtype=dtype, pack=pack, spend=True)
+    given = Weights(tensors, quantised, spend=True)
+    del tensors, quantised
+    model = assemble(config, given, device=device, dtype=dtype, pack=pack, quant=quant)
     return LoadedModel(model, config, checkpoint.path, checkpoint.format, checkpoint.tokenizer_spec, checkpoint.extra)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model is made of: dense tensors and quantised matrices, official names and shapes."""
+
+    tensors: Mapping[str, Tensor]
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    spend: bool = False  # nobody else reads these weights, so what is converted or packed gives up its memory at once
 
 
 def assemble(
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    weights: Weights | Mapping[str, Tensor],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     pack: bool = False,
-    spend: bool = False,
-) -> Trunk:
-    """The model of `config` with these weights (official names and shapes), in evaluation mode.
+    quant: str | None = None,
+) -> Trunk | NativeModel:
+    """The model of `config` with these weights, in evaluation mode.
 
-    Weights whose dtype and device need no change are shared with `tensors`, not copied; `tensors` stays as it is.
-    pack: give the matrices to the CPU's best layout, where that can be done; the model is then for inference only.
-    spend: nobody else reads these weights, so those that are converted or packed give up their memory at once.
+    Weights whose dtype and device need no change are shared, not copied; what is given stays as it is.
+    pack: make a model for inference only, in the CPU's best form: the native library's, or torch with reordered
+    matrices where that is missing. Elsewhere than on a CPU it has no effect.
+    quant: "int8", "int4" or "mixed" quantises the matrices that are not yet; a CPU only.
+    Quantised matrices run as they are in the native library; anywhere else they are expanded first.
     """
     if dtype is not None and dtype not in MATRIX_DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in MATRIX_DTYPES)
         raise UsageError(f"dtype {str(dtype).removeprefix('torch.')} is not one of {names}")
     device = torch.device(device)
+    given = weights if isinstance(weights, Weights) else Weights(weights)
+    if quant is not None:
+        given = _quantised(config, given, quant, device)
+    if pack and device.type == "cpu" and why_not_native(config) is None:
+        return _native(config, given, dtype).eval()
+    if given.quantised:
+        given = _expanded(given, dtype)
+    return _torch_model(config, given, device, dtype, pack).eval()
+
+
+def _quantised(config: ModelConfig, given: Weights, quant: str, device: torch.device) -> Weights:
+    if device.type != "cpu":
+        raise UsageError(f"quant is {quant!r}, but quantised matrices run on a CPU only, not on {device}")
+    tensors, quantised = quantise_tensors(config, given.tensors, quant)
+    return Weights(tensors, {**given.quantised, **quantised}, given.spend)
+
+
+def _native(config: ModelConfig, given: Weights, dtype: torch.dtype | None) -> NativeModel:
+    return NativeModel(
+        config,
+        given.tensors,
+        given.quantised,
+        matrix_dtype=torch.float32 if dtype == torch.float16 else dtype,
+        release=release_pages if given.spend else None,
+    )
+
+
+def _expanded(given: Weights, dtype: torch.dtype | None) -> Weights:
+    """Dense matrices in place of the quantised ones: float32 where that is affordable, else bfloat16."""
+    if dtype is None:
+        numbers = sum(matrix.rows * matrix.columns for matrix in given.quantised.values())
+        dtype = torch.float32 if numbers < SMALL_MODEL else torch.bfloat16
+    dense = {name: matrix.dequantise(dtype) for name, matrix in given.quantised.items()}
+    return Weights({**given.tensors, **dense}, spend=given.spend)
+
+
+def _torch_model(
+    config: ModelConfig, given: Weights, device: torch.device, dtype: torch.dtype | None, pack: bool
+) -> Trunk:
     model = build(config, device="meta")
     weights: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in given.tensors.items():
         weights[name] = tensor.to(device=device, dtype=weight_dtype(name, tensor, device, dtype))
-        if spend and weights[name] is not tensor:
+        if given.spend and weights[name] is not tensor:
             release_pages(tensor)
     model.load_state_dict(weights, strict=True, assign=True)
     del weights  # the model alone holds them now, so packing lets go of each one as it is replaced
     if pack:
-        pack_linears(model, release_pages if spend else None)
-    return model.eval()
+        pack_linears(model, release_pages if given.spend else None)
+    return model
 
 
 def weight_dtype(name: str, tensor: Tensor, device: torch.device, wanted: torch.dtype | None) -> torch.dtype:

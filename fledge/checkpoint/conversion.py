@@ -1,11 +1,13 @@
-"""From any format Fledge reads to any it writes, with no value changed.
+"""From any format Fledge reads to any it writes, with no value changed but where a type is asked for.
 
     .pth            the official layout, for every other RWKV program; tensors only
     .safetensors    Fledge's own: official names, with config and tokenizer in the header
+    .gguf           for llama.cpp (RWKV-6 only); the one format that can be asked for a type of its matrices
     folder, "hf"    Hugging Face remote code (RWKV-5 5.2 and RWKV-6), transformers' own class (RWKV-4)
     folder, "fla"   flash-linear-attention (RWKV-6 only)
 
-dtypes are kept. A target appears whole or not at all. Not here: quantisation.
+dtypes are kept. A target appears whole or not at all. Quantised matrices stay so in .safetensors and .gguf, which can
+hold them. Not here: quantising (for .safetensors), and the making of a .gguf (gguf_write.py).
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fledge.checkpoint import metadata
 from fledge.checkpoint.fla_names import to_fla
 from fledge.checkpoint.folder import MODEL_TYPES
+from fledge.checkpoint.gguf_write import write_gguf
 from fledge.checkpoint.hf_config import FLA_NOTES, fla_settings, hf_notes, hf_settings
 from fledge.checkpoint.names import to_hf
 from fledge.checkpoint.pth import check_sums
@@ -37,12 +41,13 @@ from fledge.checkpoint.writer import check_space, save
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.core.files import atomic_path
 
-FORMATS = ("pth", "safetensors", "hf", "fla")
+FILES = ("pth", "safetensors", "gguf")
+FORMATS = (*FILES, "hf", "fla")
 DEFAULT_EPS = 64e-5
 # Names of files that others write; a folder of such a name is surely not what was meant. A folder may be called v1.5.
 FILE_SUFFIXES = (
-    *(".pth", ".safetensors"),  # in capitals, that is; readers go by the small letters
-    *(".pt", ".bin", ".ckpt", ".gguf", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".mlmodel", ".tflite"),
+    *(".pth", ".safetensors", ".gguf"),  # in capitals, that is; readers go by the small letters
+    *(".pt", ".bin", ".ckpt", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".mlmodel", ".tflite"),
     *(".pkl", ".pickle", ".json", ".txt", ".zip", ".tar", ".gz", ".tgz", ".7z", ".xz", ".zst"),
 )
 OURS = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -60,43 +65,53 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], *, to: str | None = None, force: bool = False
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    matrix_type: str | None = None,
+    force: bool = False,
 ) -> Conversion:
     """Write the checkpoint `source` as `target`, in the format `to`, or by suffix (a folder is "hf").
 
     Every byte of a .pth is compared with its checksum on the way. An existing target is refused unless `force`; a
-    folder is only ever replaced when nothing but a model is in it. Raises CheckpointError, UnsupportedError where the
-    format cannot hold the version, UsageError for an unknown format or the suffix of one.
+    folder is only ever replaced when nothing but a model is in it. matrix_type: what the matrices of a .gguf become
+    (gguf_write.TYPES); None keeps them. Raises CheckpointError, UnsupportedError where the format cannot hold the
+    version, UsageError for an unknown format or the suffix of one.
     """
     target = Path(target)
     kind = to or _kind_of(target)
     if kind not in FORMATS:
         raise UsageError(f"format {kind!r} is unknown; use one of {', '.join(FORMATS)}")
-    if kind in ("pth", "safetensors") and target.suffix != f".{kind}":
+    if kind in FILES and target.suffix != f".{kind}":
         raise UsageError(f"{target}: a {kind} file must be named *.{kind}")
+    if matrix_type is not None and kind != "gguf":
+        raise UsageError(f"type {matrix_type!r:.40} can only be asked of a .gguf; {kind} keeps the types of the source")
     _check_target(target, kind, force)
     checkpoint = read(source)
     _check_format(checkpoint, kind)
-    check_space(target.parent, checkpoint.tensors)
     for file in checkpoint.files:
         if container_of(file) == "pth":
             check_sums(file)
-    if kind in ("pth", "safetensors"):
-        notes = _write_file(checkpoint, target)
+    if kind == "gguf":
+        notes = write_gguf(checkpoint, target, matrix_type)
     else:
-        notes = _write_folder(checkpoint, target, kind)
+        checkpoint, unpacked = (checkpoint, ()) if kind == "safetensors" else _unpacked(checkpoint)
+        check_space(target.parent, checkpoint.tensors)
+        write = _write_file if kind in FILES else _write_folder
+        notes = (*write(checkpoint, target, kind), *unpacked)
     files = [target] if target.is_file() else list(target.iterdir())
     return Conversion(checkpoint.path, target, kind, sum(file.stat().st_size for file in files), notes)
 
 
 def _kind_of(target: Path) -> str:
     """The format that a name asks for."""
-    if target.suffix in (".pth", ".safetensors"):
+    if target.suffix.removeprefix(".") in FILES:
         return target.suffix.removeprefix(".")
     if target.suffix.lower() in FILE_SUFFIXES:
         raise UsageError(
-            f"{target}: the suffix {target.suffix!r} is no format that can be written; name a *.pth or *.safetensors "
-            "file, or a folder without such a suffix (format hf, or fla where you ask for it)"
+            f"{target}: the suffix {target.suffix!r} is no format that can be written; name a *.pth, *.safetensors "
+            "or *.gguf file, or a folder without such a suffix (format hf, or fla where you ask for it)"
         )
     return "hf"
 
@@ -128,14 +143,26 @@ def _check_format(checkpoint: Checkpoint, kind: str) -> None:
         raise UnsupportedError(f"{source} has a tuned state, for which a fla folder has no place; use .safetensors")
 
 
-def _write_file(checkpoint: Checkpoint, target: Path) -> tuple[str, ...]:
-    if target.suffix == ".safetensors":
+def _unpacked(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The same checkpoint without quantised matrices, and what to say about it.
+
+    bfloat16: 16 bits are enough for what has 8 or fewer, and every reader of these formats takes it.
+    """
+    if not checkpoint.quantised:
+        return checkpoint, ()
+    dense = replace(checkpoint, tensors=checkpoint.dense(torch.bfloat16), quantised={})
+    return dense, ("the quantised matrices were written as bfloat16",)
+
+
+def _write_file(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str, ...]:
+    if kind == "safetensors":
         save(
             target,
             checkpoint.config,
             checkpoint.tensors,
             tokenizer_spec=checkpoint.tokenizer_spec,
             extra=checkpoint.extra,
+            quantised=checkpoint.quantised,
         )
         return ()
     save(target, checkpoint.config, checkpoint.tensors)

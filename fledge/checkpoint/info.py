@@ -28,10 +28,10 @@ class CheckpointInfo:
     """The facts about one checkpoint."""
 
     path: Path
-    format: str  # "pth", "safetensors", "hf" or "fla"
+    format: str  # "pth", "safetensors", "gguf", "hf" or "fla"
     config: ModelConfig
     parameters: int  # numbers in all tensors but a tuned state
-    dtypes: tuple[str, ...]  # the one that fills most bytes first
+    dtypes: tuple[str, ...]  # the one that fills most bytes first; "int8" and "int4" are quantised matrices
     nbytes: int  # of the files that hold tensors
     state_nbytes: int  # of one sequence's state, float32
     flops_per_token: int  # see `flops_per_token`
@@ -70,6 +70,9 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         dtype = str(tensor.dtype).removeprefix("torch.")
         bytes_of[dtype] = bytes_of.get(dtype, 0) + tensor.numel() * tensor.element_size()
         parameters += 0 if name.endswith(".time_state") else tensor.numel()
+    for matrix in checkpoint.quantised.values():
+        bytes_of[matrix.format] = bytes_of.get(matrix.format, 0) + matrix.nbytes
+        parameters += matrix.rows * matrix.columns
     return CheckpointInfo(
         path=checkpoint.path,
         format=checkpoint.format,

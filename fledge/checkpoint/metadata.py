@@ -2,7 +2,8 @@
 
 It sits in the header's string map under the key "fledge", where other readers ignore it:
     {"format": 1, "config": {...}, "tokenizer": {...} or null, "extra": {...}}
-No tensors here, no files.
+A file with quantised matrices has format 2, and in addition "quantised": {name: [format, rows, columns]}; the tensor of
+that name is then uint8, laid out as fledge/kernels/quantised.py says. No tensors here, no files.
 """
 
 from __future__ import annotations
@@ -11,25 +12,29 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fledge.checkpoint.record import Stored
+from fledge.checkpoint.record import Form, Stored
 from fledge.core.config import from_dict, to_dict
 from fledge.core.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, UsageError
+from fledge.kernels.quantised import FORMATS
 from fledge.models.config import ModelConfig
 from fledge.tokenizer.vocabulary import Vocabulary
 
 KEY = "fledge"
-FORMAT = 1
+FORMAT = 2  # the newest that is read; a file is written as old as its content allows
+LARGEST_SIDE = 1 << 32
 
 
 def encode(stored: Stored) -> dict[str, str]:
     """The header's string map. "format": "pt" is what Hugging Face's loaders ask for."""
     assert stored.config is not None
     record = {
-        "format": FORMAT,
+        "format": 2 if stored.quantised else 1,
         "config": to_dict(stored.config),
         "tokenizer": stored.tokenizer_spec,
         "extra": stored.extra,
     }
+    if stored.quantised:
+        record["quantised"] = {name: list(form) for name, form in stored.quantised.items()}
     try:
         text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError) as error:
@@ -55,10 +60,24 @@ def decode(metadata: Mapping[str, str], source: str) -> Stored:
     config, tokenizer, extra = record.get("config"), record.get("tokenizer"), record.get("extra", {})
     if not isinstance(config, dict) or not isinstance(tokenizer, dict | None) or not isinstance(extra, dict):
         raise CheckpointError(f"{source}: the Fledge record in its header is incomplete; the file is damaged")
+    quantised = _forms(record.get("quantised", {}), source)
     try:
-        return Stored(from_dict(ModelConfig, config), tokenizer, extra)
+        return Stored(from_dict(ModelConfig, config), tokenizer, extra, quantised)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: the config in its header is impossible: {error}") from error
+
+
+def _forms(found: Any, source: str) -> dict[str, Form]:
+    """Which matrices are quantised and how, checked."""
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source}: the list of quantised matrices in its header is damaged")
+    for name, form in found.items():
+        sound = isinstance(form, list) and len(form) == 3 and form[0] in FORMATS
+        if not sound or not all(type(side) is int and 0 < side < LARGEST_SIDE for side in form[1:]):
+            raise CheckpointError(
+                f"{source}: its header says that {name!r:.80} is quantised as {form!r:.60}; no such form"
+            )
+    return {name: (form[0], form[1], form[2]) for name, form in found.items()}
 
 
 def check_vocabulary(config: ModelConfig, spec: Mapping[str, Any] | None, source: str) -> None:

@@ -19,15 +19,17 @@ from fledge.checkpoint.detection import detect
 from fledge.checkpoint.fla_names import from_fla
 from fledge.checkpoint.folder import read_folder
 from fledge.checkpoint.foreign import refuse_unsupported
+from fledge.checkpoint.gguf_file import read_gguf
 from fledge.checkpoint.hf_config import LARGEST_NUMBER, apply_settings
 from fledge.checkpoint.hub import locate
 from fledge.checkpoint.names import PREFIX, from_hf, layout_of
 from fledge.checkpoint.pth import check_sums, read_pth
-from fledge.checkpoint.record import Checkpoint, RawFile
-from fledge.checkpoint.shapes import expected_shapes
+from fledge.checkpoint.record import Checkpoint, RawFile, Stored
+from fledge.checkpoint.shapes import Shape, expected_shapes
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.st_file import DTYPES, read_safetensors
 from fledge.core.errors import CheckpointError, UnsupportedError
+from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
 
 StrPath = str | os.PathLike[str]
@@ -36,11 +38,12 @@ StrPath = str | os.PathLike[str]
 def load(path: StrPath) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and tensors (official names, shapes and order, the file's dtypes, on the CPU) of a checkpoint.
 
-    `path`: a .pth, a .safetensors, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped from the
-    file: nothing is copied until it is used. Raises CheckpointError, or UnsupportedError for RWKV-7 and its like.
+    `path`: a .pth, a .safetensors, a .gguf, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped
+    from the file: nothing is copied until it is used. Quantised matrices are unpacked to float32, which is exact and
+    large; `read` gives them as they are. Raises CheckpointError, or UnsupportedError for RWKV-7 and its like.
     """
     checkpoint = read(path)
-    return checkpoint.config, checkpoint.tensors
+    return checkpoint.config, checkpoint.dense()
 
 
 def read(path: StrPath, *, weights: bool = True) -> Checkpoint:
@@ -57,7 +60,8 @@ def verify(path: StrPath) -> Checkpoint:
     for file in checkpoint.files:
         if container_of(file) == "pth":
             check_sums(file)
-    for name, tensor in checkpoint.tensors.items():
+    scales = ((name, part) for name, matrix in checkpoint.quantised.items() for part in matrix.groups()[1:])
+    for name, tensor in (*checkpoint.tensors.items(), *scales):
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{checkpoint.path}: {name} holds numbers that are not finite; the model cannot be used"
@@ -69,17 +73,38 @@ def read_raw(path: Path, *, weights: bool = True) -> RawFile:
     """The tensors of a local file or folder under the names they have there."""
     if path.is_dir():
         return read_folder(path, weights=weights)
-    if container_of(path) == "safetensors":
+    container = container_of(path)
+    if container == "gguf":
+        return read_gguf(path, weights=weights)
+    if container == "safetensors":
         tensors, texts = read_safetensors(path, weights=weights)
-        return RawFile(path, "safetensors", tensors, (path,), metadata.decode(texts, str(path)))
+        stored = metadata.decode(texts, str(path))
+        quantised = _quantised(tensors, stored, path)
+        return RawFile(path, "safetensors", tensors, (path,), stored, quantised=quantised)
     return RawFile(path, "pth", read_pth(path, weights=weights), (path,))
+
+
+def _quantised(tensors: dict[str, Tensor], stored: Stored, path: Path) -> dict[str, Quantised]:
+    """The matrices that the file's record calls quantised, taken out of `tensors`."""
+    found: dict[str, Quantised] = {}
+    for name, form in stored.quantised.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, but no such tensor is there")
+        try:
+            found[name] = Quantised(*form, tensors.pop(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {name}: {error}; the file is damaged") from error
+    return found
 
 
 def interpret(raw: RawFile) -> Checkpoint:
     """Official names, the config, and every check that needs no values."""
     source = str(raw.path)
     layout, tensors = official_names(raw.tensors, source)
-    config = detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    if both := tensors.keys() & raw.quantised.keys():
+        raise CheckpointError(f"{source} holds {min(both)!r:.80} twice, dense and quantised; the file is damaged")
+    shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = detect(shapes | {name: matrix.shape for name, matrix in raw.quantised.items()}, source)
     _check_dtypes(tensors, source)
     if raw.stored.config is not None:
         config = _agreed(config, raw.stored.config, source)
@@ -90,10 +115,13 @@ def interpret(raw: RawFile) -> Checkpoint:
         else:
             config = told
     # One order for all: other programs tell versions by it, and safetensors has none.
-    tensors = {name: tensors[name] for name in expected_shapes(config)}
+    shapes = expected_shapes(config)
+    tensors = {name: tensors[name] for name in shapes if name in tensors}
+    quantised = {name: raw.quantised[name] for name in shapes if name in raw.quantised}
     metadata.check_vocabulary(config, raw.stored.tokenizer_spec, source)
     kind = raw.container if raw.container != "folder" else "fla" if layout == "fla" else "hf"
-    return Checkpoint(raw.path, kind, config, tensors, raw.files, raw.stored.tokenizer_spec, raw.stored.extra)
+    stored = raw.stored
+    return Checkpoint(raw.path, kind, config, tensors, raw.files, stored.tokenizer_spec, stored.extra, quantised)
 
 
 def official_names(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:

@@ -9,9 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fledge.checkpoint.shapes import expected_shapes
+from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
+
+Form = tuple[str, int, int]
+"""How a matrix is quantised: format, rows, columns."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Stored:
     config: ModelConfig | None = None
     tokenizer_spec: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    quantised: dict[str, Form] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,21 +35,33 @@ class RawFile:
     """One file or folder as it was found: the names are still those of its own layout."""
 
     path: Path
-    container: str  # "pth", "safetensors" or "folder"
+    container: str  # "pth", "safetensors", "gguf" or "folder"
     tensors: dict[str, Tensor]  # on "meta" where only names, shapes and dtypes were read
     files: tuple[Path, ...]  # the files that hold tensors
     stored: Stored = Stored()
     settings: dict[str, Any] = field(default_factory=dict)  # the folder's config.json
+    quantised: dict[str, Quantised] = field(default_factory=dict)  # under official names, which `tensors` then lacks
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete, checked model in official names, shapes and order: what a strict `load_state_dict` takes."""
+    """A complete, checked model in official names, shapes and order.
+
+    `tensors` alone is what a strict `load_state_dict` takes, unless some matrices are quantised: then the two together.
+    """
 
     path: Path
-    format: str  # "pth", "safetensors", "hf" or "fla"
+    format: str  # "pth", "safetensors", "gguf", "hf" or "fla"
     config: ModelConfig
     tensors: dict[str, Tensor]  # in the file's dtypes; on "meta" where the weights were not read
     files: tuple[Path, ...]
     tokenizer_spec: dict[str, Any] | None = None  # the vocabulary's JSON record, where the file carries one
     extra: dict[str, Any] = field(default_factory=dict)  # whatever the writer added, training facts say
+    quantised: dict[str, Quantised] = field(default_factory=dict)  # matrices that `tensors` lacks
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """All tensors in the official order, the quantised matrices as `dtype`; float32 holds them exactly."""
+        return {
+            name: self.tensors[name] if name in self.tensors else self.quantised[name].dequantise(dtype)
+            for name in expected_shapes(self.config)
+        }

@@ -20,26 +20,18 @@ MISTAKES = (
      "load it once with a current torch (weights_only=True) and save it again with torch.save"),
     (rb"\x1f\x8b|\xfd7zXZ|BZh|7z\xbc\xaf|\x28\xb5\x2f\xfd", "a compressed archive", "unpack it first"),
 )  # fmt: skip
-UNSUPPORTED = (
-    (b"GGUF", "a GGUF file, which is not supported yet"),
-    (b"fmgg", "an rwkv.cpp file, which is not supported"),
-)
+UNSUPPORTED = ((b"fmgg", "an rwkv.cpp file, which is not supported"),)
 
 
 def container_of(path: Path) -> str:
-    """ "pth" or "safetensors". Raises CheckpointError for anything else, saying what it is where that is known."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if size == 0:
-        raise CheckpointError(f"{path} is empty; download or export it again")
+    """ "pth", "safetensors" or "gguf". Raises CheckpointError for anything else, saying what it is where known."""
+    start = _start(path)
     if start.startswith(b"PK\x03\x04"):
         if path.suffix == ".safetensors":  # torch itself goes by this suffix
             raise CheckpointError(f"{path} is a zip archive of torch.save with the wrong suffix; rename it to .pth")
         return "pth"
+    if start.startswith(b"GGUF"):
+        return "gguf"
     for magic, what in UNSUPPORTED:
         if start.startswith(magic):
             raise UnsupportedError(f"{path} is {what}; give the official .pth or a .safetensors")
@@ -49,6 +41,19 @@ def container_of(path: Path) -> str:
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
     raise CheckpointError(
-        f"{path} is neither a .pth (a zip archive of torch.save) nor a .safetensors file; it begins with "
+        f"{path} is neither a .pth (a zip archive of torch.save) nor a .safetensors nor a .gguf file; it begins with "
         f"{start[:8].hex(' ')}"
     )
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file that has some."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if size == 0:
+        raise CheckpointError(f"{path} is empty; download or export it again")
+    return start

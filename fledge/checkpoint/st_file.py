@@ -30,14 +30,15 @@ LARGEST_STRIDE = 1 << 56  # numbers; torch counts bytes in 64 bits
 ALIGNMENT = 64  # bytes; the start of the data, so that mapped matrices suit vector loads
 METADATA = "__metadata__"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+STORED = {**DTYPES, "U8": torch.uint8}  # bytes are quantised matrices; the header's record says which
+CODES = {dtype: code for code, dtype in STORED.items()}
 
 
 def read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Name -> tensor in file order, and the header's string map.
 
     With `weights` the tensors are views of the mapped file; without, they are on "meta" and only the header is read.
-    Raises CheckpointError for a damaged file and UnsupportedError for tensors that are not floats.
+    Raises CheckpointError for a damaged file and UnsupportedError for tensors that are neither floats nor bytes.
     """
     entries, metadata, held = _read_header(path)
     shapes = {name: _tensor(name, entry, path) for name, entry in entries.items()}
@@ -54,9 +55,10 @@ def read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Ten
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write name -> tensor, whole or not at all, one tensor in memory at a time.
 
-    The same tensors and metadata give the same bytes. Wide dtypes come first, which keeps every tensor aligned.
+    The same tensors and metadata give the same bytes. Quantised matrices come first, whose sizes are multiples of whole
+    cache lines, then wide dtypes before narrow ones: this keeps every tensor aligned.
     """
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    ordered = sorted(tensors, key=lambda name: (tensors[name].dtype != torch.uint8, -tensors[name].element_size()))
     header: dict[str, Any] = {METADATA: dict(metadata)}
     begin = 0
     for name in ordered:
@@ -115,17 +117,17 @@ def _tensor(name: str, entry: Any, path: Path) -> Tensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where} lacks dtype, shape or data_offsets; the file is damaged")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
+    if not isinstance(code, str) or code not in STORED:
         raise UnsupportedError(
             f"{where} has dtype {code!r:.20}; Fledge reads {', '.join(DTYPES)}: give the file from before quantisation"
         )
     if not (_counts(shape) and _counts(offsets)) or len(shape) > LARGEST_RANK or len(offsets) != 2:
         raise CheckpointError(f"{where} has an impossible shape or place; the file is damaged")
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[code].itemsize:
+    if offsets[1] - offsets[0] != math.prod(shape) * STORED[code].itemsize:
         raise CheckpointError(f"{where} has shape {shape} but {offsets[1] - offsets[0]} bytes; the file is damaged")
     if math.prod(max(size, 1) for size in shape) >= LARGEST_STRIDE:  # only with a 0 in it, which hides the rest
         raise CheckpointError(f"{where} has the impossible shape {shape}; the file is damaged")
-    return torch.empty(shape, dtype=DTYPES[code], device="meta")
+    return torch.empty(shape, dtype=STORED[code], device="meta")
 
 
 def _counts(values: Any) -> bool:

@@ -18,8 +18,9 @@ from fledge.checkpoint.detection import check_shapes
 from fledge.checkpoint.pth import write_pth
 from fledge.checkpoint.record import Stored
 from fledge.checkpoint.shapes import expected_shapes
-from fledge.checkpoint.st_file import CODES, write_safetensors
+from fledge.checkpoint.st_file import DTYPES, write_safetensors
 from fledge.core.errors import CheckpointError, UsageError
+from fledge.kernels import Quantised
 from fledge.models.config import ModelConfig
 
 SLACK = 4 << 20  # bytes; headers, names and file system blocks beside the tensors
@@ -32,37 +33,50 @@ def save(
     *,
     tokenizer_spec: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    quantised: Mapping[str, Quantised] | None = None,
 ) -> None:
     """Write a model as `.safetensors` (with everything) or as official `.pth` (tensors only), chosen by the suffix.
 
     tensors: official names and shapes, as `model.state_dict()` gives them; dtypes are kept.
+    quantised: matrices that are missing in `tensors`; `.safetensors` only.
     tokenizer_spec: `Vocabulary.to_spec()`. extra: plain JSON, training facts say.
     An existing file is replaced. Raises CheckpointError where tensors and config do not agree or the disk is too
     full, UsageError for another suffix or for a record that a `.pth` cannot hold.
     """
     path = Path(path)
-    check_writable(config, tensors, tokenizer_spec, str(path))
-    check_space(path.parent, tensors)
-    tensors = {name: tensors[name] for name in expected_shapes(config)}  # the rwkv package tells versions by order
+    matrices = dict(quantised or {})
+    check_writable(config, tensors, tokenizer_spec, str(path), matrices)
+    # In this order, by which the rwkv package tells versions.
+    together = {**tensors, **{name: matrix.data for name, matrix in matrices.items()}}
+    together = {name: together[name] for name in expected_shapes(config)}
+    check_space(path.parent, together)
     if path.suffix == ".safetensors":
-        stored = Stored(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}))
-        write_safetensors(path, tensors, metadata.encode(stored))
+        forms = {name: (matrix.format, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
+        stored = Stored(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), forms)
+        write_safetensors(path, together, metadata.encode(stored))
     elif path.suffix == ".pth":
-        if tokenizer_spec or extra:
-            raise UsageError(f"{path}: a .pth holds tensors only; save a tokenizer or extras as .safetensors")
-        write_pth(path, tensors)
+        if tokenizer_spec or extra or matrices:
+            raise UsageError(
+                f"{path}: a .pth holds dense tensors only; save quantised ones, a tokenizer or extras as .safetensors"
+            )
+        write_pth(path, together)
     else:
         raise UsageError(f"{path}: the suffix {path.suffix!r} is no checkpoint format; use .safetensors or .pth")
 
 
 def check_writable(
-    config: ModelConfig, tensors: Mapping[str, Tensor], spec: Mapping[str, Any] | None, source: str
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    spec: Mapping[str, Any] | None,
+    source: str,
+    quantised: Mapping[str, Quantised],
 ) -> None:
     """Raise CheckpointError unless this is a complete model that the readers will take back."""
-    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes({**shapes, **{name: matrix.shape for name, matrix in quantised.items()}}, config, source)
     metadata.check_vocabulary(config, spec, source)
     for name, tensor in tensors.items():
-        if tensor.dtype not in CODES or tensor.is_meta:
+        if tensor.dtype not in DTYPES.values() or tensor.is_meta:
             kind = "no values (device meta)" if tensor.is_meta else str(tensor.dtype)
             raise CheckpointError(f"{source}: {name} has {kind}; only float tensors with values can be written")
 

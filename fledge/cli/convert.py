@@ -1,4 +1,4 @@
-"""`fledge convert`: a checkpoint in another format, with no value changed."""
+"""`fledge convert`: a checkpoint in another format, with no value changed but where a type is asked for."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint (file or folder) or a hub name.")],
     target: Annotated[Path, typer.Argument(help="The file or folder to write.")],
     to: Annotated[
-        str | None, typer.Option(help="pth, safetensors, hf or fla. (default: by the target's suffix; a folder is hf)")
+        str | None,
+        typer.Option(help="pth, safetensors, gguf, hf or fla. (default: by the target's suffix; a folder is hf)"),
+    ] = None,
+    matrix_type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Of the matrices of a gguf: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. (default: what they have)",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
 ) -> None:
     """Write a checkpoint in another format.
 
-    The values and their dtypes stay as they are.
+    The values and their dtypes stay as they are, unless --type asks for another.
     """
     with SlowBar(f"converting {source}"):
         from fledge import checkpoint
 
-        done = checkpoint.convert(source, target, to=to, force=force)
+        done = checkpoint.convert(source, target, to=to, matrix_type=matrix_type, force=force)
     print(visible(f"{done.target}: {done.format}, {done.nbytes:,} bytes"))
     for sentence in done.notes:
         note(f"note: {sentence}")

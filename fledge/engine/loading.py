@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fledge import checkpoint
 from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import CheckpointError, UnsupportedError
@@ -29,30 +31,32 @@ def load(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    quant: str | None = None,
     pack: bool = True,
 ) -> LLM:
     """The model of a checkpoint (file, folder or hub name), ready to generate; None or "tiny-finch" is the bundled one.
 
     device, dtype: names as in `fledge.core.device`; None chooses, and `llm.device_reason`, `llm.dtype_reason` say why.
-    pack: give the matrices to the CPU's best layout, which reads them about twice as fast; `llm.model` is then for
-    inference only, without gradients and without matrices in its state_dict. No effect on other devices.
+    quant: "int8", "int4" or "mixed" quantises the matrices while loading, on a CPU; a file that `fledge quantize` wrote
+    is quantised already.
+    pack: use the CPU's best form, the native library or else reordered matrices; `llm.model` is then for inference
+    only, without gradients and without matrices in its state_dict. No effect on other devices.
     Raises CheckpointError for a file that is missing or damaged, UnsupportedError for one that cannot be run,
     UsageError for an unknown device or dtype.
     """
     path = locate(name_or_path)
     chosen_device, device_reason = choose_device(device)
     found = checkpoint.read(path)  # once: between two readings the file could change, and a hub name asks the hub
-    chosen_dtype, dtype_reason = choose_dtype(
-        dtype, chosen_device, sum(tensor.numel() for tensor in found.tensors.values())
-    )
+    numbers = sum(tensor.numel() for tensor in found.tensors.values())
+    numbers += sum(matrix.rows * matrix.columns for matrix in found.quantised.values())
+    chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, numbers)
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     name = found.path.stem if found.path.is_file() else Path(path).name
-    model = checkpoint.assemble(
-        found.config, found.tensors, device=chosen_device, dtype=chosen_dtype, pack=pack, spend=True
-    )
     stored = found.tensors["emb.weight"].dtype
-    if chosen_dtype is None and model.emb.weight.dtype != stored:
-        dtype_reason = f"the file's {str(stored).removeprefix('torch.')} does not run well on this device"
+    weights = checkpoint.Weights(found.tensors, found.quantised, spend=True)
+    model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
+    if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
+        dtype_reason = "the file's float16 does not run well on this device"
     return LLM(model, tokenizer, name, device_reason, dtype_reason)
 
 

@@ -21,6 +21,7 @@ from fledge.engine.sampling import SamplingParams
 from fledge.engine.scoring import Score, Scores, score
 from fledge.engine.stream import Completion, Stream
 from fledge.models.config import ModelConfig
+from fledge.models.native import NativeModel
 from fledge.models.state import State
 from fledge.tokenizer import NO_EOS, Tokenizer
 
@@ -60,6 +61,8 @@ class LLM:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the matrices; everything else is float32."""
+        if isinstance(self.model, NativeModel):
+            return self.model.dtype
         return next((weight.dtype for weight in self.model.parameters() if weight.dim() == 2), torch.float32)
 
     def generate(

@@ -130,13 +130,13 @@ def test_a_file_can_be_converted_onto_itself(tmp_path: Path) -> None:
 
 def test_wrong_requests(tmp_path: Path) -> None:
     source = saved(tmp_path, make("4"))
-    with pytest.raises(UsageError, match="format 'gguf' is unknown; use one of pth, safetensors, hf, fla"):
-        convert(source, tmp_path / "x", to="gguf")
+    with pytest.raises(UsageError, match="format 'onnx' is unknown; use one of pth, safetensors, gguf, hf, fla"):
+        convert(source, tmp_path / "x", to="onnx")
     with pytest.raises(UsageError, match=r"must be named \*\.safetensors"):
         convert(source, tmp_path / "x.pth", to="safetensors")
-    for name in ("out.gguf", "out.bin", "model.pt", "out.PTH", "out.SafeTensors", "out.tar.gz"):
+    for name in ("out.GGUF", "out.bin", "model.pt", "out.PTH", "out.SafeTensors", "out.tar.gz"):
         with pytest.raises(
-            UsageError, match=rf"{name}: the suffix .* name a \*\.pth or \*\.safetensors file, or a folder"
+            UsageError, match=rf"{name}: the suffix .* name a \*\.pth, \*\.safetensors or \*\.gguf file, or a folder"
         ):
             convert(source, tmp_path / name)
         assert not (tmp_path / name).exists()

@@ -103,7 +103,7 @@ def test_an_unusable_tokenizer_record_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "written by a newer Fledge"),
+        ({"format": 3}, "written by a newer Fledge"),
         ({"format": None}, "no format number"),
         ({"config": None}, "is incomplete"),
         ({"extra": 5}, "is incomplete"),
@@ -238,7 +238,7 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
         save(tmp_path / "m.pth", config, tensors | {"emb.weight": tensors["emb.weight"].to("meta")})
     with pytest.raises(UsageError, match=r"'\.onnx' is no checkpoint format"):
         save(tmp_path / "m.onnx", config, tensors)
-    with pytest.raises(UsageError, match=r"a \.pth holds tensors only"):
+    with pytest.raises(UsageError, match=r"a \.pth holds dense tensors only"):
         save(tmp_path / "m.pth", config, tensors, extra={"steps": 1})
     with pytest.raises(UsageError, match="must be plain JSON"):
         save(tmp_path / "m.safetensors", config, tensors, extra={"steps": {1, 2}})

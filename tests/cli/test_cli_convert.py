@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fledge import checkpoint
@@ -23,6 +24,16 @@ def test_to_pth_and_back(fledge: Any, pruned_model: Path, tmp_path: Path) -> Non
 def test_to_a_folder(fledge: Any, pruned_model: Path, tmp_path: Path) -> None:
     assert fledge("convert", pruned_model, tmp_path / "folder", "--to", "fla").code == 0
     assert checkpoint.inspect(tmp_path / "folder").format == "fla"
+
+
+def test_to_gguf_with_a_type(fledge: Any, pruned_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    result = fledge("convert", pruned_model, tmp_path / "m.gguf", "--type", "q8_0")
+    assert result.code == 0 and result.text.startswith(f"{tmp_path / 'm.gguf'}: gguf, ")
+    assert "no multiple of 32" in result.messages and "cannot hold the extras" in result.messages
+    rows = fledge("info", tmp_path / "m.gguf").text
+    assert "int8" in rows and "Q8_0" in rows and "World, pruned to 357 rows" in rows
+    fledge("convert", pruned_model, tmp_path / "m.pth", "--type", "q8_0").check_error(2, "'q8_0'", "gguf")
 
 
 def test_what_is_there_is_kept_unless_forced(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
