@@ -68,7 +68,10 @@ class Pool {
         // Whoever enters after this sees a closed task; whoever entered before is counted and waited for. A worker that
         // sleeps through a short task costs nothing.
         open_.store(false);
-        while (inside_.load()) pause_briefly();
+        for (int spin = 0; inside_.load(); spin++) {
+            pause_briefly();
+            if (spin > SPINS) std::this_thread::yield();  // it may be waiting for this very core
+        }
     }
 
    private:
