@@ -7,8 +7,25 @@
 
 #include "export.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fledge {
 namespace {
+
+#if defined(__x86_64__)
+// Two that __builtin_cpu_supports has no name for in some compilers.
+bool has_half_floats() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+bool has_bf16_products() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
 
 // Best first.
 std::vector<const Kernels*> usable() {
@@ -17,8 +34,8 @@ std::vector<const Kernels*> usable() {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_floats();
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && has_bf16_products())
         found.push_back(&kernels_avx512_bf16);
     if (avx512) found.push_back(&kernels_avx512);
     if (avx2) found.push_back(&kernels_avx2);

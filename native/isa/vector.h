@@ -4,6 +4,7 @@
 // so nothing that was compiled for a newer processor can be linked into code for an older one. For the same reason no
 // header of the C++ library is included here.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
