@@ -35,7 +35,7 @@ FLEDGE_API int fledge_model_matrix(Model* model, int64_t layer, const char* name
     return model->set_matrix(layer, name, Matrix{format, n, k, data}) ? 0 : -1;
 }
 
-// (vocabulary, width), stored: 0 float32, 1 bfloat16. Stays the caller's.
+// (vocabulary, width), stored as in pack.h. Stays the caller's.
 FLEDGE_API void fledge_model_embedding(Model* model, const void* data, int32_t stored) {
     model->set_embedding({data, stored});
 }

@@ -56,12 +56,16 @@ std::vector<std::unique_ptr<Buffer>>& scratch() {
 void multiply(const std::vector<Product>& products) {
     auto& buffers = scratch();
     while (static_cast<int>(buffers.size()) < threads()) buffers.push_back(std::make_unique<Buffer>());
-    int64_t parts = 0, rows = 0;
-    for (const Product& p : products) parts += p.weight->panels(), rows = std::max(rows, p.x->rows);
+    int64_t parts = 0, rows = 0, work = 0;
+    for (const Product& p : products) {
+        parts += p.weight->panels();
+        rows = std::max(rows, p.x->rows);
+        work += p.weight->panels() * p.weight->panel_bytes() * p.x->rows;
+    }
     if (rows == 0) return;
     for (auto& buffer : buffers) buffer->floats(rows * PANEL);
     const Kernels& k = kernels();
-    parallel(parts, [&](int64_t part, int thread) {
+    parallel(parts, work, [&](int64_t part, int thread) {
         for (const Product& p : products) {
             if (part >= p.weight->panels()) {
                 part -= p.weight->panels();

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "pack.h"
+
 namespace fledge {
 namespace {
 
@@ -159,13 +161,16 @@ void Model::embed(const Batch& batch, int64_t first_row, int64_t rows) {
     for_rows(rows, [&](int64_t row, int) {
         float* to = x + row * C_;
         const int64_t at = batch.ids[first_row + row] * s_.width;
-        if (embedding_.stored == 0) {
+        if (embedding_.stored == STORED_F32) {
             copy(to, static_cast<const float*>(embedding_.data) + at, s_.width);
         } else {
             const uint16_t* from = static_cast<const uint16_t*>(embedding_.data) + at;
             for (int64_t i = 0; i < s_.width; i++) {
                 const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-                std::memcpy(to + i, &bits, 4);
+                if (embedding_.stored == STORED_F16)
+                    to[i] = half_to_float(from[i]);
+                else
+                    std::memcpy(to + i, &bits, 4);
             }
         }
         kernels().layer_norm(to, ln0_weight_.get(), ln0_bias_.get(), eps_, s_.width, to);
@@ -298,7 +303,7 @@ void Model::wkv_heads(const Batch& batch, const std::vector<Segment>& segments, 
     const bool finch = s_.version == 6;
     float* y = w.y.floats(0);
     for (int64_t row = 0; row < rows; row++) std::fill(y + row * A_ + s_.inner, y + (row + 1) * A_, 0.0f);
-    parallel(static_cast<int64_t>(segments.size()) * H, [&](int64_t part, int thread) {
+    parallel(static_cast<int64_t>(segments.size()) * H, 8 * rows * H * N * N, [&](int64_t part, int thread) {
         const Segment& g = segments[static_cast<size_t>(part / H)];
         const int64_t h = part % H, at = g.row * A_ + h * N;
         const int64_t state = ((number * batch.sequences + g.sequence) * H + h) * N * N;

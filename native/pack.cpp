@@ -23,12 +23,16 @@ uint32_t to_bits(float x) {
     return bits;
 }
 
+}  // namespace
+
 float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
     if (rest < 0x400) return std::copysign(static_cast<float>(rest) * 0x1p-24f, from_bits(sign));
     return from_bits(sign | ((rest << 13) + ((127 - 15) << 23)));
 }
+
+namespace {
 
 uint16_t float_to_bf16(float x) {
     const uint32_t bits = to_bits(x);
@@ -74,11 +78,23 @@ void pack_panel_bf16(const Source& from, const Matrix& w, int64_t panel, uint32_
         }
 }
 
+// Of weights that are float16 already: nothing is rounded.
+void pack_panel_f16(const Source& from, const Matrix& w, int64_t panel, uint16_t* out) {
+    const uint16_t* values = static_cast<const uint16_t*>(from.data);
+    for (int64_t j = 0; j < w.padded(); j++)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const int64_t row = panel * PANEL + i;
+            out[j * PANEL + i] = row < w.n && j < w.k ? values[row * from.row + j * from.column] : uint16_t{0};
+        }
+}
+
 template <int32_t STORED>
 void pack_panel(const Source& from, const Matrix& w, int64_t panel, uint8_t* data) {
     uint8_t* out = data + panel * w.panel_bytes();
     if (w.format == F32)
         pack_panel_floats<STORED>(from, w, panel, reinterpret_cast<float*>(out));
+    else if (w.format == F16_EXACT)
+        pack_panel_f16(from, w, panel, reinterpret_cast<uint16_t*>(out));
     else
         pack_panel_bf16<STORED>(from, w, panel, reinterpret_cast<uint32_t*>(out));
 }
@@ -114,7 +130,7 @@ double quantise_panel(const Source& from, const Matrix& to, int64_t panel, const
 
 int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
     constexpr int64_t LARGEST = int64_t{1} << 40;
-    if (format < F32 || format > BF16_EXACT || n < 1 || k < 1 || n > LARGEST / k / 8) return 0;
+    if (format < F32 || format > F16_EXACT || n < 1 || k < 1 || n > LARGEST / k / 8) return 0;
     const Matrix w{format, n, k, nullptr};
     return w.panels() * w.panel_bytes();
 }
@@ -135,7 +151,8 @@ using namespace fledge;
 
 FLEDGE_API int64_t fledge_packed_bytes(int32_t format, int64_t n, int64_t k) { return packed_bytes(format, n, k); }
 
-// Dense weight (n, k) -> panels. `data` holds fledge_packed_bytes bytes. Not for the quantised formats.
+// Dense weight (n, k) -> panels. `data` holds fledge_packed_bytes bytes. Not for the quantised formats; F16_EXACT takes
+// float16 only.
 FLEDGE_API void fledge_pack(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
                             int64_t column, uint8_t* data) {
     Turn turn;

@@ -13,6 +13,8 @@ struct Source {
     int64_t row, column;
 };
 
+float half_to_float(uint16_t half);
+
 // The bytes of an (n, k) weight, or 0 where the sizes or the format are impossible.
 int64_t packed_bytes(int32_t format, int64_t n, int64_t k);
 void pack(const Source& from, const Matrix& to, uint8_t* data);

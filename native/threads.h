@@ -29,4 +29,12 @@ void parallel(int64_t parts, F&& f) {
         parts, [](void* task, int64_t part, int thread) { (*static_cast<F*>(task))(part, thread); }, &f);
 }
 
+// The same for parts of which all together read and write about `bytes`: a little is done sooner than anybody is told.
+constexpr int64_t LITTLE = 200 << 10;
+template <class F>
+void parallel(int64_t parts, int64_t bytes, F&& f) {
+    if (bytes > LITTLE) return parallel(parts, f);
+    for (int64_t i = 0; i < parts; i++) f(i, 0);
+}
+
 }  // namespace fledge

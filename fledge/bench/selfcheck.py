@@ -78,6 +78,8 @@ def _check_native_product(format: str) -> Check:
     x, weight = torch.randn(7, 70, generator=draw), torch.randn(150, 70, generator=draw)
     if format.startswith("bfloat16"):
         x, weight = x.bfloat16().float(), weight.bfloat16()
+    if format == "float16 exact":
+        weight = weight.half()
     if format in ("int8", "int4"):
         rounded, _ = quantise(weight, format)
         matrix, dense = native.PackedMatrix.of(rounded), rounded.dequantise(torch.float64)

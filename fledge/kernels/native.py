@@ -21,9 +21,9 @@ from fledge.core.errors import BackendError
 from fledge.core.native import library, why_missing
 from fledge.kernels.quantised import GROUP, Quantised, blocks_shape
 
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bfloat16 exact": 4}
-"""How weights are stored and multiplied. "bfloat16" rounds activations to bfloat16 as torch's product does; "bfloat16
-exact" stores float32 weights whose values bfloat16 holds exactly, and multiplies in float32."""
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bfloat16 exact": 4, "float16 exact": 5}
+"""How weights are stored and multiplied. "bfloat16" rounds activations to bfloat16 as torch's product does; the two
+"exact" ones keep weights that came with 16 bits as they are, and multiply in float32 without rounding anything."""
 
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"float32": 0, "bfloat16": 1, "int16": 2}
@@ -127,6 +127,7 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
     rows, columns = weight.shape
     size = functions().fledge_packed_bytes(FORMATS[format], rows, columns)
     assert size > 0 and format not in ("int8", "int4"), (format, rows, columns)
+    assert format != "float16 exact" or weight.dtype == torch.float16
     data = torch.empty(size, dtype=torch.uint8)
     follow_torch_threads()
     functions().fledge_pack(

@@ -5,7 +5,7 @@ its twins and its specification. A sequence gets the same bits alone, in any bat
 calls, because every sum is taken in one order. Padding is never computed at all.
 
 Formats of the matrices are chosen from the weights that come in (see `fledge.kernels.native.FORMATS`); norms, mixes,
-LoRA factors, decay and state are float32, the factors stored as bfloat16 where that holds their values exactly.
+LoRA factors, decay and state are float32; factors that came with 16 bits stay so in memory.
 Not here: reading files, and the arithmetic (native/model.cpp).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fledge.core.errors import StateError, TokenizerError, UsageError
 from fledge.core.native import why_missing
-from fledge.kernels.native import PackedMatrix, follow_torch_threads, functions, pack
+from fledge.kernels.native import STORED, PackedMatrix, follow_torch_threads, functions, pack
 from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
 from fledge.models.recycled import Recycler
@@ -40,6 +40,9 @@ MATRICES = {
 }
 """The products of one block, as they are called in a checkpoint and in native/model.cpp."""
 
+EXACT = {torch.bfloat16: "bfloat16 exact", torch.float16: "float16 exact"}
+"""The format that keeps weights of 16 bits as they are where the arithmetic is to be float32."""
+
 MAX_HEAD = 1024
 
 
@@ -55,7 +58,7 @@ class NativeModel(nn.Module):
     the embedding, which is used where it lies.
 
     tensors: all that are not quantised. matrix_dtype: float32 or bfloat16, for the matrices among them; None: their
-    own (float16 becomes float32). release: called with each tensor that is not needed any more.
+    own (float16 is multiplied in float32). release: called with each tensor that is not needed any more.
     """
 
     embedding: Tensor
@@ -86,10 +89,8 @@ class NativeModel(nn.Module):
             for part in ("weight", "bias"):
                 source = f"blocks.0.ln0.{part}" if name == "ln0" else f"ln_out.{part}"
                 self.set_vector(-1, f"{name}.{part}", tensors[source])
-        self.register_buffer("embedding", _embedding(tensors["emb.weight"], matrix_dtype), persistent=False)
-        functions().fledge_model_embedding(
-            self._handle, self.embedding.data_ptr(), int(self.embedding.dtype == torch.bfloat16)
-        )
+        self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
+        functions().fledge_model_embedding(self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype])
         self._tuned = _tuned_state(config, tensors)
         missing = functions().fledge_model_check(self._handle)
         assert missing is None, missing.decode()
@@ -187,8 +188,7 @@ class NativeModel(nn.Module):
 
     def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
         """Hand a LoRA factor (out, in) over: float32 arithmetic, stored as small as its values allow."""
-        exact = weight.dtype == torch.bfloat16
-        self._keep(layer, name, pack(weight, "bfloat16 exact" if exact else "float32"))
+        self._keep(layer, name, pack(weight, EXACT.get(weight.dtype, "float32")))
 
     def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantised: Mapping[str, Quantised]) -> None:
         layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
@@ -198,8 +198,8 @@ class NativeModel(nn.Module):
         weight = tensors[name]
         wanted = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
         format = "bfloat16" if wanted == torch.bfloat16 else "float32"
-        if format == "float32" and weight.dtype == torch.bfloat16:
-            format = "bfloat16 exact"
+        if format == "float32" and weight.dtype in EXACT:
+            format = EXACT[weight.dtype]
         self._keep(layer, inner, pack(weight, format))
         self._release(weight)
 
@@ -286,11 +286,9 @@ def _decay_and_bonus(config: ModelConfig, of: Callable[[str], Tensor]) -> tuple[
     return decay, bonus
 
 
-def _embedding(weight: Tensor, matrix_dtype: torch.dtype | None) -> Tensor:
-    """The table as it lies where the library can read it; rows are looked up, so its dtype costs no speed."""
-    if weight.dtype == torch.bfloat16:
-        return weight.detach().contiguous()
-    return weight.detach().float().contiguous()
+def _embedding(weight: Tensor) -> Tensor:
+    """The table where it lies, if the library can read it; rows are looked up, so its dtype costs no speed."""
+    return weight.detach().to(weight.dtype if weight.dtype in STORED else torch.float32).contiguous()
 
 
 def _tuned_state(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor | None:

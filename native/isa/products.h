@@ -90,6 +90,15 @@ struct Bf16Exact {
     }
 };
 
+struct F16Exact {
+    static constexpr int PAIR_BYTES = PANEL * 4;
+    INLINE void pair(const uint8_t* p, int part, int v, vf& even, vf& odd) {
+        const uint8_t* halves = p + (part * COLUMNS + v * W) * 2;
+        even = load_halves(halves);
+        odd = load_halves(halves + PANEL * 2);
+    }
+};
+
 template <class Stored, int M>
 void tile_float(const uint8_t* panel, int64_t groups, const Tile& t) {
     for (int part = 0; part < PARTS; part++) {
@@ -203,6 +212,7 @@ TileFunction tile_of(int32_t format) {
         case INT8: return tile_quantised<Int8, M>;
         case INT4: return tile_quantised<Int4, M>;
         case BF16_EXACT: return tile_float<Bf16Exact, M>;
+        case F16_EXACT: return tile_float<F16Exact, M>;
         default: return tile_float<Float32, M>;
     }
 }

@@ -16,6 +16,7 @@ enum Format : int32_t {
     INT8 = 2,        // groups of int8; activations rounded to int16 by groups, exact integer sums within a group
     INT4 = 3,        // groups of 4 bits with a minimum; as INT8
     BF16_EXACT = 4,  // bfloat16 that stands for the float32 number exactly; activations float32
+    F16_EXACT = 5,   // float16, the same; not in pairs: 64 rows of one input, then of the next
 };
 
 // What a format asks of the activations.

@@ -28,7 +28,7 @@ def packed_and_dense(format: str, rows: int, columns: int) -> tuple[PackedMatrix
         matrix, _ = quantise(weight, format)
         return PackedMatrix.of(matrix), matrix.dequantise(torch.float64)
     if format != "float32":
-        weight = weight.bfloat16()
+        weight = weight.half() if format == "float16 exact" else weight.bfloat16()
     return pack(weight, format), weight.double()
 
 

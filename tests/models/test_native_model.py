@@ -85,6 +85,17 @@ def test_bfloat16_matrices_round_as_torch_does(version: str) -> None:
     assert largest_difference(native(idx)[0], exact) < 3e-5
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_float16_weights_stay_so_and_are_multiplied_in_float32(version: str) -> None:
+    config, tensors = weights_of(version, 2, 72, 24, dtype=torch.float16)
+    native, idx = NativeModel(config, tensors), tokens(2, 30)
+    with torch.no_grad():
+        expected = assemble(config, tensors)(idx)[0]
+    assert native.dtype == torch.float32 and set(native.formats) == {"float16 exact"}
+    assert native.embedding.dtype == torch.float16
+    assert largest_difference(native(idx)[0], expected) < 3e-5
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str) -> None:
