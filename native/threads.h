@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <mutex>
+#include <type_traits>
 
 namespace fledge {
 
@@ -25,8 +26,9 @@ void run_parts(int64_t parts, Part part, void* task);
 // f(part, thread) for every part from 0 to parts - 1; thread is below threads(). Returns when all are done.
 template <class F>
 void parallel(int64_t parts, F&& f) {
+    using Task = std::remove_reference_t<F>;
     run_parts(
-        parts, [](void* task, int64_t part, int thread) { (*static_cast<F*>(task))(part, thread); }, &f);
+        parts, [](void* task, int64_t part, int thread) { (*static_cast<Task*>(task))(part, thread); }, &f);
 }
 
 // The same for parts of which all together read and write about `bytes`: a little is done sooner than anybody is told.
