@@ -234,7 +234,21 @@ INLINE int64_t groups_of_block(const Matrix& w, const Activations& a) {
     return fitting < 1 ? 1 : fitting;
 }
 
-INLINE void panel_block(const Matrix& w, const uint8_t* data, int64_t g, int64_t count, const Activations& a, float* c) {
+// The places of a tile's results are asked for before its last block, so that storing them does not wait.
+INLINE void ask_for_output(float* y, int64_t stride, int64_t rows) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < PANEL; i += 16) __builtin_prefetch(y + row * stride + i, 1);
+}
+
+struct Block {
+    int64_t g, count;  // groups
+    float* c;
+    float* y;  // where the panel's results go
+    int64_t stride;
+};
+
+INLINE void panel_block(const Matrix& w, const uint8_t* data, const Block& block, const Activations& a) {
+    const auto [g, count, c, y, stride] = block;
     const int64_t groups = a.padded / GROUP, bytes = block_bytes(w.format);
     const int64_t word = a.kind == FLOATS ? 1 : 2;  // inputs in a word of the activations
     const int64_t tile_words = a.padded / word * a.stride, tiles = (a.rows + a.stride - 1) / a.stride;
@@ -253,6 +267,7 @@ INLINE void panel_block(const Matrix& w, const uint8_t* data, int64_t g, int64_t
         t.ahead_step = (share + pairs * 64 - 1) / (pairs * 64) * 64;
         t.ahead = data + (g + count) * bytes + tile * t.ahead_step * pairs;
         if (tile * t.ahead_step * pairs >= next * bytes) t.ahead_step = 0;
+        if (g + count == groups) ask_for_output(y + row * stride, stride, rows);
         tile_for<TILE>(w.format, rows)(data + g * bytes, count, t);
     }
 }
@@ -260,9 +275,9 @@ INLINE void panel_block(const Matrix& w, const uint8_t* data, int64_t g, int64_t
 void panel(const Matrix& w, int64_t number, const Activations& a, float* scratch, const Output& out) {
     const uint8_t* data = w.data + number * w.panel_bytes();
     const int64_t groups = a.padded / GROUP, step = groups_of_block(w, a);
-    for (int64_t g = 0; g < groups; g += step)
-        panel_block(w, data, g, groups - g < step ? groups - g : step, a, scratch);
     const int64_t start = number * PANEL;
+    for (int64_t g = 0; g < groups; g += step)
+        panel_block(w, data, {g, groups - g < step ? groups - g : step, scratch, out.y + start, out.stride}, a);
     const int64_t columns = out.width - start < PANEL ? out.width - start : PANEL;
     for (int64_t row = 0; row < a.rows; row++) {
         float* y = out.y + row * out.stride + start;
