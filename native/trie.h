@@ -25,6 +25,7 @@ constexpr uint32_t LARGEST = (1u << 24) - 1;  // id, and base
 constexpr uint32_t ROOT_BASE = 0;             // block 0 holds the nodes of the single bytes, nodes[b] for byte b
 constexpr uint32_t LEAF_BASE = 1;             // nodes[1 ^ b] has the label 1 ^ b, never b: no child for any byte
 constexpr size_t BLOCK = 256;
+constexpr size_t PADDING = 16;                // so that a short token can be read as 16 bytes
 
 inline Record record(uint32_t label, uint32_t back, uint32_t id, uint32_t base) {
     return label | back << 8 | static_cast<Record>(id) << 16 | static_cast<Record>(base) << 40;
@@ -46,7 +47,7 @@ struct Trie {
     // The node after any two bytes, so that a token begins with one load instead of two. Where the two lead nowhere
     // together: the node of the first byte, as a leaf and with `back` 1 for the byte too many.
     std::vector<Record> pairs;
-    std::vector<Byte> text;        // all tokens, one behind the other
+    std::vector<Byte> text;        // all tokens, one behind the other, and PADDING bytes
     std::vector<uint32_t> starts;  // where each begins; one more for the end of the last
 
     uint32_t count() const { return static_cast<uint32_t>(starts.size() - 1); }

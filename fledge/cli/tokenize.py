@@ -46,11 +46,12 @@ def tokenize(
         raise UsageError(f"there are {len(text)} texts; put quotes around one text, or add --decode for ids")
     data = text_or_stdin(text[0] if text else None, "text", 'fledge tokenize "Hello, world"')
     tokenizer = _tokenizer(model)
-    ids = tokenizer.encode(data)
     if count:
-        print(len(ids))
+        print(tokenizer.count(data))
         return
-    pieces = [tokenizer.decode_bytes([token]) for token in ids]
+    ids = tokenizer.encode(data)
+    piece_of = {token: tokenizer.decode_bytes([token]) for token in set(ids)}
+    pieces = [piece_of[token] for token in ids]
     if as_json:
         print(
             json.dumps(

@@ -2,6 +2,7 @@
 
 from fledge.tokenizer.base import NO_EOS, Tokenizer
 from fledge.tokenizer.chat import TEMPLATES, Message, Template, render, template_named
+from fledge.tokenizer.native import NativeTokenizer
 from fledge.tokenizer.stream import StreamDecoder
 from fledge.tokenizer.trie import TrieTokenizer
 from fledge.tokenizer.vocabulary import Vocabulary, byte_vocabulary, prune, world_vocabulary
@@ -11,6 +12,7 @@ __all__ = [
     "NO_EOS",
     "TEMPLATES",
     "Message",
+    "NativeTokenizer",
     "StreamDecoder",
     "Template",
     "Tokenizer",

@@ -4,17 +4,20 @@ From left to right, take the longest token that the rest of the text starts with
 special tokens: `<|endoftext|>` in a text is ordinary text. Every byte is itself a token, so encoding never fails.
 (Paper section 5; the tokenizers of RWKV-LM.)
 
-Here: that algorithm for any `Vocabulary`. Not here: what a vocabulary holds.
+Here: that algorithm for any `Vocabulary`, written to be read. Not here: what a vocabulary holds, the way back from ids
+(decoder.py), and the same algorithm in native code, some hundred times as fast (native.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fledge.core.errors import TokenizerError
-from fledge.tokenizer.vocabulary import Vocabulary
+from fledge.tokenizer.decoder import Decoder, check_threads, utf8
+
+if TYPE_CHECKING:
+    from fledge.tokenizer.base import Ids
 
 Node = dict[int, Any]
 """A trie node: byte -> child node, and under LONGEST the id of the longest token on the way from the root to here."""
@@ -22,28 +25,15 @@ Node = dict[int, Any]
 LONGEST = -1
 
 
-class TrieTokenizer:
+class TrieTokenizer(Decoder):
     """Greedy longest match for one vocabulary; the methods keep the promises of `Tokenizer`. Safe to share by threads.
 
     The trie is built by the first `encode`: a tenth of a second for World, which a program that only decodes is spared.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows a model needs."""
-        return self.vocabulary.size
-
-    @property
-    def eos_id(self) -> int:
-        """The end-of-text id, or NO_EOS."""
-        return self.vocabulary.eos_id
-
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of `text`."""
-        data = _utf8(text) if isinstance(text, str) else text
+        data = utf8(text)
         root, tokens, reach = self._trie, self.vocabulary.tokens, self._reach
         ids: list[int] = []
         start, size = 0, len(data)
@@ -58,21 +48,25 @@ class TrieTokenizer:
             start += len(tokens[longest])
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, U+FFFD in place of bytes that are not UTF-8."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def encode_array(self, text: str | bytes) -> Ids:
+        """Ids of `text` as a numpy array."""
+        import numpy as np
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of `ids`."""
-        ids = list(ids)
-        tokens = self.vocabulary.tokens
-        if ids and not 0 <= min(ids) <= max(ids) < len(tokens):
-            position = next(at for at, token_id in enumerate(ids) if not 0 <= token_id < len(tokens))
-            raise TokenizerError(
-                f"id {ids[position]} at position {position} is outside the vocabulary (vocab_size {len(tokens)}, "
-                f"ids 0..{len(tokens) - 1}); do the ids come from a model with another vocabulary?"
-            )
-        return b"".join([tokens[token_id] for token_id in ids])
+        return np.array(self.encode(text), dtype=self.id_type)
+
+    def count(self, text: str | bytes) -> int:
+        """How many ids `text` has."""
+        return len(self.encode(text))
+
+    def encode_batch(self, texts: Sequence[str | bytes], threads: int | None = None) -> list[list[int]]:
+        """Ids of each text. Threads could not help: Python runs one at a time."""
+        check_threads(threads)
+        return [self.encode(text) for text in texts]
+
+    def encode_batch_arrays(self, texts: Sequence[str | bytes], threads: int | None = None) -> list[Ids]:
+        """Ids of each text as numpy arrays."""
+        check_threads(threads)
+        return [self.encode_array(text) for text in texts]
 
     @cached_property
     def _reach(self) -> int:
@@ -97,13 +91,3 @@ class TrieTokenizer:
             node[LONGEST] = token_id
         assert all(byte in root for byte in range(256)), "a vocabulary holds every single byte"
         return root
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"the text has a lone surrogate, {text[error.start]!r} at character {error.start}, which UTF-8 cannot "
-            "carry; pass the original bytes, or replace it first"
-        ) from error

@@ -1,24 +1,51 @@
-"""Ready tokenizers: World from the package, or the one a checkpoint's vocabulary record asks for."""
+"""Ready tokenizers: World from the package, or the one a checkpoint's vocabulary record asks for.
+
+The native tokenizer serves where the native library is there, else its Python twin. Both give the same ids.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
+from fledge.core.errors import UsageError
 from fledge.tokenizer.base import Tokenizer
+from fledge.tokenizer.native import NativeTokenizer, available
 from fledge.tokenizer.trie import TrieTokenizer
 from fledge.tokenizer.vocabulary import Vocabulary, world_vocabulary
 
+Backend = Literal["native", "python"]
 
-@lru_cache(maxsize=1)
-def load_world() -> Tokenizer:
-    """The World tokenizer, V = 65536, built once a process."""
-    return TrieTokenizer(world_vocabulary())
+BACKENDS: dict[str, type[NativeTokenizer] | type[TrieTokenizer]] = {"native": NativeTokenizer, "python": TrieTokenizer}
 
 
-def tokenizer_for(vocabulary: Vocabulary | Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a vocabulary, or of its JSON record (`Vocabulary.to_spec`). Raises TokenizerError."""
+def load_world(backend: Backend | None = None) -> Tokenizer:
+    """The World tokenizer, V = 65536, made once a process.
+
+    backend: "native" or "python"; without it, what is there. Raises BackendError for "native" without the library.
+    """
+    return _world(_chosen(backend))
+
+
+def tokenizer_for(vocabulary: Vocabulary | Mapping[str, Any], backend: Backend | None = None) -> Tokenizer:
+    """The tokenizer of a vocabulary, or of its JSON record (`Vocabulary.to_spec`); `backend` as in `load_world`.
+
+    Raises TokenizerError for a record that is none.
+    """
     if not isinstance(vocabulary, Vocabulary):
         vocabulary = Vocabulary.from_spec(vocabulary)
-    return load_world() if vocabulary.kind == "world" else TrieTokenizer(vocabulary)
+    return load_world(backend) if vocabulary.kind == "world" else BACKENDS[_chosen(backend)](vocabulary)
+
+
+def _chosen(backend: str | None) -> str:
+    if backend is None:
+        return "native" if available() else "python"
+    if backend not in BACKENDS:
+        raise UsageError(f"tokenizer backend {backend!r} is unknown; backends: {', '.join(BACKENDS)}")
+    return backend
+
+
+@lru_cache(maxsize=2)
+def _world(backend: str) -> Tokenizer:
+    return BACKENDS[backend](world_vocabulary())

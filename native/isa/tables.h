@@ -39,7 +39,8 @@ struct Activations {
     void* data;         // FLOATS: [tile][padded][stride] floats; pairs: [tile][padded / 2][stride] int32
     float* scale;       // I16_PAIRS: [tile][groups][stride]
     float* total;       // I16_PAIRS: the same shape, the sum of a group's numbers
-    uint16_t* alive;    // single row of pairs: for each group, which of its 16 pairs are not both zero
+    int32_t* alive;     // single row of pairs: the numbers of those that are not both zero, or null
+    int32_t* alive_from;  // (groups + 1): where each group's begin in `alive`
 };
 
 struct Output {

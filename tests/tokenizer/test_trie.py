@@ -15,15 +15,14 @@ from fledge.tokenizer import (
     byte_vocabulary,
     load_world,
     prune,
-    tokenizer_for,
     world_vocabulary,
 )
 
-WORLD = load_world()
+WORLD = load_world("python")  # native code has tests of its own, which compare it with this
 # Every sixth token up to four bytes, and every run of spaces: long matches, gaps in them, and fragments of characters.
 KEPT = [*range(257, 20000, 6), *(at for at, token in enumerate(world_vocabulary().tokens) if token.strip(b" ") == b"")]
-PRUNED = tokenizer_for(prune(world_vocabulary(), (token_id for token_id in KEPT if 0 < token_id < 65530), multiple=64))
-BYTES = tokenizer_for(byte_vocabulary())
+PRUNED = TrieTokenizer(prune(world_vocabulary(), (token_id for token_id in KEPT if 0 < token_id < 65530), multiple=64))
+BYTES = TrieTokenizer(byte_vocabulary())
 EACH = pytest.mark.parametrize("tokenizer", [WORLD, PRUNED, BYTES], ids=["world", "pruned", "bytes"])
 
 # Plain random bytes seldom match a long token, so texts are also built from tokens and pieces of them.
@@ -133,7 +132,7 @@ def test_equals_the_plainest_search(tokenizer: TrieTokenizer, data: bytes) -> No
 
 
 def test_a_pruned_vocabulary_says_the_same_in_other_ids() -> None:
-    whole = tokenizer_for(prune(world_vocabulary(), range(65530), 70000))
+    whole = TrieTokenizer(prune(world_vocabulary(), range(65530), 70000))
     assert whole.encode("a b  c\n\n漢字") == WORLD.encode("a b  c\n\n漢字")
 
 
