@@ -50,7 +50,7 @@ class Extra:
 
 EXTRAS = (
     Extra("hub", ("huggingface_hub",), "models by their names on the Hugging Face hub"),
-    Extra("bench", ("rwkv", "tokenizers"), "`fledge bench generate --peer`: other programs beside this one"),
+    Extra("bench", ("rwkv", "tokenizers", "matplotlib"), "`fledge bench`: other programs beside this one, and plots"),
     Extra("gguf", ("gguf",), "writing .gguf files, and reading those with K types"),
     Extra("train", ("matplotlib",), "plots of training runs"),
 )

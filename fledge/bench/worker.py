@@ -13,33 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fledge.bench.harness import peak_memory
-from fledge.bench.subjects import SUBJECTS, Subject
+from fledge.bench.subjects import SUBJECTS, greedy
 
 WARMUP_TOKENS = 4
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up once with the whole prompt, then time the prompt and the tokens after it. Seconds and bytes."""
-    torch.set_num_threads(job["threads"])
-    subject = SUBJECTS[job["subject"]]()
+    threads, subject = job["threads"], SUBJECTS[job["subject"]]()
     began = time.perf_counter()
-    subject.load_library()
+    subject.load_library(threads)
     imported = time.perf_counter()
     subject.load(job["checkpoint"], job["dtype"])
     loaded = time.perf_counter()
     logits = subject.prompt(job["prompt"])
     first = int(logits.argmax())
     answered = time.perf_counter()
-    decode(subject, logits, WARMUP_TOKENS)
+    greedy(subject, logits, WARMUP_TOKENS)
 
     start = time.perf_counter()
     logits = subject.prompt(job["prompt"])
     prefilled = time.perf_counter()
     after_prompt = logits.detach().clone()
-    ids = decode(subject, logits, job["tokens"])
+    ids = greedy(subject, logits, job["tokens"])
     ended = time.perf_counter()
     assert ids[0] == first, "the same prompt gave two results"
     torch.save(after_prompt.float(), job["logits"])
@@ -53,15 +51,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ids": ids,
     }
-
-
-def decode(subject: Subject, logits: Tensor, count: int) -> list[int]:
-    """`count` tokens, the most probable one each time, each read by the model."""
-    ids = []
-    for _ in range(count):
-        ids.append(int(logits.argmax()))
-        logits = subject.token(ids[-1])
-    return ids
 
 
 if __name__ == "__main__":

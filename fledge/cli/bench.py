@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fledge.cli import bench_cpu, bench_quality, bench_tokenizer
 from fledge.cli.options import spread
-from fledge.cli.terminal import SlowBar, note, print_rows, visible
+from fledge.cli.samples import mebibytes, note_doubts, rate
+from fledge.cli.terminal import SlowBar, print_rows, visible
 
 if TYPE_CHECKING:
     from fledge.bench.generate import Outcome, Spec
-    from fledge.bench.harness import Sample
 
 HEADS = ("program", "prompt, tokens/s", "written, tokens/s", "peak memory", "load", "to first token")
 
@@ -74,7 +75,7 @@ def generate(
     if record is not None:
         write_record(record, outcome.record(command))
     _show(outcome)
-    _warn(outcome)
+    note_doubts(outcome.machine, outcome.spec.repeats)
     medians = {
         configuration.name: {"prefill": figures.prefill.median, "decode": figures.decode.median}
         for configuration, figures in outcome.figures.items()
@@ -90,10 +91,9 @@ def _show(outcome: Outcome) -> None:
     print()
     rows = []
     for configuration, figures in outcome.figures.items():
-        rates = (_rate(figures.prefill), _rate(figures.decode))
-        peak = f"{figures.peak.median / 2**20:,.0f} MiB" if figures.peak else "unknown"
+        rates = (rate(figures.prefill), rate(figures.decode))
         seconds = (f"{sample.median:.2f} s" for sample in (figures.load, figures.first_token))
-        rows.append((configuration.name, *rates, peak, *seconds))
+        rows.append((configuration.name, *rates, mebibytes(figures.peak), *seconds))
     print_rows(rows, HEADS)
     print()
     for dtype, ratios in outcome.ratios().items():
@@ -101,15 +101,7 @@ def _show(outcome: Outcome) -> None:
         print(f"{dtype}: fledge against the best of rwkv: {parts} (above 1 is better)")
 
 
-def _rate(sample: Sample) -> str:
-    spread = f" ±{sample.spread / 2:.0%}" if len(sample.values) > 1 else ""
-    return f"{sample.median:,.1f}{spread}"
-
-
-def _warn(outcome: Outcome) -> None:
-    """What makes these figures doubtful."""
-    load, cores = outcome.machine["load_average"], outcome.machine["usable_cores"]
-    if load is not None and load[0] > cores / 2:
-        note(f"note: the machine was busy when this began (load {load[0]} on {cores} cores); measure again")
-    if outcome.spec.repeats < 3:
-        note("note: fewer than 3 repeats tell nothing about the spread")
+app.command()(bench_cpu.cpu)
+app.command()(bench_cpu.plot)
+app.command()(bench_tokenizer.tokenizer)
+app.command()(bench_quality.quality)
