@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ TOKENIZERS = {
     256: "bytes (guessed from the 256 vocabulary rows)",
 }
 KINDS = {"world": "World", "bytes": "bytes", "pruned": "World, pruned to {} rows"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """The quantised matrices of one format."""
+
+    matrices: int
+    weights: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,15 @@ class CheckpointInfo:
     tokenizer: str  # for people
     tokenizer_spec: dict[str, Any] | None
     extra: dict[str, Any]
+    quantised: dict[str, Share] = field(default_factory=dict)  # format -> what is in it
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Over the quantised matrices, scales and filling included; None where there are none."""
+        if not self.quantised:
+            return None
+        shares = self.quantised.values()
+        return 8 * sum(share.nbytes for share in shares) / sum(share.weights for share in shares)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and text of each fact, for a table."""
@@ -53,11 +71,18 @@ class CheckpointInfo:
             ("tokenizer", self.tokenizer),
             ("parameters", f"{self.parameters:,}"),
             ("dtype", ", ".join(self.dtypes)),
+            *self._quantised_rows(),
             ("on disk", f"{self.nbytes:,} bytes"),
             ("state", f"{self.state_nbytes:,} bytes a sequence, of any length"),
             ("work", f"{self.flops_per_token:,} floating-point operations a token"),
             ("tuned state", "yes" if config.tuned_state else "no"),
         ]
+
+    def _quantised_rows(self) -> list[tuple[str, str]]:
+        if not self.quantised:
+            return []
+        shares = ", ".join(f"{share.matrices} in {format}" for format, share in self.quantised.items())
+        return [("matrices", f"{shares}; {self.bits_per_weight:.2f} bits a weight of these")]
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
@@ -65,6 +90,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     checkpoint = read(path, weights=False)
     config = checkpoint.config
     bytes_of: dict[str, int] = {}
+    shares: dict[str, Share] = {}
     parameters = 0
     for name, tensor in checkpoint.tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -73,6 +99,9 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     for matrix in checkpoint.quantised.values():
         bytes_of[matrix.format] = bytes_of.get(matrix.format, 0) + matrix.nbytes
         parameters += matrix.rows * matrix.columns
+        share = shares.get(matrix.format, Share(0, 0, 0))
+        weights, nbytes = share.weights + matrix.rows * matrix.columns, share.nbytes + matrix.nbytes
+        shares[matrix.format] = Share(share.matrices + 1, weights, nbytes)
     return CheckpointInfo(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -85,6 +114,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         tokenizer=describe_tokenizer(config, checkpoint.tokenizer_spec),
         tokenizer_spec=checkpoint.tokenizer_spec,
         extra=checkpoint.extra,
+        quantised=shares,
     )
 
 

@@ -1,9 +1,11 @@
-"""Which matrices are quantised and how: "int8", "int4", or "mixed", which decides for each by measured error.
+"""Which matrices are quantised and how: "int8", "int4", or "mixed", which decides for each by its effect.
 
 Quantised are the products that make up nearly all of a model: att.{receptance,key,value,gate,output},
 ffn.{key,value,receptance} and the head. Everything that RWKV is sensitive in stays as it is: the embedding (rows are
 looked up, so it costs no speed), norms, mixes, decay, bonus, LoRA factors and the state.
-Not here: how numbers are rounded (fledge.kernels.rounding), and measuring quality (fledge.bench).
+"mixed" is int4 with the matrices in int8 that the predictions gain most from, as many as BITS allows.
+Not here: how numbers are rounded (fledge.kernels.rounding), what a matrix's error costs (sensitivity.py), and measuring
+quality (fledge.bench).
 """
 
 from __future__ import annotations
@@ -17,25 +19,35 @@ from torch import Tensor
 
 from fledge.checkpoint.pth import check_sums
 from fledge.checkpoint.reader import read
+from fledge.checkpoint.sensitivity import Importance, choose, measured_cost, usual_cost
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.writer import save
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.kernels import Quantised
+from fledge.kernels.quantised import blocks_shape
 from fledge.kernels.rounding import quantise as round_weight
 from fledge.models.config import ModelConfig
 from fledge.models.native import MATRICES
 
 SCHEMES = ("int8", "int4", "mixed")
 
-OUTLIERS = 1.1
-"""mixed: a matrix whose int4 error is above so many times the median of all is kept in int8. RWKV has a few matrices
-with outliers that a 4-bit grid cannot hold; the others lose little."""
+BITS = 6.3
+"""mixed: bits a weight at most, over all quantised matrices. Enough for a head of a third of them in int8."""
 
-Importance = Mapping[str, Tensor]
-"""Matrix name -> mean square of the activations that its inputs meet, (columns,)."""
+Importances = Mapping[str, Importance]
+"""Matrix name -> what a text says about it."""
 
 Report = Callable[[str, int, int], None]
 """Called with (matrix, matrices done, matrices in all)."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One quantised matrix and how far it is from the weight it stands for."""
+
+    matrix: Quantised
+    error: float  # root mean square of what rounding changed relative to the weights; with importance, of the outputs
+    cost: float  # of its int4 form: see sensitivity.py; measured for "mixed" only
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,18 @@ class Outcome:
     source: Path
     target: Path
     scheme: str
+    calibrated: bool
     formats: dict[str, str]
-    errors: dict[str, float]  # root mean square of what rounding changed, relative to the weights
-    nbytes_before: int
-    nbytes: int
+    errors: dict[str, float]  # as in Rounded
+    weights: int  # in all quantised matrices
+    nbytes_quantised: int  # of all quantised matrices
+    nbytes_before: int  # of all tensors
+    nbytes: int  # of the file that was written
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the quantised matrices, their scales, minima and filling included."""
+        return 8 * self.nbytes_quantised / self.weights
 
 
 def quantise(
@@ -56,21 +76,18 @@ def quantise(
     target: str | os.PathLike[str],
     scheme: str,
     *,
-    importance: Importance | None = None,
+    importance: Importances | None = None,
     force: bool = False,
     report: Report = lambda *_: None,
 ) -> Outcome:
     """Write the checkpoint `source` as the quantised .safetensors `target`, whole or not at all.
 
+    importance: what `fledge.engine.calibration` gives; None: every input counts the same.
     Raises CheckpointError where the source is quantised already or the target exists (unless `force`), UsageError for
     an unknown scheme or another suffix.
     """
     target = Path(target)
-    _check_scheme(scheme)
-    if target.suffix != ".safetensors":
-        raise UsageError(f"{target}: quantised models are written as .safetensors; name the target so")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
+    check_request(target, scheme, force)
     found = read(source)
     if found.quantised:
         raise CheckpointError(f"{source} is quantised already; give the checkpoint from before quantisation")
@@ -78,17 +95,39 @@ def quantise(
         if container_of(file) == "pth":
             check_sums(file)
     before = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
-    rest, quantised, errors = _round_all(found.tensors, scheme, importance or {}, report)
-    formats = {name: matrix.format for name, matrix in quantised.items()}
+    rest, rounded = _round_all(found.tensors, scheme, importance or {}, report)
+    matrices = {name: one.matrix for name, one in rounded.items()}
     save(
         target,
         found.config,
         rest,
-        quantised=quantised,
+        quantised=matrices,
         tokenizer_spec=found.tokenizer_spec,
-        extra={**found.extra, "quantised": scheme},
+        extra={**found.extra, "quantised": {"scheme": scheme, "calibrated": bool(importance)}},
     )
-    return Outcome(found.path, target, scheme, formats, errors, before, target.stat().st_size)
+    return Outcome(
+        source=found.path,
+        target=target,
+        scheme=scheme,
+        calibrated=bool(importance),
+        formats={name: matrix.format for name, matrix in matrices.items()},
+        errors={name: one.error for name, one in rounded.items()},
+        weights=sum(matrix.rows * matrix.columns for matrix in matrices.values()),
+        nbytes_quantised=sum(matrix.nbytes for matrix in matrices.values()),
+        nbytes_before=before,
+        nbytes=target.stat().st_size,
+    )
+
+
+def check_request(target: Path, scheme: str, force: bool) -> None:
+    """The errors of `quantise` that need no reading, so that a long calibration does not end in them."""
+    _check_scheme(scheme)
+    if target.suffix != ".safetensors":
+        raise UsageError(f"{target}: quantised models are written as .safetensors; name the target so")
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; name a file")
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
 
 
 def quantise_tensors(
@@ -96,8 +135,8 @@ def quantise_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Quantised]]:
     """The tensors that stay dense, and the matrices that do not. Raises UsageError for an unknown scheme."""
     _check_scheme(scheme)
-    rest, quantised, _ = _round_all(tensors, scheme, {}, lambda *_: None)
-    return rest, quantised
+    rest, rounded = _round_all(tensors, scheme, {}, lambda *_: None)
+    return rest, {name: one.matrix for name, one in rounded.items()}
 
 
 def is_matrix(name: str) -> bool:
@@ -111,29 +150,43 @@ def _check_scheme(scheme: str) -> None:
 
 
 def _round_all(
-    tensors: Mapping[str, Tensor], scheme: str, importance: Importance, report: Report
-) -> tuple[dict[str, Tensor], dict[str, Quantised], dict[str, float]]:
+    tensors: Mapping[str, Tensor], scheme: str, importance: Importances, report: Report
+) -> tuple[dict[str, Tensor], dict[str, Rounded]]:
     names = [name for name in tensors if is_matrix(name)]
     first = "int8" if scheme == "int8" else "int4"
-    quantised: dict[str, Quantised] = {}
-    errors: dict[str, float] = {}
+    found: dict[str, Rounded] = {}
     for done, name in enumerate(names):
         report(name, done, len(names))
-        quantised[name], errors[name] = _rounded(name, tensors[name], first, importance.get(name))
-    if scheme == "mixed" and names:
-        limit = OUTLIERS * sorted(errors.values())[len(names) // 2]
-        for name in names:
-            if errors[name] > limit:
-                quantised[name], errors[name] = _rounded(name, tensors[name], "int8", importance.get(name))
-    rest = {name: tensor for name, tensor in tensors.items() if name not in quantised}
-    return rest, quantised, errors
+        found[name] = _rounded(name, tensors[name], first, importance.get(name), weigh=scheme == "mixed")
+    if scheme == "mixed":
+        for name in _worth_int8(found):
+            found[name] = _rounded(name, tensors[name], "int8", importance.get(name))
+    return {name: tensor for name, tensor in tensors.items() if name not in found}, found
 
 
-def _rounded(name: str, weight: Tensor, format: str, importance: Tensor | None) -> tuple[Quantised, float]:
+def _worth_int8(found: Mapping[str, Rounded]) -> set[str]:
+    """Which of these int4 matrices to keep in int8 instead, whose error costs next to nothing."""
+    weights = sum(one.matrix.rows * one.matrix.columns for one in found.values())
+    budget = int(BITS / 8 * weights) - sum(one.matrix.nbytes for one in found.values())
+    prices = {}
+    for name, one in found.items():
+        panels, groups, block = blocks_shape("int8", one.matrix.rows, one.matrix.columns)
+        prices[name] = panels * groups * block - one.matrix.nbytes
+    return choose({name: one.cost for name, one in found.items()}, prices, budget)
+
+
+def _rounded(name: str, weight: Tensor, format: str, importance: Importance | None, *, weigh: bool = False) -> Rounded:
+    # Only the proportions of `inputs` matter for rounding; a mean of one keeps sums of squares far from float32's ends.
+    inputs = None if importance is None else importance.inputs / importance.inputs.mean().clamp(min=1e-30)
     try:
-        matrix, error = round_weight(weight, format, importance)
+        matrix, error = round_weight(weight, format, inputs)
     except CheckpointError as problem:
         raise CheckpointError(f"{name}: {problem}") from problem
     square = weight.float().square()
-    total = float((square if importance is None else square * importance).sum())
-    return matrix, (error / total) ** 0.5 if total else 0.0
+    total = float(square.sum() if inputs is None else (square @ inputs).sum())
+    relative = (error / total) ** 0.5 if total else 0.0
+    if not weigh:
+        return Rounded(matrix, relative, 0.0)
+    if importance is None:
+        return Rounded(matrix, relative, usual_cost(name, weight.numel(), relative))
+    return Rounded(matrix, relative, measured_cost(weight, matrix, importance))

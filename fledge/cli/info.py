@@ -45,6 +45,8 @@ def record(found: CheckpointInfo) -> dict[str, Any]:
         "config": {**asdict(found.config), "family": found.config.family, "head_size": found.config.head_size},
         "parameters": found.parameters,
         "dtypes": list(found.dtypes),
+        "quantised": {format: asdict(share) for format, share in found.quantised.items()},
+        "bits_per_weight": found.bits_per_weight,
         "bytes": found.nbytes,
         "state_bytes": found.state_nbytes,
         "flops_per_token": found.flops_per_token,

@@ -30,6 +30,7 @@ COMMANDS = {
     "info": "fledge.cli.info",
     "tokenize": "fledge.cli.tokenize",
     "convert": "fledge.cli.convert",
+    "quantize": "fledge.cli.quantize",
     "doctor": "fledge.cli.doctor",
     "bench": "fledge.cli.bench",
 }

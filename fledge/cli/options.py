@@ -1,7 +1,7 @@
 """Options that several commands share, as dataclasses, and the decorator that spreads them over a command line.
 
-A command takes `model: ModelOptions`; typer sees `--model`, `--device` and `--dtype`. Not here: what options mean,
-beyond handing them to the room that knows.
+A command takes `model: ModelOptions`; typer sees `--model`, `--device`, `--dtype` and `--quant`. Not here: what
+options mean, beyond handing them to the room that knows.
 """
 
 from __future__ import annotations
@@ -74,13 +74,19 @@ class ModelOptions:
             metavar="NAME", help="float32, bfloat16 or float16, for the matrices. (default: as suits the device)"
         ),
     ] = None
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME", help="int8, int4 or mixed: round the matrices while loading, on a CPU. (default: no)"
+        ),
+    ] = None
 
     def load(self) -> LLM:
         """The model, ready to use."""
         with SlowBar("loading the model"):
             from fledge.engine import load
 
-            return load(self.model, device=self.device, dtype=self.dtype)
+            return load(self.model, device=self.device, dtype=self.dtype, quant=self.quant)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""How much of the channel mix is nothing: the share of zeros in relu(k)^2, which no product needs to read weights for.
+
+The kernels skip a pair of neighbouring inputs that are both zero, so that is counted too. In float32, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fledge.checkpoint import Checkpoint, assemble
+from fledge.models import Trunk
+from fledge.models.state import State
+
+WINDOW = 512  # tokens
+
+
+@dataclass
+class LayerSparsity:
+    """Counts of one layer over all tokens read."""
+
+    layer: int
+    numbers: int = 0
+    zeros: int = 0
+    zero_pairs: int = 0
+
+    @property
+    def zero_share(self) -> float:
+        """Of the numbers."""
+        return self.zeros / self.numbers
+
+    @property
+    def pair_share(self) -> float:
+        """Of the pairs (even, odd)."""
+        return 2 * self.zero_pairs / self.numbers
+
+    def record(self) -> dict[str, float]:
+        """As JSON."""
+        return {**asdict(self), "zero_share": self.zero_share, "pair_share": self.pair_share}
+
+    def count(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Before ffn.value: its input is relu(k)^2, (B, T, F)."""
+        zero = inputs[0].flatten(0, -2) == 0
+        zero = nn.functional.pad(zero, (0, zero.shape[1] % 2), value=True)
+        self.numbers += zero.numel()
+        self.zeros += int(zero.sum())
+        self.zero_pairs += int((zero[:, 0::2] & zero[:, 1::2]).sum())
+
+
+def sparsity(found: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[LayerSparsity]:
+    """Read each sequence of ids from a fresh state with the plain model of a dense checkpoint, and count."""
+    model = assemble(found.config, found.tensors, dtype=torch.float32)
+    assert isinstance(model, Trunk)
+    layers = [LayerSparsity(number) for number in range(found.config.n_layer)]
+    for layer, block in zip(layers, model.blocks, strict=True):
+        cast(Any, block).ffn.value.register_forward_pre_hook(layer.count)
+    with torch.inference_mode():
+        for ids in sequences:
+            state: State | None = None
+            for start in range(0, len(ids), WINDOW):
+                _, state = model(torch.tensor([list(ids[start : start + WINDOW])]), state, last=True)
+    return layers

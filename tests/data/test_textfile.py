@@ -1,0 +1,47 @@
+"""Text from any file: JSON lines, plain, compressed, and what is no text."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from pathlib import Path
+
+import pytest
+
+from fledge.core.errors import UsageError
+from fledge.data.textfile import read_texts
+
+LINES = '{"text": "ja", "lang": "de"}\n{"text": ""}\n{"text": "oui", "lang": "fr"}\n'
+
+
+def test_lines_have_a_language_each(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(LINES.encode()))
+    for name in ("a.jsonl", "a.jsonl.xz"):
+        assert [(d.text, d.language) for d in read_texts(tmp_path / name)] == [("ja", "de"), ("oui", "fr")]
+
+
+def test_a_plain_text_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfna\xc3\xafve\n\n{}\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"two\nlines"))
+    assert [(d.text, d.language) for d in read_texts(tmp_path / "a.txt")] == [("naïve\n\n{}\n", "")]
+    assert [d.text for d in read_texts(tmp_path / "b.txt.gz")] == ["two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("gone.txt", None, r"there is no text file .*gone\.txt"),
+        ("a.txt", b"", "holds no text"),
+        ("a.jsonl", b'{"text": ""}\n', "holds no text"),
+        ("a.jsonl", b"[]\n", "line 1: not a JSON object"),
+        ("a.txt", b"\xff\xfe", "is not a text in UTF-8"),
+        ("a.txt.gz", b"no archive", "cannot be read"),
+        ("a.txt.xz", b"no archive", "cannot be read"),
+    ],
+)
+def test_what_is_no_text(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=message):
+        read_texts(tmp_path / name)

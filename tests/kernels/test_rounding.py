@@ -1,0 +1,127 @@
+"""Rounding: the native fit against its torch twin, and both against what a good fit must do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fledge.core.errors import CheckpointError
+from fledge.core.native import why_missing
+from fledge.kernels.native import quantise_native
+from fledge.kernels.quantised import FORMATS, GROUP, Quantised
+from fledge.kernels.rounding import quantise, quantise_reference
+
+needs_native = pytest.mark.skipif(why_missing() is not None, reason=f"needs the native library: {why_missing()}")
+
+
+def _random() -> Tensor:
+    return torch.randn(70, 75)
+
+
+def _outliers() -> Tensor:
+    weight = torch.randn(70, 75)
+    weight[::5, 7] *= 40
+    return weight
+
+
+def _constant() -> Tensor:
+    return torch.full((65, 40), 0.37)
+
+
+def _one_sided() -> Tensor:
+    return torch.rand(65, 64) + 3
+
+
+WEIGHTS = {
+    "random": _random,
+    "outliers": _outliers,
+    "constant": _constant,
+    "one-sided": _one_sided,
+    "zero": lambda: torch.zeros(65, 40),
+    "one number": lambda: torch.tensor([[-2.5]]),
+    "tiny": lambda: torch.randn(64, 64) * 1e-6,  # scales are subnormal in float16
+    "vanishing": lambda: torch.randn(64, 64) * 1e-12,  # scales are zero in float16
+    "huge": lambda: torch.randn(64, 64) * 1e4,
+    "half": lambda: torch.randn(66, 70).half(),
+    "bfloat16": lambda: torch.randn(66, 70).bfloat16(),
+    "transposed": lambda: torch.randn(75, 70).T,
+}
+
+
+def squared_error(weight: Tensor, matrix: Quantised, importance: Tensor | None = None) -> float:
+    off = (weight.double() - matrix.dequantise(torch.float64)).square()
+    return float((off if importance is None else off * importance.double()).sum())
+
+
+@needs_native
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_native_fit_equals_its_twin(format: str, name: str, weighted: bool) -> None:
+    weight = WEIGHTS[name]()
+    importance = torch.rand(weight.shape[1]) ** 4 if weighted else None
+    native, twin = quantise_native(weight, format, importance), quantise_reference(weight, format, importance)
+    assert native is not None and twin is not None
+    if format == "int8":
+        assert torch.equal(native[0].data, twin[0].data)
+    small = 1e-4 * twin[1] + 1e-12 * float(weight.float().square().sum())
+    assert abs(native[1] - twin[1]) <= small
+    if weighted or weight.shape[1] % GROUP == 0:  # else the zeros that fill the last group up count too
+        assert abs(squared_error(weight, native[0], importance) - twin[1]) <= 10 * small
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_cannot_be_held_is_an_error(format: str, value: float) -> None:
+    weight = torch.randn(70, 75)
+    weight[69, 74] = value
+    assert quantise_reference(weight, format) is None
+    with pytest.raises(CheckpointError, match=rf"a weight of \(70, 75\) has numbers that {format} cannot hold"):
+        quantise(weight, format)
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_int8_is_off_by_half_a_step_at_most(name: str) -> None:
+    weight = WEIGHTS[name]().float()
+    matrix, error = quantise(weight, "int8")
+    _, scale, _ = matrix.groups()
+    step = scale.repeat_interleave(GROUP, dim=1)[:, : weight.shape[1]]
+    off = (weight - matrix.dequantise()).abs()
+    # The scale is rounded to float16, by 1/2048 or 3e-8, so the largest number may lie a little beyond 127 steps.
+    assert bool((off <= 0.5 * step + 127 * (step / 2048 + 3e-8) + 1e-9).all())
+    assert error == pytest.approx(squared_error(weight, matrix), rel=1e-3, abs=1e-12)
+
+
+def test_int4_is_no_worse_than_plain_rounding_and_better_with_outliers() -> None:
+    for name, gain in (("random", 0.97), ("outliers", 0.999)):
+        weight = WEIGHTS[name]()
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % GROUP)).view(70, -1, GROUP)
+        low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
+        step = (high - low) / 15
+        plain = ((padded - low) / step).round() * step + low
+        assert quantise(weight, "int4")[1] < gain * float((plain - padded).square().sum())
+
+
+def test_constant_groups_are_exact_in_int4() -> None:
+    matrix, error = quantise(torch.full((3, 64), 0.375), "int4")
+    assert error == 0 and torch.equal(matrix.dequantise(), torch.full((3, 64), 0.375))
+
+
+@pytest.mark.parametrize("run", [quantise_reference, quantise], ids=["torch", "chosen"])
+def test_importance_moves_the_error_to_where_it_counts_less(run: object) -> None:
+    weight, importance = torch.randn(64, 96), torch.ones(96)
+    importance[::4] = 100
+    assert callable(run)
+    (plain, _), (weighted, error) = run(weight, "int4"), run(weight, "int4", importance)
+    assert error == pytest.approx(squared_error(weight, weighted, importance), rel=1e-4)
+    assert error < 0.8 * squared_error(weight, plain, importance)
+    assert squared_error(weight, weighted) > squared_error(weight, plain)
+
+
+def test_columns_that_no_input_reaches_cost_nothing() -> None:
+    weight, importance = torch.randn(5, 64), torch.zeros(64)
+    importance[0] = 1
+    for format in FORMATS:
+        matrix, error = quantise(weight, format, importance)
+        assert error < 0.02 and bool(torch.isfinite(matrix.dequantise()).all())
