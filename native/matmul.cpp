@@ -56,6 +56,24 @@ std::vector<std::unique_ptr<Buffer>>& scratch() {
 
 }  // namespace
 
+void expect(const std::vector<const Matrix*>& weights) {
+    constexpr int64_t MOST = 192 << 10;  // bytes; what the second cache holds beside everything else
+    const int count = threads();
+    int64_t parts = 0;
+    for (const Matrix* w : weights) parts += w->panels();
+    for (int thread = 0; thread < count; thread++) {
+        int64_t part = parts * thread / count;
+        for (const Matrix* w : weights) {
+            if (part >= w->panels()) {
+                part -= w->panels();
+                continue;
+            }
+            expect(thread, w->data + part * w->panel_bytes(), std::min(MOST, (w->panels() - part) * w->panel_bytes()));
+            break;
+        }
+    }
+}
+
 void multiply(const std::vector<Product>& products) {
     auto& buffers = scratch();
     while (static_cast<int>(buffers.size()) < threads()) buffers.push_back(std::make_unique<Buffer>());

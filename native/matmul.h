@@ -42,6 +42,9 @@ struct Product {
 
 void multiply(const std::vector<Product>& products);
 
+// The weights of the products after the next task, for single rows, whose time is that of reading them.
+void expect(const std::vector<const Matrix*>& weights);
+
 // f(row, thread) for every row, rows of one tile by one thread. A few rows are not worth waking anybody.
 template <class F>
 void for_rows(int64_t rows, F&& f);

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // rows of one pass: enough to use a weight well, few enough that all stays in the cache
 constexpr int64_t CACHES = 16 << 20;  // bytes of state that may still be there at the next token
+constexpr int64_t FEW_ROWS = 32;  // up to here reading the weights is what takes the time
 enum Mix { X, W_, K_, V_, R_, G_ };
 
 int64_t filled(int64_t n) { return round_up(n, PANEL); }
@@ -222,6 +223,7 @@ void Model::time_mix(const Batch& batch, const std::vector<Segment>& segments, i
         if (s_.version == 4) kernels().multiply(y + row * A_, r + row * A_, A_);
         w.out.row(y + row * A_, row);
     });
+    if (rows <= FEW_ROWS) expect({&layer.ffn_key, &layer.ffn_receptance});
     multiply({{&layer.output, &w.out.get(), {w.x.floats(0), C_, C_, true}}});
 }
 
@@ -239,6 +241,7 @@ void Model::mix_inputs(const Layer& layer, int64_t rows) {
             w.in.row(mixed, row);
         });
         float* low = w.low.floats(rows * low_width);
+        if (rows <= FEW_ROWS) expect({&layer.mix_up[0], &layer.mix_up[1], &layer.mix_up[2], &layer.mix_up[3], &layer.mix_up[4]});
         multiply({{&layer.mix_down, &w.in.get(), {low, low_width, low_width, false}}});
         for (Prepared& part : w.mix) part.reset(FLOATS, rows, s_.mix_rank);
         for_rows(rows, [&](int64_t row, int) {
@@ -249,6 +252,7 @@ void Model::mix_inputs(const Layer& layer, int64_t rows) {
         std::vector<Product> products;
         for (int i = 0; i < 5; i++)
             products.push_back({&layer.mix_up[i], &w.mix[i].get(), {mixes + i * rows * C_, C_, C_, false}});
+        if (rows <= FEW_ROWS) expect({&layer.key, &layer.value, &layer.receptance, &layer.gate, &layer.decay_down});
         multiply(products);
     }
     const Matrix* weights[5] = {&layer.decay_down, &layer.key, &layer.value, &layer.receptance, &layer.gate};
@@ -282,6 +286,7 @@ void Model::project(const Layer& layer, int64_t rows) {
     }
     float *low = w.decay_low.floats(rows * low_width), *decay = w.decay.floats(rows * A_);
     products.push_back({&layer.decay_down, &w.x_in[0].get(), {low, low_width, low_width, false}});
+    if (rows <= FEW_ROWS) expect({&layer.decay_up});
     multiply(products);
     w.decay_in.reset(FLOATS, rows, s_.decay_rank);
     for_rows(rows, [&](int64_t row, int) {
@@ -303,6 +308,7 @@ void Model::wkv_heads(const Batch& batch, const std::vector<Segment>& segments, 
     const bool finch = s_.version == 6;
     float* y = w.y.floats(0);
     for (int64_t row = 0; row < rows; row++) std::fill(y + row * A_ + s_.inner, y + (row + 1) * A_, 0.0f);
+    if (rows <= FEW_ROWS) expect({&layer.output});
     parallel(static_cast<int64_t>(segments.size()) * H, 8 * rows * H * N * N, [&](int64_t part, int thread) {
         const Segment& g = segments[static_cast<size_t>(part / H)];
         const int64_t h = part % H, at = g.row * A_ + h * N;
@@ -347,6 +353,9 @@ void Model::wkv4_channels(const Batch& batch, const std::vector<Segment>& segmen
     });
 }
 
+// What a layer reads first.
+const Matrix* Model::first_of(const Layer& layer) const { return s_.version == 6 ? &layer.mix_down : &layer.key; }
+
 // x += sigmoid(R x_r) * V relu(K x_k)^2 (equations 10 to 13).
 void Model::channel_mix(const Batch& batch, const std::vector<Segment>& segments, int64_t number, int64_t rows) {
     Work& w = *work_;
@@ -371,6 +380,7 @@ void Model::channel_mix(const Batch& batch, const std::vector<Segment>& segments
         kernels().squared_relu(hidden + row * F_, F_);
         w.ffn_hidden.row(hidden + row * F_, row);
     });
+    if (rows <= FEW_ROWS) expect({number + 1 < s_.layers ? first_of(layers_[static_cast<size_t>(number + 1)]) : &head_});
     multiply({{&layer.ffn_value, &w.ffn_hidden.get(), {out, C_, C_, false}}});
     float* x = w.x.floats(0);
     for_rows(rows, [&](int64_t row, int) { kernels().gated_add(x + row * C_, r + row * C_, out + row * C_, C_); });

@@ -81,6 +81,7 @@ class Model {
     void wkv_heads(const Batch& batch, const std::vector<Segment>& segments, int64_t layer, int64_t rows);
     void wkv4_channels(const Batch& batch, const std::vector<Segment>& segments, int64_t layer);
     void channel_mix(const Batch& batch, const std::vector<Segment>& segments, int64_t layer, int64_t rows);
+    const Matrix* first_of(const Layer& layer) const;
     void head(const float* x, int64_t rows, float* logits);
 
     Sizes s_;

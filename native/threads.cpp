@@ -43,9 +43,20 @@ void restore(unsigned control) {
 #endif
 }
 
+struct Expected {
+    const char* data = nullptr;
+    int64_t bytes = 0;
+};
+
+// A thread's own share of the parts: neighbours, so that it reads on where it has read. Others help when they are done.
+struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+};
+
 class Pool {
    public:
-    explicit Pool(int count) : count_(count) {
+    explicit Pool(int count) : count_(count), shares_(static_cast<size_t>(count)) {
         for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
     }
 
@@ -58,9 +69,14 @@ class Pool {
 
     int count() const { return count_; }
 
-    void run(int64_t parts, Part part, void* task) {
-        parts_ = parts, part_ = part, task_ = task;
-        next_.store(0, std::memory_order_relaxed);
+    void run(int64_t parts, Part part, void* task, const std::vector<Expected>* expected) {
+        expected_ = expected;
+        part_ = part, task_ = task;
+        for (int i = 0; i < count_; i++) {
+            Share& share = shares_[static_cast<size_t>(i)];
+            share.next.store(parts * i / count_, std::memory_order_relaxed);
+            share.end = parts * (i + 1) / count_;
+        }
         open_.store(true);
         epoch_.fetch_add(1);
         if (sleeping_.load()) epoch_.notify_all();
@@ -76,7 +92,17 @@ class Pool {
 
    private:
     void take(int thread) {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) part_(task_, i, thread);
+        for (int other = 0; other < count_; other++) {
+            Share& share = shares_[static_cast<size_t>((thread + other) % count_)];
+            for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+                part_(task_, i, thread);
+        }
+    }
+
+    // In the idle time after a task; the next one ends it.
+    void read_ahead(const Expected& expected, uint64_t seen) {
+        for (int64_t i = 0; i < expected.bytes && epoch_.load(std::memory_order_relaxed) == seen; i += 64)
+            __builtin_prefetch(expected.data + i, 0, 2);
     }
 
     void work(int thread) {
@@ -91,17 +117,22 @@ class Pool {
             }
             if (ending_) return;
             seen = epoch_.load();
+            Expected expected;
             inside_.fetch_add(1);
-            if (open_.load()) take(thread);
+            if (open_.load()) {
+                take(thread);
+                expected = (*expected_)[static_cast<size_t>(thread) % expected_->size()];
+            }
             inside_.fetch_sub(1);
+            read_ahead(expected, seen);
         }
     }
 
     const int count_;
-    int64_t parts_ = 0;
+    std::vector<Share> shares_;
     Part part_ = nullptr;
     void* task_ = nullptr;
-    alignas(64) std::atomic<int64_t> next_{0};
+    const std::vector<Expected>* expected_ = nullptr;
     alignas(64) std::atomic<uint64_t> epoch_{0};
     alignas(64) std::atomic<int> inside_{0};
     std::atomic<bool> open_{false}, ending_{false};
@@ -113,6 +144,8 @@ std::mutex turn;
 std::atomic<int> wanted{0};  // 0: one for each core
 Pool* pool = nullptr;        // never destroyed at exit: its threads may be asleep then
 long owner = 0;
+
+std::vector<Expected> expected(64);  // threads beyond share what others expect
 
 long process() {
 #if defined(_WIN32)
@@ -143,12 +176,17 @@ int threads() {
     return count ? count : cores ? static_cast<int>(cores) : 1;
 }
 
+void expect(int thread, const void* data, int64_t bytes) {
+    if (static_cast<size_t>(thread) < expected.size())
+        expected[static_cast<size_t>(thread)] = {static_cast<const char*>(data), bytes};
+}
+
 void run_parts(int64_t parts, Part part, void* task) {
-    if (parts <= 1 || threads() == 1) {
+    if (parts <= 1 || threads() == 1)
         for (int64_t i = 0; i < parts; i++) part(task, i, 0);
-        return;
-    }
-    ready_pool().run(parts, part, task);
+    else
+        ready_pool().run(parts, part, task, &expected);
+    expected.assign(expected.size(), {});
 }
 
 }  // namespace fledge

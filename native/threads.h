@@ -20,6 +20,10 @@ class Turn {
 
 int threads();
 
+// What each thread will read first in the task after the next one: a thread that has nothing left to do asks its cache
+// for it while the caller prepares that task. Kept for one task.
+void expect(int thread, const void* data, int64_t bytes);
+
 using Part = void (*)(void* task, int64_t part, int thread);
 void run_parts(int64_t parts, Part part, void* task);
 

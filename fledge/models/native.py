@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +91,15 @@ class NativeModel(nn.Module):
                 source = f"blocks.0.ln0.{part}" if name == "ln0" else f"ln_out.{part}"
                 self.set_vector(-1, f"{name}.{part}", tensors[source])
         self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
+        # Held here as well: `model.to(...)` exchanges buffers, and the library keeps the address.
+        self._table = (self.embedding,)
         functions().fledge_model_embedding(self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype])
         self._tuned = _tuned_state(config, tensors)
         missing = functions().fledge_model_check(self._handle)
         assert missing is None, missing.decode()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a native model cannot be copied or pickled; load it again, or with pack=False")
 
     def __del__(self) -> None:
         handle = self.__dict__.pop("_handle", None)
@@ -178,6 +184,7 @@ class NativeModel(nn.Module):
             if not isinstance(state, state_class(self.config)):
                 raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
             state.check(self.config, idx.shape[0])
+            _check_readable(state)
         return idx.shape[0], idx.shape[1]
 
     def set_vector(self, layer: int, name: str, values: Tensor) -> None:
@@ -297,6 +304,15 @@ def _tuned_state(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor |
         return None
     states = [tensors[f"blocks.{layer}.att.time_state"].detach().float() for layer in range(config.n_layer)]
     return torch.stack(states).transpose(-1, -2).contiguous()
+
+
+def _check_readable(state: State) -> None:
+    """Raise for a state that the library cannot read, or whose gradient would be lost."""
+    for tensor in state.tensors().values():
+        if tensor.device.type != "cpu":
+            raise StateError(f"the state is on {tensor.device}, the model on the CPU; move it with state.to('cpu')")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise UsageError("this model is native, for inference, and gives no gradients; load it with pack=False")
 
 
 def _checked(lengths: Tensor, B: int, T: int) -> list[int]:

@@ -34,7 +34,7 @@ INLINE void bring(const Tile& t, int64_t pair) {
 }
 
 INLINE void ask(const uint8_t* p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i, 0, 2);
 }
 
 // ---- bf16 x bf16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -189,6 +191,30 @@ def test_mistakes_are_named() -> None:
             model(idx, lengths=lengths)
     with pytest.raises(StateError, match="holds 1 sequences"):
         model(idx, model.initial_state(1))
+
+
+def test_what_only_a_torch_model_can_do_is_refused() -> None:
+    config, tensors = weights_of("6.0", 2, 40, 8)
+    model, idx = NativeModel(config, tensors), tokens(2, 4)
+    state = model.initial_state(2)
+    tracked = type(state)(**{name: tensor.requires_grad_() for name, tensor in state.tensors().items()})
+    with pytest.raises(UsageError, match="gives no gradients; load it with pack=False"):
+        model(idx, tracked)
+    with torch.no_grad():
+        model(idx, tracked)
+    with pytest.raises(StateError, match="on meta, the model on the CPU"):
+        model(idx, state.to("meta"))
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(UsageError, match="cannot be copied"):
+            attempt(model)
+
+
+def test_moving_its_buffers_leaves_the_model_whole() -> None:
+    config, tensors = weights_of("6.0", 2, 40, 8)
+    model, idx = NativeModel(config, tensors), tokens(2, 4)
+    before = model(idx)[0]
+    model.double().half()
+    assert torch.equal(model(idx)[0], before)
 
 
 def test_a_tuned_state_is_where_it_begins() -> None:
