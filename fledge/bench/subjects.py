@@ -84,25 +84,29 @@ class FledgeSubject:
         return cursor.logits
 
     def token(self, token: int) -> Scores:
-        """One step of the engine."""
+        """One step of the engine. As an array, which its sampler works on as well: see `batch`."""
         from fledge.engine.generation import forward
 
         cursor = forward(self._model, [token], self._state)
         self._state = cursor.state
-        return cursor.logits
+        return cursor.logits.numpy()
 
     def begin_batch(self, count: int) -> None:
         """The first step makes the states."""
         self._states: Any = None
 
     def batch(self, tokens: Sequence[int]) -> Scores:
-        """One step for all."""
+        """One step for all.
+
+        As an array: torch would look for the largest score with all its threads, and these wait for more such work in a
+        loop, on the cores that the next step needs.
+        """
         import torch
 
         idx = torch.tensor([list(tokens)], dtype=torch.long).T
         with torch.no_grad():
             logits, self._states = self._model(idx, self._states, last=True)
-        return logits[:, -1]
+        return logits[:, -1].numpy()
 
     def matrix_bytes(self) -> int | None:
         """What is read of the weights for one token; None where the model does not tell."""
