@@ -1,7 +1,6 @@
 // The C interface of models and recurrences. Sizes and ids are checked by the caller, fledge/models/native.py.
 #include <algorithm>
 #include <exception>
-#include <new>
 
 #include "export.h"
 #include "model.h"
@@ -26,7 +25,8 @@ FLEDGE_API void fledge_model_free(Model* model) {
 
 // 0, or -1 where the model has no such tensor. The values are copied.
 FLEDGE_API int fledge_model_vector(Model* model, int64_t layer, const char* name, const float* values, int64_t n) {
-    return model->set_vector(layer, name, values, n) ? 0 : -1;
+    bool found = false;
+    return guarded([&] { found = model->set_vector(layer, name, values, n); }) || !found ? -1 : 0;
 }
 
 // As above; the data stays the caller's and must outlive the model.
@@ -36,8 +36,8 @@ FLEDGE_API int fledge_model_matrix(Model* model, int64_t layer, const char* name
 }
 
 // (vocabulary, width), stored as in pack.h. Stays the caller's.
-FLEDGE_API void fledge_model_embedding(Model* model, const void* data, int32_t stored) {
-    model->set_embedding({data, stored});
+FLEDGE_API void fledge_model_embedding(Model* model, const void* data, int32_t stored, int64_t rows, int64_t width) {
+    model->set_embedding({data, stored, rows, width});
 }
 
 // Null where everything is there, else the name of what is not.
@@ -48,7 +48,7 @@ FLEDGE_API const char* fledge_model_check(const Model* model) { return model->ch
 FLEDGE_API int fledge_model_forward(Model* model, const int64_t* ids, int64_t rows, int64_t sequences,
                                     const int64_t* lengths, void* const* tensors, int32_t parts, float* logits,
                                     int32_t want) {
-    try {
+    return guarded([&] {
         Turn turn;
         Batch batch{ids, rows, sequences, lengths, {}, {}, logits, want};
         for (int32_t i = 0; i < parts; i++) {
@@ -56,43 +56,47 @@ FLEDGE_API int fledge_model_forward(Model* model, const int64_t* ids, int64_t ro
             batch.after.tensor[i] = static_cast<float*>(tensors[parts + i]);
         }
         model->forward(batch);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    });
 }
 
 // The recurrence of RWKV-5 and 6. r, k, decay (B, T, H, K), v, y (B, T, H, V), u (H, K), states (B, H, K, V); contiguous.
-FLEDGE_API void fledge_wkv(const int64_t* sizes, const float* r, const float* k, const float* v, const float* decay,
-                           const float* u, const float* before, float* after, float* y) {
-    Turn turn;
-    const int64_t T = sizes[1], H = sizes[2], K = sizes[3], V = sizes[4];
-    parallel(sizes[0] * H, [&](int64_t part, int) {
-        const int64_t b = part / H, h = part % H;
+FLEDGE_API int fledge_wkv(const int64_t* sizes, const float* r, const float* k, const float* v, const float* decay,
+                          const float* u, const float* before, float* after, float* y) {
+    return guarded([&] {
+        Turn turn;
+        const int64_t T = sizes[1], H = sizes[2], K = sizes[3], V = sizes[4];
+        const int64_t each = (K + 3) * round_up(std::max(K, V), LANES);
         Buffer scratch;
-        Wkv call{};
-        call.length = T, call.keys = K, call.values = V;
-        call.r = r + (b * T * H + h) * K, call.k = k + (b * T * H + h) * K, call.decay = decay + (b * T * H + h) * K;
-        call.v = v + (b * T * H + h) * V, call.y = y + (b * T * H + h) * V;
-        call.stride = call.w_stride = H * K, call.v_stride = call.y_stride = H * V;
-        call.bonus = u + h * K;
-        call.before = before + part * K * V, call.after = after + part * K * V;
-        call.scratch = scratch.floats((K + 3) * round_up(std::max(K, V), LANES));
-        kernels().wkv(call);
+        float* all = scratch.floats(each * threads());
+        parallel(sizes[0] * H, [&](int64_t part, int thread) {
+            const int64_t b = part / H, h = part % H;
+            Wkv call{};
+            call.length = T, call.keys = K, call.values = V;
+            call.r = r + (b * T * H + h) * K, call.k = k + (b * T * H + h) * K, call.decay = decay + (b * T * H + h) * K;
+            call.v = v + (b * T * H + h) * V, call.y = y + (b * T * H + h) * V;
+            call.stride = call.w_stride = H * K, call.v_stride = call.y_stride = H * V;
+            call.bonus = u + h * K;
+            call.before = before + part * K * V, call.after = after + part * K * V;
+            call.scratch = all + thread * each;
+            kernels().wkv(call);
+        });
     });
 }
 
 // RWKV-4. k, v, w, y (B, T, A) with A a multiple of 16; u (A); aa, bb, pp (B, A), changed in place. w: log of the decay.
-FLEDGE_API void fledge_wkv4(const int64_t* sizes, const float* k, const float* v, const float* w, const float* u,
-                            float* aa, float* bb, float* pp, float* y) {
-    Turn turn;
-    const int64_t T = sizes[1], A = sizes[2], blocks = A / LANES;
-    parallel(sizes[0] * blocks, [&](int64_t part, int) {
-        const int64_t b = part / blocks, channel = part % blocks * LANES, at = b * T * A + channel, sums = b * A + channel;
-        Wkv4 call{};
-        call.length = T, call.width = LANES, call.stride = call.w_stride = A;
-        call.k = k + at, call.v = v + at, call.w = w + at, call.u = u + channel;
-        call.aa = aa + sums, call.bb = bb + sums, call.pp = pp + sums, call.y = y + at;
-        kernels().wkv4(call);
+FLEDGE_API int fledge_wkv4(const int64_t* sizes, const float* k, const float* v, const float* w, const float* u,
+                           float* aa, float* bb, float* pp, float* y) {
+    return guarded([&] {
+        Turn turn;
+        const int64_t T = sizes[1], A = sizes[2], blocks = A / LANES;
+        parallel(sizes[0] * blocks, [&](int64_t part, int) {
+            const int64_t b = part / blocks, channel = part % blocks * LANES;
+            const int64_t at = b * T * A + channel, sums = b * A + channel;
+            Wkv4 call{};
+            call.length = T, call.width = LANES, call.stride = call.w_stride = A;
+            call.k = k + at, call.v = v + at, call.w = w + at, call.u = u + channel;
+            call.aa = aa + sums, call.bb = bb + sums, call.pp = pp + sums, call.y = y + at;
+            kernels().wkv4(call);
+        });
     });
 }

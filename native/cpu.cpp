@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "export.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -76,12 +77,13 @@ FLEDGE_API const char* fledge_instruction_sets() {
 FLEDGE_API const char* fledge_instruction_set() { return fledge::kernels().name; }
 
 // Use one of them from now on (empty: the best). 0, or -1 where this processor cannot run it.
-// Weights stay as they are; activations prepared for one set must not meet another, so never during a call.
+// Weights stay as they are; activations prepared for one set must not meet another, so calls that run end first.
 FLEDGE_API int fledge_choose(const char* name) {
+    fledge::Turn turn;
     if (!*name) return fledge::chosen.store(nullptr), 0;
     for (const fledge::Kernels* k : fledge::table())
         if (!std::strcmp(k->name, name)) return fledge::chosen.store(k), 0;
     return -1;
 }
 
-FLEDGE_API int fledge_abi() { return 1; }
+FLEDGE_API int fledge_abi() { return 2; }

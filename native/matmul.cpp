@@ -5,10 +5,6 @@
 #include <memory>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fledge {
 
 Buffer::~Buffer() { std::free(memory_); }
@@ -50,7 +46,7 @@ namespace {
 
 // A thread's running totals. Kept between calls: a prompt needs the same room again and again.
 std::vector<std::unique_ptr<Buffer>>& scratch() {
-    static std::vector<std::unique_ptr<Buffer>> buffers;
+    static auto& buffers = *new std::vector<std::unique_ptr<Buffer>>;  // threads may outlive the end of main
     return buffers;
 }
 

@@ -33,7 +33,7 @@ struct Model::Segment {
 };
 
 struct Model::Work {
-    Buffer x, norm, shift, previous, row[5], low, mixes, decay_low, decay, y, hidden, last, scratch;
+    Buffer x, norm, shift, row[5], low, mixes, decay_low, decay, y, hidden, last;
     Prepared in, mix[5], x_in[5], decay_in, out, ffn_k, ffn_r, ffn_hidden, head;
     std::vector<const float*> before;  // of each row: the normalised input of the token before
     std::vector<std::unique_ptr<Buffer>> thread;
@@ -86,7 +86,7 @@ bool Model::set_matrix(int64_t number, const char* name, const Matrix& weight) {
 const char* Model::check() const {
     const auto is = [](const Matrix& m, int64_t n, int64_t k) { return m.data && m.n == n && m.k == k; };
     const int64_t C = s_.width, A = s_.inner, F = s_.hidden;
-    if (!embedding_.data) return "emb.weight";
+    if (!embedding_.data || embedding_.rows != s_.vocab || embedding_.width != C) return "emb.weight";
     if (!is(head_, s_.vocab, C)) return "head.weight";
     for (const Vector* v : {&ln0_weight_, &ln0_bias_, &ln_out_weight_, &ln_out_bias_})
         if (v->size() != C) return "ln0 or ln_out";
@@ -114,6 +114,9 @@ const char* Model::check() const {
 void Model::forward(const Batch& batch) {
     Work& w = *work_;
     while (static_cast<int>(w.thread.size()) < threads()) w.thread.push_back(std::make_unique<Buffer>());
+    // All that a part of a task may ask for, now: a thread must not run out of memory.
+    const int64_t most = std::max({C_, (N_ + 3) * round_up(N_, LANES), int64_t{3 * PANEL}});
+    for (auto& buffer : w.thread) buffer->floats(most);
     const bool rwkv4 = s_.version == 4;
     const int64_t parts = rwkv4 ? 5 : 3;
     for (int64_t b = 0; b < batch.sequences; b++) {  // what reads nothing keeps its state

@@ -39,6 +39,7 @@ struct Layer {
 struct Embedding {
     const void* data;
     int32_t stored;
+    int64_t rows, width;
 };
 
 // The state tensors as state.py has them, (layer, batch, ...), float32: att_shift, wkv, ffn_shift, or for RWKV-4
@@ -46,7 +47,7 @@ struct Embedding {
 struct StateIn { const float* tensor[5]; };
 struct StateOut { float* tensor[5]; };
 
-enum Want : int32_t { NO_LOGITS = 0, LAST = 1, ALL = 2 };
+enum Want : int32_t { LAST = 1, ALL = 2 };
 
 struct Batch {
     const int64_t* ids;      // the tokens of all sequences, one after the other

@@ -153,54 +153,55 @@ FLEDGE_API int64_t fledge_packed_bytes(int32_t format, int64_t n, int64_t k) { r
 
 // Dense weight (n, k) -> panels. `data` holds fledge_packed_bytes bytes. Not for the quantised formats; F16_EXACT takes
 // float16 only.
-FLEDGE_API void fledge_pack(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
-                            int64_t column, uint8_t* data) {
-    Turn turn;
-    pack(Source{source, stored, row, column}, Matrix{format, n, k, nullptr}, data);
+FLEDGE_API int fledge_pack(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
+                           int64_t column, uint8_t* data) {
+    return guarded([&] {
+        Turn turn;
+        pack(Source{source, stored, row, column}, Matrix{format, n, k, nullptr}, data);
+    });
 }
 
 // Dense weight (n, k) -> the blocks of INT8 or INT4. importance: null, or one number for each input, filled up to whole
-// groups. Returns the weighted sum of squared errors, or -1 where a weight cannot be held.
+// groups. Returns the weighted sum of squared errors, -1 where a weight cannot be held, or -2 where memory did not suffice.
 FLEDGE_API double fledge_quantise(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
                                   int64_t column, const float* importance, uint8_t* data) {
-    Turn turn;
-    const Matrix to{format, n, k, nullptr};
-    const Source from{source, stored, row, column};
-    std::vector<double> errors(static_cast<size_t>(to.panels()));
-    parallel(to.panels(), [&](int64_t panel, int) {
-        errors[static_cast<size_t>(panel)] = quantise_panel(from, to, panel, importance, data);
-    });
     double total = 0;
-    for (double error : errors) {
-        if (error < 0) return -1;
-        total += error;
-    }
-    return total;
+    const int failed = guarded([&] {
+        Turn turn;
+        const Matrix to{format, n, k, nullptr};
+        const Source from{source, stored, row, column};
+        std::vector<double> errors(static_cast<size_t>(to.panels()));
+        parallel(to.panels(), [&](int64_t panel, int) {
+            errors[static_cast<size_t>(panel)] = quantise_panel(from, to, panel, importance, data);
+        });
+        for (double error : errors) total = error < 0 || total < 0 ? -1 : total + error;
+    });
+    return failed ? -2 : total;
 }
 
 // y (rows, n) = x (rows, k) W^T. sparse: skip pairs of inputs that are zero (single rows of pairs only).
-FLEDGE_API void fledge_matmul(int32_t format, int64_t n, int64_t k, const uint8_t* data, const float* x, int64_t rows,
-                              float* y, int32_t sparse) {
-    Turn turn;
-    const Matrix w{format, n, k, data};
-    static Prepared prepared;
-    prepared.reset(kind_of(format), rows, k, sparse != 0);
-    for_rows(rows, [&](int64_t row, int) { prepared.row(x + row * k, row); });
-    multiply({{&w, &prepared.get(), {y, n, n, false}}});
+FLEDGE_API int fledge_matmul(int32_t format, int64_t n, int64_t k, const uint8_t* data, const float* x, int64_t rows,
+                             float* y, int32_t sparse) {
+    return guarded([&] {
+        Turn turn;
+        const Matrix w{format, n, k, data};
+        Prepared prepared;
+        prepared.reset(kind_of(format), rows, k, sparse != 0);
+        for_rows(rows, [&](int64_t row, int) { prepared.row(x + row * k, row); });
+        multiply({{&w, &prepared.get(), {y, n, n, false}}});
+    });
 }
 
 // Reads `bytes` bytes `turns` times with every thread: for measuring what the memory gives.
-FLEDGE_API double fledge_read(const uint8_t* data, int64_t bytes, int64_t turns) {
+FLEDGE_API void fledge_read(const uint8_t* data, int64_t bytes, int64_t turns) {
     Turn turn;
     constexpr int64_t PIECE = 1 << 20;
-    double found = 0;
     for (int64_t i = 0; i < turns; i++)
         parallel((bytes + PIECE - 1) / PIECE, [&](int64_t part, int) {
             const int64_t start = part * PIECE, count = bytes - start < PIECE ? bytes - start : PIECE;
             volatile double keep = kernels().read(data + start, count);
             (void)keep;
         });
-    return found;
 }
 
 // Multiply-adds of registers with every thread, `kind` as in Activations: for measuring what the arithmetic gives.
@@ -209,5 +210,5 @@ FLEDGE_API double fledge_burn(int64_t turns, int32_t kind) {
     Turn turn;
     const int count = 8 * threads();
     parallel(count, [&](int64_t, int) { kernels().burn(turns, kind); });
-    return static_cast<double>(turns) * count * 8 * kernels().vector_floats * (kind == FLOATS ? 2 : 4);
+    return static_cast<double>(turns) * count * CHAINS * kernels().vector_floats * (kind == FLOATS ? 2 : 4);
 }

@@ -1,6 +1,8 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -10,6 +12,7 @@
 #include <immintrin.h>
 #endif
 #if !defined(_WIN32)
+#include <pthread.h>
 #include <unistd.h>
 #endif
 
@@ -57,7 +60,11 @@ struct alignas(64) Share {
 class Pool {
    public:
     explicit Pool(int count) : count_(count), shares_(static_cast<size_t>(count)) {
-        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (const std::system_error&) {
+            // The system gives no more threads: those that are there, and the caller, do all the work.
+        }
     }
 
     ~Pool() {
@@ -140,12 +147,13 @@ class Pool {
     std::vector<std::thread> workers_;
 };
 
-std::mutex turn;
+std::mutex& turn = *new std::mutex;
 std::atomic<int> wanted{0};  // 0: one for each core
 Pool* pool = nullptr;        // never destroyed at exit: its threads may be asleep then
 long owner = 0;
 
-std::vector<Expected> expected(64);  // threads beyond share what others expect
+// Never destroyed, as threads may still run when the process ends. Threads beyond 64 share what others expect.
+std::vector<Expected>& expected = *new std::vector<Expected>(64);
 
 long process() {
 #if defined(_WIN32)
@@ -167,7 +175,15 @@ Pool& ready_pool() {
 
 }  // namespace
 
-Turn::Turn() : lock_(turn), control_(flush_tiny_results()) {}
+// A fork waits for the call that runs, or the child would inherit a lock that nobody opens.
+void watch_forks() {
+#if !defined(_WIN32)
+    static const int watched = pthread_atfork([] { turn.lock(); }, [] { turn.unlock(); }, [] { turn.unlock(); });
+    (void)watched;
+#endif
+}
+
+Turn::Turn() : lock_((watch_forks(), turn)), control_(flush_tiny_results()) {}
 Turn::~Turn() { restore(control_); }
 
 int threads() {
@@ -186,14 +202,14 @@ void run_parts(int64_t parts, Part part, void* task) {
         for (int64_t i = 0; i < parts; i++) part(task, i, 0);
     else
         ready_pool().run(parts, part, task, &expected);
-    expected.assign(expected.size(), {});
+    std::fill(expected.begin(), expected.end(), Expected{});
 }
 
 }  // namespace fledge
 
 // How many threads to use from now on; 0: one for each core.
 FLEDGE_API void fledge_set_threads(int count) {
-    fledge::Turn turn;
+    fledge::Turn waiting;
     fledge::wanted = count < 0 ? 0 : count > 1024 ? 1024 : count;
 }
 

@@ -6,6 +6,17 @@
 
 namespace fledge {
 
+// Runs f and turns what it throws into -1: nothing may leave the C interface. Parts of a task must not throw at all.
+template <class F>
+int guarded(F&& f) {
+    try {
+        f();
+        return 0;
+    } catch (...) {
+        return -1;
+    }
+}
+
 // Held for a whole call of the C interface: the pool serves one caller at a time, and a caller sees one set of kernels.
 class Turn {
    public:
@@ -21,7 +32,7 @@ class Turn {
 int threads();
 
 // What each thread will read first in the task after the next one: a thread that has nothing left to do asks its cache
-// for it while the caller prepares that task. Kept for one task.
+// for it while the caller prepares that task. Forgotten after the next task that threads share.
 void expect(int thread, const void* data, int64_t bytes);
 
 using Part = void (*)(void* task, int64_t part, int thread);

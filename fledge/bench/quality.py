@@ -206,7 +206,7 @@ def _variant(name: str, found: checkpoint.Checkpoint) -> Variant:
     """The model of `found` in a format, or that of a file. What is not quantised runs in float32, but for "bf16"."""
     tensors, quantised = found.tensors, found.quantised
     if name in SCHEMES:
-        tensors, quantised = quantise_tensors(found.config, tensors, name)
+        tensors, quantised = quantise_tensors(tensors, name)
     elif name not in DENSE:
         other = checkpoint.read(name)
         if other.config != found.config or other.tokenizer_spec != found.tokenizer_spec:

@@ -3,7 +3,7 @@
 Precision, stated here and nowhere else:
 
     matrices    emb, head, att.{receptance,key,value,gate,output}, ffn.{key,value,receptance} (two axes, `*.weight`):
-                the `dtype` asked for, or the file's own; float16 on a CPU becomes float32, which is faster there
+                the `dtype` asked for, or the file's own; float16 on a CPU is computed in float32
     the rest    norms, mixes, decays, bonus, LoRA factors, tuned state: always float32
 
 Quantised matrices (int8, int4) come from the file as they are, or are made here from the others.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fledge.checkpoint.detection import check_shapes
 from fledge.checkpoint.pages import release_pages
 from fledge.checkpoint.quantise import quantise_tensors
 from fledge.checkpoint.reader import read
@@ -42,7 +43,7 @@ class LoadedModel:
     model: Trunk | NativeModel
     config: ModelConfig
     path: Path
-    format: str  # "pth", "safetensors", "hf" or "fla"
+    format: str  # "pth", "safetensors", "gguf", "hf" or "fla"
     tokenizer_spec: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ def assemble(
     device = torch.device(device)
     given = weights if isinstance(weights, Weights) else Weights(weights)
     if quant is not None:
-        given = _quantised(config, given, quant, device)
+        given = _quantised(given, quant, device)
     if pack and device.type == "cpu" and why_not_native(config) is None:
         return _native(config, given, dtype).eval()
     if given.quantised:
@@ -120,14 +121,20 @@ def assemble(
     return _torch_model(config, given, device, dtype, pack).eval()
 
 
-def _quantised(config: ModelConfig, given: Weights, quant: str, device: torch.device) -> Weights:
+def _quantised(given: Weights, quant: str, device: torch.device) -> Weights:
+    if given.quantised:
+        raise UsageError(
+            f"quant is {quant!r}, but the model is quantised already; leave it out, or give the dense model"
+        )
     if device.type != "cpu":
         raise UsageError(f"quant is {quant!r}, but quantised matrices run on a CPU only, not on {device}")
-    tensors, quantised = quantise_tensors(config, given.tensors, quant)
+    tensors, quantised = quantise_tensors(given.tensors, quant, release_pages if given.spend else None)
     return Weights(tensors, {**given.quantised, **quantised}, given.spend)
 
 
 def _native(config: ModelConfig, given: Weights, dtype: torch.dtype | None) -> NativeModel:
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.tensors.items()}
+    check_shapes({**shapes, **{name: matrix.shape for name, matrix in given.quantised.items()}}, config, "the model")
     return NativeModel(
         config,
         given.tensors,

@@ -59,9 +59,14 @@ def spec_of(values: Mapping[str, Any], rows: int, source: str) -> dict[str, Any]
     other tokens: without a record it would be taken for a World model and answer nonsense.
     """
     texts = values.get("tokenizer.ggml.tokens")
-    if values.get("tokenizer.ggml.model") != "rwkv" or not isinstance(texts, list) or len(texts) != rows:
-        return None
     world = world_vocabulary()
+    kind = values.get("tokenizer.ggml.model", "none")
+    if kind != "rwkv" or not isinstance(texts, list) or len(texts) != rows:
+        if rows == world.size and kind != "none":
+            raise UnsupportedError(
+                f"{source} has {rows} token rows but not World's tokens; Fledge cannot read its text"
+            )
+        return None
     tokens = _tokens(texts, values.get("tokenizer.ggml.token_type"))
     if rows == world.size:
         if tokens[1 : world.used] == world.tokens[1 : world.used]:  # reserved ids may have been given a meaning

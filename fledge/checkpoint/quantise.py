@@ -26,7 +26,6 @@ from fledge.core.errors import CheckpointError, UsageError
 from fledge.kernels import Quantised
 from fledge.kernels.quantised import blocks_shape
 from fledge.kernels.rounding import quantise as round_weight
-from fledge.models.config import ModelConfig
 from fledge.models.native import MATRICES
 
 SCHEMES = ("int8", "int4", "mixed")
@@ -131,12 +130,27 @@ def check_request(target: Path, scheme: str, force: bool) -> None:
 
 
 def quantise_tensors(
-    config: ModelConfig, tensors: Mapping[str, Tensor], scheme: str
+    tensors: Mapping[str, Tensor], scheme: str, release: Callable[[Tensor], None] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Quantised]]:
-    """The tensors that stay dense, and the matrices that do not. Raises UsageError for an unknown scheme."""
+    """The tensors that stay dense, and the matrices that do not. Raises UsageError for an unknown scheme.
+
+    release: called with each weight that is not needed any more.
+    """
     _check_scheme(scheme)
-    rest, rounded = _round_all(tensors, scheme, {}, lambda *_: None)
-    return rest, {name: one.matrix for name, one in rounded.items()}
+    rest: dict[str, Tensor] = {}
+    quantised: dict[str, Quantised] = {}
+    if scheme == "mixed":  # all errors must be known before the first choice
+        rest, rounded = _round_all(tensors, scheme, {}, lambda *_: None)
+        quantised = {name: one.matrix for name, one in rounded.items()}
+    for name, tensor in tensors.items():
+        if scheme == "mixed" or not is_matrix(name):
+            if name not in quantised:
+                rest[name] = tensor
+        else:
+            quantised[name] = _matrix(name, tensor, scheme, None)[0]
+        if release is not None and name in quantised:
+            release(tensor)
+    return rest, quantised
 
 
 def is_matrix(name: str) -> bool:
@@ -175,13 +189,17 @@ def _worth_int8(found: Mapping[str, Rounded]) -> set[str]:
     return choose({name: one.cost for name, one in found.items()}, prices, budget)
 
 
+def _matrix(name: str, weight: Tensor, format: str, inputs: Tensor | None) -> tuple[Quantised, float]:
+    try:
+        return round_weight(weight, format, inputs)
+    except CheckpointError as problem:
+        raise CheckpointError(f"{name}: {problem}") from problem
+
+
 def _rounded(name: str, weight: Tensor, format: str, importance: Importance | None, *, weigh: bool = False) -> Rounded:
     # Only the proportions of `inputs` matter for rounding; a mean of one keeps sums of squares far from float32's ends.
     inputs = None if importance is None else importance.inputs / importance.inputs.mean().clamp(min=1e-30)
-    try:
-        matrix, error = round_weight(weight, format, inputs)
-    except CheckpointError as problem:
-        raise CheckpointError(f"{name}: {problem}") from problem
+    matrix, error = _matrix(name, weight, format, inputs)
     square = weight.float().square()
     total = float(square.sum() if inputs is None else (square @ inputs).sum())
     relative = (error / total) ** 0.5 if total else 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from fledge.checkpoint.st_file import DTYPES, read_safetensors
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
+from fledge.models.native import MATRICES
 
 StrPath = str | os.PathLike[str]
+BLOCK = re.compile(r"^blocks\.\d+\.")
 
 
 def load(path: StrPath) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -88,6 +91,8 @@ def _quantised(tensors: dict[str, Tensor], stored: Stored, path: Path) -> dict[s
     """The matrices that the file's record calls quantised, taken out of `tensors`."""
     found: dict[str, Quantised] = {}
     for name, form in stored.quantised.items():
+        if name != "head.weight" and BLOCK.sub("", name, count=1) not in MATRICES:
+            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, which is never done; refused")
         if name not in tensors:
             raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, but no such tensor is there")
         try:

@@ -56,7 +56,7 @@ def load(
     weights = checkpoint.Weights(found.tensors, found.quantised, spend=True)
     model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
     if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
-        dtype_reason = "the file's float16 does not run well on this device"
+        dtype_reason = "the file's float16, computed in float32"
     return LLM(model, tokenizer, name, device_reason, dtype_reason)
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fledge.core.errors import BackendError
+from fledge.core.errors import BackendError, FledgeError
 from fledge.core.native import library, why_missing
 from fledge.kernels.quantised import GROUP, Quantised, blocks_shape
 
@@ -35,21 +35,21 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fledge_set_threads": (None, [c_int]),
     "fledge_threads": (c_int, []),
     "fledge_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
-    "fledge_pack": (None, [c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p]),
+    "fledge_pack": (c_int, [c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p]),
     "fledge_quantise": (
         c_double,
         [c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p],
     ),
-    "fledge_matmul": (None, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
+    "fledge_matmul": (c_int, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
     "fledge_read": (None, [c_void_p, c_int64, c_int64]),
     "fledge_burn": (c_double, [c_int64, c_int32]),
-    "fledge_wkv": (None, [POINTER(c_int64), *[c_void_p] * 8]),
-    "fledge_wkv4": (None, [POINTER(c_int64), *[c_void_p] * 8]),
+    "fledge_wkv": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
+    "fledge_wkv4": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
     "fledge_model_new": (c_void_p, [POINTER(c_int64), c_float, c_float]),
     "fledge_model_free": (None, [c_void_p]),
     "fledge_model_vector": (c_int, [c_void_p, c_int64, c_char_p, c_void_p, c_int64]),
     "fledge_model_matrix": (c_int, [c_void_p, c_int64, c_char_p, c_int32, c_int64, c_int64, c_void_p]),
-    "fledge_model_embedding": (None, [c_void_p, c_void_p, c_int32]),
+    "fledge_model_embedding": (None, [c_void_p, c_void_p, c_int32, c_int64, c_int64]),
     "fledge_model_check": (c_char_p, [c_void_p]),
     "fledge_model_forward": (
         c_int,
@@ -65,7 +65,9 @@ def functions() -> ctypes.CDLL:
     if found is None:
         raise BackendError(str(why_missing()))
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:
+            raise BackendError(f"the native library has no {name}; it is from another version: install Fledge again")
         function.restype, function.argtypes = result, arguments
     return found
 
@@ -130,7 +132,7 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
     assert format != "float16 exact" or weight.dtype == torch.float16
     data = torch.empty(size, dtype=torch.uint8)
     follow_torch_threads()
-    functions().fledge_pack(
+    failed = functions().fledge_pack(
         FORMATS[format],
         rows,
         columns,
@@ -140,6 +142,7 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
         weight.stride(1),
         data.data_ptr(),
     )
+    enough_memory(failed, f"a weight of {rows} x {columns}")
     return PackedMatrix(format, rows, columns, data)
 
 
@@ -165,6 +168,7 @@ def quantise_native(weight: Tensor, format: str, importance: Tensor | None = Non
         None if importance is None else importance.data_ptr(),
         data.data_ptr(),
     )
+    enough_memory(error == -2, f"a weight of {rows} x {columns}")
     return None if error < 0 else (Quantised(format, rows, columns, data), error)
 
 
@@ -174,7 +178,7 @@ def matmul(x: Tensor, weight: PackedMatrix, *, sparse: bool = False) -> Tensor:
     x = x.detach().float().contiguous()
     y = torch.empty(x.shape[0], weight.rows)
     follow_torch_threads()
-    functions().fledge_matmul(
+    failed = functions().fledge_matmul(
         weight.code,
         weight.rows,
         weight.columns,
@@ -184,7 +188,14 @@ def matmul(x: Tensor, weight: PackedMatrix, *, sparse: bool = False) -> Tensor:
         y.data_ptr(),
         sparse,
     )
+    enough_memory(failed, f"a product of {x.shape[0]} rows")
     return y
+
+
+def enough_memory(failed: int | bool, what: str) -> None:
+    """Raise FledgeError where the library answered that it could not get memory, or threads, for `what`."""
+    if failed:
+        raise FledgeError(f"not enough memory for {what}; close other programs, or take a smaller model or batch")
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -196,14 +207,19 @@ def usable(*tensors: Tensor) -> bool:
 
 def wkv_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """As `wkv_reference`, for float32 on the CPU, without a gradient."""
-    _check_usable(r, k, v, w, u, state)
-    sizes = (c_int64 * 5)(*r.shape, v.shape[-1])
+    B, T, H, K = r.shape
+    V = v.shape[-1]
+    _check_usable((r, k, w), (B, T, H, K))
+    _check_usable((v,), (B, T, H, V))
+    _check_usable((u,), (H, K))
+    _check_usable((state,), (B, H, K, V))
+    sizes = (c_int64 * 5)(B, T, H, K, V)
     r, k, v, u, state = (x.detach().contiguous() for x in (r, k, v, u, state))
     decay = torch.exp(w.detach()).contiguous()
     y, after = torch.empty_like(v), torch.empty_like(state)
     follow_torch_threads()
     pointers = (x.data_ptr() for x in (r, k, v, decay, u, state, after, y))
-    functions().fledge_wkv(sizes, *pointers)
+    enough_memory(functions().fledge_wkv(sizes, *pointers), f"{T} tokens at once")
     return y, after
 
 
@@ -211,20 +227,26 @@ def wkv4_native(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """As `wkv4_reference`, for float32 on the CPU, without a gradient."""
-    _check_usable(k, v, w, u, *state)
-    width = k.shape[-1]
+    B, T, width = k.shape
+    _check_usable((k, v, w), (B, T, width))
+    _check_usable((u,), (width,))
+    _check_usable(state, (B, width))
     missing = -width % 16  # channels come in whole vectors
     k, v, w, u = (torch.nn.functional.pad(x.detach(), (0, missing)).contiguous() for x in (k, v, w, u))
-    aa, bb, pp = (torch.nn.functional.pad(x.detach(), (0, missing)).clone() for x in state)
+    aa, bb, pp = (torch.nn.functional.pad(x.detach(), (0, missing)).contiguous().clone() for x in state)
     y = torch.empty_like(v)
     follow_torch_threads()
     pointers = (x.data_ptr() for x in (k, v, w, u, aa, bb, pp, y))
-    functions().fledge_wkv4((c_int64 * 3)(*k.shape), *pointers)
+    enough_memory(functions().fledge_wkv4((c_int64 * 3)(*k.shape), *pointers), f"{T} tokens at once")
     return y[..., :width], (aa[..., :width], bb[..., :width], pp[..., :width])
 
 
-def _check_usable(*tensors: Tensor) -> None:
-    if not usable(*tensors):
+def _check_usable(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
+    """Raise BackendError unless the library can read these: it trusts what it is given."""
+    if not usable(*tensors) or any(x.dtype != torch.float32 for x in tensors):
         raise BackendError(
             f"the native backend runs float32 on a CPU without gradients; {why_missing() or 'choose another backend'}"
         )
+    for x in tensors:
+        if tuple(x.shape) != shape:
+            raise BackendError(f"the native backend needs a tensor of {shape} where {tuple(x.shape)} was given")

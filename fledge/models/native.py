@@ -18,16 +18,16 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
 from fledge.core.native import why_missing
-from fledge.kernels.native import STORED, PackedMatrix, follow_torch_threads, functions, pack
+from fledge.kernels.native import STORED, PackedMatrix, enough_memory, follow_torch_threads, functions, pack
 from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
 from fledge.models.recycled import Recycler
 from fledge.models.state import State, state_class, state_shapes, zero_state
 
 Release = Callable[[Tensor], None]
-NO_LOGITS, LAST, ALL = 0, 1, 2
+LAST, ALL = 1, 2
 
 MATRICES = {
     "att.receptance.weight",
@@ -93,10 +93,13 @@ class NativeModel(nn.Module):
         self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
         # Held here as well: `model.to(...)` exchanges buffers, and the library keeps the address.
         self._table = (self.embedding,)
-        functions().fledge_model_embedding(self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype])
+        functions().fledge_model_embedding(
+            self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
+        )
         self._tuned = _tuned_state(config, tensors)
         missing = functions().fledge_model_check(self._handle)
-        assert missing is None, missing.decode()
+        if missing is not None:
+            raise CheckpointError(f"{missing.decode()} is missing or has another size than the config says")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError("a native model cannot be copied or pickled; load it again, or with pack=False")
@@ -141,11 +144,17 @@ class NativeModel(nn.Module):
         B, T = self._check(idx, state)
         before = self.initial_state(B) if state is None else state
         counts = [T] * B if lengths is None else _checked(lengths, B, T)
-        if last and min(counts, default=0) < 1:
+        if last and min(counts, default=1) < 1:
             raise UsageError("last=True needs at least one token in every row")
-        ids = idx.reshape(-1) if lengths is None else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx[0]])
+        ids = (
+            idx.reshape(-1)
+            if lengths is None
+            else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx.reshape(-1)])
+        )
         rows = B if last else ids.numel()
-        logits = self._memory.empty((rows, self.config.vocab_size))
+        shape = (rows, self.config.vocab_size)
+        # Scores of every token of a text are kept or summed up, and of another size each time.
+        logits = self._memory.empty(shape) if last else torch.empty(shape)
         after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
         self._run(ids.contiguous(), counts, before, after, logits, LAST if last else ALL)
         new_state = state_class(self.config)(**after)
@@ -167,8 +176,7 @@ class NativeModel(nn.Module):
         failed = functions().fledge_model_forward(
             self._handle, ids.data_ptr(), ids.numel(), len(counts), lengths, pointers, parts, logits.data_ptr(), want
         )
-        if failed:
-            raise MemoryError(f"not enough memory for {ids.numel()} tokens at once")
+        enough_memory(failed, f"{ids.numel()} tokens at once")
 
     def _check(self, idx: Tensor, state: State | None) -> tuple[int, int]:
         if idx.dim() != 2:
@@ -234,8 +242,8 @@ def _new_model(config: ModelConfig) -> int:
     handle: int | None = functions().fledge_model_new(
         (ctypes.c_int64 * len(sizes))(*sizes), config.norm_eps, config.group_norm_eps
     )
-    if handle is None:
-        raise MemoryError("not enough memory for the model")
+    enough_memory(handle is None, "the model")
+    assert handle is not None
     return handle
 
 

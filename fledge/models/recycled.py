@@ -9,40 +9,50 @@ still see. Not here: what the tensors are for.
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections import defaultdict
+from collections import deque
 
 import numpy as np
 import torch
 from torch import Tensor
 
 SMALL = 1 << 18  # floats; below this the allocator keeps memory by itself
-KEPT = 2  # unused blocks of one size
+KEPT = 6  # unused blocks, of whatever size: a step leaves the tensors of a state and its scores behind
+BORDER = 16  # floats; blocks begin on a cache line
 
 
 class Recycler:
-    """A short list of unused blocks for each size. Safe to share by threads."""
+    """A short list of unused blocks, the oldest of which gives way. Safe to share by threads.
+
+    No lock: a block may come back while the garbage collector runs in the middle of any of these lines. A deque's own
+    steps are whole.
+    """
 
     def __init__(self) -> None:
-        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-        self._lock = threading.Lock()
+        self._free: deque[np.ndarray] = deque(maxlen=KEPT)
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """An uninitialised float32 tensor on the CPU."""
         count = math.prod(shape)
         if count < SMALL:
             return torch.empty(shape)
-        with self._lock:
-            block = self._free[count].pop() if self._free[count] else None
+        block = self._take(count)
         if block is None:
-            block = np.empty(count, dtype=np.float32)
+            raw = np.empty(count + BORDER, dtype=np.float32)
+            first = -raw.ctypes.data % (4 * BORDER) // 4
+            block = raw[first : first + count]
         # The tensor's storage holds `lent`, whatever views are made of it; when that goes, the block comes back.
         lent = block[:]
-        weakref.finalize(lent, self._take_back, block).atexit = False
+        weakref.finalize(lent, self._free.append, block).atexit = False
         return torch.from_numpy(lent).view(shape)
 
-    def _take_back(self, block: np.ndarray) -> None:
-        with self._lock:
-            if len(self._free[block.size]) < KEPT:
-                self._free[block.size].append(block)
+    def _take(self, count: int) -> np.ndarray | None:
+        for _ in range(len(self._free)):
+            try:
+                block = self._free.popleft()
+            except IndexError:  # another thread was faster
+                return None
+            if block.size == count:
+                return block
+            self._free.append(block)
+        return None

@@ -90,8 +90,6 @@ double read_all(const void* data, int64_t bytes) {
 #define HIDE(x) __asm__ volatile("" : "+m"(x))
 #endif
 
-constexpr int CHAINS = 8;  // sums at a time: enough to keep the units busy, few enough for the registers
-
 template <class Sum, class Step>
 void burn_chains(int64_t turns, Step step) {
     Sum sums[CHAINS] = {};

@@ -373,10 +373,12 @@ void prepare(const float* x, int64_t row, const Activations& a) {
         }
         for (int kp = 0; kp < PAIRS; kp++) out[(g * PAIRS + kp) * a.stride] = pairs[kp];
         if (a.alive) {
+            // A group that is not finite counts whole: its numbers are in its scale.
+            const bool broken = a.kind == I16_PAIRS && !(a.scale[g] == a.scale[g]);
             int32_t count = a.alive_from[g];
             for (int kp = 0; kp < PAIRS; kp++) {
                 a.alive[count] = (int32_t)(g * PAIRS + kp);
-                count += (pairs[kp] & 0x7fff7fff) != 0;
+                count += broken || (pairs[kp] & 0x7fff7fff) != 0;
             }
             a.alive_from[g + 1] = count;
         }

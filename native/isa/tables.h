@@ -7,6 +7,7 @@ namespace fledge {
 constexpr int PANEL = 64;  // rows of a weight that lie together
 constexpr int GROUP = 32;  // inputs that share a scale, and the unit to which every K is filled up
 constexpr int PAIRS = GROUP / 2;
+constexpr int CHAINS = 8;  // sums that `burn` works on at a time: enough to keep the units busy, all in registers
 constexpr int LANES = 16;  // floats; rows of activations are filled up to a multiple of this
 
 // How the numbers of a weight are stored, which decides how its product is computed.

@@ -153,8 +153,9 @@ INLINE vf load_halves(const void* p) {
     // A normal number's exponent is moved; a subnormal one is its integer times 2^-24, which needs no exponent at all.
     const vi normal = (rest << 13) + splat((127 - 15) << 23);
     const vf subnormal = to_float(rest) * 0x1p-24f;
-    const vi is_small = (vi)(rest < 0x0400);
-    return (vf)(((normal & ~is_small) | ((vi)subnormal & is_small)) | sign);
+    const vi is_small = (vi)(rest < 0x0400), is_special = (vi)(rest >= 0x7c00);  // infinity and NaN
+    const vi finite = (normal & ~is_small) | ((vi)subnormal & is_small);
+    return (vf)((finite & ~is_special) | ((((rest & 0x3ff) << 13) | 0x7f800000) & is_special) | sign);
 #endif
 }
 

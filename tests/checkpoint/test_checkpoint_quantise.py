@@ -55,8 +55,8 @@ def test_all_products_and_nothing_else_are_quantised(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_file_holds_exactly_what_was_rounded(scheme: str, source: Path, tmp_path: Path) -> None:
     outcome = quantise(source, tmp_path / "q.safetensors", scheme)
-    config, tensors = load(source)
-    rest, matrices = quantise_tensors(config, tensors, scheme)
+    _, tensors = load(source)
+    rest, matrices = quantise_tensors(tensors, scheme)
     found = read(tmp_path / "q.safetensors")
     assert same(found.tensors, rest) and found.quantised.keys() == matrices.keys()
     for name, matrix in found.quantised.items():
@@ -263,7 +263,7 @@ def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (_float, r"not float32 \(64, 224\)"),
         (_too_short, f"{NAME}: an int4 matrix"),
         (_gone, "lists .* as quantised, but no such tensor is there"),
-        (_another, r"emb\.weight: an int4 matrix of 256 x 64 is uint8"),
+        (_another, "lists 'emb.weight' as quantised, which is never done"),
         (_vector, r"ln_out\.bias"),
     ],
 )

@@ -88,7 +88,11 @@ def test_what_is_not_finite_does_not_vanish(instruction_set: str, format: str, b
     x[1, 5] = bad
     with forced(instruction_set):
         y = matmul(x, matrix)
+        alone = torch.zeros(1, 64)
+        alone[0, 5] = bad
+        skipping = matmul(alone, matrix, sparse=True)
     assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
+    assert not skipping.isfinite().any()
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

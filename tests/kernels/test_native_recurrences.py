@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fledge.core.errors import BackendError
 from fledge.kernels import wkv, wkv4
+from fledge.kernels.native import wkv_native
 
 pytestmark = needs_native
 
@@ -112,3 +113,30 @@ def test_what_it_cannot_do_is_refused_and_never_chosen() -> None:
     assert y.requires_grad
     with pytest.raises(BackendError, match="float32 on a CPU"):
         wkv(*(x.detach().double() for x in (r, k, v, w, u, state)), backend="native")
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
+    """The library reads and writes as many numbers as it is told."""
+    r, k, v, w, u, state = (x.float() for x in inputs(5, DECAYS["trained"]))
+    for bad in (
+        (r, k, v, w, u, state[:1]),
+        (r, k, v, w[:1], u, state),
+        (r, k, v, w, u[:2], state),
+        (r, k[:, :4], v, w, u, state),
+        (r, k, v[:, :4], w, u, state),
+    ):
+        with pytest.raises(BackendError, match="needs a tensor of"):
+            wkv(*bad, backend="native")
+    with pytest.raises(BackendError, match="runs float32"):
+        wkv_native(*(x.bfloat16() for x in (r, k, v, w, u, state)))
+
+
+def test_a_transposed_state_of_rwkv4_is_read_as_it_stands() -> None:
+    k, v = torch.randn(2, 3, 5, 16)
+    w, u = -torch.rand(3, 5, 16), torch.randn(16)
+    state = tuple(torch.rand(16, 3).T for _ in range(3))
+    expected, after = wkv4(k, v, w, u, state, backend="reference")  # type: ignore[arg-type]
+    found, found_after = wkv4(k, v, w, u, state, backend="native")  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for have, want in zip(found_after, after, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)

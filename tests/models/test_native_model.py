@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fledge.checkpoint import Weights, assemble, detect
 from fledge.checkpoint.quantise import quantise_tensors
-from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
 from fledge.models import Trunk
 from fledge.models.config import ModelConfig
 from fledge.models.native import NativeModel
+from fledge.models.recycled import KEPT, Recycler
 
 pytestmark = needs_native
 
@@ -102,7 +103,7 @@ def test_float16_weights_stay_so_and_are_multiplied_in_float32(version: str) -> 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str) -> None:
     config, tensors = weights_of(version, 2, 72, 24)
-    rest, quantised = quantise_tensors(config, tensors, scheme)
+    rest, quantised = quantise_tensors(tensors, scheme)
     given = Weights(rest, quantised)
     idx = tokens(2, 30)
     with torch.no_grad():
@@ -118,7 +119,7 @@ def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str)
 @pytest.mark.parametrize("version", ["4", "5.2", "6.0"])
 def test_the_same_bits_in_any_batch_and_any_cut(instruction_set: str, version: str, scheme: str | None) -> None:
     config, tensors = weights_of(version, 2, 72, 24, dtype=torch.bfloat16)
-    rest, quantised = quantise_tensors(config, tensors, scheme) if scheme else (tensors, {})
+    rest, quantised = quantise_tensors(tensors, scheme) if scheme else (tensors, {})
     model, idx = NativeModel(config, rest, quantised), tokens(4, 40)
     with forced(instruction_set):
         logits, state = model(idx)
@@ -172,6 +173,8 @@ def test_nothing_to_read(version: str) -> None:
     assert all(torch.equal(x, begun.tensors()[name]) for name, x in state.tensors().items())
     logits, state = model(tokens(0, 3))
     assert logits.shape == (0, 3, VOCAB) and state.batch == 0
+    logits, state = model(tokens(0, 3), lengths=torch.zeros(0, dtype=torch.long), last=True)
+    assert logits.shape == (0, 1, VOCAB)
 
 
 def test_mistakes_are_named() -> None:
@@ -262,3 +265,24 @@ def test_a_state_is_never_written_again() -> None:
     for _ in range(6):
         _, state = model(idx, state)
     assert torch.equal(part, kept)
+
+
+def test_unused_memory_is_bounded_and_lies_on_cache_lines() -> None:
+    memory = Recycler()
+    for rows in range(300_000, 300_020):
+        assert memory.empty((rows,)).data_ptr() % 64 == 0
+    assert len(memory._free) == KEPT
+    again = memory.empty((300_019,))
+    assert again.data_ptr() % 64 == 0 and len(memory._free) == KEPT - 1
+
+
+def test_weights_that_do_not_fit_the_config_are_refused() -> None:
+    config, tensors = weights_of("6.0", 2, 40, 8)
+    wrong = {**tensors, "emb.weight": tensors["emb.weight"][:9], "head.weight": tensors["head.weight"][:9]}
+    with pytest.raises(CheckpointError, match=r"wrong shape: emb\.weight"):
+        assemble(config, wrong, pack=True)
+    with pytest.raises(CheckpointError, match=r"emb\.weight is missing or has another size"):
+        NativeModel(config, {**tensors, "emb.weight": wrong["emb.weight"]})
+    rest, quantised = quantise_tensors(tensors, "int8")
+    with pytest.raises(UsageError, match="is quantised already"):
+        assemble(config, Weights(rest, quantised), pack=True, quant="int4")
