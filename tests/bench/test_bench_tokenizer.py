@@ -70,9 +70,15 @@ def test_settings_are_checked(field: str, value: Any) -> None:
         Spec(**{field: value})
 
 
+def fast_programs() -> bool:
+    """Whether any program is here that is not written in Python."""
+    return not all(program.slow for program in benchmark.find_programs(1))
+
+
 def test_every_program_has_its_figures() -> None:
     outcome = run(Spec(megabytes=0.05, repeats=2, threads=2), silent)
-    assert "fledge python" in outcome.figures and outcome.text["tokens"] > 5000
+    # Where all programs are slow ones, all get the part of the text that slow ones get.
+    assert "fledge python" in outcome.figures and outcome.text["tokens"] > (5000 if fast_programs() else 5000 // 16)
     assert all(len(sample.values) == 2 and min(sample.values) > 0 for sample in outcome.figures.values())
 
 
@@ -96,7 +102,8 @@ def test_table_json_line_and_record(
     command(text=folder, repeats=1, threads=1, record=path)
     captured = capsys.readouterr()
     last = json.loads(captured.out.splitlines()[-1])
-    assert "texts: 5 documents, 2,418 bytes" in captured.out and last["megabytes_per_s"]["fledge python"] > 0
+    measured = "texts: 5 documents, 2,418 bytes" if fast_programs() else "texts: 1 documents, "
+    assert measured in captured.out and last["megabytes_per_s"]["fledge python"] > 0
     assert "fewer than 3 repeats" in captured.err
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["command"] == "fledge bench tokenizer texts" and record["settings"]["text"] == "texts"
