@@ -5,17 +5,11 @@ For what needs some text and does not care how it is stored: calibration, measur
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import lzma
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fledge.core.errors import UsageError
-from fledge.data.documents import Document, read_jsonl
-
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+from fledge.data.documents import OPENERS, Document, read_jsonl
 
 
 def read_texts(path: Path) -> list[Document]:

@@ -121,11 +121,20 @@ class PackedMatrix:
         return cls(weight.format, weight.rows, weight.columns, weight.data.contiguous())
 
 
+def _storable(weight: Tensor) -> Tensor:
+    """The weight in a dtype that the library reads."""
+    weight = weight.detach()
+    return weight if weight.dtype in STORED else weight.float()
+
+
+def _source(weight: Tensor) -> tuple[int, ...]:
+    """How the library is told of a dense weight: rows, columns, address, dtype and both strides."""
+    return (*weight.shape, weight.data_ptr(), STORED[weight.dtype], *weight.stride())
+
+
 def pack(weight: Tensor, format: str) -> PackedMatrix:
     """A dense weight (rows, columns), any float dtype and strides, as one of the formats that are not quantised."""
-    weight = weight.detach()
-    if weight.dtype not in STORED:
-        weight = weight.float()
+    weight = _storable(weight)
     rows, columns = weight.shape
     size = functions().fledge_packed_bytes(FORMATS[format], rows, columns)
     assert size > 0 and format not in ("int8", "int4"), (format, rows, columns)
@@ -134,12 +143,7 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
     follow_torch_threads()
     failed = functions().fledge_pack(
         FORMATS[format],
-        rows,
-        columns,
-        weight.data_ptr(),
-        STORED[weight.dtype],
-        weight.stride(0),
-        weight.stride(1),
+        *_source(weight),
         data.data_ptr(),
     )
     enough_memory(failed, f"a weight of {rows} x {columns}")
@@ -148,9 +152,7 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
 
 def quantise_native(weight: Tensor, format: str, importance: Tensor | None = None) -> tuple[Quantised, float] | None:
     """As `fledge.kernels.rounding.quantise_reference`, with the same arguments and results."""
-    weight = weight.detach()
-    if weight.dtype not in STORED:
-        weight = weight.float()
+    weight = _storable(weight)
     rows, columns = weight.shape
     shape = blocks_shape(format, rows, columns)
     data = torch.empty(shape, dtype=torch.uint8)
@@ -159,12 +161,7 @@ def quantise_native(weight: Tensor, format: str, importance: Tensor | None = Non
     follow_torch_threads()
     error: float = functions().fledge_quantise(
         FORMATS[format],
-        rows,
-        columns,
-        weight.data_ptr(),
-        STORED[weight.dtype],
-        weight.stride(0),
-        weight.stride(1),
+        *_source(weight),
         None if importance is None else importance.data_ptr(),
         data.data_ptr(),
     )
