@@ -44,7 +44,7 @@ fix: $(DEVELOPING) ## format the code and repair what the linter can
 	$(BIN)/ruff check --fix .
 
 bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
-	$(BIN)/fledge bench generate --peer
+	$(BIN)/fledge bench cpu --widths fp32,bf16,int8,int4
 
 # Leaks are not looked for: Python and torch keep memory until the end on purpose.
 sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behaviour sanitizers

@@ -1,7 +1,9 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu.h"
 #include "export.h"
@@ -40,71 +42,70 @@ uint16_t float_to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-template <int32_t STORED>
-float read(const void* data, int64_t at) {
-    if constexpr (STORED == STORED_F32) return static_cast<const float*>(data)[at];
-    const uint16_t bits = static_cast<const uint16_t*>(data)[at];
-    return STORED == STORED_BF16 ? from_bits(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
+template <class T, int32_t STORED>
+T converted(uint32_t stored) {
+    if constexpr (STORED == STORED_F16 && sizeof(T) == 2) return static_cast<T>(stored);  // F16_EXACT: nothing is rounded
+    if constexpr (STORED == STORED_BF16 && sizeof(T) == 2) return static_cast<T>(stored);
+    const float x = STORED == STORED_F32    ? from_bits(stored)
+                    : STORED == STORED_BF16 ? from_bits(stored << 16)
+                                            : half_to_float(static_cast<uint16_t>(stored));
+    if constexpr (sizeof(T) == 2) return float_to_bf16(x);
+    return static_cast<T>(x);
 }
 
-template <int32_t STORED>
-void pack_panel_floats(const Source& from, const Matrix& w, int64_t panel, float* out) {
-    for (int64_t j = 0; j < w.padded(); j++)
-        for (int64_t i = 0; i < PANEL; i++) {
-            const int64_t row = panel * PANEL + i;
-            out[j * PANEL + i] = row < w.n && j < w.k ? read<STORED>(from.data, row * from.row + j * from.column) : 0;
-        }
+// One group of inputs of the 64 rows of a panel: float, or 16 bits as the format has them. Zeros outside the weight.
+template <class T>
+using Rows = T[PANEL][GROUP];
+
+template <class T, int32_t STORED>
+void gather(const Source& from, const Matrix& w, int64_t panel, int64_t group, Rows<T>& rows) {
+    using Stored = std::conditional_t<STORED == STORED_F32, uint32_t, uint16_t>;
+    const int64_t first = panel * PANEL, start = group * GROUP;
+    const int64_t height = std::min<int64_t>(PANEL, w.n - first), width = std::min<int64_t>(GROUP, w.k - start);
+    if (height < PANEL || width < GROUP) std::memset(rows, 0, sizeof rows);
+    for (int64_t i = 0; i < height; i++) {
+        const Stored* row = static_cast<const Stored*>(from.data) + (first + i) * from.row + start * from.column;
+        if (from.column == 1)
+            for (int64_t j = 0; j < width; j++) rows[i][j] = converted<T, STORED>(row[j]);
+        else
+            for (int64_t j = 0; j < width; j++) rows[i][j] = converted<T, STORED>(row[j * from.column]);
+    }
 }
 
-template <int32_t STORED>
-uint32_t bf16_at(const Source& from, int64_t at) {
-    if constexpr (STORED == STORED_BF16) return static_cast<const uint16_t*>(from.data)[at];
-    return float_to_bf16(read<STORED>(from.data, at));
-}
-
-template <int32_t STORED>
-void pack_panel_bf16(const Source& from, const Matrix& w, int64_t panel, uint32_t* out) {
-    // Blocks of 16 pairs: 64 rows are read along, a cache line of each, before the next block is begun.
-    for (int64_t block = 0; block < w.padded(); block += GROUP)
-        for (int64_t i = 0; i < PANEL; i++) {
-            const int64_t row = panel * PANEL + i;
-            uint32_t* to = out + block / 2 * PANEL + i;
-            for (int64_t j = block; j < block + GROUP; j += 2, to += PANEL) {
-                uint32_t both = 0;
-                if (row < w.n && j < w.k) both = bf16_at<STORED>(from, row * from.row + j * from.column);
-                if (row < w.n && j + 1 < w.k) both |= bf16_at<STORED>(from, row * from.row + (j + 1) * from.column) << 16;
-                *to = both;
-            }
-        }
-}
-
-// Of weights that are float16 already: nothing is rounded.
-void pack_panel_f16(const Source& from, const Matrix& w, int64_t panel, uint16_t* out) {
-    const uint16_t* values = static_cast<const uint16_t*>(from.data);
-    for (int64_t j = 0; j < w.padded(); j++)
-        for (int64_t i = 0; i < PANEL; i++) {
-            const int64_t row = panel * PANEL + i;
-            out[j * PANEL + i] = row < w.n && j < w.k ? values[row * from.row + j * from.column] : uint16_t{0};
-        }
-}
-
-template <int32_t STORED>
-void pack_panel(const Source& from, const Matrix& w, int64_t panel, uint8_t* data) {
-    uint8_t* out = data + panel * w.panel_bytes();
-    if (w.format == F32)
-        pack_panel_floats<STORED>(from, w, panel, reinterpret_cast<float*>(out));
-    else if (w.format == F16_EXACT)
-        pack_panel_f16(from, w, panel, reinterpret_cast<uint16_t*>(out));
-    else
-        pack_panel_bf16<STORED>(from, w, panel, reinterpret_cast<uint32_t*>(out));
-}
-
-float value(const Source& from, int64_t row, int64_t column) {
-    const int64_t at = row * from.row + column * from.column;
+template <class T>
+void gather(const Source& from, const Matrix& w, int64_t panel, int64_t group, Rows<T>& rows) {
     switch (from.stored) {
-        case STORED_F32: return read<STORED_F32>(from.data, at);
-        case STORED_BF16: return read<STORED_BF16>(from.data, at);
-        default: return read<STORED_F16>(from.data, at);
+        case STORED_F32: return gather<T, STORED_F32>(from, w, panel, group, rows);
+        case STORED_BF16: return gather<T, STORED_BF16>(from, w, panel, group, rows);
+        default: return gather<T, STORED_F16>(from, w, panel, group, rows);
+    }
+}
+
+// Columns of `rows` become rows of the block.
+template <class T>
+void transpose(const T* rows, int64_t columns, T* block) {
+    for (int64_t j = 0; j < columns; j++)
+        for (int64_t i = 0; i < PANEL; i++) block[j * PANEL + i] = rows[i * columns + j];
+}
+
+void pack_panel(const Source& from, const Matrix& w, int64_t panel, uint8_t* data) {
+    for (int64_t group = 0; group < w.padded() / GROUP; group++) {
+        uint8_t* block = data + panel * w.panel_bytes() + group * block_bytes(w.format);
+        if (w.format == F32) {
+            alignas(64) Rows<float> rows;
+            gather(from, w, panel, group, rows);
+            transpose(rows[0], GROUP, reinterpret_cast<float*>(block));
+            continue;
+        }
+        alignas(64) Rows<uint16_t> rows;
+        gather(from, w, panel, group, rows);
+        if (w.format == F16_EXACT) {
+            transpose(rows[0], GROUP, reinterpret_cast<uint16_t*>(block));
+        } else {
+            alignas(64) uint32_t pairs[PANEL * PAIRS];
+            std::memcpy(pairs, rows, sizeof rows);  // the first of a pair in the low half
+            transpose(pairs, PAIRS, reinterpret_cast<uint32_t*>(block));
+        }
     }
 }
 
@@ -112,14 +113,10 @@ float value(const Source& from, int64_t row, int64_t column) {
 double quantise_panel(const Source& from, const Matrix& to, int64_t panel, const float* importance, uint8_t* data) {
     double total = 0;
     for (int64_t group = 0; group < to.padded() / GROUP; group++) {
-        alignas(64) float rows[PANEL * GROUP];
-        for (int64_t i = 0; i < PANEL; i++)
-            for (int64_t j = 0; j < GROUP; j++) {
-                const int64_t row = panel * PANEL + i, column = group * GROUP + j;
-                rows[i * GROUP + j] = row < to.n && column < to.k ? value(from, row, column) : 0.0f;
-            }
+        alignas(64) Rows<float> rows;
+        gather(from, to, panel, group, rows);
         uint8_t* block = data + panel * to.panel_bytes() + group * block_bytes(to.format);
-        const double error = kernels().quantise(to.format, rows, importance ? importance + group * GROUP : nullptr, block);
+        const double error = kernels().quantise(to.format, rows[0], importance ? importance + group * GROUP : nullptr, block);
         if (error < 0) return -1;
         total += error;
     }
@@ -136,13 +133,7 @@ int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
 }
 
 void pack(const Source& from, const Matrix& to, uint8_t* data) {
-    parallel(to.panels(), [&](int64_t panel, int) {
-        switch (from.stored) {
-            case STORED_F32: return pack_panel<STORED_F32>(from, to, panel, data);
-            case STORED_BF16: return pack_panel<STORED_BF16>(from, to, panel, data);
-            default: return pack_panel<STORED_F16>(from, to, panel, data);
-        }
-    });
+    parallel(to.panels(), [&](int64_t panel, int) { pack_panel(from, to, panel, data); });
 }
 
 }  // namespace fledge

@@ -123,7 +123,7 @@ def test_the_pages_have_command_lines() -> None:
     assert any(names_a_checkpoint(line.arguments) for line in lines())
 
 
-@pytest.mark.parametrize("arguments", ["nonsense", "generate --no-such", "bench generate --no-such", "chat --top-q 1"])
+@pytest.mark.parametrize("arguments", ["nonsense", "generate --no-such", "bench cpu --no-such", "chat --top-q 1"])
 def test_the_checker_catches_what_does_not_exist(arguments: str) -> None:
     with pytest.raises(Exception, match=r"(?i)no such"):
         check_options(shlex.split(arguments))

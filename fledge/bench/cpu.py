@@ -23,8 +23,7 @@ from fledge.bench.agreement import Difference, check, compare
 from fledge.bench.cpu_figures import Block, Case, Figures, figures_of
 from fledge.bench.cpu_files import KINDS, ModelFiles, gguf_bytes, matrix_numbers, model_files, random_files, read_once
 from fledge.bench.environment import machine_facts, package_version
-from fledge.bench.generate import PEER_SETTINGS, Report
-from fledge.bench.harness import in_fresh_process, interleaved
+from fledge.bench.harness import Report, in_fresh_process, interleaved
 from fledge.bench.limits import Limits
 from fledge.bench.random_model import config_of
 from fledge.checkpoint import inspect
@@ -34,6 +33,7 @@ from fledge.engine.loading import locate
 WIDTHS = ("fp32", "bf16", "int8", "int4")
 DEFAULT_WIDTHS = ("bf16", "int8", "int4")
 DEFAULT_SHAPE = "L12-D768"
+PEER_SETTINGS = {"RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
 RWKV_BYTES = {"fp32": 4, "bf16": 2}
 FIRST_TOKENS = 8  # of each text of a batch, before the clock runs
 LIMITS = "limits of the machine"

@@ -49,7 +49,7 @@ class Figures:
     batch: Sample | None  # tokens of all texts together
     imports: Sample  # of the program, before anything is loaded
     load: Sample
-    first_token: Sample  # from the beginning of loading, the whole prompt included
+    first_token: Sample  # from the beginning of loading, a short prompt included
     process: Sample  # from beginning to end, everything included
     peak: Sample | None  # with one text
     batch_peak: Sample | None

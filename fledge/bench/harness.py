@@ -22,6 +22,9 @@ from fledge.core.errors import FledgeError
 from fledge.core.files import atomic_path
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+Report = Callable[[str, int, int], None]
+"""Called with (what runs now, runs done, runs in all)."""
+
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 

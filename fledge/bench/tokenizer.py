@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.bench.environment import machine_facts, package_version, usable_cores
-from fledge.bench.harness import Sample, interleaved
+from fledge.bench.harness import Report, Sample, interleaved
 from fledge.bench.texts import documents, size_of, synthetic, thinned
 from fledge.core.errors import FledgeError, UsageError
 from fledge.tokenizer import Tokenizer, load_world
@@ -30,8 +30,6 @@ SLOW_SHARE = 16
 
 FASTEST_PEER = "pyrwkv-tokenizer"
 Run = Callable[[Sequence[str]], Sequence[Any]]
-Report = Callable[[str, int, int], None]
-"""Called with (what runs now, runs done, runs in all)."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     folder or file              used as it is
     owner/name                  the folder of that repository, downloaded once and cached by huggingface_hub
-    owner/name/file.pth         one file of it (the official weights are published this way)
+    owner/name/file.pth         one file of it (the official weights are published this way; also .safetensors, .gguf)
 
 A path that exists always wins, and nothing is downloaded for something that looks like a path.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from fledge.core.errors import CheckpointError
 
 PART = r"[A-Za-z0-9][\w.-]*"
-REPOSITORY = re.compile(rf"({PART}/{PART})(?:/([\w./ -]+\.(?:pth|safetensors)))?")
+REPOSITORY = re.compile(rf"({PART}/{PART})(?:/([\w./ -]+\.(?:pth|safetensors|gguf)))?")
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".gguf")
 WANTED = ("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin")
 

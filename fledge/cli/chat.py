@@ -33,6 +33,5 @@ def chat(
 
     with SlowBar("reading the system text"):
         talk = llm.chat(system=system, template=template, params=sampling.applied_to(CHAT_PARAMS))
-    dtype = str(llm.dtype).removeprefix("torch.")
-    remark(f"{llm.name}: {llm.config.family}, {dtype} on {llm.device}. /help lists commands")
+    remark(f"{llm.name}: {llm.config.family}, {llm.weights} on {llm.device}. /help lists commands")
     Conversation(talk, interactive=sys.stdin.isatty() and sys.stdout.isatty()).run()

@@ -113,7 +113,7 @@ def record(llm: LLM, done: Completion, load_s: float) -> dict[str, Any]:
         "seed": done.seed,
         "model": llm.name,
         "device": str(llm.device),
-        "dtype": str(llm.dtype).removeprefix("torch."),
+        "weights": llm.weights,
         "timings": {"load_s": load_s, "prefill_s": prefill_s, "decode_s": decode_s},
         "tokens_per_second": {
             "prefill": _rate(done.prompt_tokens, prefill_s),

@@ -60,10 +60,16 @@ class LLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrices; everything else is float32."""
+        """The dtype of the matrices that are not quantised; everything else is float32."""
         if isinstance(self.model, NativeModel):
             return self.model.dtype
         return next((weight.dtype for weight in self.model.parameters() if weight.dim() == 2), torch.float32)
+
+    @property
+    def weights(self) -> str:
+        """How the matrices are held, in words: "bfloat16", "int8", "int4+int8"."""
+        quantised = self.model.quantised if isinstance(self.model, NativeModel) else ()
+        return "+".join(quantised) or str(self.dtype).removeprefix("torch.")
 
     def generate(
         self, prompt: Prompt, *, state: State | None = None, params: SamplingParams | None = None, **overrides: Any

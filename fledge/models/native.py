@@ -116,6 +116,11 @@ class NativeModel(nn.Module):
         return torch.bfloat16 if "bfloat16" in formats else torch.float32
 
     @property
+    def quantised(self) -> tuple[str, ...]:
+        """The formats of the matrices that are quantised: "int4", "int8" or both; empty where none is."""
+        return tuple(sorted({matrix.format for matrix in self.matrices.values()} & {"int4", "int8"}))
+
+    @property
     def formats(self) -> dict[str, int]:
         """Format -> bytes of the matrices stored in it."""
         found: dict[str, int] = {}

@@ -16,7 +16,8 @@ constexpr int COLUMNS = NV * W;            // 64, 32 or 16
 constexpr int PARTS = PANEL / COLUMNS;     // 1, 2 or 4
 constexpr int TILE = W == 16 ? 6 : 3;      // rows: as many as the registers hold
 constexpr int FAR = 32;  // pairs: the same where zeros are skipped, and into the second cache, which waits for more at once
-constexpr int AHEAD = 2048;                // bytes; a stream is asked for this early, across page borders too
+
+constexpr int FEW_TILES = 4;
 
 struct Tile {
     const void* a;       // first input (pair) of the tile
@@ -30,11 +31,16 @@ struct Tile {
 };
 
 INLINE void bring(const Tile& t, int64_t pair) {
-    for (int64_t i = 0; i < t.ahead_step; i += 64) __builtin_prefetch(t.ahead + pair * t.ahead_step + i);
+    for (int64_t i = 0; i < t.ahead_step; i += 64) __builtin_prefetch(t.ahead + pair * t.ahead_step + i, 0, 2);
 }
 
+// A stream is asked for this many bytes early, across page borders too. Measured by format: int4 takes the longest to
+// work off, and the processor's own reading ahead helps the others, which a longer distance disturbs.
+constexpr int AHEAD = 2048, AHEAD_INT4 = 4096;
+
+template <int DISTANCE = AHEAD>
 INLINE void ask(const uint8_t* p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i, 0, 2);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + DISTANCE + i, 0, 2);
 }
 
 // ---- bf16 x bf16
@@ -138,7 +144,9 @@ void tile_float(const uint8_t* panel, int64_t groups, const Tile& t) {
 struct Int8 {
     static constexpr int BYTES = 2 * PANEL + GROUP * PANEL;
     static constexpr int PAIR_BYTES = 2 * PANEL;
+    static constexpr int DISTANCE = AHEAD;
     static constexpr bool HAS_MIN = false;
+    INLINE bool sixteenfold(int, int) { return false; }
     INLINE const uint8_t* pairs(const uint8_t* block) { return block + 2 * PANEL; }
     INLINE void pair(const uint8_t* p, int part, vi (&out)[NV]) {
         for (int v = 0; v < NV; v++) out[v] = widen_bytes(p + (part * COLUMNS + v * W) * 2);
@@ -148,15 +156,20 @@ struct Int8 {
 struct Int4 {
     static constexpr int BYTES = 4 * PANEL + GROUP * PANEL / 2;
     static constexpr int PAIR_BYTES = PANEL;
+    static constexpr int DISTANCE = AHEAD_INT4;
     static constexpr bool HAS_MIN = true;
+    INLINE bool sixteenfold(int part, int v) { return (part * NV + v) * W / 16 % 2; }
     INLINE const uint8_t* pairs(const uint8_t* block) { return block + 4 * PANEL; }
     INLINE void pair(const uint8_t* p, int part, vi (&out)[NV]) {
         constexpr int LOADS = 16 / W;            // of the 16 words
         constexpr int QUARTERS = NV / LOADS;     // of the panel in this part
         for (int i = 0; i < LOADS; i++) {
             const vi words = load_ints(p + i * W * 4);
-            for (int q = 0; q < QUARTERS; q++)
-                out[q * LOADS + i] = (vi)((vu)words >> (4 * (part * QUARTERS + q))) & 0x000f000f;
+            for (int q = 0; q < QUARTERS; q++) {
+                const int quarter = part * QUARTERS + q;
+                const vi shifted = quarter < 2 ? words : (vi)((vu)words >> 8);
+                out[q * LOADS + i] = shifted & (quarter % 2 ? 0x00f000f0 : 0x000f000f);
+            }
         }
     }
 };
@@ -197,8 +210,9 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
                     pair(t.alive[i] - (int)g * PAIRS);
                 }
             } else {
-                if (M == 1 && part == 0) ask(block, Stored::BYTES);
+                if (M == 1 && part == 0) ask<Stored::DISTANCE>(block, Stored::BYTES - PAIRS * Stored::PAIR_BYTES);
                 for (int kp = 0; kp < PAIRS; kp++) {
+                    if (M == 1 && part == 0) ask<Stored::DISTANCE>(Stored::pairs(block) + kp * Stored::PAIR_BYTES, Stored::PAIR_BYTES);
                     if (M > 1 && part == 0) bring(t, g * PAIRS + kp);
                     pair(kp);
                 }
@@ -212,7 +226,7 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
                 const vf by = splat(t.scale[g * t.stride + m]), total = splat(t.total[g * t.stride + m]);
                 for (int v = 0; v < NV; v++) {
                     float* c = t.c + m * PANEL + part * COLUMNS + v * W;
-                    vf sum = fma(to_float(acc[m][v]), scale[v] * by, load(c));
+                    vf sum = fma(to_float(acc[m][v]), scale[v] * (Stored::sixteenfold(part, v) ? by * 0.0625f : by), load(c));
                     if (Stored::HAS_MIN) sum = fma(least[v], total, sum);
                     store(c, sum);
                 }
@@ -245,12 +259,11 @@ TileFunction tile_for(int32_t format, int64_t rows) {
 }
 
 // A panel is worked off in blocks of about this size, each with all rows before the next. While they multiply, the tiles
-// share the work of asking for the next block: with a few rows, memory and arithmetic would otherwise take turns.
-constexpr int64_t BLOCK_BYTES = 32 << 10;
-
+// share the work of asking for the next block: with a few rows, memory and arithmetic would otherwise take turns. The
+// fewer tiles, the smaller the block, which stays in the first cache beside the next one's arrival in the second.
 INLINE int64_t groups_of_block(const Matrix& w, const Activations& a) {
     if (a.rows <= a.stride) return a.padded / GROUP;
-    const int64_t fitting = BLOCK_BYTES / block_bytes(w.format);
+    const int64_t bytes = a.rows <= FEW_TILES * a.stride ? 16 << 10 : 32 << 10, fitting = bytes / block_bytes(w.format);
     return fitting < 1 ? 1 : fitting;
 }
 

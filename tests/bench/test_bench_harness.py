@@ -43,8 +43,8 @@ def test_peak_memory_is_that_of_this_process() -> None:
 
 
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(FledgeError, match=r"fledge\.bench\.worker failed with exit code 1: KeyError: 'threads'"):
-        in_fresh_process("fledge.bench.worker", {}, {})
+    with pytest.raises(FledgeError, match=r"fledge\.bench\.cpu_worker failed with exit code 1: KeyError: 'threads'"):
+        in_fresh_process("fledge.bench.cpu_worker", {}, {})
 
 
 def test_a_record_is_whole(tmp_path: Path) -> None:

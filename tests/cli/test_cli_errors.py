@@ -93,7 +93,7 @@ def test_files_that_are_no_models(fledge: Any, tmp_path: Path, make: Callable[[P
         ["chat", "--model", path],
         ["tokenize", "Once", "--model", path],
         ["convert", path, tmp_path / "copy.safetensors"],
-        ["bench", "generate", "--model", path],
+        ["bench", "cpu", "--model", path],
     ):
         fledge(*arguments).check_error(1, *BAD[make])
     assert not (tmp_path / "trap").exists() and not (tmp_path / "copy.safetensors").exists()

@@ -60,7 +60,7 @@ def test_json_is_one_object(fledge: Any, byte_model: Path) -> None:
     record = json.loads(result.text)
     assert result.code == 0 and result.text.count("\n") == 1
     assert len(record["ids"]) == 3 and record["finish_reason"] == "length" and record["prompt_tokens"] == 4
-    assert (record["model"], record["dtype"]) == ("bytes", "float32")
+    assert (record["model"], record["weights"]) == ("bytes", "float32")
     assert record["timings"].keys() == {"load_s", "prefill_s", "decode_s"} and record["tokens_per_second"]["decode"] > 0
     again = fledge("generate", "Once", "-m", byte_model, "--max-tokens", "3", "--json", "--seed", record["seed"])
     assert json.loads(again.text)["ids"] == record["ids"]

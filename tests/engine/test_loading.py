@@ -13,6 +13,7 @@ import fledge
 from fledge import checkpoint
 from fledge.checkpoint import reader
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
+from fledge.core.native import library
 from fledge.engine import loading
 from fledge.tokenizer import load_world, prune, world_vocabulary
 
@@ -65,6 +66,14 @@ def test_packing_changes_nothing_but_speed(
 def test_a_dtype_that_is_asked_for(tmp_path: Path) -> None:
     llm = fledge.load(str(save_pth(tmp_path, 256)), device="cpu", dtype="bf16")
     assert (llm.dtype, llm.dtype_reason) == (torch.bfloat16, "asked for")
+
+
+def test_how_the_weights_are_held_is_told(tmp_path: Path) -> None:
+    path = save_pth(tmp_path, 256, torch.bfloat16)
+    assert fledge.load(path, device="cpu", dtype="bfloat16").weights == "bfloat16"
+    native = library() is not None
+    for quant, held in (("int8", "int8"), ("int4", "int4")):
+        assert fledge.load(path, device="cpu", quant=quant).weights == (held if native else "float32")
 
 
 @pytest.mark.parametrize(
