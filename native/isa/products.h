@@ -293,8 +293,7 @@ INLINE void panel_block(const Matrix& w, const uint8_t* data, const Block& block
     const int64_t groups = a.padded / GROUP, bytes = block_bytes(w.format);
     const int64_t word = a.kind == FLOATS ? 1 : 2;  // inputs in a word of the activations
     const int64_t tile_words = a.padded / word * a.stride, tiles = (a.rows + a.stride - 1) / a.stride;
-    const int64_t next = groups - g - count < count ? groups - g - count : count;  // groups of the next block
-    const int64_t share = (next * bytes + tiles - 1) / tiles, pairs = count * PAIRS;
+    const int64_t share = (count * bytes + tiles - 1) / tiles, pairs = count * PAIRS;
     for (int64_t tile = 0; tile < tiles; tile++) {
         const int64_t row = tile * a.stride, left = a.rows - row, rows = left < a.stride ? left : a.stride;
         const int64_t scales = (tile * groups + g) * a.stride;
@@ -306,8 +305,9 @@ INLINE void panel_block(const Matrix& w, const uint8_t* data, const Block& block
         t.c = c + row * PANEL;
         t.first = g == 0;
         t.ahead_step = (share + pairs * 64 - 1) / (pairs * 64) * 64;
-        t.ahead = data + (g + count) * bytes + tile * t.ahead_step * pairs;
-        if (tile * t.ahead_step * pairs >= next * bytes) t.ahead_step = 0;
+        // What lies behind the last block of a panel is the next panel, which the same thread nearly always takes.
+        t.ahead = data + (tiles == 1 ? g * bytes + AHEAD : (g + count) * bytes + tile * t.ahead_step * pairs);
+        if (tile * t.ahead_step * pairs >= count * bytes) t.ahead_step = 0;
         if (g + count == groups) ask_for_output(y + row * stride, stride, rows);
         tile_for<TILE>(w.format, rows)(data + g * bytes, count, t);
     }
