@@ -1,4 +1,4 @@
-"""A token store: the ids of a corpus in one flat uint16 file, documents separated by id 0, and windows out of it."""
+"""A token store: the ids of a corpus in one flat uint16 file, documents separated by id 0."""
 
 from __future__ import annotations
 
@@ -35,28 +35,3 @@ def open_tokens(path: Path) -> npt.NDArray[np.uint16]:
         raise UsageError(f"{path} is not a token store with at least two tokens; run the prepare step first")
     return np.memmap(path, dtype=STORED, mode="r")
 
-
-class Windows:
-    """Windows of `length` + 1 ids at shuffled, non-overlapping places, none visited twice in an epoch.
-
-    Batch number n is a pure function of (seed, n), so a run can stop anywhere and go on with the same data. Every epoch
-    cuts the text at other places, and leaves out less than one batch and two windows of it.
-    """
-
-    def __init__(self, tokens: npt.NDArray[np.uint16], length: int, batch: int, seed: int) -> None:
-        self.tokens, self.length, self.batch, self.seed = tokens, length, batch, seed
-        self.slots = (len(tokens) - 1) // length - 1  # one less leaves room for the random phase of an epoch
-        if self.slots < batch:
-            raise UsageError(f"{len(tokens)} tokens are too few for batches of {batch} windows of {length} tokens")
-        self.per_epoch = self.slots // batch
-        self._epoch = -1  # of which `_starts` holds the shuffled places
-        self._starts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, number: int) -> npt.NDArray[np.int64]:
-        """Batch `number` (0, 1, 2, ...) as int64 (batch, length + 1)."""
-        epoch, step = divmod(number, self.per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self._epoch, self._starts = epoch, rng.permutation(self.slots) * self.length + rng.integers(self.length)
-        starts = self._starts[step * self.batch : (step + 1) * self.batch]
-        return np.stack([self.tokens[s : s + self.length + 1] for s in starts]).astype(np.int64)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fledge.kernels import wkv
 from fledge.models.config import ModelConfig
-from fledge.models.layers import HeadNorm, LayerNorm, Linear, channel_mix, last_token, token_shift, vector
+from fledge.models.layers import HeadNorm, LayerNorm, Linear, channel_mix, own_value, vector
 from fledge.models.state import WkvState
-from fledge.models.trunk import Padding, Trunk
+from fledge.models.trunk import Layout, Trunk
 
 
 class TimeMix(nn.Module):
@@ -62,20 +62,22 @@ class TimeMix(nn.Module):
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return torch.addcmul(x, delta, mix + torch.stack(static).float()).unbind(0)
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, padding: Padding) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        xw, xk, xv, xr, xg = self.mixed_inputs(x, token_shift(x, shift) - x)
+        xw, xk, xv, xr, xg = self.mixed_inputs(x, layout.shifted(x, shift) - x)
         r = self.receptance(xr).view(heads)  # (B, T, H, K)
-        k = padding.zero(self.key(xk)).view(heads)
+        k = layout.zero(self.key(xk)).view(heads)
         v = self.value(xv).view(heads)  # (B, T, H, V)
         g = nn.functional.silu(self.gate(xg))  # (B, T, A)
         low = torch.tanh(xw @ self.time_decay_w1.float())  # (B, T, Dd)
         decay = self.time_decay.float() + low @ self.time_decay_w2.float()  # (B, T, A)
-        w = padding.zero(-torch.exp(decay)).view(heads)
-        y, state = wkv(r, k, v, w, self.time_faaaa.float(), state)
-        return self.output(self.ln_x(y) * g), last_token(x, shift, padding.lengths), state
+        w = layout.decay(-torch.exp(decay)).view(heads)
+        u = self.time_faaaa.float()
+        y, state = wkv(r, k, v, w, u, state)
+        y = layout.alone(y, lambda: own_value(r, k, v, u))
+        return self.output(self.ln_x(y) * g), layout.last(x, shift), state
 
 
 class ChannelMix(nn.Module):
@@ -90,12 +92,12 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        delta = token_shift(x, shift) - x
+        delta = layout.shifted(x, shift) - x
         xk, xr = torch.addcmul(x, delta, self.time_maa_k.float()), torch.addcmul(x, delta, self.time_maa_r.float())
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
-        return out, last_token(x, shift, padding.lengths)
+        return out, layout.last(x, shift)
 
 
 class Block(nn.Module):
@@ -110,11 +112,11 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: WkvState, layer: int, padding: Padding) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: WkvState, layer: int, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
-        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], padding)
+        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], layout)
         x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], padding)
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], layout)
         return x + out, {"att_shift": att_shift, "wkv": wkv_state, "ffn_shift": ffn_shift}
 
 

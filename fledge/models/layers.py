@@ -116,6 +116,11 @@ def last_token(x: Tensor, previous: Tensor, lengths: Tensor | None) -> Tensor:
     return seen[torch.arange(x.shape[0], device=x.device), lengths]
 
 
+def own_value(r: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+    """What the recurrence gives for a token with nothing before it: (r . (u * k)) v, (B, T, H, V)."""
+    return (r * u * k).sum(-1, keepdim=True) * v
+
+
 def channel_mix(key: Linear, value: Linear, receptance: Linear, xk: Tensor, xr: Tensor) -> Tensor:
     """sigmoid(R xr) * V relu(K xk)^2, the same in every version (paper, equations 10-13)."""
     hidden = torch.relu(key(xk)).square()  # (B, T, F)

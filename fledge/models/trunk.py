@@ -1,8 +1,10 @@
 """What surrounds the blocks, the same in every family: embedding, the walk through the layers, the head.
 
-Also the one place that deals with ragged batches. Rows are padded on the right and `lengths` says how many tokens of
-each row are real. Padding must not touch any state, exactly: a padded token gets k = 0 (it writes nothing) and
-log decay 0 (it forgets nothing), and the shifts are taken from the last real token. No kernel needs to know.
+Also the one place that deals with ragged batches and with borders between documents, so that no kernel needs to know.
+Rows are padded on the right and `lengths` says how many tokens of each row are real. Padding must not touch any state,
+exactly: a padded token gets k = 0 (it writes nothing) and log decay 0 (it forgets nothing), and the shifts are taken
+from the last real token. `fresh` marks tokens at which a document begins. Such a token sees nothing of what was before
+it, exactly: its decay forgets all, its own output is its bonus alone, and it finds zeros in place of the token before.
 """
 
 from __future__ import annotations
@@ -16,27 +18,37 @@ from torch import Tensor, nn
 
 from fledge.core.errors import StateError, TokenizerError, UsageError
 from fledge.models.config import ModelConfig
-from fledge.models.layers import LayerNorm, Linear
+from fledge.models.layers import LayerNorm, Linear, last_token, token_shift
 from fledge.models.state import State, zero_state
 
 
+FORGET = -1e30
+"""A log decay after which nothing is left, and which is still a number to add to."""
+
+
 @dataclass(frozen=True)
-class Padding:
-    """Which tokens of a right-padded batch are real. `lengths` None: all of them, and every method is free."""
+class Layout:
+    """Which tokens of a batch are real, and at which a document begins. Without either, every method is free."""
 
     lengths: Tensor | None = None  # (B,) int64
     real: Tensor | None = None  # (B, T, 1) bool
+    fresh: Tensor | None = None  # (B, T, 1) bool
 
     @staticmethod
-    def of(lengths: Tensor | None, idx: Tensor) -> Padding:
-        """Check `lengths` against idx (B, T) and build the mask."""
-        if lengths is None:
-            return Padding()
+    def of(lengths: Tensor | None, fresh: Tensor | None, idx: Tensor) -> Layout:
+        """Check both against idx (B, T) and build the masks."""
         B, T = idx.shape
+        if fresh is not None:
+            if fresh.shape != (B, T) or fresh.dtype != torch.bool:
+                raise UsageError(f"fresh is {fresh.dtype} of shape {tuple(fresh.shape)}; it must be bool of {(B, T)}")
+            fresh = fresh.to(idx.device)[:, :, None]
+        if lengths is None:
+            return Layout(fresh=fresh)
         if lengths.shape != (B,) or (B and (int(lengths.min()) < 0 or int(lengths.max()) > T)):
             raise UsageError(f"lengths must hold {B} numbers between 0 and {T}, not {lengths.tolist()}")
         lengths = lengths.to(device=idx.device, dtype=torch.long)
-        return Padding(lengths, (torch.arange(T, device=idx.device) < lengths[:, None])[:, :, None])
+        real = (torch.arange(T, device=idx.device) < lengths[:, None])[:, :, None]
+        return Layout(lengths, real, None if fresh is None else fresh & real)
 
     def zero(self, x: Tensor) -> Tensor:
         """x (B, T, N) with padded tokens set to zero."""
@@ -45,6 +57,26 @@ class Padding:
     def fill(self, x: Tensor, value: float) -> Tensor:
         """x (B, T, N) with padded tokens set to `value`."""
         return x if self.real is None else x.masked_fill(~self.real, value)
+
+    def decay(self, w: Tensor) -> Tensor:
+        """The log decay w (B, T, N): padded tokens forget nothing, those at which a document begins everything."""
+        w = self.zero(w)
+        return w if self.fresh is None else w.masked_fill(self.fresh, FORGET)
+
+    def shifted(self, x: Tensor, previous: Tensor) -> Tensor:
+        """The input one token earlier: x (B, T, C) and the last token before it (B, C) -> (B, T, C)."""
+        before = token_shift(x, previous)
+        return before if self.fresh is None else before.masked_fill(self.fresh, 0.0)
+
+    def last(self, x: Tensor, previous: Tensor) -> Tensor:
+        """What the next call's `shifted` needs as `previous`, (B, C)."""
+        return last_token(x, previous, self.lengths)
+
+    def alone(self, y: Tensor, own: Callable[[], Tensor]) -> Tensor:
+        """y (B, T, ...), with `own()`, what a token says without a past, where a document begins."""
+        if self.fresh is None:
+            return y
+        return torch.where(self.fresh if y.dim() == 3 else self.fresh[..., None], own(), y)
 
 
 class Trunk(nn.Module):
@@ -77,35 +109,42 @@ class Trunk(nn.Module):
         return self.state_class(**{**state.tensors(), "wkv": wkv})
 
     def forward(
-        self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
+        self,
+        idx: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        last: bool = False,
+        fresh: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Read tokens: logits for what follows each of them, and the state after them.
 
         idx: (B, T) int64, T >= 0. state: of B rows, never changed; None begins anew. lengths: (B,) real tokens a row
-        for right-padded batches; logits at padded places mean nothing. Returns float32 logits (B, T, vocab_size), or
+        for right-padded batches; logits at padded places mean nothing. fresh: (B, T) bool, True for tokens at which a
+        document begins, as if with a state of zeros (a tuned initial state counts for the first token only). Returns float32 logits (B, T, vocab_size), or
         with `last=True` only those after each row's last real token, (B, 1, vocab_size), which spares the head's
         product for all others. Raises TokenizerError for an id outside the vocabulary and StateError for a state of
         another model.
         """
         self._check(idx, state, last)
-        padding = Padding.of(lengths, idx)
+        layout = Layout.of(lengths, fresh, idx)
         before = self.initial_state(idx.shape[0]) if state is None else state
         x = cast(Any, self.blocks[0]).ln0(self.emb(idx).float())  # (B, T, C)
         layers: list[dict[str, Tensor]] = []
         for number, block in enumerate(self.blocks):
-            x, after = block(x, before, number, padding)
+            x, after = block(x, before, number, layout)
             layers.append(after)
         new_state = self.state_class(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
         if last:
-            x = self._last(x, padding)
+            x = self._last(x, layout)
         return self.head(self.ln_out(x)), new_state
 
-    def _last(self, x: Tensor, padding: Padding) -> Tensor:
-        if padding.lengths is None:
+    def _last(self, x: Tensor, layout: Layout) -> Tensor:
+        if layout.lengths is None:
             return x[:, -1:]
-        if bool((padding.lengths < 1).any()):
+        if bool((layout.lengths < 1).any()):
             raise UsageError("last=True needs at least one token in every row")
-        return x[torch.arange(x.shape[0], device=x.device), padding.lengths - 1][:, None]
+        return x[torch.arange(x.shape[0], device=x.device), layout.lengths - 1][:, None]
 
     def _check(self, idx: Tensor, state: State | None, last: bool) -> None:
         if idx.dim() != 2:

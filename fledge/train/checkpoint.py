@@ -1,33 +1,148 @@
-"""Checkpoints of a training run: weights, optimiser and step in one file that is replaced whole, never edited."""
+"""Checkpoints of a training run: weights, optimiser, step and what the next line of metrics needs.
+
+    last.pt            one process, or ddp: one file that is replaced whole, never edited
+    last/step-000120   fsdp: a folder of torch.distributed.checkpoint with a part from every process; the older one goes
+                       when the newer one is whole
+
+Only what is trained is saved: parameters without a gradient are the base's. The identity says what run this is, so that
+weights of another model are not taken for this one's.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fledge.core.errors import CheckpointError
 from fledge.core.files import atomic_path
+from fledge.train.team import Team
+
+FILE, FOLDER, WHOLE = "last.pt", "last", "whole"
+ADVICE = "move it away to start anew"
 
 
-def save_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write everything a run needs to go on after `step` steps."""
-    with atomic_path(path) as temporary:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+class RunCheckpoint:
+    """The checkpoint of one run's folder. identity: plain values that must be the same when the run goes on."""
+
+    def __init__(self, folder: Path, team: Team, identity: Mapping[str, Any]) -> None:
+        self.folder, self.team, self.identity = folder, team, dict(identity)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
+        """Write everything the run needs to go on after `step` steps. All processes call it."""
+        facts = {"step": step, "identity": self.identity, "meter": meter}
+        if self.team.mode == "fsdp":
+            self._save_parts(model, optimizer, step, facts)
+        elif self.team.leads:
+            with atomic_path(self.folder / FILE) as temporary:
+                torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
+        self.team.wait()
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+        """Load what `save` wrote. Returns the steps done (0 without a checkpoint) and what the meter held.
+
+        Raises CheckpointError for a damaged one and for one of another run.
+        """
+        if self.team.mode == "fsdp":
+            return self._resume_parts(model, optimizer)
+        path = self.folder / FILE
+        if not path.exists():
+            self._refuse(self.folder / FOLDER, "was written by processes with fsdp")
+            return 0, {}
+        try:
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+            self._check(path, saved)
+            restore(model, saved["model"])
+            with kept_settings(optimizer):
+                optimizer.load_state_dict(saved["optimizer"])
+            return int(saved["step"]), saved["meter"]
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot resume from it ({error}); {ADVICE}") from error
+
+    def _save_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, facts: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as parts
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        target = self.folder / FOLDER / f"step-{step:06}"
+        if (target / WHOLE).exists():
+            return
+        weights, moments = get_state_dict(model, optimizer)
+        parts.save({"model": weights, "optimizer": moments}, checkpoint_id=target)
+        self.team.wait()
+        if self.team.leads:
+            with atomic_path(target / WHOLE) as temporary:  # last of all: it says that the rest is there
+                torch.save(facts, temporary)
+            for older in self._folders():
+                if older != target:
+                    shutil.rmtree(older)
+
+    def _resume_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+        import torch.distributed.checkpoint as parts
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        self._refuse(self.folder / FILE, "was written without fsdp")
+        found = [folder for folder in self._folders() if (folder / WHOLE).exists()]
+        if not found:
+            return 0, {}
+        path = found[-1]
+        try:
+            facts = torch.load(path / WHOLE, weights_only=True)
+            self._check(path, facts)
+            weights, moments = get_state_dict(model, optimizer)
+            parts.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+            with kept_settings(optimizer):
+                set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            return int(facts["step"]), facts["meter"]
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot resume from it ({error}); {ADVICE}") from error
+
+    def _folders(self) -> list[Path]:
+        return sorted((self.folder / FOLDER).glob("step-*"))
+
+    def _refuse(self, path: Path, why: str) -> None:
+        if path.exists():
+            raise CheckpointError(f"{path} {why}, and this run is of mode {self.team.mode}; go on as it was, or {ADVICE}")
+
+    def _check(self, path: Path, saved: Mapping[str, Any]) -> None:
+        before = saved["identity"]
+        for key in sorted({*self.identity, *before}):
+            if before.get(key) != self.identity.get(key):
+                raise CheckpointError(
+                    f"{path} is of another run: {key} was {before.get(key)!r} and is {self.identity.get(key)!r} now; "
+                    f"take another folder, or {ADVICE}"
+                )
 
 
-def resume_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load what `save_run` wrote into model and optimiser; returns the steps done, 0 without a file."""
-    if not path.exists():
-        return 0
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        model.load_state_dict(saved["model"])
-        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, settings in zip(optimizer.param_groups, asked, strict=True):
-            group.update(settings)  # what this run asks for, not what the file was written with
-        return int(saved["step"])
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot resume from it ({error}); move it away to start anew") from error
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put `trained` parameters back. Raises CheckpointError where names or shapes differ."""
+    mine = trained(model)
+    if mine.keys() != tensors.keys():
+        other = sorted(mine.keys() ^ tensors.keys())
+        raise CheckpointError(f"the checkpoint trains other parameters; {other[0]} is in one of them only")
+    for name, tensor in tensors.items():
+        if mine[name].shape != tensor.shape:
+            raise CheckpointError(f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(mine[name].shape)} here")
+        mine[name].copy_(tensor)
+
+
+@contextmanager
+def kept_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While an optimiser loads its state: the settings this run asks for stay, not those the file was written with."""
+    asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+        group.update(settings)

@@ -1,132 +1,190 @@
-"""The training loop, to be read from top to bottom: one device, gradient accumulation, resume, validation."""
+"""The training loop, to be read from top to bottom: rows, windows with carried state, accumulation, update, metrics.
+
+A step's loss is the mean over all its counted targets, whatever rows, windows and processes they came in. With `window`
+a row is read in pieces whose state is carried on: the gradient flows back through the state for `through` pieces and
+is cut there, so memory does not depend on the length of the rows. Everything is a function of the step's number, and a
+checkpoint holds all the rest: a run that was killed goes on with the bits it would have had.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fledge.core.errors import ConfigError, TrainingError
-from fledge.data.tokens import Windows
-from fledge.models import Trunk
+from fledge.data.batches import Batch, Batches
+from fledge.models import State
 from fledge.models.layers import Linear
-from fledge.train.checkpoint import resume_run, save_run
-from fledge.train.loss import next_token_loss
+from fledge.train.checkpoint import RunCheckpoint
+from fledge.train.loss import summed_loss
+from fledge.train.meter import Meter, Report
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
 from fledge.train.schedule import Schedule
+from fledge.train.team import Team, whole
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One run. `windows` gives micro-batches; `accumulate` of them make a step."""
+    """One run. `batches` gives micro-batches for all processes together; `accumulate` of them make a step."""
 
     schedule: Schedule
     adam: AdamSettings = field(default_factory=AdamSettings)
     accumulate: int = 1
     clip: float = 1.0
     compute_dtype: torch.dtype | None = None  # dtype of the matrix products; None is the weights' own float32
+    window: int | None = None  # tokens that are read at once, the state being carried on; None: whole rows
+    through: int = 1  # windows that a gradient flows back through
+    recompute: bool = False  # forget what is inside the blocks and compute it again for the gradient: less memory
+    compile: bool = False  # the blocks, by torch.compile; needs a C++ compiler or a GPU with triton
     log_every: int = 10  # steps
     save_every: int = 100  # steps
     validate_every: int = 200  # steps
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "log_every", "save_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("accumulate", "window", "through", "log_every", "save_every", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
         if not self.clip > 0:
             raise ConfigError(f"clip is {self.clip}; it must be above 0")
 
 
+Validate = Callable[[Any], dict[str, float]]
+
+
 def train(
-    model: Trunk,
-    windows: Windows,
+    model: nn.Module,
+    batches: Batches,
     settings: TrainSettings,
     folder: Path,
-    validate: Callable[[Trunk], dict[str, float]],
-    report: Callable[[dict[str, float]], None],
+    validate: Validate = lambda model: {},
+    report: Report = lambda line: None,
+    *,
+    team: Team = Team(),  # noqa: B008 - a value, never changed
+    identity: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train `model` in place until the schedule ends, going on from folder/last.pt if there is one.
+    """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
 
-    Every line of folder/metrics.jsonl is also given to `report`. An interrupt, or any other end, saves the last whole
-    step first. Raises TrainingError when a gradient is not finite, before it touches the weights.
+    Goes on from the checkpoint in `folder` if there is one. Every line of folder/metrics.jsonl is also given to
+    `report`, by the process that leads. An interrupt, or any other end, saves the last whole step first. identity:
+    plain values that must be the same when a run goes on. Raises TrainingError when a gradient is not finite, before
+    it touches the weights, and CheckpointError for a checkpoint that does not belong here.
     """
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.compute_dtype = settings.compute_dtype
-    optimizer = build_optimizer(model, settings.adam)
-    step = resume_run(folder / "last.pt", model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    meter = Meter(folder / "metrics.jsonl", step, report)
-    whole = True  # False while weights and step number do not belong together
+    called = team.wrap(prepare(model, settings))
+    optimizer = build_optimizer(model, settings.adam)
+    saved = RunCheckpoint(folder, team, identity or {})
+    step, held = saved.resume(model, optimizer)
+    meter = Meter(folder / "metrics.jsonl", report, writes=team.leads)
+    meter.rewind(step, held)
+    whole_step = True  # False while weights and step number do not belong together
     try:
         while step < settings.schedule.steps:
-            loss, norm = gradients(model, windows, settings, step)
-            whole = False
+            micro = [team.share(batches[step * settings.accumulate + part]) for part in range(settings.accumulate)]
+            loss, targets = gradients(called, micro, settings, team)
+            norm = clip(model, settings.clip, step, loss)
+            whole_step = False
             set_learning_rate(optimizer, settings.schedule.rate(step))
             optimizer.step()
             step += 1
-            whole = True
-            meter.add(loss, windows.batch * windows.length * settings.accumulate)
+            meter.add(loss, targets)
+            whole_step = True
             if step % settings.log_every == 0:
                 meter.write(step, norm=norm, rate=settings.schedule.rate(step - 1))
             if step % settings.validate_every == 0 or step == settings.schedule.steps:
-                meter.write(step, **validate(model))
+                meter.write(step, **validate(called))
             if step % settings.save_every == 0:
-                save_run(folder / "last.pt", model, optimizer, step)
+                saved.save(model, optimizer, step, meter.pending())
     finally:
-        if whole:
-            save_run(folder / "last.pt", model, optimizer, step)
+        if whole_step and team.world == 1:  # alone: with others, one that fails would wait for them
+            saved.save(model, optimizer, step, meter.pending())
+    if team.world > 1:
+        saved.save(model, optimizer, step, meter.pending())
 
 
-def gradients(model: Trunk, windows: Windows, settings: TrainSettings, step: int) -> tuple[float, float]:
-    """Forward and backward over `accumulate` micro-batches, then clip. Returns mean loss and gradient norm."""
+def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
+    """Set the dtype of the products, and what is done to each block as a whole."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute_dtype = settings.compute_dtype
+    blocks: Any = model.blocks
+    for block in blocks:
+        if settings.compile:
+            block.compile()
+        if settings.recompute and not isinstance(block.forward, partial):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, team: Team) -> tuple[float, int]:
+    """Forward and backward over a step's rows. Returns the mean loss and the number of targets, over all processes."""
+    called.zero_grad(set_to_none=True)
+    targets = team.total(float(sum(batch.targets for batch in micro)))
+    if not targets:
+        raise TrainingError("a step has no target that counts; every example's answer may have been cut off")
+    # A team averages gradients, and each process's sums are only its rows'.
+    weight = team.world / targets
+    loss = sum(backward(called, batch, weight, settings, team, last=batch is micro[-1]) for batch in micro)
+    return team.total(loss) / team.world, int(targets)
+
+
+def backward(
+    called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, team: Team, *, last: bool
+) -> float:
+    """One micro-batch, window by window. `last`: after it the processes exchange their gradients."""
+    device = next(called.parameters()).device
+    state: State | None = None
+    pending: Tensor | None = None
     total = 0.0
-    model.zero_grad(set_to_none=True)
-    for part in range(settings.accumulate):
-        batch = torch.from_numpy(windows[step * settings.accumulate + part]).to(model.emb.weight.device)
-        logits, _ = model(batch[:, :-1])  # (B, T, vocab)
-        loss = next_token_loss(logits, batch[:, 1:]) / settings.accumulate
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
+    pieces = list(windows(batch, settings.window))
+    for number, piece in enumerate(pieces):
+        ends = number == len(pieces) - 1
+        cut = ends or (number + 1) % settings.through == 0
+        with team.quietly(called, quiet=not (last and number >= _last_group(len(pieces), settings.through))):
+            idx = piece.idx.to(device)
+            counted, fresh = (None if mask is None else mask.to(device) for mask in (piece.counted, piece.fresh))
+            logits, state = called(idx[:, :-1], state, **({} if fresh is None else {"fresh": fresh}))
+            loss = summed_loss(logits, idx[:, 1:], counted) * weight
+            pending = loss if pending is None else pending + loss
+            del logits
+            if cut:
+                pending.backward()  # type: ignore[no-untyped-call]
+                total, pending = total + pending.item(), None
+                state = None if ends else state.detach()
+    return total
+
+
+def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
+    """A batch cut into pieces of `window` tokens, the last one perhaps shorter."""
+    length = batch.idx.shape[1] - 1
+    step = length if window is None else window
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        counted, fresh = (None if mask is None else mask[:, start:end] for mask in (batch.counted, batch.fresh))
+        yield Batch(batch.idx[:, start : end + 1], counted, fresh)
+
+
+def _last_group(pieces: int, through: int) -> int:
+    """The first of the windows that share the last backward pass."""
+    return (pieces - 1) // through * through
+
+
+def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
+    """Scale the gradients down to a norm of at most `limit`; returns what it was."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
     if not math.isfinite(norm):
         raise TrainingError(
-            f"step {step}: the gradient is not finite (loss {total:.3g}); the last good weights are saved. "
+            f"step {step}: the gradient is not finite (loss {loss:.3g}); the last good weights are saved. "
             "Go on from them with a lower learning rate, or see the published remedies for loss spikes"
         )
-    return total, norm
+    return norm
 
-
-class Meter:
-    """Collects losses between two lines of the metrics file. A resumed run drops the lines it is about to repeat."""
-
-    def __init__(self, path: Path, step: int, report: Callable[[dict[str, float]], None]) -> None:
-        self.path, self.report = path, report
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-            path.write_text("".join(kept))
-        self.losses: list[float] = []
-        self.tokens = 0
-        self.since = time.perf_counter()
-
-    def add(self, loss: float, tokens: int) -> None:
-        """One step's loss, and how many tokens it was made of."""
-        self.losses.append(loss)
-        self.tokens += tokens
-
-    def write(self, step: int, **values: float) -> None:
-        """Append one line: the step, the mean loss and speed since the last line if any steps were made, `values`."""
-        line: dict[str, float] = {"step": step}
-        if self.losses:
-            elapsed = time.perf_counter() - self.since
-            line |= {"loss": sum(self.losses) / len(self.losses), "tokens_per_s": self.tokens / elapsed}
-        line |= values
-        with open(self.path, "a") as file:
-            file.write(json.dumps({name: float(f"{value:.6g}") for name, value in line.items()}) + "\n")
-        self.report(line)
-        self.losses, self.tokens, self.since = [], 0, time.perf_counter()

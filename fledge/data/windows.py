@@ -1,0 +1,78 @@
+"""Training rows cut out of one long row of token ids, in a shuffled order that can be resumed at any batch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fledge.core.errors import UsageError
+from fledge.data.batches import Batch
+from fledge.data.tokens import SEPARATOR
+
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+
+
+class Windows:
+    """Windows of `length` + 1 ids at shuffled, non-overlapping places, none visited twice in an epoch.
+
+    Batch number n is a pure function of (seed, n). Every epoch cuts the text at other places, and leaves out less than
+    one batch and two windows of it. borders: mark where documents begin (`Batch.fresh`), so that a model sees nothing
+    across a border; a document begins by reading the separator behind the one before.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, batch: int, seed: int, *, borders: bool = False) -> None:
+        self.tokens, self.length, self.batch, self.seed, self.borders = tokens, length, batch, seed, borders
+        self.slots = (len(tokens) - 1) // length - 1  # one less leaves room for the random phase of an epoch
+        if self.slots < batch:
+            raise UsageError(f"{len(tokens)} tokens are too few for batches of {batch} windows of {length} tokens")
+        self.per_epoch = self.slots // batch
+        self._epoch = -1  # of which `_starts` holds the shuffled places
+        self._starts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> Batch:
+        """Batch `number` (0, 1, 2, ...)."""
+        epoch, step = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._epoch, self._starts = epoch, rng.permutation(self.slots) * self.length + rng.integers(self.length)
+        starts = self._starts[step * self.batch : (step + 1) * self.batch]
+        return _cut(self.tokens, starts, self.length, self.borders)
+
+
+class OfficialWindows:
+    """The windows of RWKV-LM, in its order: slot ((p (sqrt 5 - 1) / 2) i^3) mod p for sample number i, from 1.
+
+    p is the largest prime with p mod 3 = 2 below the number of slots, for which cubing meets every slot once. Samples
+    are numbered as one process with this batch numbers them.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, batch: int, *, borders: bool = False) -> None:
+        self.tokens, self.length, self.batch, self.borders = tokens, length, batch, borders
+        self.prime = magic_prime(len(tokens) // length)
+        self._factor = int(self.prime * (math.sqrt(5) - 1) / 2)
+        self.per_epoch = self.prime // batch
+        if not self.per_epoch:
+            raise UsageError(f"{len(tokens)} tokens are too few for batches of {batch} windows of {length} tokens")
+
+    def __getitem__(self, number: int) -> Batch:
+        """Batch `number` (0, 1, 2, ...)."""
+        samples = range(1 + number * self.batch, 1 + (number + 1) * self.batch)
+        slots = [self._factor * sample**3 % self.prime for sample in samples]
+        return _cut(self.tokens, np.array(slots) * self.length, self.length, self.borders)
+
+
+def magic_prime(slots: int) -> int:
+    """The largest prime below `slots` that leaves 2 when divided by 3. Raises UsageError where there is none."""
+    for candidate in range(slots - 1, 1, -1):
+        if candidate % 3 == 2 and all(candidate % factor for factor in range(2, math.isqrt(candidate) + 1)):
+            return candidate
+    raise UsageError(f"{slots} windows are too few for the official order, which needs at least 3")
+
+
+def _cut(tokens: Tokens, starts: npt.NDArray[np.int64], length: int, borders: bool) -> Batch:
+    rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+    idx = torch.from_numpy(rows)
+    return Batch(idx, fresh=idx[:, :-1] == SEPARATOR if borders else None)

@@ -1,0 +1,159 @@
+"""A whole training run as one flat, frozen value: what `fledge train` needs beside the data and the folder.
+
+A recipe is a function without arguments that returns a `Recipe`; those of `recipes.py` go by their names, others by
+`file.py:function`. Settings given by hand are strict: an unknown one, or a value that is no such thing, is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fledge.core.config import from_dict
+from fledge.core.errors import ConfigError, UsageError
+from fledge.data.batches import Batches
+from fledge.data.windows import OfficialWindows, Tokens, Windows
+from fledge.models import ModelConfig
+from fledge.train.loop import TrainSettings
+from fledge.train.optim import AdamSettings
+from fledge.train.schedule import Schedule
+
+FAMILIES: dict[str, Callable[..., ModelConfig]] = {
+    "finch": ModelConfig.finch,
+    "eagle": ModelConfig.eagle,
+    "rwkv4": ModelConfig.rwkv4,
+}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+ORDERS = ("shuffled", "official")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults are a small Finch's; the rates are for that size."""
+
+    family: str = "finch"  # one of FAMILIES
+    n_layer: int = 6
+    n_embd: int = 256
+    head_size: int = 64
+    vocab_size: int = 0  # 0: the data's
+
+    length: int = 512  # tokens of a row
+    batch: int = 16  # rows of a step, over all processes
+    micro: int = 8  # rows read at once, over all processes; divides batch
+    order: str = "shuffled"  # of the rows, or "official", RWKV-LM's
+    borders: bool = False  # start from an empty state at every document, not only at every row
+    window: int | None = None  # tokens read at once, the state being carried along the row; None: the whole row
+    through: int = 1  # windows that a gradient flows back through
+    seed: int = 1
+
+    steps: int = 1000
+    peak: float = 1e-3  # learning rate
+    final: float = 1e-4
+    warmup: int = 50  # steps
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    weight_decay: float = 0.1
+    clip: float = 1.0  # norm of the gradient at most
+
+    dtype: str = "bfloat16"  # of the matrix products; the weights, the state and everything else are float32
+    recompute: bool = False  # compute blocks again for the gradient: less memory, a third more time
+    compile: bool = False
+
+    log_every: int = 10  # steps
+    save_every: int = 100
+    validate_every: int = 200
+    validate_bytes: int = 20_000  # a language, at most
+
+    def __post_init__(self) -> None:
+        for name, known in (("family", FAMILIES), ("dtype", DTYPES), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
+        for name in ("n_layer", "n_embd", "head_size", "length", "batch", "micro", "validate_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch % self.micro:
+            raise ConfigError(f"micro is {self.micro}; it must divide batch = {self.batch}")
+        self.settings()
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        """The model for data of so many token ids."""
+        if self.vocab_size and self.vocab_size < vocab_size:
+            raise ConfigError(f"vocab_size is {self.vocab_size}, but the data has ids up to {vocab_size - 1}")
+        sizes = {} if self.family == "rwkv4" else {"head_size": self.head_size}
+        return FAMILIES[self.family](self.n_layer, self.n_embd, self.vocab_size or vocab_size, **sizes)
+
+    def batches(self, tokens: Tokens) -> Batches:
+        """The rows, in order."""
+        if self.order == "official":
+            return OfficialWindows(tokens, self.length, self.micro, borders=self.borders)
+        return Windows(tokens, self.length, self.micro, self.seed, borders=self.borders)
+
+    def settings(self) -> TrainSettings:
+        """What the loop needs."""
+        return TrainSettings(
+            schedule=Schedule(self.peak, self.final, self.warmup, self.steps),
+            adam=AdamSettings(self.beta1, self.beta2, self.eps, self.weight_decay),
+            accumulate=self.batch // self.micro,
+            compute_dtype=DTYPES[self.dtype],
+            **{name: getattr(self, name) for name in SHARED},
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run goes on; the rest may (how often to save, how to spare memory)."""
+        return {name: getattr(self, name) for name in IDENTITY}
+
+    def changed(self, settings: Mapping[str, str]) -> Recipe:
+        """This recipe with settings given as text. Raises ConfigError for an unknown one or a value that does not fit."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        values = {
+            name: _parse(name, text, str(fields[name].type)) if name in fields else text
+            for name, text in settings.items()
+        }
+        return from_dict(Recipe, {**dataclasses.asdict(self), **values})
+
+
+SHARED = ("clip", "window", "through", "recompute", "compile", "log_every", "save_every", "validate_every")
+"""Settings that the loop has under the same name."""
+
+IDENTITY = tuple(
+    field.name
+    for field in dataclasses.fields(Recipe)
+    if field.name not in ("recompute", "compile", "save_every", "validate_bytes")
+)
+
+
+def _parse(name: str, text: str, kind: str) -> Any:
+    if text.lower() == "none" and "None" in kind:
+        return None
+    try:
+        if kind.startswith("bool"):
+            return {"true": True, "false": False}[text.lower()]
+        if kind.startswith("int"):
+            return int(text.replace("_", ""))
+        return float(text) if kind.startswith("float") else text
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name} is {text!r}; it must be {kind.replace(' | None', ' or none')}") from None
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name, or of `file.py:function`, whose file is run. Raises UsageError where there is none."""
+    from fledge.train.recipes import RECIPES
+
+    if name in RECIPES:
+        return RECIPES[name]()
+    file, colon, function = name.rpartition(":")
+    if not colon or not Path(file).is_file():
+        raise UsageError(f"there is no recipe {name!r}; choose from {', '.join(RECIPES)}, or give file.py:function")
+    found = runpy.run_path(file).get(function)
+    recipe = found() if callable(found) else None
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"{file} has no function {function} that returns a Recipe")
+    return recipe

@@ -1,0 +1,117 @@
+"""A recipe, a token store and a folder: the whole run, from the first weights to the finished model file.
+
+    folder/recipe.json       every setting, and the data's identity
+    folder/metrics.jsonl     losses, speed, validation
+    folder/last.pt           the checkpoint to go on from
+    folder/model.safetensors the result, with its vocabulary and where it comes from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fledge import checkpoint
+from fledge.core.device import choose_device
+from fledge.core.errors import CheckpointError
+from fledge.core.files import atomic_path
+from fledge.data.store import Store, open_store
+from fledge.models import ModelConfig, Trunk, build, init_weights
+from fledge.train.loop import train
+from fledge.train.memory import keep_freed_memory
+from fledge.train.meter import Report
+from fledge.train.recipe import Recipe
+from fledge.train.score import Text, Validation
+from fledge.train.team import Team, whole
+
+RESULT = "model.safetensors"
+
+
+def run(
+    recipe: Recipe,
+    data: str | os.PathLike[str],
+    folder: Path,
+    report: Report = lambda line: None,
+    *,
+    start: str | os.PathLike[str] | None = None,
+    team: Team = Team(),  # noqa: B008 - a value, never changed
+    device: str | None = None,
+) -> Path:
+    """Train, or go on training, until the recipe's last step; returns the model file.
+
+    start: a checkpoint to begin from in place of fresh weights. Raises FledgeError's kinds as its parts do.
+    """
+    keep_freed_memory()
+    store = open_store(data)
+    config = recipe.model(store.vocab_size)
+    where = _device(device, team)
+    model = _first_weights(config, recipe, start).to(where)
+    identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
+    if team.leads:
+        _write_json(folder / "recipe.json", {**dataclasses.asdict(recipe), "data": str(data), **identity})
+    validate = Validation(_texts(store), recipe.validate_bytes)
+    train(
+        model,
+        recipe.batches(store.tokens("train")),
+        recipe.settings(),
+        folder,
+        validate,
+        report,
+        team=team,
+        identity=identity,
+    )
+    return _write_result(model, config, recipe, store, folder, team)
+
+
+def _device(device: str | None, team: Team) -> torch.device:
+    chosen, _ = choose_device(device)
+    if chosen.type == "cuda" and team.world > 1:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _first_weights(config: ModelConfig, recipe: Recipe, start: str | os.PathLike[str] | None) -> Trunk:
+    if start is None:
+        model = build(config)
+        init_weights(model, recipe.seed)
+        return model
+    found = checkpoint.load_model(start, dtype=torch.float32)
+    if found.config != config:
+        differ = [name for name, value in vars(config).items() if value != getattr(found.config, name)]
+        raise CheckpointError(
+            f"{start} is no model of this recipe: {differ[0]} is {getattr(found.config, differ[0])} there and "
+            f"{getattr(config, differ[0])} here"
+        )
+    assert isinstance(found.model, Trunk)
+    return found.model.requires_grad_(True)
+
+
+def _texts(store: Store) -> list[Text]:
+    return [Text(span.language, span.size, span.ids) for span in store.documents("validation")]
+
+
+def _write_result(
+    model: Trunk, config: ModelConfig, recipe: Recipe, store: Store, folder: Path, team: Team
+) -> Path:
+    tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    target = folder / RESULT
+    if team.leads:
+        extra: dict[str, Any] = {
+            "recipe": dataclasses.asdict(recipe),
+            "data": store.sha256,
+            "train_tokens": recipe.steps * recipe.batch * recipe.length,
+        }
+        checkpoint.save(target, config, tensors, tokenizer_spec=store.tokenizer_spec, extra=extra)
+    team.wait()
+    return target
+
+
+def _write_json(path: Path, value: object) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
