@@ -32,6 +32,9 @@ class RunCheckpoint:
 
     def __init__(self, folder: Path, team: Team, identity: Mapping[str, Any]) -> None:
         self.folder, self.team, self.identity = folder, team, dict(identity)
+        if team.leads:
+            for left in folder.glob(f".{FILE}.*.part"):  # by a process that was killed while it wrote
+                left.unlink()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
         """Write everything the run needs to go on after `step` steps. All processes call it."""

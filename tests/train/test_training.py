@@ -6,21 +6,24 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fledge.core.errors import CheckpointError, ConfigError, TrainingError
-from fledge.data.tokens import Windows
+from fledge.data.batches import Batch
+from fledge.data.windows import Windows
 from fledge.models import ModelConfig, Trunk, build, init_weights
-from fledge.train.checkpoint import resume_run
-from fledge.train.loop import TrainSettings, train
-from fledge.train.loss import PULL, next_token_loss
+from fledge.train.checkpoint import RunCheckpoint
+from fledge.train.loop import TrainSettings, gradients, prepare, train, windows
+from fledge.train.loss import PULL, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, parameter_groups, set_learning_rate
 from fledge.train.schedule import Schedule
-from fledge.train.score import bits_per_byte, document_nats
+from fledge.train.score import Text, Validation, bits_per_byte, document_nats, documents_nats
+from fledge.train.team import Team
 
 CONFIG = ModelConfig.finch(2, 32, vocab_size=40, head_size=8)
 TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 60)
@@ -32,15 +35,11 @@ def fresh() -> Trunk:
     return model
 
 
-def run(
-    folder: Path, steps: int, total: int = 30, dtype: torch.dtype | None = None
-) -> tuple[Trunk, list[dict[str, float]]]:
+def run(folder: Path, steps: int, total: int = 30, **options: Any) -> tuple[Trunk, list[dict[str, float]]]:
     """Train for `steps` steps of a schedule of `total`, as a run that is stopped then."""
     model, lines = fresh(), []
-    settings = TrainSettings(
-        Schedule(5e-3, 1e-4, 2, total), accumulate=2, compute_dtype=dtype, log_every=5, save_every=5
-    )
-    windows = Windows(TEXT, length=16, batch=3, seed=0)
+    settings = TrainSettings(Schedule(5e-3, 1e-4, 2, total), accumulate=2, log_every=5, save_every=5, **options)
+    rows = Windows(TEXT, length=16, batch=3, seed=0)
 
     def report(line: dict[str, float]) -> None:
         lines.append(line)
@@ -48,13 +47,22 @@ def run(
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        train(model, windows, settings, folder, lambda model: {"bpb": 1.0}, report)
+        train(model, rows, settings, folder, lambda model: {"bpb": 1.0}, report)
     return model, lines
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "carried": {"window": 6},
+    "carried through two": {"window": 6, "through": 2},
+    "recomputed": {"recompute": True},
+}
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_loss_falls(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    _, lines = run(tmp_path, 30, dtype=dtype)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_falls(tmp_path: Path, mode: str, dtype: torch.dtype | None) -> None:
+    _, lines = run(tmp_path, 30, compute_dtype=dtype, **MODES[mode])
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[0] > 1.5 and losses[-1] < 0.3 * losses[0]
     assert all(math.isfinite(loss) for loss in losses)
@@ -105,7 +113,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(tmp_path
     with pytest.raises(TrainingError, match="step 6: the gradient is not finite"):
         train(model, Windows(TEXT, 16, 3, 0), settings, tmp_path, lambda model: {}, lambda line: None)
     again = fresh()
-    assert resume_run(tmp_path / "last.pt", again, build_optimizer(again, AdamSettings())) == 6
+    assert RunCheckpoint(tmp_path, Team(), {}).resume(again, build_optimizer(again, AdamSettings()))[0] == 6
     assert all(p.isfinite().all() for p in again.parameters())
 
 
@@ -113,7 +121,7 @@ def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
     run(tmp_path, 5)
     model = fresh()
     optimizer = build_optimizer(model, AdamSettings(beta2=0.95, eps=1e-8, weight_decay=0.3))
-    assert resume_run(tmp_path / "last.pt", model, optimizer) == 5
+    assert RunCheckpoint(tmp_path, Team(), {}).resume(model, optimizer)[0] == 5
     group = optimizer.param_groups[1]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-8, 0.3)
     assert optimizer.state_dict()["state"]
@@ -130,7 +138,75 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     model = fresh()
     with pytest.raises(CheckpointError, match=r"last\.pt: cannot resume.*move it away"):
-        resume_run(tmp_path / "last.pt", model, build_optimizer(model, AdamSettings()))
+        RunCheckpoint(tmp_path, Team(), {}).resume(model, build_optimizer(model, AdamSettings()))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    model = fresh()
+    optimizer = build_optimizer(model, AdamSettings())
+    RunCheckpoint(tmp_path, Team(), {"seed": 1, "n_embd": 32}).save(model, optimizer, 3, {})
+    with pytest.raises(CheckpointError, match=r"last\.pt is of another run: seed was 1 and is 2 now"):
+        RunCheckpoint(tmp_path, Team(), {"seed": 2, "n_embd": 32}).resume(model, optimizer)
+    other = build(ModelConfig.finch(2, 40, vocab_size=40, head_size=8))
+    with pytest.raises(CheckpointError, match=r"is \(40, 32\) in the checkpoint, \(40, 40\) here"):
+        RunCheckpoint(tmp_path, Team(), {"seed": 1, "n_embd": 32}).resume(other, build_optimizer(other, AdamSettings()))
+    model.emb.weight.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"trains other parameters; emb\.weight"):
+        RunCheckpoint(tmp_path, Team(), {"seed": 1, "n_embd": 32}).resume(model, build_optimizer(model, AdamSettings()))
+
+
+def gradients_of(rows: list[Batch], **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model, settings = fresh(), TrainSettings(Schedule(1.0, 0.1, 1, 5), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    loss, _ = gradients(prepare(model, settings), rows, settings, Team())
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-6, msg=name)
+
+
+ROWS = torch.randint(1, 40, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+def test_windows_through_which_all_gradient_flows_give_the_gradient_of_the_row() -> None:
+    loss, expected = gradients_of([Batch(ROWS)])
+    carried, found = gradients_of([Batch(ROWS)], window=7, through=4)
+    assert carried == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(found, expected)
+    cut, other = gradients_of([Batch(ROWS)], window=7, through=1)
+    assert cut == pytest.approx(loss, rel=1e-6)  # the state is carried all the same
+    differ = (other["blocks.0.att.key.weight"] - expected["blocks.0.att.key.weight"]).abs().max()
+    assert differ > 1e-3 * expected["blocks.0.att.key.weight"].abs().max()
+
+
+def test_micro_batches_masks_and_recomputing_give_the_gradient_of_one_batch() -> None:
+    counted = torch.rand(4, 23, generator=torch.Generator().manual_seed(1)) < 0.4
+    begins = torch.rand(4, 23, generator=torch.Generator().manual_seed(2)) < 0.1
+    loss, expected = gradients_of([Batch(ROWS, counted, begins)])
+    parts = [Batch(ROWS[a:b], counted[a:b], begins[a:b]) for a, b in ((0, 1), (1, 4))]
+    for options in ({}, {"window": 5, "through": 9}, {"recompute": True}):
+        found_loss, found = gradients_of(parts, **options)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        assert_same_gradients(found, expected)
+
+
+def test_a_batch_is_cut_with_its_masks() -> None:
+    batch = Batch(torch.arange(18).view(2, 9), torch.arange(16).view(2, 8) > 3, torch.arange(16).view(2, 8) == 5)
+    pieces = list(windows(batch, 3))
+    assert [piece.idx[0].tolist() for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8]]
+    assert sum(piece.targets for piece in pieces) == batch.targets == 12
+    assert [bool(piece.fresh is not None and piece.fresh.any()) for piece in pieces] == [False, True, False]
+    assert len(list(windows(batch, None))) == len(list(windows(batch, 100))) == 1
+
+
+def test_a_step_without_a_target_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="no target that counts"):
+        gradients_of([Batch(ROWS, torch.zeros(4, 23, dtype=torch.bool))])
 
 
 def test_parameter_groups_are_the_official_ones() -> None:
@@ -166,7 +242,7 @@ def test_l2wrap_pulls_only_the_largest_logit_and_leaves_the_loss() -> None:
     targets = torch.randint(0, 7, (2, 3))
     loss = next_token_loss(logits, targets)
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert torch.equal(loss, plain)
+    torch.testing.assert_close(loss, plain)
     (with_pull,) = torch.autograd.grad(loss / 4, logits)
     (without,) = torch.autograd.grad(plain / 4, logits)
     pull = torch.zeros_like(logits)
@@ -183,6 +259,31 @@ def test_document_nats_carries_the_state_over_windows() -> None:
     for window in (7, 50, 512):
         assert document_nats(model, ids, window=window) == pytest.approx(expected, rel=1e-5)
     assert bits_per_byte(math.log(2) * 80, 10) == pytest.approx(8.0)
+
+
+def test_documents_of_different_lengths_are_scored_together() -> None:
+    model = fresh().eval()
+    texts = [[int(x) for x in TEXT[:size]] for size in (30, 3, 17)]
+    expected = [document_nats(model, ids) for ids in texts]
+    assert documents_nats(model, texts, window=8) == pytest.approx(expected, rel=1e-5)
+    validate = Validation([Text("en", 60.0, texts[0]), Text("de", 6.0, texts[1]), Text("de", 34.0, texts[2])], rows=2)
+    scores = validate(model)
+    assert scores["bpb_en"] == pytest.approx(bits_per_byte(expected[0], 60))
+    assert scores["bpb_de"] == pytest.approx(bits_per_byte(expected[1] + expected[2], 40))
+    assert scores["bpb_mean"] == pytest.approx((scores["bpb_en"] + scores["bpb_de"]) / 2)
+    limited = Validation([Text("en", 60.0, texts[0]), Text("en", 6.0, texts[1])], size=20.0)
+    assert [(text.size, len(text.ids)) for text in limited._chosen] == [(20.0, 10)]
+    assert Validation([])(model) == {}
+
+
+def test_a_masked_loss_is_that_of_the_counted_targets_with_a_pull_on_them_alone() -> None:
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    targets, counted = torch.randint(0, 7, (2, 3)), torch.tensor([[True, False, True], [False, False, True]])
+    (masked,) = torch.autograd.grad(summed_loss(logits, targets, counted), logits)
+    kept = logits[counted].detach()[None].requires_grad_(True)
+    (expected,) = torch.autograd.grad(summed_loss(kept, targets[counted][None]), kept)
+    torch.testing.assert_close(masked[counted], expected[0])
+    assert masked[~counted].abs().max() == 0
 
 
 def test_keep_freed_memory_answers() -> None:

@@ -1,0 +1,55 @@
+"""Rows out of one long row of ids: each place once an epoch, resumable, and RWKV-LM's order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fledge.core.errors import UsageError
+from fledge.data.windows import OfficialWindows, Windows, magic_prime
+
+
+def test_windows_visit_every_place_once_an_epoch_and_can_be_reopened() -> None:
+    tokens = np.arange(1, 1015, dtype=np.uint16)
+    windows = Windows(tokens, length=10, batch=4, seed=7)
+    assert windows.per_epoch == 25
+    phases = {int(windows[25 * epoch].idx[0, 0] - 1) % 10 for epoch in range(40)}
+    assert len(phases) > 5  # every epoch cuts elsewhere
+    rows = np.concatenate([windows[n].idx.numpy() for n in range(25)])
+    assert rows.shape == (100, 11)
+    assert (np.diff(rows, axis=1) == 1).all()
+    starts = sorted(rows[:, 0])
+    assert len(set(starts)) == 100 and (np.diff(starts) == 10).all()
+    assert torch.equal(Windows(tokens, 10, 4, seed=7)[13].idx, windows[13].idx)
+    assert not torch.equal(Windows(tokens, 10, 4, seed=8)[13].idx, windows[13].idx)
+    assert not torch.equal(windows[25].idx, windows[0].idx)
+
+
+def test_too_few_tokens() -> None:
+    with pytest.raises(UsageError, match="20 tokens are too few"):
+        Windows(np.zeros(20, dtype=np.uint16), length=10, batch=4, seed=0)
+
+
+def test_borders_are_where_a_separator_is_read() -> None:
+    tokens = np.arange(1, 201, dtype=np.uint16)
+    tokens[::7] = 0
+    assert Windows(tokens, 10, 2, seed=0)[0].fresh is None
+    batch = Windows(tokens, 10, 2, seed=0, borders=True)[3]
+    assert batch.fresh is not None and batch.fresh.any()
+    assert torch.equal(batch.fresh, batch.idx[:, :-1] == 0)
+    assert batch.targets == 20 and batch.rows(slice(0, 1)).targets == 10
+
+
+def test_the_official_order() -> None:
+    # Published for MiniPile's 1,498,226,207 tokens.
+    assert magic_prime(1_498_226_207 // 4096) == 365_759
+    assert magic_prime(1_498_226_207 // 512) == 2_926_181
+    tokens = np.arange(301, dtype=np.uint16)
+    windows = OfficialWindows(tokens, length=10, batch=3)
+    assert windows.prime == 29 and windows.per_epoch == 9
+    starts = [int(windows[number].idx[row, 0]) for number in range(9) for row in range(3)]
+    assert starts[:3] == [17 % 29 * 10, 17 * 8 % 29 * 10, 17 * 27 % 29 * 10]
+    assert len(set(starts)) == 27 and all(start % 10 == 0 for start in starts)
+    with pytest.raises(UsageError, match="too few for the official order"):
+        magic_prime(2)

@@ -1,0 +1,76 @@
+"""A run in processes of its own, for tests: `python -m torch.distributed.run ... driver.py FOLDER JSON`, or python alone.
+
+The JSON holds settings of the recipe, "parallel", and "stop_after" for a number of steps. Prints the peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fledge.models import build, init_weights
+from fledge.train.loop import train
+from fledge.train.recipe import Recipe
+from fledge.train.schedule import Schedule
+from fledge.train.score import Text, Validation
+from fledge.train.team import join, whole
+
+TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 2000)
+BASE = Recipe(
+    n_layer=2,
+    n_embd=32,
+    head_size=8,
+    length=16,
+    batch=8,
+    micro=4,
+    steps=12,
+    warmup=2,
+    peak=5e-3,
+    dtype="float32",
+    log_every=1,
+    save_every=3,
+    validate_every=6,
+)
+
+
+class Stopped(Schedule):
+    """The rates of another schedule, but fewer steps."""
+
+    def __init__(self, whole: Schedule, steps: int) -> None:
+        super().__init__(whole.peak, whole.final, whole.warmup, steps)
+        object.__setattr__(self, "whole", whole)
+
+    def rate(self, step: int) -> float:
+        """As if it went on."""
+        rate: float = self.whole.rate(step)  # type: ignore[attr-defined]
+        return rate
+
+
+def main(folder: Path, settings: dict[str, object]) -> None:
+    """One run."""
+    torch.set_num_threads(1)
+    parallel, stop_after = str(settings.pop("parallel", "ddp")), settings.pop("stop_after", None)
+    recipe = replace(BASE, **settings)  # type: ignore[arg-type]
+    config = recipe.model(40)
+    model = build(config)
+    init_weights(model, recipe.seed)
+    validate = Validation([Text("en", 60.0, list(range(1, 31))), Text("de", 20.0, [5, 6, 7])])
+    whole_run = recipe.settings()
+    stopped = Stopped(whole_run.schedule, int(str(stop_after))) if stop_after else whole_run.schedule
+    with join(parallel) as team:
+        settings_now = replace(whole_run, schedule=stopped)
+        train(model, recipe.batches(TEXT), settings_now, folder, validate, team=team, identity=recipe.identity)
+        weights = {name: whole(tensor.detach()) for name, tensor in model.named_parameters()}
+        if team.leads:
+            torch.save(weights, folder / "weights.pt")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,49 @@
+"""Runs that are killed at any moment lose nothing but time, and rows of any length take the memory of a window."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ENVIRONMENT, command, finish, lines, weights
+
+SETTINGS = {"steps": 60, "save_every": 2, "validate_every": 7, "log_every": 3, "n_embd": 64}
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    finish(tmp_path / "whole", **SETTINGS)
+    cut, draw, kills = tmp_path / "cut", random.Random(5), 0
+    for _ in range(30):
+        process = subprocess.Popen(command(cut, **SETTINGS), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        before = steps_written(cut)
+        while process.poll() is None and steps_written(cut) == before:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.3)
+        if process.poll() is None:
+            kills += 1
+            process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+    assert kills >= 2, "the run was over before it could be killed"
+    assert lines(cut) == lines(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(cut)[name], tensor), name
+    assert [path.name for path in cut.glob(".*.part")] == []
+
+
+def steps_written(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("through", [1, 2])
+def test_memory_does_not_depend_on_the_length_of_a_row(tmp_path: Path, through: int) -> None:
+    shared = {"batch": 1, "micro": 1, "steps": 2, "warmup": 1, "window": 512, "through": through, "n_embd": 64}
+    short = finish(tmp_path / "short", length=2048, **shared)
+    long = finish(tmp_path / "long", length=65_536, **shared)
+    assert long < 1.1 * short
