@@ -18,8 +18,12 @@ att.receptance, value, ffn.key  orthogonal, gain 1
 att.key, att.gate               orthogonal, gain 0.1
 att.output, ffn.value, receptance   0
 
-Source: the x052 and x060 training code as it stands today; where the paper's appendix I differs (gains, the last term
-of time_faaaa) this follows the code. RWKV-4 is here to run official checkpoints and has no training recipe yet.
+RWKV-4: time_decay -5 + 8 (n / (A-1))^(0.7 + 1.3 rho); time_first log 0.3 + 0.5 ((n+1) mod 3 - 1); mixes as Eagle's;
+emb and head as above; att.value and ffn.key orthogonal with gain sqrt(rows / columns), 1 where columns are more; every
+other matrix 0.
+
+Source: the v4neo, x052 and x060 training code; where the paper's appendix I differs (gains, the last term of
+time_faaaa) this follows the code. The previews 5.0 and 5.1 are here to run official checkpoints and are not trained.
 """
 
 from __future__ import annotations
@@ -37,9 +41,9 @@ from fledge.models.trunk import Trunk
 
 @torch.no_grad()
 def init_weights(model: Trunk, seed: int | None = None) -> None:
-    """Fill every parameter of an Eagle (5.2) or Finch. `seed` makes it repeatable, whatever was drawn before."""
-    if model.config.version not in ("5.2", "6.0"):
-        raise ConfigError(f"there is no initialisation for version {model.config.version}; train 5.2 or 6.0")
+    """Fill every parameter of an RWKV-4, Eagle (5.2) or Finch. `seed` makes it repeatable, whatever was drawn before."""
+    if model.config.version not in ("4", "5.2", "6.0"):
+        raise ConfigError(f"there is no initialisation for version {model.config.version}; train 4, 5.2 or 6.0")
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     for module in model.modules():
         if isinstance(module, LayerNorm | HeadNorm):
@@ -48,8 +52,12 @@ def init_weights(model: Trunk, seed: int | None = None) -> None:
     _init_ends(model, generator)
     for layer, block in enumerate(model.blocks):
         _init_mixes(block, layer, model)
-        _init_recurrence(block.att, layer, model)
-        _init_matrices(block, generator)
+        if model.config.version == "4":
+            _init_sums(block.att, layer, model)
+            _init_matrices_4(block, generator)
+        else:
+            _init_recurrence(block.att, layer, model)
+            _init_matrices(block, generator)
 
 
 def _init_ends(model: Trunk, generator: torch.Generator) -> None:
@@ -77,7 +85,8 @@ def _init_mixes(block: Any, layer: int, model: Trunk) -> None:
             parameter.copy_(1 - c ** (q**3))
         return
     for name in ("k", "v", "r", "g"):
-        getattr(block.att, f"time_mix_{name}").copy_(current[name])
+        if hasattr(block.att, f"time_mix_{name}"):
+            getattr(block.att, f"time_mix_{name}").copy_(current[name])
     for parameter in (block.ffn.time_mix_k, block.ffn.time_mix_r):
         parameter.copy_(c**q)
 
@@ -93,6 +102,22 @@ def _init_recurrence(att: Any, layer: int, model: Trunk) -> None:
     att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
     if model.config.tuned_state:
         att.time_state.zero_()
+
+
+def _init_sums(att: Any, layer: int, model: Trunk) -> None:
+    A, rho = model.config.dim_att, _depth(layer, model.config.n_layer)
+    n = torch.arange(A)
+    att.time_decay.copy_(-5 + 8 * (n / max(A - 1, 1)) ** (0.7 + 1.3 * rho))
+    att.time_first.copy_(math.log(0.3) + 0.5 * ((n + 1) % 3 - 1))
+
+
+def _init_matrices_4(block: Any, generator: torch.Generator) -> None:
+    att, ffn = block.att, block.ffn
+    for linear in (att.value, ffn.key):
+        rows, columns = linear.weight.shape
+        _orthogonal(linear.weight, max(1.0, math.sqrt(rows / columns)), generator)
+    for linear in (att.key, att.receptance, att.output, ffn.value, ffn.receptance):
+        linear.weight.zero_()
 
 
 def _init_matrices(block: Any, generator: torch.Generator) -> None:

@@ -187,11 +187,12 @@ def test_tuned_state_is_value_major_on_disk_and_key_major_here() -> None:
     assert not torch.allclose(with_default, with_zero)
 
 
-@pytest.mark.parametrize("version", ["5.2", "6.0"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6.0"])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_official_initialisation_starts_at_the_uniform_loss_and_is_repeatable(version: str, layers: int) -> None:
-    make = {"5.2": ModelConfig.eagle, "6.0": ModelConfig.finch}[version]
-    config = make(layers, 64, vocab_size=50, head_size=16)
+    heads = {} if version == "4" else {"head_size": 16}
+    make = {"4": ModelConfig.rwkv4, "5.2": ModelConfig.eagle, "6.0": ModelConfig.finch}[version]
+    config = make(layers, 64, vocab_size=50, **heads)
     first, second = build(config), build(config)
     for model in (first, second):
         for parameter in model.parameters():
@@ -277,8 +278,8 @@ def test_wrong_arguments_are_named() -> None:
         model(tokens(1, 0), last=True)
     with pytest.raises(UsageError, match=r"\(3,\)"):
         model(torch.tensor([1, 2, 3]))
-    with pytest.raises(ConfigError, match="no initialisation for version 4"):
-        init_weights(build(CONFIGS["4"]))
+    with pytest.raises(ConfigError, match=r"no initialisation for version 5\.1"):
+        init_weights(build(CONFIGS["5.1"]))
 
 
 def test_state_values() -> None:
