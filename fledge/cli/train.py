@@ -59,9 +59,7 @@ def train(
     from fledge.train.team import join
 
     with join(options.parallel) as team, _reports(chosen, options, team.leads) as report:
-        result = run(
-            chosen, options.data, options.to, report, start=options.start, team=team, device=options.device
-        )
+        result = run(chosen, options.data, options.to, report, start=options.start, team=team, device=options.device)
     if team.leads:
         _draw(options.to)
         print(visible(str(result)))
@@ -90,7 +88,12 @@ def _reports(recipe: Recipe, options: TrainOptions, leads: bool) -> Iterator[Cal
             sinks.append(lambda line: note("  ".join(f"{name} {value:.4g}" for name, value in line.items())))
         if options.tensorboard:
             sinks.append(_tensorboard(options.to, stack))
-        yield lambda line: [sink(line) for sink in sinks] and None
+
+        def tell(line: Line) -> None:
+            for sink in sinks:
+                sink(line)
+
+        yield tell
 
 
 def _tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable[[Line], None]:

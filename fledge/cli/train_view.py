@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from types import TracebackType
 
 from rich.console import Group
@@ -52,7 +53,7 @@ class View:
         )
         facts = [f"{name.replace('_', ' ')} {self.latest[name]:,.4g}" for name in SHOWN if name in self.latest]
         scores = [f"{name[4:]} {value:.3f}" for name, value in self.latest.items() if name.startswith("bpb_")]
-        rows = [head, Text(curve(self.losses, WIDTH), style="cyan"), Text("  ".join(facts))]
+        rows: list[Table | Text] = [head, Text(curve(self.losses, WIDTH), style="cyan"), Text("  ".join(facts))]
         if scores:
             rows.append(Text("bits per byte: " + "  ".join(scores), style="dim"))
         return Group(*rows)
@@ -73,7 +74,7 @@ def curve(values: list[float], width: int) -> str:
         return ""
     count = min(width, len(values))
     edges = [len(values) * place // count for place in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

@@ -1,4 +1,4 @@
-"""What a trainer asks of data: batches by number, each a pure function of it, so that a run can stop and go on anywhere."""
+"""What a trainer asks of data: batches by number, each a pure function of it, so that a run can go on anywhere."""
 
 from __future__ import annotations
 

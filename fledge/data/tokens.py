@@ -34,4 +34,3 @@ def open_tokens(path: Path) -> npt.NDArray[np.uint16]:
     if not path.is_file() or path.stat().st_size < 4 or path.stat().st_size % 2:
         raise UsageError(f"{path} is not a token store with at least two tokens; run the prepare step first")
     return np.memmap(path, dtype=STORED, mode="r")
-

@@ -41,7 +41,7 @@ from fledge.models.trunk import Trunk
 
 @torch.no_grad()
 def init_weights(model: Trunk, seed: int | None = None) -> None:
-    """Fill every parameter of an RWKV-4, Eagle (5.2) or Finch. `seed` makes it repeatable, whatever was drawn before."""
+    """Fill every parameter of an RWKV-4, Eagle (5.2) or Finch. `seed` makes it repeatable, whatever came before."""
     if model.config.version not in ("4", "5.2", "6.0"):
         raise ConfigError(f"there is no initialisation for version {model.config.version}; train 4, 5.2 or 6.0")
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)

@@ -21,7 +21,6 @@ from fledge.models.config import ModelConfig
 from fledge.models.layers import LayerNorm, Linear, last_token, token_shift
 from fledge.models.state import State, zero_state
 
-
 FORGET = -1e30
 """A log decay after which nothing is left, and which is still a number to add to."""
 
@@ -121,10 +120,10 @@ class Trunk(nn.Module):
 
         idx: (B, T) int64, T >= 0. state: of B rows, never changed; None begins anew. lengths: (B,) real tokens a row
         for right-padded batches; logits at padded places mean nothing. fresh: (B, T) bool, True for tokens at which a
-        document begins, as if with a state of zeros (a tuned initial state counts for the first token only). Returns float32 logits (B, T, vocab_size), or
-        with `last=True` only those after each row's last real token, (B, 1, vocab_size), which spares the head's
-        product for all others. Raises TokenizerError for an id outside the vocabulary and StateError for a state of
-        another model.
+        document begins, with a state of zeros (a tuned initial state counts for a row's first token only). Returns
+        float32 logits (B, T, vocab_size), or with `last=True` only those after each row's last real token,
+        (B, 1, vocab_size), which spares the head's product for all others. Raises TokenizerError for an id outside the
+        vocabulary and StateError for a state of another model.
         """
         self._check(idx, state, last)
         layout = Layout.of(lengths, fresh, idx)

@@ -70,14 +70,14 @@ class RunCheckpoint:
             raise CheckpointError(f"{path}: cannot resume from it ({error}); {ADVICE}") from error
 
     def _save_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, facts: dict[str, Any]) -> None:
-        import torch.distributed.checkpoint as parts
         from torch.distributed.checkpoint.state_dict import get_state_dict
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         target = self.folder / FOLDER / f"step-{step:06}"
         if (target / WHOLE).exists():
             return
         weights, moments = get_state_dict(model, optimizer)
-        parts.save({"model": weights, "optimizer": moments}, checkpoint_id=target)
+        save({"model": weights, "optimizer": moments}, checkpoint_id=target)
         self.team.wait()
         if self.team.leads:
             with atomic_path(target / WHOLE) as temporary:  # last of all: it says that the rest is there
@@ -87,8 +87,8 @@ class RunCheckpoint:
                     shutil.rmtree(older)
 
     def _resume_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-        import torch.distributed.checkpoint as parts
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         self._refuse(self.folder / FILE, "was written without fsdp")
         found = [folder for folder in self._folders() if (folder / WHOLE).exists()]
@@ -99,7 +99,7 @@ class RunCheckpoint:
             facts = torch.load(path / WHOLE, weights_only=True)
             self._check(path, facts)
             weights, moments = get_state_dict(model, optimizer)
-            parts.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+            load({"model": weights, "optimizer": moments}, checkpoint_id=path)
             with kept_settings(optimizer):
                 set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             return int(facts["step"]), facts["meter"]
@@ -113,7 +113,9 @@ class RunCheckpoint:
 
     def _refuse(self, path: Path, why: str) -> None:
         if path.exists():
-            raise CheckpointError(f"{path} {why}, and this run is of mode {self.team.mode}; go on as it was, or {ADVICE}")
+            raise CheckpointError(
+                f"{path} {why}, and this run is of mode {self.team.mode}; go on as it was, or {ADVICE}"
+            )
 
     def _check(self, path: Path, saved: Mapping[str, Any]) -> None:
         before = saved["identity"]

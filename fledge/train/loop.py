@@ -156,7 +156,7 @@ def backward(
             pending = loss if pending is None else pending + loss
             del logits
             if cut:
-                pending.backward()  # type: ignore[no-untyped-call]
+                pending.backward()
                 total, pending = total + pending.item(), None
                 state = None if ends else state.detach()
     return total
@@ -187,4 +187,3 @@ def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
             "Go on from them with a lower learning rate, or see the published remedies for loss spikes"
         )
     return norm
-

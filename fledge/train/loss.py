@@ -36,7 +36,7 @@ def summed_loss(logits: Tensor, targets: Tensor, counted: Tensor | None = None) 
     """The sum of the cross-entropies in nats. logits: (B, T, vocab) float32; targets: (B, T) int64, the id that follows
     each token; counted: (B, T) bool, which of them count, None for all.
 
-    A sum, because a step's mean is over all its rows, windows and processes: whoever knows the number of targets divides.
+    A sum, because a step's mean is over all its rows, windows and processes: who knows the number of targets divides.
     The pull scales with the incoming gradient, so that it is divided as well.
     """
     if counted is not None:

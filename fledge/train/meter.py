@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: what a run says of itself, one JSON object a line, in step order without gaps or repeats."""
+"""The lines of metrics.jsonl: what a run says of itself, one JSON object a line, each step once and in order."""
 
 from __future__ import annotations
 

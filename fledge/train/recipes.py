@@ -41,7 +41,7 @@ def long() -> Recipe:
 
 
 def against_spikes(recipe: Recipe) -> Recipe:
-    """The published remedies for Finch's loss spikes: a tiny eps, a shorter memory of squares, slow warm-up, more decay."""
+    """The published remedies for Finch's loss spikes: tiny eps, shorter memory of squares, slow warm-up, more decay."""
     return replace(
         recipe, eps=1e-18, beta2=0.95, warmup=max(recipe.warmup, 20), weight_decay=0.1, final=recipe.peak / 100
     )

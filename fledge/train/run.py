@@ -1,9 +1,9 @@
 """A recipe, a token store and a folder: the whole run, from the first weights to the finished model file.
 
-    folder/recipe.json       every setting, and the data's identity
-    folder/metrics.jsonl     losses, speed, validation
-    folder/last.pt           the checkpoint to go on from
-    folder/model.safetensors the result, with its vocabulary and where it comes from
+folder/recipe.json       every setting, and the data's identity
+folder/metrics.jsonl     losses, speed, validation
+folder/last.pt           the checkpoint to go on from
+folder/model.safetensors the result, with its vocabulary and where it comes from
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def _texts(store: Store) -> list[Text]:
     return [Text(span.language, span.size, span.ids) for span in store.documents("validation")]
 
 
-def _write_result(
-    model: Trunk, config: ModelConfig, recipe: Recipe, store: Store, folder: Path, team: Team
-) -> Path:
+def _write_result(model: Trunk, config: ModelConfig, recipe: Recipe, store: Store, folder: Path, team: Team) -> Path:
     tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     target = folder / RESULT
     if team.leads:

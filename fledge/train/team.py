@@ -90,7 +90,9 @@ def join(mode: str = "ddp") -> Iterator[Team]:
         yield Team()
         return
     if "RANK" not in os.environ:
-        raise ConfigError(f"parallel = {mode!r} needs processes; start them with `torchrun --nproc-per-node N -m fledge`")
+        raise ConfigError(
+            f"parallel = {mode!r} needs processes; start them with `torchrun --nproc-per-node N -m fledge`"
+        )
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A run in processes of its own, for tests: `python -m torch.distributed.run ... driver.py FOLDER JSON`, or python alone.
+"""A run in processes of its own, for tests: `python -m torch.distributed.run ... driver.py FOLDER JSON`, or alone.
 
 The JSON holds settings of the recipe, "parallel", and "stop_after" for a number of steps. Prints the peak memory.
 """
@@ -21,7 +21,7 @@ from fledge.train.schedule import Schedule
 from fledge.train.score import Text, Validation
 from fledge.train.team import join, whole
 
-TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 2000)
+TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 6000)
 BASE = Recipe(
     n_layer=2,
     n_embd=32,

@@ -12,24 +12,25 @@ import pytest
 import torch
 from processes import ENVIRONMENT, command, finish, lines, weights
 
+KILLS = 3
 SETTINGS = {"steps": 60, "save_every": 2, "validate_every": 7, "log_every": 3, "n_embd": 64}
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     finish(tmp_path / "whole", **SETTINGS)
     cut, draw, kills = tmp_path / "cut", random.Random(5), 0
-    for _ in range(30):
+    while True:
         process = subprocess.Popen(command(cut, **SETTINGS), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         before = steps_written(cut)
         while process.poll() is None and steps_written(cut) == before:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.3)
-        if process.poll() is None:
+        if process.poll() is None and kills < KILLS:
             kills += 1
             process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break
-    assert kills >= 2, "the run was over before it could be killed"
+    assert kills == KILLS, "the run was over before it could be killed"
     assert lines(cut) == lines(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(weights(cut)[name], tensor), name

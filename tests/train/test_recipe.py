@@ -50,9 +50,15 @@ def test_mistakes(changes: dict[str, str], words: str) -> None:
 
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("from fledge.train.recipe import Recipe\ndef big():\n    return Recipe(n_layer=9)\ndef odd():\n    return 1\n")
+    path.write_text(
+        "from fledge.train.recipe import Recipe\ndef big():\n    return Recipe(n_layer=9)\ndef odd():\n    return 1\n"
+    )
     assert find_recipe(f"{path}:big").n_layer == 9
-    for wrong, words in ((f"{path}:none", "no function none"), (f"{path}:odd", "returns a Recipe"), ("big", "choose from")):
+    for wrong, words in (
+        (f"{path}:none", "no function none"),
+        (f"{path}:odd", "returns a Recipe"),
+        ("big", "choose from"),
+    ):
         with pytest.raises(UsageError, match=words):
             find_recipe(wrong)
 
