@@ -26,7 +26,7 @@ unexport PYTHONHOME
 .PHONY: help demo test check fix bench native sanitize
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## install into .venv and generate text with the bundled model
 	$(BIN)/fledge generate "$(PROMPT)" --top-p 0.6 --max-tokens 150

@@ -42,18 +42,23 @@ uint16_t float_to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// What the 16 bits of a packed number are.
+struct Bf16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
 template <class T, int32_t STORED>
 T converted(uint32_t stored) {
-    if constexpr (STORED == STORED_F16 && sizeof(T) == 2) return static_cast<T>(stored);  // F16_EXACT: nothing is rounded
-    if constexpr (STORED == STORED_BF16 && sizeof(T) == 2) return static_cast<T>(stored);
+    constexpr bool same = (STORED == STORED_F16 && std::is_same_v<T, F16>) || (STORED == STORED_BF16 && std::is_same_v<T, Bf16>);
+    if constexpr (same) return {static_cast<uint16_t>(stored)};
     const float x = STORED == STORED_F32    ? from_bits(stored)
                     : STORED == STORED_BF16 ? from_bits(stored << 16)
                                             : half_to_float(static_cast<uint16_t>(stored));
-    if constexpr (sizeof(T) == 2) return float_to_bf16(x);
-    return static_cast<T>(x);
+    if constexpr (std::is_same_v<T, Bf16>) return {float_to_bf16(x)};
+    if constexpr (std::is_same_v<T, float>) return x;
+    return {};  // float16 takes float16 only
 }
 
-// One group of inputs of the 64 rows of a panel: float, or 16 bits as the format has them. Zeros outside the weight.
+// One group of inputs of the 64 rows of a panel. Zeros outside the weight.
 template <class T>
 using Rows = T[PANEL][GROUP];
 
@@ -97,11 +102,13 @@ void pack_panel(const Source& from, const Matrix& w, int64_t panel, uint8_t* dat
             transpose(rows[0], GROUP, reinterpret_cast<float*>(block));
             continue;
         }
-        alignas(64) Rows<uint16_t> rows;
-        gather(from, w, panel, group, rows);
         if (w.format == F16_EXACT) {
-            transpose(rows[0], GROUP, reinterpret_cast<uint16_t*>(block));
+            alignas(64) Rows<F16> rows;
+            gather(from, w, panel, group, rows);
+            transpose(rows[0], GROUP, reinterpret_cast<F16*>(block));
         } else {
+            alignas(64) Rows<Bf16> rows;
+            gather(from, w, panel, group, rows);
             alignas(64) uint32_t pairs[PANEL * PAIRS];
             std::memcpy(pairs, rows, sizeof rows);  // the first of a pair in the low half
             transpose(pairs, PAIRS, reinterpret_cast<uint32_t*>(block));

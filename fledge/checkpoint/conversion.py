@@ -12,6 +12,7 @@ hold them. Not here: quantising (for .safetensors), and the making of a .gguf (g
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -113,6 +114,9 @@ def _kind_of(target: Path) -> str:
             f"{target}: the suffix {target.suffix!r} is no format that can be written; name a *.pth, *.safetensors "
             "or *.gguf file, or a folder without such a suffix (format hf, or fla where you ask for it)"
         )
+    meant = difflib.get_close_matches(target.suffix.lower(), [f".{kind}" for kind in FILES], n=1, cutoff=0.8)
+    if meant and not target.is_dir():
+        raise UsageError(f"{target}: did you mean {target.with_suffix(meant[0])}?")
     return "hf"
 
 
@@ -121,7 +125,7 @@ def _check_target(target: Path, kind: str, force: bool) -> None:
     if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
     if not force:
-        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
+        raise CheckpointError(f"{target} exists; to replace it give --force (from Python, force=True)")
     if target.is_dir() != folder:
         raise CheckpointError(f"{target} is a {'folder' if target.is_dir() else 'file'}, a {kind} checkpoint is not")
     strange = [entry.name for entry in target.iterdir() if not OURS.fullmatch(entry.name)] if target.is_dir() else []

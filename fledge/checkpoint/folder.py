@@ -53,7 +53,9 @@ def _settings(folder: Path) -> dict[str, Any]:
         inside = sorted(
             entry.name for entry in folder.iterdir() if entry.suffix in (".pth", ".safetensors") and entry.is_file()
         )
-        then = f"give one of its files: {', '.join(inside[:4])}" if inside else "give a .pth or .safetensors file"
+        then = (
+            f"give one of its files: {', '.join(inside[:4])}" if inside else "give a .pth, .safetensors or .gguf file"
+        )
         raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face model folder; {then}")
     settings = _read_json(path)
     kind = settings.get("model_type")

@@ -126,7 +126,7 @@ def check_request(target: Path, scheme: str, force: bool) -> None:
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; name a file")
     if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
+        raise CheckpointError(f"{target} exists; to replace it give --force (from Python, force=True)")
 
 
 def quantise_tensors(

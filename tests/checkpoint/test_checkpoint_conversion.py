@@ -80,7 +80,7 @@ def test_an_existing_target_is_kept_without_force(tmp_path: Path) -> None:
     for name in ("t.pth", "t.safetensors", "folder"):
         convert(other, tmp_path / name)
         before = read(tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"exists; to replace it give force=True, or --force on"):
+        with pytest.raises(CheckpointError, match=r"exists; to replace it give --force"):
             convert(source, tmp_path / name)
         assert same(before.tensors, load(tmp_path / name)[1])
         convert(source, tmp_path / name, force=True)
@@ -94,6 +94,11 @@ def test_a_folder_may_have_a_dot_in_its_name_or_be_asked_for(tmp_path: Path) -> 
     source = saved(tmp_path, make("6.0"))
     for name, to in (("finch-1.6b", None), ("v1.5", None), ("odd.bin", "hf")):
         assert convert(source, tmp_path / name, to=to).format == "hf"
+
+
+def test_a_misspelt_suffix_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"did you mean .*m\.safetensors\?"):
+        convert(saved(tmp_path, make("6.0")), tmp_path / "m.safetensor")
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_config_says_what_is_in_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json.*; give a \.pth or \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json.*; give a \.pth, \.safetensors or \.gguf file"):
         load(tmp_path)
     (tmp_path / "a.pth").touch()
     with pytest.raises(CheckpointError, match=r"has no config\.json.*; give one of its files: a\.pth"):

@@ -53,7 +53,7 @@ def test_packing_changes_nothing_but_speed(
     monkeypatch.setattr("fledge.models.layers.WORTH_PACKING", 0)
     if not native:
         monkeypatch.setattr("fledge.checkpoint.assembly.why_not_native", lambda config: "not built")
-    for stored in (torch.float32, torch.bfloat16):
+    for stored in (torch.float32, torch.bfloat16, torch.float16):
         path = save_pth(tmp_path, 256, stored)
         packed, plain = (fledge.load(path, device="cpu", dtype=dtype, pack=pack) for pack in (True, False))
         assert "head.weight" in plain.model.state_dict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from native_library import every_instruction_set, forced, needs_native
@@ -121,6 +123,28 @@ def test_threads_change_nothing() -> None:
             assert torch.equal(matmul(x, matrix), one), count
         finally:
             torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        *product(
+            ("float32", "bfloat16", "bfloat16 exact"), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        ),
+        ("float16 exact", torch.float16),
+    ],
+    ids=str,
+)
+def test_a_weight_of_any_dtype_and_layout_is_packed_as_torch_rounds_it(
+    format: str, dtype: torch.dtype, shape: tuple[int, int], transposed: bool
+) -> None:
+    rows, columns = shape
+    weight = (100 * torch.randn(columns, rows)).to(dtype).T if transposed else (100 * torch.randn(shape)).to(dtype)
+    stands = weight.bfloat16() if format.startswith("bfloat16") else weight
+    found = matmul(torch.eye(columns), pack(weight, format)).T
+    torch.testing.assert_close(found, stands.float(), rtol=0, atol=0)
 
 
 def test_transposed_and_strided_weights_are_packed_as_they_read() -> None:
