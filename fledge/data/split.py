@@ -30,7 +30,7 @@ def limits(counts: Counts, settings: Validation) -> dict[str, int]:
         share = max(settings.share, settings.documents / count.documents) if settings.bytes and settings.share else 0
         mean = min(count.bytes / count.documents, settings.bytes / 4)
         enough = max(settings.documents, ROOM * settings.bytes / max(mean, 1)) / count.documents
-        found[language] = int(min(share, enough, 1.0) * (WHOLE - 1))
+        found[language] = min(int(min(share, enough) * WHOLE), WHOLE - 1)
     return found
 
 

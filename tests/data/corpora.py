@@ -79,7 +79,7 @@ def config(**settings: Any) -> BuildConfig:
     """A config of small pieces that reads corpus*.jsonl; `settings` as TOML would have them."""
     values: dict[str, Any] = {
         "sources": [{"path": "corpus*.jsonl"}],
-        "piece_bytes": 4000,
+        "piece_bytes": 9000,
         "validation": {"share": 0.1, "documents": 0, "bytes": 2000},
         **settings,
     }

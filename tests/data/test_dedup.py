@@ -95,3 +95,10 @@ def test_partitions_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(dedup.partitions(1000, {})) == 28
     made(tmp_path, "many")
     assert files(tmp_path / "one") == files(tmp_path / "many")
+
+
+def test_languages_of_which_everything_may_be_aside(tmp_path: Path) -> None:
+    """Shares of one and above are limits that 64 bits can hold."""
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text(number), "lang": "en"} for number in range(2)])
+    store = made(tmp_path, validation={"share": 0.5, "documents": 3, "bytes": 10**6})
+    assert len(store.index("validation")) == 2 and len(store.index("train")) == 0

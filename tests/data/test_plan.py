@@ -33,7 +33,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def made(base: Path, mixture: dict[str, Any], **settings: Any) -> Store:
-    values = {"dedup": {"near": False}, "validation": {"share": 0.0}, **settings}
+    values = {"piece_bytes": 10**6, "dedup": {"near": False}, "validation": {"share": 0.0}, **settings}
     return build(config(mixture=mixture, **values), base, base / "store", Options(workers=1, force=True))
 
 
