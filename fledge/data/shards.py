@@ -27,7 +27,7 @@ from fledge.data.pieces import Job, load_array, save_array
 from fledge.data.signature import Signer, exact_hash, normalised
 
 SHARD_BYTES = 64_000_000  # of text, after which another shard begins
-BATCH_CHARACTERS = 1_000_000  # that are signed at a time
+BATCH_CHARACTERS = 200_000  # that are signed at a time: few enough for a core's cache
 
 PART = np.dtype([("start", "<u8"), ("size", "<u4"), ("document", "<u4"), ("part", "<u4"), ("kind", "<u2")])
 DOCUMENT = np.dtype([("hash", "<u8"), ("hash2", "<u8"), ("bytes", "<u8"), ("kind", "<u2")])

@@ -1,6 +1,6 @@
 """What two texts are compared by: a hash for copies, and a MinHash signature for near copies.
 
-Both are taken of the text in lower case with single spaces. A signature is the MinHash of all pieces of some characters
+Both are taken of the text in lower case and without white space. A signature is the MinHash of all pieces of some characters
 (pieces of words would mean nothing in scripts without spaces), of which a fixed quarter is enough: which pieces count
 depends on the pieces alone, so the share that two texts have in common stays an unbiased estimate. The package rensa
 finds the minima.
@@ -23,6 +23,7 @@ from fledge.data.config import Dedup
 U64 = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
+SPACES = b" \t\n\r\x0b\x0c"
 SAMPLED = 4  # one piece in so many counts
 RECALL = 0.9  # of pairs exactly at the threshold that are to be found, at least
 SEED = 20240410  # of rensa's permutations; signatures of two stores can be compared
@@ -30,7 +31,7 @@ SEED = 20240410  # of rensa's permutations; signatures of two stores can be comp
 
 def normalised(text: str) -> str:
     """What of a text counts when it is compared."""
-    return " ".join(text.lower().split())
+    return text.lower().encode().translate(None, SPACES).decode()
 
 
 def exact_hash(text: str) -> tuple[int, int]:
