@@ -53,6 +53,12 @@ EXTRAS = (
     Extra("bench", ("rwkv", "tokenizers", "matplotlib"), "`fledge bench`: other programs beside this one, and plots"),
     Extra("gguf", ("gguf",), "writing .gguf files, and reading those with K types"),
     Extra("train", ("matplotlib",), "plots of training runs"),
+    Extra(
+        "data",
+        ("rensa", "py3langid", "pyarrow", "zstandard"),
+        "near copies, languages, Parquet and .zst in `fledge data`",
+    ),
+    Extra("ray", ("ray",), "`fledge data build --ray`: many machines"),
 )
 
 

@@ -29,7 +29,7 @@ from fledge.checkpoint.quantise import SCHEMES, is_matrix, quantise_tensors
 from fledge.core.errors import UsageError
 from fledge.core.files import sha256
 from fledge.core.native import why_missing
-from fledge.data.textfile import read_texts
+from fledge.data.texts import read_texts
 from fledge.engine.loading import locate, tokenizer_of
 from fledge.models.state import State
 from fledge.tokenizer import NO_EOS, Tokenizer

@@ -1,62 +1,17 @@
-"""Texts to measure tokenizers with: documents from files, or made-up ones.
+"""Texts to measure tokenizers with.
 
-Here: reading, thinning, making up. Not here: anything that is measured.
+Here: thinning, making up. Not here: reading files (fledge.data.texts), and anything that is measured.
 """
 
 from __future__ import annotations
 
-import json
-import lzma
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from pathlib import Path
-from typing import IO
 
-from fledge.core.errors import UsageError
 from fledge.tokenizer import world_vocabulary
 
 DOCUMENT_TOKENS = 1000
-
-
-def documents(path: Path) -> Iterator[str]:
-    """Every document of a file, or of all files below a folder, in the order of their names.
-
-    Of `.jsonl` and `.jsonl.xz` the field "text" of each line; any other file is one document. Files that are not UTF-8
-    are left out. Raises UsageError where there is nothing to read.
-    """
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; give a file of text or a folder of such files")
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    empty = True
-    for file in files:
-        for text in _documents_of(file):
-            empty = False
-            yield text
-    if empty:
-        raise UsageError(f"{path} holds no text; give a file of text or a folder of such files")
-
-
-def _documents_of(file: Path) -> Iterator[str]:
-    try:
-        if file.name.endswith((".jsonl", ".jsonl.xz")):
-            with _opened(file) as lines:
-                for line in lines:
-                    yield from _nonempty(str(json.loads(line)["text"]))
-        else:
-            yield from _nonempty(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        return
-    except (OSError, ValueError, KeyError, TypeError, EOFError, lzma.LZMAError) as error:
-        raise UsageError(f"cannot read documents from {file}: {error!r:.200}") from error
-
-
-def _nonempty(text: str) -> list[str]:
-    return [text] if text else []
-
-
-def _opened(file: Path) -> IO[str]:
-    return lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
 
 
 def thinned(texts: Iterable[str], limit: int) -> list[str]:

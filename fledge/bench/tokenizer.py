@@ -19,8 +19,9 @@ from typing import Any
 
 from fledge.bench.environment import machine_facts, package_version, usable_cores
 from fledge.bench.harness import Report, Sample, interleaved
-from fledge.bench.texts import documents, size_of, synthetic, thinned
+from fledge.bench.texts import size_of, synthetic, thinned
 from fledge.core.errors import FledgeError, UsageError
+from fledge.data.texts import read_texts
 from fledge.tokenizer import Tokenizer, load_world
 from fledge.tokenizer.native import available
 
@@ -89,7 +90,8 @@ class Outcome:
 def run(spec: Spec, report: Report) -> Outcome:
     """Check that all programs give the same ids, then measure. Raises FledgeError where they do not."""
     limit = int(spec.megabytes * MEGABYTE)
-    texts = thinned(synthetic(limit) if spec.text is None else documents(spec.text), limit)
+    given = synthetic(limit) if spec.text is None else (document.text for document in read_texts(spec.text))
+    texts = thinned(given, limit)
     part = thinned(texts, size_of(texts) // SLOW_SHARE)
     programs = {program.name: program for program in find_programs(spec.threads or usable_cores())}
     if all(program.slow for program in programs.values()):

@@ -80,13 +80,14 @@ def rows(done: Outcome) -> list[tuple[str, str]]:
 
 def _check_text(path: Path) -> None:
     """Fail before the work, not after it."""
-    from fledge.data.textfile import read_texts
+    from fledge.data.texts import read_texts
 
-    read_texts(path)
+    for _ in read_texts(path):
+        pass
 
 
 def _importance(source: str, text: Path, bar: SlowBar) -> dict[str, Importance]:
-    from fledge.data.textfile import read_texts
+    from fledge.data.texts import read_texts
     from fledge.engine.calibration import calibrate
 
     texts = [document.text for document in read_texts(text)]

@@ -6,6 +6,7 @@
     ├── CheckpointError         a file is missing, damaged, incomplete or not what it says it is
     │   └── UnsupportedError    a file is fine but holds something Fledge does not run (RWKV-7, say)
     ├── TokenizerError          a vocabulary is malformed, or an id lies outside it
+    ├── DataError               a corpus file, token store or build folder is damaged, or not what it says it is
     ├── StateError              a state does not fit the model it is given to
     ├── BackendError            a kernel backend is not available here
     └── TrainingError           a training run cannot go on
@@ -42,6 +43,10 @@ class UnsupportedError(CheckpointError):
 
 class TokenizerError(FledgeError):
     """A vocabulary is malformed, or a token id lies outside it."""
+
+
+class DataError(FledgeError):
+    """A corpus file, token store or build folder is damaged, not what it says it is, or cannot be written."""
 
 
 class StateError(FledgeError):

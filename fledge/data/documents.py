@@ -1,19 +1,22 @@
-"""Documents on disk: one JSON object a line with "text", "lang" and "src", plain or compressed."""
+"""What a document is, and JSON lines: one object a line with a text, its language and its source.
+
+Here: one record to one document, and where a bad one stands. Not here: which files there are, and other kinds of file.
+"""
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import UsageError
+from fledge.data.compression import OPENERS, Damaged, open_plain, plain_stem, plain_suffix
 
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".jsonl": open}
+Bad = Callable[[int, Exception], None]
+"""What to do about line `number`, which is no document: raise, or count it."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +28,74 @@ class Document:
     source: str
 
 
+@dataclass(frozen=True)
+class Fields:
+    """How a record becomes a document: names of its fields, and what holds where it has none."""
+
+    text: str = "text"
+    template: str = ""  # instead of one field of text: a text with {field} in it
+    language_field: str = "lang"
+    source_field: str = "src"
+    language: str = ""
+    source: str = ""
+
+    def document(self, record: Mapping[str, Any]) -> Document:
+        """Raises ValueError, KeyError, TypeError or AttributeError for a record that is none."""
+        text = self._filled(record) if self.template else record[self.text]
+        language = record.get(self.language_field) or self.language
+        source = record.get(self.source_field) or self.source
+        if not (isinstance(text, str) and isinstance(language, str) and isinstance(source, str)):
+            raise ValueError("text, lang and src must be strings")
+        if not text.isascii():
+            text.encode()  # a lone surrogate is no text
+        return Document(text, base_language(language), source)
+
+    def _filled(self, record: Mapping[str, Any]) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: str(record[match[1]]), self.template)
+
+
 def base_language(code: str) -> str:
     """The language without its region: "pt-BR" and "pt_BR" are "pt", "zh-TW" is "zh"; "code:python" stays."""
     return code if code.startswith("code:") else code.replace("_", "-").split("-")[0].lower()
 
 
+def parse_lines(lines: Iterable[bytes], fields: Fields, bad: Bad, first: int = 1) -> Iterator[Document]:
+    """The documents of JSON lines, the first of which has the number `first`. Blank lines are left out."""
+    for number, line in enumerate(lines, first):
+        if line.isspace():
+            continue
+        try:
+            document = fields.document(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            bad(number, error)
+            continue
+        yield document
+
+
+def bad_line(path: Path, number: int, error: Exception) -> UsageError:
+    """The error for a line that is no document."""
+    reason = f"no {error}" if isinstance(error, KeyError) else error
+    return UsageError(f"{path}, line {number}: not a JSON object with a text: {reason}")
+
+
 def read_jsonl(path: Path) -> Iterator[Document]:
-    """The documents of one .jsonl file, also .xz, .gz or .bz2. Raises UsageError with the number of a bad line."""
-    opener = OPENERS.get(path.suffix)
-    if opener is None:
-        raise UsageError(f"{path}: cannot read {path.suffix!r} files; known: {', '.join(sorted(OPENERS))}")
+    """The documents of one .jsonl file, plain or compressed. Raises UsageError with the number of a bad line."""
+    if plain_suffix(path) != ".jsonl":
+        known = ", ".join(sorted([".jsonl", *OPENERS]))
+        raise UsageError(f"{path}: cannot read {path.suffix!r} files; known: {known}")
     number = 0
+
+    def bad(line: int, error: Exception) -> None:
+        raise bad_line(path, line, error)
+
+    def counted(lines: Iterable[bytes]) -> Iterator[bytes]:
+        nonlocal number
+        for line in lines:
+            yield line
+            number += 1
+
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - the handlers below name the line
-                yield _document(line, path.stem)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}, line {number}: not a JSON object with a text: {error}") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        with open_plain(path) as lines:
+            yield from parse_lines(counted(lines), Fields(source=plain_stem(path)), bad)
+    except Damaged as error:
         raise UsageError(f"{path}: cannot be read beyond line {number}: {error}") from None
-
-
-def _document(line: str, source: str) -> Document:
-    record = json.loads(line)
-    text, language, source = record["text"], record.get("lang", ""), record.get("src", source)
-    if not all(isinstance(value, str) for value in (text, language, source)):
-        raise ValueError("text, lang and src must be strings")
-    text.encode()  # a lone surrogate is no text
-    return Document(text, base_language(language), source)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fledge.bench import tokenizer as benchmark
-from fledge.bench.texts import documents, size_of, synthetic, thinned
+from fledge.bench.texts import size_of, synthetic, thinned
 from fledge.bench.tokenizer import Program, Spec, run
 from fledge.cli.bench_tokenizer import tokenizer as command
 from fledge.core.errors import FledgeError, UsageError
@@ -35,18 +35,6 @@ def folder(tmp_path: Path) -> Path:
     (place / "d.bin").write_bytes(b"\xff\xfe\x00")
     (place / "e.txt").write_text("", encoding="utf-8")
     return place
-
-
-def test_documents_of_files_and_folders(folder: Path) -> None:
-    assert list(documents(folder)) == ["one", "two é", "one", "two é", "three\n" * 400]
-    assert list(documents(folder / "b.jsonl")) == ["one", "two é"]
-
-
-def test_nothing_to_read(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"other": 1}\n', encoding="utf-8")
-    for path, message in (("nowhere", "does not exist"), ("texts/d.bin", "no text"), ("bad.jsonl", r"bad.jsonl.*text")):
-        with pytest.raises(UsageError, match=message):
-            list(documents(tmp_path / path))
 
 
 def test_thinning_is_even_and_within_the_limit() -> None:

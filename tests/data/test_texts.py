@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fledge.core.errors import UsageError
-from fledge.data.textfile import read_texts
+from fledge.data.texts import read_texts
 
 LINES = '{"text": "ja", "lang": "de"}\n{"text": ""}\n{"text": "oui", "lang": "fr"}\n'
 
@@ -19,6 +19,20 @@ def test_lines_have_a_language_each(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(LINES.encode()))
     for name in ("a.jsonl", "a.jsonl.xz"):
         assert [(d.text, d.language) for d in read_texts(tmp_path / name)] == [("ja", "de"), ("oui", "fr")]
+
+
+def test_a_folder_in_the_order_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "b.jsonl").write_text(LINES)
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(LINES.encode()))
+    (tmp_path / "c.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "inner" / "d.txt").write_text("three")
+    found = [(document.text, document.source) for document in read_texts(tmp_path)]
+    assert found == [("ja", "a"), ("oui", "a"), ("ja", "b"), ("oui", "b"), ("three", "d")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UsageError, match="holds no text"):
+        list(read_texts(empty))
 
 
 def test_a_plain_text_is_one_document(tmp_path: Path) -> None:
@@ -44,4 +58,4 @@ def test_what_is_no_text(name: str, data: bytes | None, message: str, tmp_path: 
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UsageError, match=message):
-        read_texts(tmp_path / name)
+        list(read_texts(tmp_path / name))

@@ -1,0 +1,237 @@
+"""`fledge data build`: raw documents in, a token store out, stage after stage.
+
+    inputs     hash every input file
+    read       read, identify, clean, hash and sign documents      -> shards
+    copies     which documents are copies of others
+    near       which are near copies
+    used       how often World's tokens are used (only for a pruned vocabulary)
+    tokens     choose and encode
+    assemble   one store from all shards, its manifest and report
+
+Each stage leaves pieces behind in the store's folder `work`; a build that ended in any way goes on from what is there.
+The result depends on the config and the inputs alone: not on the number of workers, nor on what was interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fledge.core.errors import DataError, UsageError
+from fledge.data import assembly
+from fledge.data.clean import steps
+from fledge.data.config import BuildConfig
+from fledge.data.counts import merged, read_json
+from fledge.data.dedup import find_copies, find_near_copies, partitions
+from fledge.data.pieces import Job, exclusive, sweep
+from fledge.data.plan import Plan, make_plan
+from fledge.data.rays import RayData
+from fledge.data.reading import hash_input, input_record, read_slice
+from fledge.data.report import write_report
+from fledge.data.shards import shards
+from fledge.data.signature import Signer
+from fledge.data.sources import Input, Slice, survey
+from fledge.data.split import limits
+from fledge.data.store import MANIFEST, Store, open_store, type_for
+from fledge.data.tokenise import Portion, count_tokens, fixed_spec, most_used, tokenise
+from fledge.data.workers import Function, Inline, Processes, Workers, usable_cores
+from fledge.tokenizer import Vocabulary
+
+Report = Callable[[str, int, int], None]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change the result."""
+
+    workers: int | None = None  # None: one for each core
+    ray: bool = False  # run on Ray Data instead
+    force: bool = False  # replace another store in the folder
+    keep_work: bool = False  # for a later build with other settings
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers is {self.workers}; it must be at least 1")
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
+def build(config: BuildConfig, base: Path, to: Path, options: Options | None = None, report: Report = silent) -> Store:
+    """Build the store `to`, or go on building it. `base`: where the paths of the config start.
+
+    Raises UsageError where `to` holds something else, DataError where a file is damaged or the disk full.
+    """
+    options = options or Options()
+    _check(config, base)
+    try:
+        inputs, slices = survey(config, base)
+        fingerprint = _fingerprint(config, inputs, base)
+        if not _finished(to, fingerprint, options):
+            with ExitStack() as stack:
+                if not stack.enter_context(exclusive(to / "work")):
+                    raise UsageError(f"another build is at work in {to}; wait for it, or choose another folder")
+                sweep(to)
+                workers = stack.enter_context(_workers(options))
+                _Build(config, base, to, workers, report).run(inputs, slices, fingerprint)
+    except OSError as error:
+        raise _explained(error, to) from None
+    if not options.keep_work:
+        shutil.rmtree(to / "work", ignore_errors=True)
+    return open_store(to)
+
+
+class _Build:
+    """One run of all stages."""
+
+    def __init__(self, config: BuildConfig, base: Path, to: Path, workers: Workers, report: Report) -> None:
+        self.config, self.base, self.to, self.workers, self.report = config, base, to, workers, report
+        self.job = Job(config, (to / "work").absolute())
+
+    def run(self, inputs: list[Input], slices: list[Slice], fingerprint: str) -> None:
+        """From the first stage to the manifest; what is there already is not done again."""
+        config = self.config
+        files = [file for file in inputs if file.format != "hub"]
+        self._begin("inputs", [[file.source, file.name, file.format, file.size, file.changed] for file in inputs])
+        self._stage("hashing inputs", hash_input, files, lambda file: input_record(self.job, file))
+        reading = (config.sources, config.clean, config.languages, _signing(config), config.cut_characters)
+        self._begin("read", _plain(reading), config.piece_bytes, config.on_error)
+        self._stage("reading and cleaning", read_slice, slices, lambda piece: self._in("read", piece.name))
+        if not shards(self.job):
+            raise UsageError("no document is left after cleaning; see the counts under `work`, and the config")
+        bounds = self._deduplicate()
+        self.report("choosing", 0, 1)
+        plan = make_plan(self.job, bounds)
+        spec = self._vocabulary(plan)
+        self._begin("tokens", _plain(config.mixture), _plain(config.validation), config.seed, spec)
+        self._stage("tokenising", tokenise, self._portions(plan, spec), lambda one: self._in("tokens", one.name))
+        (self.to / MANIFEST).unlink(missing_ok=True)
+        about = assembly.assemble(
+            self.job, self.to, spec, lambda done, total: self.report("writing the store", done, total)
+        )
+        manifest = assembly.manifest(self.job, inputs, fingerprint, about)
+        write_report(self.to, manifest)
+        assembly.write_manifest(self.to, manifest)
+
+    def _deduplicate(self) -> dict[str, int]:
+        """Both stages of it. Returns the limits under which documents may be validation documents."""
+        config = self.config
+        folders = sorted(path for path in self.job.folder("read").iterdir() if not path.name.startswith("."))
+        bounds = limits(merged(folder / "counts.json" for folder in folders), config.validation)
+        if config.dedup.exact or config.dedup.near:
+            documents = sum(len(shard.documents) for shard in shards(self.job))
+            tasks = partitions(documents, bounds)
+            self._begin("copies", bounds, config.seed, len(tasks))
+            self._stage("finding copies", find_copies, tasks, lambda one: self._in("copies", one.name))
+        if config.dedup.near:
+            records = sum(len(shard.bands) for shard in shards(self.job))
+            tasks = partitions(records, bounds)
+            self._begin("near", config.dedup.threshold, len(tasks))
+            self._stage("finding near copies", find_near_copies, tasks, lambda one: self._in("near", one.name))
+        return bounds
+
+    def _vocabulary(self, plan: Plan) -> dict[str, Any]:
+        """The record of the vocabulary, counted first where it is to be pruned."""
+        vocabulary = self.config.vocabulary
+        spec = fixed_spec(vocabulary, self.base)
+        if spec is None:
+            assert isinstance(vocabulary, int)
+            self._begin("used", _plain(self.config.mixture), _plain(self.config.validation), self.config.seed)
+            path = self.job.folder("used")
+            self._stage("counting tokens", count_tokens, self._portions(plan, {}), lambda one: path / f"{one.name}.npy")
+            spec = most_used(self.job, vocabulary)
+        return spec
+
+    def _portions(self, plan: Plan, spec: dict[str, Any]) -> list[Portion]:
+        return [Portion(shard, plan.for_shard(shard), spec) for shard in shards(self.job)]
+
+    def _begin(self, stage: str, *decisive: Any) -> None:
+        self.job = self.job.with_stage(stage, *decisive)
+        self.job.folder(stage).mkdir(parents=True, exist_ok=True)
+
+    def _in(self, stage: str, name: str) -> Path:
+        return self.job.folder(stage) / name
+
+    def _stage(self, label: str, function: Function, tasks: Sequence[Any], result: Callable[[Any], Path]) -> None:
+        """Run the tasks whose results are not there yet."""
+        left = [task for task in tasks if not result(task).exists()]
+        done = len(tasks) - len(left)
+        self.report(label, done, len(tasks))
+        for _ in self.workers.run(function, self.job, left):
+            done += 1
+            self.report(label, done, len(tasks))
+
+
+def _workers(options: Options) -> AbstractContextManager[Workers]:
+    """Ray, processes, or none of them where one worker is enough."""
+    if options.ray:
+        return RayData()
+    count = options.workers or usable_cores()
+    return Processes(count) if count > 1 else nullcontext(Inline())
+
+
+def _check(config: BuildConfig, base: Path) -> None:
+    """Whatever can be wrong with a config, or missing here, before hours of work."""
+    steps(config.clean)
+    spec = fixed_spec(config.vocabulary, base)
+    type_for(config.dtype, Vocabulary.from_spec(spec).size if spec else 0)
+    if config.dedup.near:
+        Signer(config.dedup)
+
+
+def _signing(config: BuildConfig) -> Any:
+    """What of deduplication decides how documents are read: the threshold only by the bands it asks for."""
+    dedup = config.dedup
+    return [dedup.permutations, dedup.characters, Signer(dedup).rows] if dedup.near else None
+
+
+def _plain(value: Any) -> Any:
+    """A part of the config as JSON has it."""
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _fingerprint(config: BuildConfig, inputs: list[Input], base: Path) -> str:
+    """What a finished store was made from."""
+    files = [[file.name, file.size, file.changed] for file in inputs]
+    spec = fixed_spec(config.vocabulary, base)
+    return hashlib.sha256(json.dumps([asdict(config), files, spec], sort_keys=True).encode()).hexdigest()
+
+
+def _finished(to: Path, fingerprint: str, options: Options) -> bool:
+    """Whether the store in `to` is just the one that is wanted. Raises UsageError for what must not be replaced."""
+    if to.exists() and not to.is_dir():
+        raise UsageError(f"{to} is a file; name a folder for the store")
+    if not (to / MANIFEST).is_file():
+        if to.is_dir() and any(to.iterdir()) and not (to / "work").is_dir() and not options.force:
+            raise UsageError(f"{to} holds files that are no token store; choose another folder, or --force")
+        return False
+    try:
+        same = bool(read_json(to / MANIFEST)["fingerprint"] == fingerprint)
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same and not options.force:
+        raise UsageError(f"{to} holds a store made from other inputs or settings; choose another folder, or --force")
+    return same
+
+
+def _explained(error: OSError, to: Path) -> Exception:
+    """A full disk is the one error of the system that a user meets in a build and can do something about."""
+    if error.errno in FULL:
+        free = shutil.disk_usage(to if to.exists() else to.parent).free / 1e9
+        return DataError(
+            f"the disk of {to} is full ({free:.1f} GB are free); make room and run the same command again: finished "
+            "pieces are kept"
+        )
+    where = f"{error.filename}: " if error.filename else ""
+    return DataError(f"{where}{error.strerror or error}; finished pieces are kept: run the same command again")

@@ -1,0 +1,111 @@
+"""Pieces of unfinished work on disk: each appears whole or not at all, so a killed build goes on from those it finds.
+
+The folder of a stage carries a key in its name, made from all that decides what the stage gives: its settings and the
+keys of the stages before. A changed setting therefore takes over the stages that it does not touch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fledge.data.config import BuildConfig
+
+PART = ".part"
+LAYOUT = 1  # of everything in a work folder; another one takes nothing over
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage function is told beside its task. Goes to other processes and machines."""
+
+    config: BuildConfig
+    work: Path
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage leaves its pieces."""
+        return self.work / f"{stage}-{self.keys[stage]}"
+
+    def with_stage(self, stage: str, *decisive: Any) -> Job:
+        """With one more stage, which depends on `decisive` and on the stages named so far."""
+        text = json.dumps([LAYOUT, stage, *decisive, sorted(self.keys.items())], sort_keys=True)
+        return Job(self.config, self.work, {**self.keys, stage: hashlib.sha256(text.encode()).hexdigest()[:12]})
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well. If `target` is there by then, it stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed builds have left half done.
+
+    A worker that outlived its build may still be writing one of these. Each is therefore renamed before it is emptied,
+    so that the worker cannot make a finished piece of what is left.
+    """
+    for path in list(folder.rglob(f".*{PART}")):
+        gone = path.with_name(f".{uuid.uuid4().hex}{PART}")
+        with suppress(FileNotFoundError):
+            os.rename(path, gone)
+        if gone.is_dir():
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            gone.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """An array that `load_array` maps."""
+    np.save(path, array, allow_pickle=False)
+
+
+def load_array(path: Path) -> npt.NDArray[Any]:
+    """An array of `save_array`, mapped and not read."""
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    assert isinstance(found, np.ndarray)
+    return found
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[bool]:
+    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two builds at once are then up to the user
+            yield True
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,206 @@
+"""Which documents a store holds, and how often: caps, weights and epochs turned into one limit a group.
+
+Every part of a document has a place in an order that depends on its own hash and the seed alone. Bytes are counted by
+group and by bucket of that order, and a group takes the buckets below a limit. So the choice needs no list of
+documents, is the same for any number of workers, and is exact to one bucket, 1/16384 of a group.
+
+Here: the limits, and what they say about each part of a shard. Not here: reading any text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fledge.core.errors import UsageError
+from fledge.data.config import Group, Mixture
+from fledge.data.dedup import dropped
+from fledge.data.pieces import Job
+from fledge.data.shards import Shard, shards
+from fledge.data.signature import mixed
+from fledge.data.split import candidates, order
+
+BUCKET_BITS = 14
+BUCKETS = 1 << BUCKET_BITS
+SALT = 2
+PART_STEP = np.uint64(0xD1342543DE82EF95)  # any odd number: parts of one document have places of their own
+
+VERDICTS = ("train", "copies", "near copies", "validation", "no group", "left out")
+TRAIN, COPY, NEAR, ASIDE, NO_GROUP, LEFT_OUT = range(len(VERDICTS))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a group takes: every part `full` times, and those below `limit` once more."""
+
+    full: int = 0
+    limit: int = BUCKETS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for a whole corpus."""
+
+    mixture: Mixture
+    seed: int
+    aside: dict[int, dict[int, int]] = field(default_factory=dict)  # shard -> validation document -> bytes of it
+    shares: tuple[Share, ...] = ()  # of each group; before they are known, everything is taken once
+    source_limits: dict[tuple[int, str], int] = field(default_factory=dict)  # (group, source) -> limit
+
+    def for_shard(self, shard: Shard) -> Plan:
+        """What one shard's task needs of it."""
+        aside = {shard.number: self.aside[shard.number]} if shard.number in self.aside else {}
+        return Plan(self.mixture, self.seed, aside, self.shares, self.source_limits)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to each part of a shard."""
+
+    codes: npt.NDArray[np.uint8]  # index into VERDICTS
+    times: npt.NDArray[np.int64]  # how often it is trained on
+    groups: npt.NDArray[np.int64]  # index into the groups, or -1
+    buckets: npt.NDArray[np.int64]  # its place in the order
+
+
+def judge(job: Job, shard: Shard, plan: Plan) -> Verdict:
+    """Apply a plan."""
+    parts = shard.parts
+    of = parts["document"]
+    group_of = np.array([_group(plan.mixture, *kind) for kind in shard.kinds], dtype=np.int64)
+    groups = group_of[parts["kind"]]
+    places = mixed(shard.documents["hash"][of] + parts["part"].astype(np.uint64) * PART_STEP, SALT + 2 * plan.seed)
+    buckets = (places >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+    shares = plan.shares or (Share(),) * len(plan.mixture.groups)
+    full = np.array([share.full for share in shares] or [0])
+    limit = np.array([share.limit for share in shares] or [0])
+    times = full[groups] + (buckets < limit[groups])
+    source_limit = np.array(
+        [plan.source_limits.get((group, kind[1]), BUCKETS) for group, kind in zip(group_of, shard.kinds, strict=True)]
+    )
+    times[buckets >= source_limit[parts["kind"]]] = 0
+    codes = np.where(times == 0, LEFT_OUT, TRAIN).astype(np.uint8)
+    codes[groups < 0] = NO_GROUP
+    aside = np.zeros(len(shard.documents), dtype=bool)
+    aside[list(plan.aside.get(shard.number, ()))] = True
+    for code, mask in ((ASIDE, aside), (NEAR, dropped(job, "near", shard)), (COPY, dropped(job, "copies", shard))):
+        codes[mask[of]] = code
+    return Verdict(codes, np.where(codes == TRAIN, times, 0), groups, buckets)
+
+
+def make_plan(job: Job, bounds: dict[str, int]) -> Plan:
+    """The plan of a corpus whose shards are there and deduplicated."""
+    mixture = job.config.mixture
+    plan = Plan(mixture, job.config.seed, _aside(job, bounds))
+    if mixture.source_bytes:
+        plan = Plan(mixture, plan.seed, plan.aside, source_limits=_source_limits(job, plan))
+    sizes = np.zeros((len(mixture.groups), BUCKETS), dtype=np.int64)
+    for shard, verdict in _judged(job, plan):
+        taken = verdict.codes == TRAIN
+        np.add.at(sizes, (verdict.groups[taken], verdict.buckets[taken]), shard.parts["size"][taken].astype(np.int64))
+    shares = tuple(_share(wanted, row) for wanted, row in zip(_wanted(mixture, sizes.sum(axis=1)), sizes, strict=True))
+    return Plan(mixture, plan.seed, plan.aside, shares, plan.source_limits)
+
+
+def _judged(job: Job, plan: Plan) -> Iterator[tuple[Shard, Verdict]]:
+    for shard in shards(job):
+        yield shard, judge(job, shard, plan)
+
+
+def _group(mixture: Mixture, language: str, source: str) -> int:
+    """The first group that fits, or -1."""
+    for number, group in enumerate(mixture.groups):
+        if _fits(language, group.languages) and _fits(source, group.sources):
+            return number
+    return -1
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _aside(job: Job, bounds: dict[str, int]) -> dict[int, dict[int, int]]:
+    """The validation documents: candidates in their order, as many as the limit of bytes allows a language."""
+    settings = job.config.validation
+    found: dict[str, list[tuple[int, int, int, int]]] = {}
+    for shard in shards(job):
+        mask = candidates(shard, bounds, job.config.seed)
+        mask &= ~(dropped(job, "copies", shard) | dropped(job, "near", shard))
+        documents = shard.documents
+        kinds = shard.kinds
+        for number in np.flatnonzero(mask).tolist():
+            one = documents[number]
+            language, source = kinds[one["kind"]]
+            if _group(job.config.mixture, language, source) >= 0:
+                place = int(order(one["hash"].reshape(1), job.config.seed)[0])
+                found.setdefault(language, []).append((place, shard.number, number, int(one["bytes"])))
+    chosen: dict[int, dict[int, int]] = {}
+    for _, list_ in sorted(found.items()):
+        room = settings.bytes
+        for _, shard_number, number, size in sorted(list_):
+            taken = min(size, settings.bytes // 4, room)
+            if taken > 0:
+                chosen.setdefault(shard_number, {})[number] = taken
+                room -= taken
+    return chosen
+
+
+def _source_limits(job: Job, plan: Plan) -> dict[tuple[int, str], int]:
+    """(group, source) -> the bucket below which the source's parts fill its cap."""
+    caps = plan.mixture.source_bytes
+    sizes: dict[tuple[int, str], npt.NDArray[np.int64]] = {}
+    for shard, verdict in _judged(job, plan):
+        parts = shard.parts
+        for kind, (_, source) in enumerate(shard.kinds):
+            if source not in caps:
+                continue
+            taken = (verdict.codes == TRAIN) & (parts["kind"] == kind)
+            if taken.any():
+                key = (int(verdict.groups[taken][0]), source)
+                row = sizes.setdefault(key, np.zeros(BUCKETS, dtype=np.int64))
+                np.add.at(row, verdict.buckets[taken], parts["size"][taken].astype(np.int64))
+    return {key: _limit(row, caps[key[1]]) for key, row in sizes.items()}
+
+
+def _wanted(mixture: Mixture, there: npt.NDArray[Any]) -> list[float]:
+    """Bytes to take of each group."""
+    most = [_most(group, int(size)) for group, size in zip(mixture.groups, there, strict=True)]
+    weights = sum(group.weight for group in mixture.groups)
+    if not weights:
+        return most
+    empty = [group.name for group, size in zip(mixture.groups, there, strict=True) if group.weight and not size]
+    if empty:
+        raise UsageError(
+            f"group {empty[0]} of the mixture has a weight, but no document: check its languages and sources"
+        )
+    whole = min(one * weights / group.weight for one, group in zip(most, mixture.groups, strict=True) if group.weight)
+    if mixture.total_bytes:
+        whole = min(whole, mixture.total_bytes)
+    return [
+        whole * group.weight / weights if group.weight else one for one, group in zip(most, mixture.groups, strict=True)
+    ]
+
+
+def _most(group: Group, there: int) -> float:
+    most = group.epochs * there
+    return min(most, group.max_bytes) if group.max_bytes else most
+
+
+def _share(wanted: float, sizes: npt.NDArray[np.int64]) -> Share:
+    there = int(sizes.sum())
+    if not there:
+        return Share(0, 0)
+    full, rest = divmod(wanted, there)
+    return Share(int(full), _limit(sizes, rest))
+
+
+def _limit(sizes: npt.NDArray[np.int64], wanted: float) -> int:
+    """The first limit below which there are `wanted` bytes; 0 for none."""
+    if wanted <= 0:
+        return 0
+    return min(int(np.searchsorted(np.cumsum(sizes), wanted)) + 1, BUCKETS)

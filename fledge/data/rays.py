@@ -1,0 +1,58 @@
+"""The stages of a build on Ray Data, for corpora larger than one machine.
+
+The same stage functions run as in workers.py. Every machine of the cluster must see the sources and the store's folder
+under the same paths (a shared file system), since stages leave files for each other. Here: handing tasks to Ray.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from fledge.core.errors import FledgeError, UsageError
+from fledge.data.pieces import Job
+from fledge.data.workers import Function
+
+
+class RayData:
+    """Tasks as the rows of a Ray data set. Uses the cluster that RAY_ADDRESS or the machine names, or a local one."""
+
+    def __enter__(self) -> RayData:
+        try:
+            import ray
+            import ray.data
+        except ImportError:
+            raise UsageError('--ray needs the package ray: pip install "fledge[ray]"') from None
+        self._ray = ray
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            ray.init(log_to_driver=False, logging_level="warning")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ours:
+            self._ray.shutdown()
+
+    def run(self, function: Function, job: Job, tasks: Sequence[Any]) -> Iterator[None]:
+        """One row a task; an error comes back as the row's result, as it was raised."""
+        if not tasks:
+            return
+        rows = [{"task": pickle.dumps(task)} for task in tasks]
+        data = self._ray.data.from_items(rows, override_num_blocks=len(rows))
+
+        def work(row: dict[str, Any]) -> dict[str, Any]:
+            try:
+                function(job, pickle.loads(row["task"]))
+            except (FledgeError, OSError) as caught:
+                return {"error": pickle.dumps(caught)}
+            return {"error": b""}
+
+        for row in data.map(work).iter_rows():
+            if row["error"]:
+                raise pickle.loads(row["error"])
+            yield None

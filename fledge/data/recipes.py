@@ -1,0 +1,23 @@
+"""Configs that come with Fledge, by name: public components of published corpora, for whoever is online.
+
+Here: finding them. The TOML files are beside the other packaged files, in fledge/assets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fledge.core.errors import UsageError
+from fledge.core.files import asset
+
+RECIPES = ("world-v2",)
+
+
+def config_path(name: str) -> Path:
+    """A config file, or the packaged one of this name. Raises UsageError where there is neither."""
+    if name in RECIPES and not Path(name).exists():
+        return asset(f"{name}.toml")
+    if not Path(name).is_file():
+        known = ", ".join(RECIPES)
+        raise UsageError(f"there is no config {name}; name a TOML file, or one that comes with Fledge: {known}")
+    return Path(name)

@@ -1,0 +1,152 @@
+"""What a build reads: the files of a config, and the slices in which workers take them.
+
+A slice is a range of a plain JSONL file, some row groups of a Parquet file, some text files, one compressed file, or
+one shard of a hub data set. Slices depend on the config and the files alone, so their numbers are a fixed order of all
+documents. Here: finding files and cutting them. Not here: reading a slice (reading.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fledge.core.errors import DataError, UsageError
+from fledge.data import hub
+from fledge.data.compression import is_compressed, plain_stem, plain_suffix
+from fledge.data.config import BuildConfig, Source
+
+BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, or a hub data set, that a build reads."""
+
+    name: str  # as in the manifest: from where the config is
+    path: str
+    format: str
+    source: int  # which of the config's
+    size: int
+    changed: int  # mtime in ns; 0 of a hub data set
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one worker reads at a time. Of text, all of `inputs`; of anything else, `start` to `end` of the only one."""
+
+    number: int
+    inputs: tuple[Input, ...]
+    start: int = 0  # bytes, row groups, or the number of a shard
+    end: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the folder with what was read."""
+        return f"{self.number:06}"
+
+
+def survey(config: BuildConfig, base: Path) -> tuple[list[Input], list[Slice]]:
+    """All inputs, and all slices in order. Raises UsageError for a source without a file."""
+    inputs: list[Input] = []
+    slices: list[Slice] = []
+    for at, source in enumerate(config.sources):
+        if source.hub:
+            shards = hub.shards(source)
+            found = [Input(source.label, source.hub, "hub", at, 0, 0)]
+            parts: Iterator[tuple[tuple[Input, ...], int, int]] = (((found[0],), n, shards) for n in range(shards))
+        else:
+            found = [_input(path, source, at, base) for path in _files(source, base)]
+            parts = _cut(found, config.piece_bytes)
+        inputs += found
+        slices += [Slice(number, *part) for number, part in enumerate(parts, len(slices))]
+    return inputs, slices
+
+
+def default_source(source: Source, file: Input) -> str:
+    """The source of a document that names none."""
+    if source.name or source.hub:
+        return source.name or source.hub
+    path = Path(file.path)
+    if file.format == "text" and (glob.has_magic(source.path) or path.name != Path(source.path).name):
+        folder = Path(source.path.split("*")[0])  # "src" of "src/**/*.py"
+        return folder.name or path.parent.name
+    return plain_stem(path)
+
+
+def _files(source: Source, base: Path) -> list[Path]:
+    place = base / source.path
+    if glob.has_magic(source.path):
+        paths = [Path(name) for name in glob.glob(os.path.join(glob.escape(str(base)), source.path), recursive=True)]
+    elif place.is_dir():
+        paths = [path for path in place.rglob("*") if not any(part.startswith(".") for part in _below(path, place))]
+    else:
+        paths = [place]
+    files = sorted(path for path in paths if path.is_file())
+    if not files:
+        raise UsageError(f"source {source.path}: there is no such file in {base}; paths start where the config file is")
+    return files
+
+
+def _below(path: Path, folder: Path) -> tuple[str, ...]:
+    return path.relative_to(folder).parts
+
+
+def _input(path: Path, source: Source, at: int, base: Path) -> Input:
+    status = path.stat()
+    kind = source.format or BY_SUFFIX.get(plain_suffix(path), "text")
+    if kind == "parquet" and is_compressed(path):
+        raise UsageError(f"{path}: Parquet files are compressed inside; unpack this one first")
+    name = Path(os.path.relpath(path, base)).as_posix()
+    return Input(name, str(path), kind, at, status.st_size, status.st_mtime_ns)
+
+
+def _cut(files: list[Input], size: int) -> Iterator[tuple[tuple[Input, ...], int, int]]:
+    """(inputs, start, end) of each slice."""
+    texts: list[Input] = []
+    total = 0
+    for file in files:
+        if texts and (file.format != "text" or total + file.size > size):
+            yield tuple(texts), 0, 0
+            texts, total = [], 0
+        if file.format == "text":
+            texts.append(file)
+            total += file.size
+        elif file.format == "parquet":
+            for start, end in _row_groups(file, size):
+                yield (file,), start, end
+        elif is_compressed(Path(file.path)):
+            yield (file,), 0, 0
+        else:
+            for start in range(0, file.size, size):
+                yield (file,), start, min(start + size, file.size)
+    if texts:
+        yield tuple(texts), 0, 0
+
+
+def _row_groups(file: Input, size: int) -> Iterator[tuple[int, int]]:
+    with open_parquet(file.path) as opened:
+        sizes = [opened.metadata.row_group(at).total_byte_size for at in range(opened.num_row_groups)]
+    start = total = 0
+    for at, one in enumerate(sizes):
+        if at > start and total + one > size:
+            yield start, at
+            start, total = at, 0
+        total += one
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def open_parquet(path: str) -> Any:
+    """A Parquet file, for `with`. Raises UsageError without pyarrow, DataError for a damaged file."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f'{path}: Parquet files need the package pyarrow; pip install "fledge[data]"') from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from None

@@ -1,0 +1,64 @@
+"""`fledge data`: a store from a config, what it holds, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = """
+[[sources]]
+path = "corpus/*.jsonl"
+
+[languages]
+identify = false
+
+[dedup]
+near = false
+
+[validation]
+share = 0.2
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config and its corpus, in the working directory."""
+    (tmp_path / "corpus").mkdir()
+    rows = [{"text": f"This is text number {number} of a few.", "lang": "en", "src": "s"} for number in range(40)]
+    (tmp_path / "corpus" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "small.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_build_and_info(fledge: Any, corpus: Path) -> None:
+    result = fledge("data", "build", "small.toml", "--to", "store", "--workers", "1")
+    assert result.code == 0, result.messages
+    assert "store" in result.text and "MB/s" in result.messages and "report" in result.text
+    assert (corpus / "store" / "manifest.json").is_file()
+    again = fledge("data", "info", "store")
+    assert again.code == 0 and again.text == result.text
+    assert "by language" in again.text and "en " in again.text and "65,536" in again.text
+    pair = fledge("data", "info", "store/train")
+    assert pair.code == 0 and "by language" not in pair.text
+
+
+def test_steps_and_recipe(fledge: Any) -> None:
+    assert "nfc" in fledge("data", "steps").text and "{min_letters = ...}" in fledge("data", "steps").text
+    assert "[[mixture.groups]]" in fledge("data", "recipe", "world-v2").text
+
+
+def test_mistakes(fledge: Any, corpus: Path) -> None:
+    fledge("data", "build", "none.toml", "--to", "x").check_error(2, "there is no config none.toml", "world-v2")
+    fledge("data", "info", "none").check_error(2, "there is no token store none")
+    fledge("data", "build", "small.toml", "--to", "x", "--workers", 0).check_error(2, "workers is 0")
+    (corpus / "small.toml").write_text(CONFIG.replace("share", "shares"))
+    fledge("data", "build", "small.toml", "--to", "x").check_error(1, "small.toml", "'shares'", "'share'")
+    (corpus / "small.toml").write_text(CONFIG)
+    with open(corpus / "corpus" / "a.jsonl", "a") as file:
+        file.write("{\n")
+    result = fledge("data", "build", "small.toml", "--to", "x", "--workers", 1)
+    result.check_error(2, "a.jsonl, line 41", "on_error")
