@@ -31,6 +31,7 @@ COMMANDS = {
     "tokenize": "fledge.cli.tokenize",
     "convert": "fledge.cli.convert",
     "quantize": "fledge.cli.quantize",
+    "tune": "fledge.cli.tune",
     "doctor": "fledge.cli.doctor",
     "bench": "fledge.cli.bench",
 }

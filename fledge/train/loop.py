@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from fledge.core.errors import ConfigError, TrainingError
+from fledge.data.batches import Batch, Batches
 from fledge.data.tokens import Windows
 from fledge.models import Trunk
 from fledge.models.layers import Linear
 from fledge.train.checkpoint import resume_run, save_run
-from fledge.train.loss import next_token_loss
+from fledge.train.loss import masked_loss
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
 from fledge.train.schedule import Schedule
 
@@ -44,7 +45,7 @@ class TrainSettings:
 
 def train(
     model: Trunk,
-    windows: Windows,
+    windows: Windows | Batches,
     settings: TrainSettings,
     folder: Path,
     validate: Callable[[Trunk], dict[str, float]],
@@ -65,13 +66,13 @@ def train(
     whole = True  # False while weights and step number do not belong together
     try:
         while step < settings.schedule.steps:
-            loss, norm = gradients(model, windows, settings, step)
+            loss, norm, tokens = gradients(model, windows, settings, step)
             whole = False
             set_learning_rate(optimizer, settings.schedule.rate(step))
             optimizer.step()
             step += 1
             whole = True
-            meter.add(loss, windows.batch * windows.length * settings.accumulate)
+            meter.add(loss, tokens)
             if step % settings.log_every == 0:
                 meter.write(step, norm=norm, rate=settings.schedule.rate(step - 1))
             if step % settings.validate_every == 0 or step == settings.schedule.steps:
@@ -83,23 +84,28 @@ def train(
             save_run(folder / "last.pt", model, optimizer, step)
 
 
-def gradients(model: Trunk, windows: Windows, settings: TrainSettings, step: int) -> tuple[float, float]:
-    """Forward and backward over `accumulate` micro-batches, then clip. Returns mean loss and gradient norm."""
-    total = 0.0
+def gradients(model: Trunk, windows: Windows | Batches, settings: TrainSettings, step: int) -> tuple[float, float, int]:
+    """Forward and backward over `accumulate` micro-batches, then clip. Returns mean loss, gradient norm and tokens."""
+    loss_sum, first = 0.0, step * settings.accumulate
     model.zero_grad(set_to_none=True)
-    for part in range(settings.accumulate):
-        batch = torch.from_numpy(windows[step * settings.accumulate + part]).to(model.emb.weight.device)
-        logits, _ = model(batch[:, :-1])  # (B, T, vocab)
-        loss = next_token_loss(logits, batch[:, 1:]) / settings.accumulate
+    found = [windows[number] for number in range(first, first + settings.accumulate)]
+    batches = [one if isinstance(one, Batch) else Batch(torch.from_numpy(one)) for one in found]
+    sizes = [one.idx[:, 1:].numel() if one.counted is None else int(one.counted.sum()) for one in batches]
+    device = model.emb.weight.device
+    for batch in batches:
+        idx = batch.idx.to(device)
+        counted = None if batch.counted is None else batch.counted.to(device)
+        logits, _ = model(idx[:, :-1])  # (B, T, vocab)
+        loss = masked_loss(logits, idx[:, 1:], counted, sum(sizes))
         loss.backward()
-        total += loss.item()
+        loss_sum += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
     if not math.isfinite(norm):
         raise TrainingError(
-            f"step {step}: the gradient is not finite (loss {total:.3g}); the last good weights are saved. "
+            f"step {step}: the gradient is not finite (loss {loss_sum:.3g}); the last good weights are saved. "
             "Go on from them with a lower learning rate, or see the published remedies for loss spikes"
         )
-    return total, norm
+    return loss_sum, norm, sum(batch.idx[:, 1:].numel() for batch in batches)
 
 
 class Meter:

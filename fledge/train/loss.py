@@ -39,3 +39,17 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     wrapped: Tensor = _L2Wrap.apply(loss, logits)
     return wrapped
+
+
+def masked_loss(logits: Tensor, targets: Tensor, counted: Tensor | None = None, total: int | None = None) -> Tensor:
+    """The share of these targets in the mean over all that count in a step; the shares of its micro-batches add up.
+
+    counted: (B, T) bool, None for all. total: targets that count in the whole step, None where this is all of it.
+    The pull touches only positions that count. Zero, with a gradient of zero, where none does.
+    """
+    if counted is not None:
+        logits, targets = logits[counted][None], targets[counted][None]  # (1, n, vocab), (1, n)
+    here = targets.numel()
+    if not here:
+        return logits.sum()
+    return next_token_loss(logits, targets) * (here / (total or here))
