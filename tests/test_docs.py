@@ -1,6 +1,8 @@
 """What the front pages say can be run: their Python blocks run, and so do their `fledge` command lines.
 
 Command lines that name a checkpoint of somebody else's are only parsed: every command and option must exist.
+A guide is a story: its command lines and Python blocks run one after the other in one folder, in which its blocks with
+a file name (```jsonl chats.jsonl) lie as files.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from fledge.core.files import asset
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/quantisation.md")
+GUIDES = ("docs/guides/tuning.md",)
 BUNDLED = "tiny-finch.safetensors"
 
 
@@ -88,17 +91,22 @@ def need_the_bundled_model() -> None:
         pytest.skip(f"the bundled model {BUNDLED} is not in this checkout")
 
 
+def run_python(code: str, folder: Path) -> None:
+    """Run code in a process of its own, in which warnings are errors; it must print something."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=folder, env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert done.stdout.strip()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_blocks_of_a_page_run_one_after_the_other(page: str, tmp_path: Path) -> None:
     code = "\n".join(blocks(text_of(page), "python"))
     assert "fledge.load(" in code
     need_the_bundled_model()
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert done.stdout.strip()
+    run_python(code, tmp_path)
 
 
 @pytest.mark.parametrize("line", lines(), ids=lambda line: f"{line.page}: fledge {shlex.join(line.arguments)}")
@@ -116,6 +124,28 @@ def test_a_command_line_runs(
     output, messages = capsysbinary.readouterr()
     assert code == 0, messages.decode(errors="replace")
     assert output or line.arguments[0] == "chat", "nothing was printed"
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_a_guide_runs_from_top_to_bottom(
+    page: str, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path
+) -> None:
+    need_the_bundled_model()
+    monkeypatch.chdir(tmp_path)
+    steps = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```", text_of(page), re.M | re.S)
+    assert {"sh", "python"} <= {language for language, _, _ in steps}
+    for language, name, block in steps:
+        if name:
+            (tmp_path / name).write_text(block, encoding="utf-8")
+        elif language == "python":
+            run_python(block, tmp_path)
+        for line in block.splitlines() if language == "sh" else ():
+            parsed = parse(page, line)
+            if parsed is None:
+                continue
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(parsed.stdin), encoding="utf-8"))
+            assert main(parsed.arguments) == 0, (line, capsysbinary.readouterr().err.decode(errors="replace"))
+            assert capsysbinary.readouterr().out, f"{line} printed nothing"
 
 
 def test_the_pages_have_command_lines() -> None:

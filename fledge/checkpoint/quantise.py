@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fledge.checkpoint.identity import identity_of
 from fledge.checkpoint.pth import check_sums
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.sensitivity import Importance, choose, measured_cost, usual_cost
@@ -96,13 +97,15 @@ def quantise(
     before = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
     rest, rounded = _round_all(found.tensors, scheme, importance or {}, report)
     matrices = {name: one.matrix for name, one in rounded.items()}
+    # Adapters of the dense model fit the rounded one, so its identity is kept.
+    facts = {"scheme": scheme, "calibrated": bool(importance), "base": identity_of(found)}
     save(
         target,
         found.config,
         rest,
         quantised=matrices,
         tokenizer_spec=found.tokenizer_spec,
-        extra={**found.extra, "quantised": {"scheme": scheme, "calibrated": bool(importance)}},
+        extra={**found.extra, "quantised": facts},
     )
     return Outcome(
         source=found.path,

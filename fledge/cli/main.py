@@ -33,6 +33,7 @@ COMMANDS = {
     "quantize": "fledge.cli.quantize",
     "data": "fledge.cli.data",
     "train": "fledge.cli.train",
+    "tune": "fledge.cli.tune",
     "doctor": "fledge.cli.doctor",
     "bench": "fledge.cli.bench",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -17,6 +17,7 @@ import typer
 from fledge.cli.terminal import SlowBar
 
 if TYPE_CHECKING:
+    from fledge.checkpoint import Adapter
     from fledge.engine import LLM, SamplingParams
 
 
@@ -80,13 +81,30 @@ class ModelOptions:
             metavar="SCHEME", help="int8, int4 or mixed: round the matrices while loading, on a CPU. (default: no)"
         ),
     ] = None
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A LoRA or a tuned state on top; may be repeated: they work together."),
+    ] = None
+    alpha: Annotated[float | None, typer.Option(help="Of a LoRA whose file does not record it (.pth).")] = None
+    any_base: Annotated[bool, typer.Option("--any-base", help="Use an adapter on a model it was not trained on.")] = (
+        False
+    )
 
     def load(self) -> LLM:
         """The model, ready to use."""
         with SlowBar("loading the model"):
             from fledge.engine import load
 
-            return load(self.model, device=self.device, dtype=self.dtype, quant=self.quant)
+            adapters = read_adapters(self.adapter or (), self.alpha, self.any_base)
+            return load(self.model, device=self.device, dtype=self.dtype, quant=self.quant, adapter=adapters)
+
+
+def read_adapters(files: Sequence[str], alpha: float | None, any_base: bool) -> list[Adapter]:
+    """The adapters of a command line."""
+    from fledge.checkpoint import read_adapter
+
+    found = [read_adapter(file, alpha=alpha) for file in files]
+    return [adapter.for_any_base() for adapter in found] if any_base else found
 
 
 @dataclass(frozen=True)

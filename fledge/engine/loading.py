@@ -1,5 +1,9 @@
-"""From a name or a path to a ready `LLM`: finds the file, and chooses device, dtype and tokenizer.
+"""From a name or a path to a ready `LLM`: finds the file, applies adapters, chooses device, dtype and tokenizer.
 
+Adapters are merged into the weights where the native library will run them: it multiplies with packed matrices and
+knows no LoRA, and merged weights cost nothing at run time. Everywhere else they stay apart (fledge.models.adapters), so
+that `llm.adapted(...)` makes further models on the same weights. A tuned state is never merged: it is the state that
+texts begin from.
 Not here: reading checkpoints (fledge.checkpoint), which devices there are (fledge.core.device).
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,9 @@ from fledge import checkpoint
 from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.core.files import asset
+from fledge.engine.adapting import Adapters, adapter_list, with_changes
 from fledge.engine.text import LLM
+from fledge.models.native import why_not_native
 from fledge.tokenizer import Tokenizer, byte_vocabulary, load_world, tokenizer_for
 
 BUNDLED = "tiny-finch"
@@ -33,6 +40,7 @@ def load(
     dtype: str | None = None,
     quant: str | None = None,
     pack: bool = True,
+    adapter: Adapters = (),
 ) -> LLM:
     """The model of a checkpoint (file, folder or hub name), ready to generate; None or "tiny-finch" is the bundled one.
 
@@ -41,23 +49,32 @@ def load(
     is quantised already.
     pack: use the CPU's best form, the native library or else reordered matrices; `llm.model` is then for inference
     only, without gradients and without matrices in its state_dict. No effect on other devices.
+    adapter: a file, or several that work together: LoRAs add up, and at most one is a tuned state. To switch between
+    adapters, load the base with pack=False and take `llm.adapted(...)` for each: all share its weights.
     Raises CheckpointError for a file that is missing or damaged, UnsupportedError for one that cannot be run,
     UsageError for an unknown device or dtype.
     """
     path = locate(name_or_path)
+    adapters = adapter_list(adapter)
     chosen_device, device_reason = choose_device(device)
     found = checkpoint.read(path)  # once: between two readings the file could change, and a hub name asks the hub
+    checkpoint.check_base(adapters, found)
     numbers = sum(tensor.numel() for tensor in found.tensors.values())
     numbers += sum(matrix.rows * matrix.columns for matrix in found.quantised.values())
     chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, numbers)
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     name = found.path.stem if found.path.is_file() else Path(path).name
+    changes = checkpoint.combined(adapters)
+    if pack and chosen_device.type == "cpu" and why_not_native(found.config) is None:
+        found = checkpoint.merged(found, replace(changes, state={}), chosen_dtype)
+        changes = checkpoint.Changes(state=changes.state)
     stored = found.tensors["emb.weight"].dtype
     weights = checkpoint.Weights(found.tensors, found.quantised, spend=True)
     model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
     if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
         dtype_reason = "the file's float16, computed in float32"
-    return LLM(model, tokenizer, name, device_reason, dtype_reason)
+    llm = LLM(model, tokenizer, name, device_reason, dtype_reason, source=str(found.path))
+    return with_changes(llm, changes)
 
 
 def locate(name_or_path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fledge import checkpoint
 from fledge.core.errors import TokenizerError, UsageError
+from fledge.engine.adapting import Adapters, adapter_list, check_fit, with_changes
 from fledge.engine.chat import Chat
 from fledge.engine.generation import Progress, device_of, fresh_state, prefill
 from fledge.engine.sampling import SamplingParams
@@ -38,6 +40,8 @@ class LLM:
     name: str = "model"
     device_reason: str = ""  # why it runs where it runs, and in which dtype
     dtype_reason: str = ""
+    start: State | None = None  # of one sequence: what texts begin from; None: the model's own initial state
+    source: str = ""  # the checkpoint it came from
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size != self.config.vocab_size:
@@ -140,9 +144,19 @@ class LLM:
         start = self._start(state)
         return Chat(self.model, self.tokenizer, start, system=system, template=template, params=params)
 
+    def adapted(self, adapter: Adapters) -> LLM:
+        """Another LLM on the same weights, with one adapter or several in addition; this one stays as it is.
+
+        Any number of them costs the memory of one model. A file may hold a LoRA or a tuned state, which replaces the
+        present one. Raises CheckpointError for an adapter of another base, UsageError for a LoRA on a native model.
+        """
+        adapters = adapter_list(adapter)
+        check_fit(adapters, self)
+        return with_changes(self, checkpoint.combined(adapters))
+
     def _start(self, state: State | None) -> State:
         if state is None:
-            return fresh_state(self.model)
+            return fresh_state(self.model) if self.start is None else self.start.to(self.device)
         state.check(self.config, 1)
         return state.to(self.device)
 

@@ -1,6 +1,7 @@
-"""L4: training. For now one readable loop on one device, with the official optimiser groups, schedule and loss.
+"""L4: training, in one readable loop with the official optimiser groups, schedule and loss.
 
-`optim` groups the parameters, `schedule` gives the learning rate, `loss` is cross-entropy with L2Wrap, `checkpoint`
-saves and resumes a run, `loop` ties them together, `score` measures bits per byte. Models come in built; texts come in
-as token ids.
+From scratch: `recipe` is a whole run as a value, `run` brings it together with a token store, `loop` trains, `team` is
+about several processes, `checkpoint` saves and resumes, `meter` writes what happens, `score` measures bits per byte.
+`tuning` trains a checkpoint further, all of it or a LoRA or the initial state, with the same loop; `estimate` says
+beforehand what that costs. Texts come in as token ids.
 """

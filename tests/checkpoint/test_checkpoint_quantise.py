@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from small_checkpoints import KINDS, make, same, saved
 from torch import Tensor
 
-from fledge.checkpoint import assemble, inspect, load, load_model, read, save
+from fledge.checkpoint import assemble, base_of, inspect, load, load_model, read, save
 from fledge.checkpoint.quantise import BITS, SCHEMES, is_matrix, quantise, quantise_tensors
 from fledge.checkpoint.sensitivity import USUAL, Importance, choose, measured_cost, usual_cost
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
@@ -63,7 +63,8 @@ def test_the_file_holds_exactly_what_was_rounded(scheme: str, source: Path, tmp_
         assert (matrix.format, matrix.shape) == (matrices[name].format, matrices[name].shape)
         assert torch.equal(matrix.data, matrices[name].data)
     assert found.tokenizer_spec == {"kind": "bytes"}
-    assert found.extra == {"steps": 7, "quantised": {"scheme": scheme, "calibrated": False}}
+    facts = {"scheme": scheme, "calibrated": False, "base": base_of(read(source)).identity}
+    assert found.extra == {"steps": 7, "quantised": facts}
     assert outcome.nbytes == (tmp_path / "q.safetensors").stat().st_size < outcome.nbytes_before
     assert outcome.bits_per_weight == inspect(tmp_path / "q.safetensors").bits_per_weight
     assert all(

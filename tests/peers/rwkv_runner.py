@@ -3,8 +3,9 @@
 The package reads environment variables and sets global torch options when it is imported, and prints as it loads;
 in a process of its own none of that reaches the tests. It takes one argument, a JSON file:
 
-    [{"checkpoint": "a.pth", "runs": {"sequence": [[1, 2], [3]]}, "results": "a.results"}, ...]
+    [{"checkpoint": "a.pth", "runs": {"sequence": [[1, 2], [3]]}, "results": "a.results", "state": "s.pth"}, ...]
 
+"state" may be absent: a tuned state's file, with which every run then begins, as the package's chat demo does it.
 The pieces of a run are fed one after another with the state carried on. A results file holds for each run
 {"logits": (T, vocab), "states": [[tensor, ...] after each piece]}, or {"error": text} where the package failed.
 This file imports nothing of fledge.
@@ -25,7 +26,16 @@ SETTINGS = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
 FOREIGN_SETTINGS = ("RWKV_RESCALE_LAYER", "RWKV_DML_ON", "RWKV_DE_VERSION")
 
 
-def answers(checkpoint: str, runs: dict[str, list[list[int]]]) -> dict[str, Any]:
+def tuned_state(file: str, model: Any) -> list[Any]:
+    """The package's state before the first token: the file holds value channels first, the state key channels first."""
+    import torch
+
+    raw, width = torch.load(file, weights_only=True), model.args.n_embd
+    layers = [raw[f"blocks.{layer}.att.time_state"].transpose(1, 2).float() for layer in range(model.args.n_layer)]
+    return [part for wkv in layers for part in (torch.zeros(width), wkv.contiguous(), torch.zeros(width))]
+
+
+def answers(checkpoint: str, runs: dict[str, list[list[int]]], state_file: str | None = None) -> dict[str, Any]:
     """For each run the logits of every position and the state after each piece.
 
     A piece of one token takes the package's decode path, a longer one its prefill path.
@@ -36,7 +46,7 @@ def answers(checkpoint: str, runs: dict[str, list[list[int]]]) -> dict[str, Any]
     model = RWKV(model=checkpoint, strategy="cpu fp32", verbose=False)
     results = {}
     for name, pieces in runs.items():
-        logits, states, state = [], [], None
+        logits, states, state = [], [], tuned_state(state_file, model) if state_file else None
         for piece in pieces:
             out, state = model.forward(list(piece), state, full_output=True)
             logits.append(out.reshape(len(piece), -1))
@@ -56,7 +66,7 @@ def main(jobs_file: str) -> None:
     gc.freeze()
     for job in json.loads(Path(jobs_file).read_text(encoding="utf-8")):
         try:
-            results = answers(job["checkpoint"], job["runs"])
+            results = answers(job["checkpoint"], job["runs"], job.get("state"))
         except Exception:
             results = {"error": traceback.format_exc()}
         torch.save(results, job["results"])

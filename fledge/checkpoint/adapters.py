@@ -1,0 +1,298 @@
+"""Adapters in files: LoRA factors, parts trained whole, tuned initial states; Fledge's own and those of RWKV-PEFT.
+
+    .safetensors    with a record in the header's string map under KEY: kind, alpha, rank, targets, the base it is for
+    .pth            tensors only, as RWKV-PEFT and the state tuners of RWKV-LM write and read them: alpha is not in it
+
+In both the names are official: `blocks.<i>.att.key.lora_A` (r, in) and `.lora_B` (out, r); a part trained whole has the
+name of the parameter it replaces; `blocks.<i>.att.time_state` is (H, V, K). What a file is shows in its names.
+An adapter only makes sense on the weights it was trained on, so its base's identity is compared before it is used.
+Not here: adding it to a model (fledge.models.adapters), merging it into a checkpoint (merging.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fledge.checkpoint.hub import locate
+from fledge.checkpoint.identity import dense_identity, identity_of, short
+from fledge.checkpoint.names import PREFIX
+from fledge.checkpoint.pth import read_pth, write_pth
+from fledge.checkpoint.record import Checkpoint
+from fledge.checkpoint.shapes import Shape, expected_shapes
+from fledge.checkpoint.sniff import container_of
+from fledge.checkpoint.st_file import DTYPES, read_safetensors, write_safetensors
+from fledge.checkpoint.tuned import STATE, merge_tuned_state
+from fledge.core.config import from_dict, to_dict
+from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
+from fledge.models.adapters import TARGETS, Factors
+from fledge.models.config import ModelConfig
+
+KEY = "fledge_adapter"
+FORMAT = 1
+KINDS = ("lora", "state")
+FACTOR = re.compile(r"(blocks\.\d+\.(\w+\.\w+))\.(lora_[AB])")
+PREFIXES = (PREFIX, "model.")  # of DeepSpeed, and of the module that RWKV-PEFT wraps around a model
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model an adapter was trained on."""
+
+    identity: str  # fledge.checkpoint.identity
+    name: str
+    config: ModelConfig
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter in memory, under official names."""
+
+    kind: str  # "lora" (may have parts trained whole, and a tuned state beside them) or "state"
+    tensors: Mapping[str, Tensor]
+    alpha: float | None = None  # of the LoRA; None for a tuned state
+    base: Base | None = None  # a .pth does not tell
+    path: Path = Path("adapter")
+    training: Mapping[str, Any] = field(default_factory=dict)  # plain JSON: data, steps, rates
+    any_base: bool = False  # use it whatever it was trained on
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """`blocks.<i>.att.key` -> what is added to it; empty for a tuned state."""
+        found = {match[1] for name in self.tensors if (match := FACTOR.fullmatch(name))}
+        return {name: self._factors(name) for name in self._in_order(found)}
+
+    def _factors(self, name: str) -> Factors:
+        assert self.alpha is not None
+        down, up = self.tensors[f"{name}.lora_A"], self.tensors[f"{name}.lora_B"]
+        return Factors(down, up, self.alpha / down.shape[0])
+
+    def _in_order(self, found: set[str]) -> list[str]:
+        return sorted(found, key=lambda name: (int(name.split(".")[1]), name))
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Parameters that were trained whole, by name; without the tuned state."""
+        return {n: t for n, t in self.tensors.items() if not (FACTOR.fullmatch(n) or STATE.fullmatch(n))}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """`blocks.<i>.att.time_state` -> (H, V, K); empty without a tuned state."""
+        return {name: tensor for name, tensor in self.tensors.items() if STATE.fullmatch(name)}
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its factors; 0 without any."""
+        return max((tensor.shape[0] for name, tensor in self.tensors.items() if name.endswith(".lora_A")), default=0)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Which of fledge.models.adapters.TARGETS have factors."""
+        found = {match[2] for name in self.tensors if (match := FACTOR.fullmatch(name))}
+        return tuple(target for target in TARGETS if target in found)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def for_any_base(self) -> Adapter:
+        """The same, to be used on whatever base its shapes fit."""
+        return replace(self, any_base=True)
+
+
+def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) -> Adapter:
+    """The adapter in a file; what it is shows in its names.
+
+    alpha: of a LoRA in a file that does not record it (any of RWKV-PEFT's); a tuned state has none. Raises UsageError
+    where it is needed and missing, or another than the recorded one; CheckpointError for a file that holds no adapter
+    or a damaged one.
+    """
+    found = locate(path)
+    if found.is_dir():
+        raise CheckpointError(f"{found} is a folder; give the adapter's file")
+    record: dict[str, Any] = {}
+    if container_of(found) == "safetensors":
+        tensors, texts = read_safetensors(found)
+        record = _decode(texts[KEY], str(found)) if KEY in texts else {}
+    elif container_of(found) == "pth":
+        tensors = read_pth(found)
+    else:
+        raise CheckpointError(f"{found} is a .gguf; adapters are read from .safetensors and .pth files")
+    tensors = _plain_names(tensors, str(found))
+    kind = _kind_of(tensors, str(found))
+    if record and record["kind"] != kind:
+        raise CheckpointError(f"{found}: its header says {record['kind']}, its tensors are a {kind}; it is damaged")
+    alpha = _agreed_alpha(alpha, record.get("alpha"), str(found)) if kind == "lora" else None
+    return Adapter(kind, tensors, alpha, record.get("base"), found, record.get("training", {}))
+
+
+def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> tuple[str, ...]:
+    """Write an adapter whole or not at all, in the form of the suffix. Returns what that cannot hold, as sentences."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, adapter.tensors, {"format": "pt", KEY: _encode(adapter)})
+        return ()
+    if path.suffix != ".pth":
+        raise UsageError(f"{path}: the suffix {path.suffix!r} is no format of adapters; use .safetensors or .pth")
+    write_pth(path, adapter.tensors)
+    notes = [f"alpha {adapter.alpha:g} is not in a .pth; whoever uses it must be told"] if adapter.alpha else []
+    return (*notes, "a .pth does not say which base it belongs to")
+
+
+def convert_adapter(
+    adapter: Adapter, target: str | os.PathLike[str], *, base: Checkpoint | None = None, force: bool = False
+) -> tuple[str, ...]:
+    """Write an adapter in the form of the target's suffix, as belonging to `base` if one is given that it fits.
+
+    Raises CheckpointError where the target exists (unless `force`) or the adapter is recorded for another base.
+    """
+    target = Path(target)
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
+    if base is not None:
+        check_base((adapter,), base)
+        adapter = replace(adapter, base=base_of(base))
+    return save_adapter(target, adapter)
+
+
+def base_of(checkpoint: Checkpoint, name: str | None = None) -> Base:
+    """The record of a base. Reads all its weights."""
+    config = replace(checkpoint.config, tuned_state=False)
+    return Base(identity_of(checkpoint), name or checkpoint.path.stem, config)
+
+
+def check_base(adapters: tuple[Adapter, ...], checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless every adapter fits the checkpoint, and was trained on it or is for any base."""
+    for adapter in adapters:
+        _check_shapes(adapter, checkpoint)
+    known = {adapter.base.identity for adapter in adapters if adapter.base and not adapter.any_base}
+    if not known:
+        return
+    identity = dense_identity(checkpoint)
+    for adapter in adapters:
+        theirs = adapter.base
+        if theirs and not adapter.any_base and theirs.identity != identity:
+            raise CheckpointError(
+                f"{adapter.path} was trained on another model: {theirs.name} ({short(theirs.identity)}...), and "
+                f"{checkpoint.path} is {short(identity)}...; give its own base, or force it (--any-base, "
+                "adapter.for_any_base())"
+            )
+
+
+def _check_shapes(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    shapes = expected_shapes(replace(checkpoint.config, tuned_state=False))
+    where = f"{adapter.path} does not fit {checkpoint.path}"
+    for name, factors in adapter.factors.items():
+        shape = shapes.get(f"{name}.weight")
+        if shape is None:
+            raise CheckpointError(f"{where}: it changes {name}, which this model does not have")
+        have = (factors.up.shape[0], factors.down.shape[1])
+        if have != shape:
+            raise CheckpointError(f"{where}: it is for {name} of {have}, here that is {shape}")
+    for name, tensor in adapter.parts.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise CheckpointError(f"{where}: its {name} is {tuple(tensor.shape)}, here that is {shapes.get(name)}")
+    if adapter.state:
+        merge_tuned_state(checkpoint.config, {}, adapter.state, str(adapter.path))
+
+
+def _plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short_name = name
+        for prefix in PREFIXES:
+            short_name = short_name.removeprefix(prefix)
+        if short_name in plain:
+            raise CheckpointError(f"{source} holds {short_name!r:.80} twice, with and without a prefix")
+        if tensor.dtype not in DTYPES.values():
+            raise UnsupportedError(f"{source}: {name!r:.80} has dtype {tensor.dtype}; adapters hold floats")
+        plain[short_name] = tensor
+    return plain
+
+
+def _kind_of(tensors: Mapping[str, Tensor], source: str) -> str:
+    """ "lora" or "state"; raises for everything else, and for a factor without its partner."""
+    if "emb.weight" in tensors and "head.weight" in tensors:
+        raise CheckpointError(f"{source} is a whole model, not an adapter; give it as the model")
+    if any(name.endswith(".disha") for name in tensors):
+        raise UnsupportedError(f"{source} is a DiSHA adapter, which Fledge cannot apply; merge it with RWKV-PEFT")
+    if tensors and all(STATE.fullmatch(name) for name in tensors):
+        return "state"
+    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    if not factors:
+        raise CheckpointError(
+            f"{source} is no adapter: looked for blocks.0.att.key.lora_A or blocks.0.att.time_state, found "
+            f"{min(tensors, default='no tensor')!r:.80}"
+        )
+    for name, tensor in factors.items():
+        match = FACTOR.fullmatch(name)
+        if match is None or match[2] not in TARGETS:
+            raise CheckpointError(f"{source}: {name!r:.80} belongs to no matrix that Fledge can adapt")
+        _check_pair(match[1], tensor, factors, source)
+    return "lora"
+
+
+def _check_pair(name: str, tensor: Tensor, factors: Mapping[str, Tensor], source: str) -> None:
+    down, up = (factors.get(f"{name}.lora_{letter}") for letter in "AB")
+    if down is None or up is None:
+        raise CheckpointError(f"{source}: {name} has only one of its two factors lora_A and lora_B")
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
+        shapes: tuple[Shape, Shape] = (tuple(down.shape), tuple(up.shape))
+        raise CheckpointError(f"{source}: {name} has factors of {shapes[0]} and {shapes[1]}, which do not go together")
+
+
+def _agreed_alpha(given: float | None, recorded: float | None, source: str) -> float:
+    if given is None and recorded is None:
+        raise UsageError(
+            f"{source} is a LoRA that does not record its alpha; give the one it was trained with "
+            "(--alpha 32, or read_adapter(path, alpha=32))"
+        )
+    if given is not None and recorded is not None and given != recorded:
+        raise UsageError(f"alpha is {given:g}, but {source} was trained with {recorded:g}; leave alpha out")
+    alpha = recorded if given is None else given
+    assert alpha is not None
+    if not 0 < alpha < float("inf"):
+        raise UsageError(f"alpha is {alpha:g}; it must be above 0")
+    return float(alpha)
+
+
+def _encode(adapter: Adapter) -> str:
+    base = adapter.base
+    record = {
+        "format": FORMAT,
+        "kind": adapter.kind,
+        "alpha": adapter.alpha,
+        "rank": adapter.rank,
+        "targets": list(adapter.targets),
+        "parts": sorted(adapter.parts),
+        "base": base and {"identity": base.identity, "name": base.name, "config": to_dict(base.config)},
+        "training": dict(adapter.training),
+    }
+    return json.dumps(record, sort_keys=True, separators=(",", ":"))
+
+
+def _decode(text: str, source: str) -> dict[str, Any]:
+    """The record, checked as far as it is used."""
+    try:
+        record = json.loads(text)
+        number, kind, alpha = record["format"], record["kind"], record["alpha"]
+        base, training = record["base"], record["training"]
+        if number > FORMAT:
+            raise UnsupportedError(f"{source} was written by a newer Fledge (adapter format {number}); update Fledge")
+        sound = kind in KINDS and isinstance(alpha, int | float | None) and isinstance(training, dict)
+        if base is not None:
+            sound = sound and isinstance(base["identity"], str) and isinstance(base["name"], str)
+            base = Base(base["identity"], base["name"], from_dict(ModelConfig, base["config"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{source}: the adapter record in its header is damaged: {error}") from error
+    if not sound:
+        raise CheckpointError(f"{source}: the adapter record in its header is damaged")
+    return {"kind": kind, "alpha": alpha, "base": base, "training": training}

@@ -1,0 +1,191 @@
+"""One fine-tuning run: base and examples brought together, trained with the common loop, and what it leaves behind.
+
+A run's folder holds RECORD, which says what the run is, the loop's own last.pt and metrics.jsonl, and at the end the
+result. Starting the same run again goes on where it stopped; another base, other data or settings are refused.
+Not here: what is trained (tuning.py), the loop (loop.py), printing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fledge.checkpoint import Adapter, Checkpoint, base_of, save, save_adapter
+from fledge.core.device import SMALL_MODEL, choose_device, choose_dtype
+from fledge.core.errors import TrainingError, UsageError
+from fledge.core.files import atomic_path, sha256
+from fledge.data.examples import Example, ExampleBatches, Examples, read_examples
+from fledge.models import Trunk
+from fledge.models.layers import Linear
+from fledge.tokenizer import Tokenizer
+from fledge.train.estimate import Estimate, estimate
+from fledge.train.loop import train
+from fledge.train.loss import summed_loss
+from fledge.train.memory import keep_freed_memory
+from fledge.train.tuning import TuneSettings, train_settings, trained_tensors, tunable
+
+RECORD = "tune.json"
+
+Report = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a run wrote: the file to use, and others for other programs."""
+
+    path: Path
+    others: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs, before it has done anything."""
+
+    base: Checkpoint
+    model: Trunk
+    tokenizer: Tokenizer
+    examples: Examples
+    settings: TuneSettings
+    validation: Examples | None = None
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def batches(self) -> ExampleBatches:
+        """The examples in their order."""
+        return ExampleBatches(self.examples.items, self.settings.batch, self.settings.seed)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.settings.count_steps(self.batches.per_epoch)
+
+    @property
+    def epochs(self) -> float:
+        """How often every example is read."""
+        return self.steps * self.settings.accumulate / self.batches.per_epoch
+
+    def estimate(self) -> Estimate:
+        """Memory and time; tries a few batches."""
+        return estimate(self.model, self.batches, train_settings(self.settings, self.steps, self.compute_dtype))
+
+    def start(self, folder: Path, report: Report) -> Tuned:
+        """Train to the end, or go on with the run in `folder`; `report` is given every line of its metrics.
+
+        Raises TrainingError where the folder holds another run.
+        """
+        base, data = base_of(self.base), sha256(self.examples.path)
+        settings = json.loads(json.dumps(asdict(self.settings)))
+        _claim(folder, {"mode": self.settings.mode, "base": base.identity, "data": data, "settings": settings})
+        keep_freed_memory()
+        options = train_settings(self.settings, self.steps, self.compute_dtype)
+        train(self.model, self.batches, options, folder, self._validate, report)
+        training = {"data": self.examples.path.name, "data_sha256": data, **settings, "steps": self.steps}
+        kind = "state" if self.settings.mode == "state" else "lora"
+        return _write(self, folder, Adapter(kind, {}, None, base, folder, training))
+
+    def _validate(self, model: Trunk) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        return {"validation_loss": mean_loss(model, self.validation.items, self.settings.batch)}
+
+
+def prepare(
+    base: Checkpoint,
+    tokenizer: Tokenizer,
+    data: Path,
+    settings: TuneSettings,
+    *,
+    validate: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Run:
+    """Read the examples and make the model.
+
+    dtype: of the products with matrices, and of those that are not trained; None is float32 for a small model on a CPU,
+    else bfloat16. Raises UsageError for bad examples, an unknown device or dtype.
+    """
+    read = partial(read_examples, tokenizer=tokenizer, template=settings.template, length=settings.length)
+    examples, held_out = read(data), None if validate is None else read(validate)
+    place, _ = choose_device(device)
+    numbers = sum(tensor.numel() for tensor in base.tensors.values())
+    chosen, _ = choose_dtype(dtype, place, numbers)
+    if chosen == torch.float16:
+        raise UsageError("dtype float16 overflows in training; choose float32 or bfloat16")
+    if chosen is None:
+        chosen = torch.float32 if place.type == "cpu" and numbers < SMALL_MODEL else torch.bfloat16
+    model = tunable(base, settings, device=place, dtype=chosen)
+    compute = None if chosen == torch.float32 else chosen
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute_dtype = compute
+    return Run(base, model, tokenizer, examples, settings, held_out, compute)
+
+
+@torch.no_grad()
+def mean_loss(model: Trunk, examples: tuple[Example, ...], batch: int = 4) -> float:
+    """Mean cross-entropy over all tokens that count."""
+    batches = ExampleBatches(examples, batch, 0)
+    device = model.emb.weight.device
+    total, tokens = 0.0, 0
+    for number in range(batches.per_epoch):
+        one = batches[number]
+        assert one.counted is not None
+        idx, counted = one.idx.to(device), one.counted.to(device)
+        total += float(summed_loss(model(idx[:, :-1])[0], idx[:, 1:], counted))
+        tokens += one.targets
+    return total / tokens
+
+
+def _claim(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write what the run is into its folder, or compare it with what is there."""
+    path = folder / RECORD
+    if not path.exists():
+        if (folder / "last.pt").exists():
+            raise TrainingError(f"{folder} holds a training run that is no fine-tuning; choose another folder")
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{path} is damaged: {error}; choose another folder") from None
+    differing = [key for key in ("mode", "base", "data") if old.get(key) != record[key]]
+    asked, there = record["settings"], old.get("settings", {})
+    differing += [f"{key} {there.get(key)!r}, now {asked[key]!r}" for key in asked if there.get(key) != asked[key]]
+    if differing:
+        raise TrainingError(
+            f"{folder} holds another run ({'; '.join(differing)}); choose another folder, or ask for the same to go on"
+        )
+
+
+def _write(run: Run, folder: Path, adapter: Adapter) -> Tuned:
+    """The result of a finished run."""
+    tensors = {name: tensor.cpu() for name, tensor in trained_tensors(run.model).items()}
+    found, settings = run.base, run.settings
+    if settings.mode == "full":
+        assert adapter.base is not None
+        path, facts = folder / "model.safetensors", {"base": adapter.base.identity, **adapter.training}
+        kept = {name: _narrowed(tensor, found.tensors[name].dtype) for name, tensor in tensors.items()}
+        save(path, found.config, kept, tokenizer_spec=found.tokenizer_spec, extra={**found.extra, "tuned": facts})
+        return Tuned(path)
+    if settings.mode == "lora":
+        path = folder / "adapter.safetensors"
+        save_adapter(path, replace(adapter, tensors=tensors, alpha=settings.lora.alpha))
+        return Tuned(path)
+    path, plain = folder / "state.safetensors", folder / "state.pth"
+    for target in (path, plain):
+        save_adapter(target, replace(adapter, tensors=tensors))
+    return Tuned(path, (plain,))
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the base's dtype, unless that cannot hold it (float16 ends at 65504)."""
+    narrow = tensor.to(dtype)
+    return narrow if bool(narrow.isfinite().all()) else tensor

@@ -1,0 +1,140 @@
+"""`fledge tune`: a dry run, each mode to its result, merging, converting, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_checkpoints import random_checkpoint
+
+from fledge.checkpoint import read, read_adapter
+from fledge.tokenizer import byte_vocabulary, tokenizer_for
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    talk = [{"role": "user", "content": "Hi\x1b"}, {"role": "assistant", "content": "tweet é"}]
+    records = [{"messages": talk}, {"text": "tweet " * 20}, {"messages": [{**talk[0], "content": "x" * 90}, talk[1]]}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(
+    fledge: Any, byte_model: Path, data: Path, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    result = fledge("tune", "lora", byte_model, data, "--length", 60, "--dry-run", "--to", tmp_path / "run")
+    assert result.code == 0 and sorted(tmp_path.iterdir()) == before
+    rows = dict(line.split(maxsplit=1) for line in result.text.splitlines()[:10] if "  " in line)
+    assert rows["examples"] == f"2 in {data}: 1 conversations, 1 texts"
+    answer = len(" tweet é\n\n".encode())
+    assert (
+        rows["tokens"]
+        == f"{len('User: Hi?') + 2 + len('Assistant:') + answer + 61}, {answer + 60} of them to be learnt"
+    )
+    assert "2 examples" in result.text and "lines 2, 3" in result.text and "1 with nothing to learn" in result.text
+    for word in ("MiB", "seconds", "of 4 examples", "0.0001 to 1e-05"):
+        assert word in result.text, result.text
+    assert "User: Hi\x1b\n\nAssistant:⟦ tweet é\n\n⟧" in result.text
+    assert result == fledge("tune", "lora", byte_model, data, "--length", 60, "--dry-run") or "seconds" in result.text
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "state"])
+def test_a_run_ends_with_the_command_that_uses_it(
+    fledge: Any, byte_model: Path, data: Path, tmp_path: Path, mode: str
+) -> None:
+    folder = tmp_path / "my run"
+    result = fledge("tune", mode, byte_model, data, "--to", folder, "--steps", 3, "--batch", 2, "--validate", data)
+    assert result.code == 0, result.messages
+    assert "step 3  loss" in result.text and "validation_loss" in result.text
+    (line,) = [line for line in result.text.splitlines() if line.startswith("try it:")]
+    words = shlex.split(line.removeprefix("try it:"))
+    assert words[:2] == ["fledge", "chat"]
+    assert fledge(*words[1:], "--max-tokens", 3, stdin=b"hi\n").code == 0
+    assert fledge("generate", "hi", *words[2:], "--max-tokens", 3, "--json").code == 0
+    again = fledge("tune", mode, byte_model, data, "--to", folder, "--steps", 3, "--batch", 2, "--validate", data)
+    assert again.code == 0 and "step" not in again.text.split("rate")[1].split("written")[0].replace(
+        "steps of warm", ""
+    )
+
+
+def test_merging(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 3, "--rate", "0.05")
+    adapter, target = tmp_path / "run" / "adapter.safetensors", tmp_path / "merged.safetensors"
+    result = fledge("tune", "merge", byte_model, adapter, "--to", target)
+    assert result.code == 0 and "verified: the adapter moves logits by up to" in result.text
+    same = [
+        json.loads(fledge("generate", "hi", "--max-tokens", 8, "--seed", 1, "--json", *model).text)["ids"]
+        for model in (["-m", target], ["-m", byte_model, "--adapter", adapter])
+    ]
+    assert same[0] == same[1]
+    fledge("tune", "merge", byte_model, adapter, "--to", target).check_error(1, "exists", "--force")
+
+
+def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
+    adapter, other = tmp_path / "run" / "adapter.safetensors", tmp_path / "other.pth"
+    torch.save(random_checkpoint("6.0", n_layer=2, n_embd=16, vocab_size=256, seed=1), other)
+    words = ("was trained on another model: bytes", "--any-base")
+    fledge("generate", "hi", "-m", other, "--adapter", adapter).check_error(1, *words)
+    fledge("tune", "merge", other, adapter, "--to", tmp_path / "m.pth").check_error(1, *words)
+    rest = ("--adapter", adapter, "--any-base", "--max-tokens", 2)
+    assert fledge("generate", "hi", "-m", other, *rest).code == 0
+    fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
+
+
+def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
+    ours, theirs, back = tmp_path / "run" / "adapter.safetensors", tmp_path / "lora.pth", tmp_path / "back.safetensors"
+    result = fledge("tune", "convert", ours, theirs)
+    assert result.code == 0 and "alpha 32 is not in a .pth" in result.messages
+    fledge("generate", "hi", "-m", byte_model, "--adapter", theirs).check_error(
+        2, "does not record its alpha", "--alpha"
+    )
+    assert fledge("generate", "hi", "-m", byte_model, "--adapter", theirs, "--alpha", 32, "--max-tokens", 2).code == 0
+    assert fledge("tune", "convert", theirs, back, "--alpha", 32, "--base", byte_model).code == 0
+    first, last = read_adapter(ours), read_adapter(back)
+    assert first.base == last.base and first.alpha == last.alpha
+    assert all(torch.equal(first.tensors[name], last.tensors[name]) for name in last.tensors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["lora", "BASE", "DATA"], 2, ["--to FOLDER", "--dry-run"]),
+        (["lora", "BASE", "gone.jsonl", "--to", "x"], 2, ["gone.jsonl: cannot be read"]),
+        (["lora", "BASE", "DATA", "--to", "x", "--targets", "query"], 2, ["'query' is unknown"]),
+        (["lora", "BASE", "DATA", "--to", "x", "--rank", "0"], 2, ["a rank of at least 1"]),
+        (["state", "BASE", "DATA", "--to", "x", "--template", "vicuna"], 2, ["template 'vicuna' is unknown"]),
+        (["full", "BASE", "DATA", "--to", "x", "--rate", "-1"], 1, ["0 < final <= peak"]),
+        (["half"], 2, ["No such command 'half'"]),
+        (["merge", "BASE", "BASE", "--to", "m.pth"], 1, ["is a whole model, not an adapter"]),
+    ],
+)
+def test_mistakes(
+    fledge: Any,
+    byte_model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    arguments: list[str],
+    code: int,
+    words: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"BASE": str(byte_model), "DATA": str(data)}
+    fledge("tune", *(names.get(word, word) for word in arguments)).check_error(code, *words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_summary_of_a_full_run(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    fledge("tune", "full", byte_model, data, "--to", tmp_path / "run", "--steps", 2)
+    extra = read(tmp_path / "run" / "model.safetensors").extra["tuned"]
+    assert extra["mode"] == "full" and extra["steps"] == 2 and len(extra["base"]) == 64
+    assert "tuned" in fledge("info", tmp_path / "run" / "model.safetensors").text
+    assert tokenizer_for(byte_vocabulary()).vocab_size == read(byte_model).config.vocab_size

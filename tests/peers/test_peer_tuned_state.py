@@ -1,0 +1,76 @@
+"""A state that Fledge has tuned, in the PyPI package `rwkv`: merged into the base's dict, and given beside it.
+
+A state's file has the value channels first and both programs' states the key channels first; whoever forgets to turn it
+gets other logits, which the last test shows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_checkpoints import random_checkpoint
+from test_peer_rwkv import MODES, TOLERANCE, ask_rwkv, check_agreement, pieces_of, pytestmark  # noqa: F401 - the mark
+
+import fledge
+from fledge.checkpoint import read
+from fledge.tokenizer import byte_vocabulary, tokenizer_for
+from fledge.train.tuning import TuneSettings
+from fledge.train.tuning_run import prepare
+
+VOCAB = 256
+
+
+@pytest.fixture(scope="module", params=["5.2", "6.0"])
+def tuned(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base.pth, the result of a run that tuned its state, and the package's answers."""
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.save(random_checkpoint(request.param, n_layer=3, n_embd=48, vocab_size=VOCAB), folder / "base.pth")
+    (folder / "data.jsonl").write_text(json.dumps({"text": "tweet " * 5}) + "\n")
+    settings = TuneSettings("state", steps=6, rate=0.5)
+    run = prepare(
+        read(folder / "base.pth"), tokenizer_for(byte_vocabulary()), folder / "data.jsonl", settings, device="cpu"
+    )
+    run.start(folder, lambda line: None)
+    base, state = (torch.load(folder / name, weights_only=True) for name in ("base.pth", "state.pth"))
+    torch.save({**base, **state}, folder / "together.pth")
+    runs = {mode: pieces_of(mode, VOCAB) for mode in MODES}
+    jobs = [
+        {"checkpoint": str(folder / "together.pth"), "runs": runs, "results": str(folder / "together.results")},
+        {
+            "checkpoint": str(folder / "base.pth"),
+            "state": str(folder / "state.pth"),
+            "runs": runs,
+            "results": str(folder / "beside.results"),
+        },
+    ]
+    ask_rwkv(jobs, folder)
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", ["together", "beside"])
+def test_the_package_gives_our_logits(tuned: Path, mode: str, way: str) -> None:
+    answers = torch.load(tuned / f"{way}.results", weights_only=True)
+    assert "error" not in answers, answers["error"]
+    llm = fledge.load(tuned / "base.pth", device="cpu", adapter=tuned / "state.pth")
+    state, logits = llm.start, []
+    for piece in pieces_of(mode, VOCAB):
+        with torch.no_grad():
+            out, state = llm.model(torch.tensor([piece]), state)
+        logits.append(out[0])
+    torch.testing.assert_close(torch.cat(logits), answers[mode]["logits"], rtol=0, atol=TOLERANCE)
+    check_agreement(tuned / "together.pth", pieces_of(mode, VOCAB), answers[mode])
+
+
+def test_a_state_that_is_not_turned_gives_other_logits(tuned: Path) -> None:
+    llm = fledge.load(tuned / "base.pth", device="cpu", adapter=tuned / "state.pth")
+    assert llm.start is not None
+    theirs = torch.load(tuned / "beside.results", weights_only=True)["sequence"]["logits"][:9]
+    wrong = {**llm.start.tensors(), "wkv": llm.start.tensors()["wkv"].transpose(-1, -2).contiguous()}
+    with torch.no_grad():
+        out, _ = llm.model(torch.tensor([pieces_of("sequence", VOCAB)[0]]), type(llm.start)(**wrong))
+    assert (out[0] - theirs).abs().max() > 100 * TOLERANCE

@@ -1,0 +1,261 @@
+"""Fine-tuning in every mode: the loss falls, only what should change changes, a run resumes bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_checkpoints import random_checkpoint
+from torch import Tensor
+
+import fledge
+from fledge.checkpoint import load_tuned_state, read, read_adapter, save
+from fledge.core.errors import ConfigError, TrainingError, UsageError
+from fledge.data.examples import ExampleBatches
+from fledge.tokenizer import byte_vocabulary, tokenizer_for
+from fledge.train.loss import PULL, masked_loss, next_token_loss
+from fledge.train.tuning import LoraSettings, TuneSettings, train_settings, trained_tensors, tunable
+from fledge.train.tuning_run import Run, Tuned, mean_loss, prepare
+
+TOKENIZER = tokenizer_for(byte_vocabulary())
+RATES = {"full": 2e-3, "lora": 1e-2, "state": 0.3}
+every_mode = pytest.mark.parametrize("mode", RATES)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A random Finch in a file of Fledge's own, matrices in bfloat16 as official ones are."""
+    torch.save(random_checkpoint("6.0", n_layer=2, n_embd=32, vocab_size=256), tmp_path / "float32.pth")
+    found = read(tmp_path / "float32.pth")
+    tensors = {name: t.bfloat16() if t.dim() == 2 else t for name, t in found.tensors.items()}
+    save(tmp_path / "base.safetensors", found.config, tensors, tokenizer_spec=byte_vocabulary().to_spec())
+    return tmp_path / "base.safetensors"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    records: list[Any] = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {n}"},
+                {"role": "assistant", "content": "tweet " * (1 + n % 3)},
+            ]
+        }
+        for n in range(7)
+    ]
+    records.append({"text": "tweet tweet tweet"})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def settings_of(mode: str, steps: int = 20, **more: Any) -> TuneSettings:
+    return TuneSettings(mode, batch=2, accumulate=2, length=64, steps=steps, rate=RATES[mode], seed=3, **more)
+
+
+def prepared(base: Path, data: Path, settings: TuneSettings, **more: Any) -> Run:
+    return prepare(read(base), TOKENIZER, data, settings, device="cpu", **more)
+
+
+def trained(run: Run, folder: Path, stop_at: int | None = None) -> tuple[Tuned | None, list[dict[str, float]]]:
+    """Start a run; with `stop_at`, interrupt it when it reports that step."""
+    lines: list[dict[str, float]] = []
+
+    def report(line: dict[str, float]) -> None:
+        if len(line) > 1:
+            lines.append(line)
+        if line["step"] == stop_at:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        return run.start(folder, report), lines
+    return None, lines
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_twenty_steps_lower_the_loss_and_leave_the_base_alone(
+    base: Path, data: Path, tmp_path: Path, mode: str, dtype: str
+) -> None:
+    file, run = base.read_bytes(), prepared(base, data, settings_of(mode), dtype=dtype)
+    before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    first = mean_loss(run.model, run.examples.items)
+    done, lines = trained(run, tmp_path / "run")
+    assert done is not None and mean_loss(run.model, run.examples.items) < 0.85 * first
+    assert lines[-1]["loss"] < lines[0]["loss"] and [line["step"] for line in lines] == list(range(2, 21, 2))
+    for name, weight in run.model.named_parameters():
+        trains = mode == "full" or ".lora_" in name or name.endswith("time_state")
+        assert weight.requires_grad == trains
+        assert torch.equal(weight, before[name]) == (not trains), name
+    assert base.read_bytes() == file
+    assert all(torch.equal(run.base.tensors[name], tensor) for name, tensor in read(base).tensors.items())
+
+
+@every_mode
+def test_the_result_is_used_as_it_was_trained(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
+    run = prepared(base, data, settings_of(mode))
+    done, _ = trained(run, tmp_path / "run")
+    assert done is not None
+    if mode == "full":
+        llm = fledge.load(done.path, device="cpu", dtype="float32")
+        assert read(done.path).extra["tuned"]["data"] == "data.jsonl"
+        assert read(done.path).tensors["head.weight"].dtype == torch.bfloat16
+    else:
+        llm = fledge.load(base, device="cpu", dtype="float32", adapter=done.path)
+    example = run.examples.items[0].ids.tolist()
+    found = torch.tensor([score.logprob for score in llm.logprobs(example[1:], context=example[:1])])
+    with torch.no_grad():
+        logits, _ = run.model(torch.tensor([example[:-1]]))
+    wanted = logits[0].log_softmax(-1).gather(1, torch.tensor(example[1:])[:, None])[:, 0]
+    # A full checkpoint is rounded to the base's bfloat16.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.15 if mode == "full" else 1e-4)
+
+
+def test_the_files_say_where_they_come_from(base: Path, data: Path, tmp_path: Path) -> None:
+    lora, _ = trained(
+        prepared(base, data, settings_of("lora", 2, lora=LoraSettings(3, 12.0, ("att.key",)))), tmp_path / "a"
+    )
+    state, _ = trained(prepared(base, data, settings_of("state", 2)), tmp_path / "b")
+    assert lora is not None and state is not None
+    adapter = read_adapter(lora.path)
+    assert (adapter.kind, adapter.rank, adapter.alpha, adapter.targets) == ("lora", 3, 12.0, ("att.key",))
+    assert adapter.base is not None and adapter.base.name == "base" and adapter.training["steps"] == 2
+    assert read_adapter(state.path).kind == "state" and state.others == (tmp_path / "b" / "state.pth",)
+    plain = load_tuned_state(state.others[0])
+    assert {tuple(tensor.shape) for tensor in plain.values()} == {(4, 8, 8)}
+
+
+@every_mode
+def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
+    whole, cut = prepared(base, data, settings_of(mode)), prepared(base, data, settings_of(mode))
+    trained(whole, tmp_path / "whole")
+    assert trained(cut, tmp_path / "cut", stop_at=8)[0] is None
+    again = prepared(base, data, settings_of(mode))
+    done, lines = trained(again, tmp_path / "cut")
+    assert done is not None and lines[0]["step"] == 10
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    if mode != "full":
+        assert (
+            torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["model"].keys()
+            == trained_tensors(again.model).keys()
+        )
+
+
+def test_a_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trained(prepared(base, data, settings_of("lora", 2)), folder)
+    for other in (settings_of("state", 2), settings_of("lora", 2, lora=LoraSettings(rank=3)), settings_of("lora", 4)):
+        with pytest.raises(TrainingError, match=r"holds another run .*choose another folder"):
+            prepared(base, data, other).start(folder, lambda line: None)
+    (tmp_path / "other.jsonl").write_text('{"text": "tweet"}\n')
+    with pytest.raises(TrainingError, match=r"another run \(data\)"):
+        prepared(base, tmp_path / "other.jsonl", settings_of("lora", 2)).start(folder, lambda line: None)
+    (folder / "tune.json").unlink()
+    with pytest.raises(TrainingError, match="holds a training run that is no fine-tuning"):
+        prepared(base, data, settings_of("lora", 2)).start(folder, lambda line: None)
+    (folder / "tune.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"tune\.json is damaged"):
+        prepared(base, data, settings_of("lora", 2)).start(folder, lambda line: None)
+
+
+def test_parts_are_trained_whole_beside_a_lora(base: Path, data: Path, tmp_path: Path) -> None:
+    settings = settings_of("lora", lora=LoraSettings(parts=("time", "ln")))
+    run = prepared(base, data, settings)
+    done, _ = trained(run, tmp_path / "run")
+    assert done is not None
+    parts = read_adapter(done.path).parts
+    assert {"blocks.1.att.time_maa_w2", "ln_out.bias", "blocks.0.ln0.weight", "blocks.1.att.ln_x.bias"} <= parts.keys()
+    assert not any(name.endswith("key.weight") for name in parts)
+    assert not torch.equal(parts["ln_out.bias"], read(base).tensors["ln_out.bias"])
+    with pytest.raises(UsageError, match="no parameter has 'tome' in its name"):
+        tunable(read(base), settings_of("lora", lora=LoraSettings(parts=("tome",))))
+
+
+def test_a_tuned_state_is_tuned_further(base: Path, data: Path, tmp_path: Path) -> None:
+    done, _ = trained(prepared(base, data, settings_of("state", 5)), tmp_path / "run")
+    assert done is not None
+    found, state = read(base), load_tuned_state(done.path)
+    with_state = replace(found, config=replace(found.config, tuned_state=True), tensors={**found.tensors, **state})
+    model = tunable(with_state, settings_of("state"))
+    assert torch.equal(model.get_parameter("blocks.1.att.time_state"), state["blocks.1.att.time_state"])
+
+
+def test_what_cannot_be_tuned(base: Path, data: Path, tmp_path: Path) -> None:
+    torch.save(random_checkpoint("4", n_layer=1, n_embd=16, vocab_size=256), tmp_path / "old.pth")
+    with pytest.raises(fledge.FledgeError, match="RWKV-4 model, which has no matrix state"):
+        tunable(read(tmp_path / "old.pth"), settings_of("state"))
+    with pytest.raises(UsageError, match="float16 overflows in training"):
+        prepared(base, data, settings_of("lora"), dtype="float16")
+    with pytest.raises(ConfigError, match="mode 'half' is unknown"):
+        TuneSettings("half")
+    with pytest.raises(ConfigError, match="both must be above 0"):
+        TuneSettings("lora", epochs=0)
+    with pytest.raises(ConfigError, match="both must be at least 1"):
+        TuneSettings("lora", batch=0)
+
+
+def test_steps_and_rates() -> None:
+    settings = TuneSettings("state", batch=4, accumulate=2, epochs=3)
+    assert settings.count_steps(10) == 15 and replace(settings, steps=7).count_steps(10) == 7
+    schedule = settings.schedule(200)
+    assert (schedule.peak, schedule.final, schedule.warmup) == (1.0, 0.01, 10)
+    assert replace(settings, rate=0.5).schedule(5).final == 0.005 and settings.schedule(5).warmup == 0
+    full = TuneSettings("full").schedule(100)
+    assert full.rate(50) == full.rate(99) == 1e-5
+    assert train_settings(settings, 200).adam.weight_decay == 0.0
+
+
+def test_the_loss_counts_what_counts(base: Path) -> None:
+    """The shares of two micro-batches with different counts add up to the mean over all that count, gradient too."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 5, 11, generator=draw, requires_grad=True)
+    targets, counted = torch.randint(11, (4, 5), generator=draw), torch.rand(4, 5, generator=draw) < 0.4
+    counted[0] = False
+    total = int(counted.sum())
+    shares = [masked_loss(logits[part], targets[part], counted[part], total) for part in (slice(0, 1), slice(1, 4))]
+    assert shares[0] == 0
+    sum(shares, torch.zeros(())).backward()
+    assert logits.grad is not None
+    found, logits.grad = logits.grad, None
+    expected = torch.nn.functional.cross_entropy(logits[counted], targets[counted])
+    expected.backward()
+    largest, where = logits.detach().max(-1, keepdim=True)
+    pull = torch.zeros_like(found).scatter_(-1, where, largest * (PULL / total)) * counted[..., None]
+    torch.testing.assert_close(sum(shares, torch.zeros(())), expected)
+    torch.testing.assert_close(found, logits.grad + pull)
+    assert torch.equal(masked_loss(logits, targets), next_token_loss(logits, targets))
+
+
+def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
+    costs = {mode: prepared(base, data, settings_of(mode)).estimate() for mode in RATES}
+    assert costs["state"].trained == 2 * 4 * 8 * 8
+    assert costs["full"].optimiser == 12 * costs["full"].trained > costs["lora"].optimiser > costs["state"].optimiser
+    assert all(cost.seconds > 0 and cost.memory > cost.activations > 10_000 for cost in costs.values())
+    run = prepared(base, data, settings_of("lora"))
+    before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    run.estimate()
+    assert all(
+        torch.equal(weight, before[name]) and weight.grad is None for name, weight in run.model.named_parameters()
+    )
+
+
+def test_validation_is_the_mean_over_all_that_counts(base: Path, data: Path, tmp_path: Path) -> None:
+    run = prepared(base, data, settings_of("lora", 2), validate=data)
+    losses: list[Tensor] = []
+    with torch.no_grad():
+        for example in run.examples.items:
+            logits, _ = run.model(torch.from_numpy(example.ids[None, :-1].astype(np.int64)))
+            wanted = torch.from_numpy(example.ids[1:].astype(np.int64))
+            each = torch.nn.functional.cross_entropy(logits[0], wanted, reduction="none")
+            losses.append(each[torch.from_numpy(example.counted[1:])])
+    assert mean_loss(run.model, run.examples.items, 3) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    _, lines = trained(run, tmp_path / "run")
+    assert "validation_loss" in lines[-1]
+    assert len(ExampleBatches(run.examples.items, 2, 0)[0].idx) == 2
