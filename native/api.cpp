@@ -83,6 +83,35 @@ FLEDGE_API int fledge_wkv(const int64_t* sizes, const float* r, const float* k, 
     });
 }
 
+// Its gradient. dy and dafter: of y and of the state after; the results have the shapes of what they are gradients of, dw
+// is that of the decay's logarithm, and du (B, H, K) has still to be summed over B.
+FLEDGE_API int fledge_wkv_gradient(const int64_t* sizes, const float* r, const float* k, const float* v,
+                                   const float* decay, const float* u, const float* before, const float* dy,
+                                   const float* dafter, float* dr, float* dk, float* dv, float* dw, float* du,
+                                   float* dbefore) {
+    return guarded([&] {
+        Turn turn;
+        const int64_t T = sizes[1], H = sizes[2], K = sizes[3], V = sizes[4];
+        const int64_t each = round_up(WkvGradient::scratch_floats(T, K, V), LANES);
+        Buffer scratch;
+        float* all = scratch.floats(each * threads());
+        parallel(sizes[0] * H, [&](int64_t part, int thread) {
+            const int64_t b = part / H, h = part % H;
+            const int64_t keys = (b * T * H + h) * K, values = (b * T * H + h) * V, state = part * K * V;
+            WkvGradient call{};
+            call.length = T, call.keys = K, call.values = V;
+            call.r = r + keys, call.k = k + keys, call.decay = decay + keys, call.v = v + values, call.dy = dy + values;
+            call.stride = H * K, call.v_stride = H * V;
+            call.bonus = u + h * K;
+            call.before = before + state, call.dafter = dafter + state;
+            call.dr = dr + keys, call.dk = dk + keys, call.dw = dw + keys, call.dv = dv + values;
+            call.du = du + part * K, call.dbefore = dbefore + state;
+            call.scratch = all + thread * each;
+            kernels().wkv_gradient(call);
+        });
+    });
+}
+
 // RWKV-4. k, v, w, y (B, T, A) with A a multiple of 16; u (A); aa, bb, pp (B, A), changed in place. w: log of the decay.
 FLEDGE_API int fledge_wkv4(const int64_t* sizes, const float* k, const float* v, const float* w, const float* u,
                            float* aa, float* bb, float* pp, float* y) {

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from fledge.bench.agreement import Difference, check, compare
+from fledge.bench.counting import matrix_numbers
 from fledge.bench.cpu_figures import Block, Case, Figures, figures_of
-from fledge.bench.cpu_files import KINDS, ModelFiles, gguf_bytes, matrix_numbers, model_files, random_files, read_once
+from fledge.bench.cpu_files import KINDS, ModelFiles, gguf_bytes, model_files, random_files, read_once
 from fledge.bench.environment import machine_facts, package_version
 from fledge.bench.harness import Report, in_fresh_process, interleaved
 from fledge.bench.limits import Limits

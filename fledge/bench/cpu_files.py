@@ -19,7 +19,7 @@ import torch
 from fledge import checkpoint
 from fledge.bench.random_model import config_of, random_tensors
 from fledge.checkpoint.gguf_header import read_header
-from fledge.checkpoint.quantise import is_matrix, quantise
+from fledge.checkpoint.quantise import quantise
 from fledge.core.errors import UsageError
 from fledge.engine.loading import locate
 from fledge.models import ModelConfig
@@ -31,7 +31,6 @@ KINDS = {
 }
 """Program -> width of the weights -> kind of file. The widths of one name are what is compared with each other."""
 
-FACTORS = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
 READ_BLOCK = 16 << 20
 
 
@@ -94,18 +93,7 @@ def read_once(path: Path) -> None:
             pass
 
 
-def matrix_numbers(config: ModelConfig) -> tuple[int, int]:
-    """Numbers in all matrices that a token is multiplied with, and those of them in the head."""
-    shapes = checkpoint.expected_shapes(config)
-    sizes = {name: _numel(shape) for name, shape in shapes.items() if is_matrix(name) or name.endswith(FACTORS)}
-    return sum(sizes.values()), sizes["head.weight"]
-
-
 def gguf_bytes(path: Path) -> int:
     """Bytes of all tensors that llama.cpp reads for a token: everything but the embedding, of which it reads a row."""
     places = read_header(path).places
     return sum(place.nbytes for name, place in places.items() if name != "token_embd.weight")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

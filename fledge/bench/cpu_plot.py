@@ -6,19 +6,15 @@ column each for reading a prompt, writing one text and writing several at once; 
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fledge.bench.plots import DASHES, INK, bare, check_drawable, short, write_figure
 from fledge.core.errors import UsageError
-from fledge.core.files import atomic_path
 
 COLOURS = {"fledge": "#d9622b", "llama.cpp": "#3f7cac", "rwkv": "#8fa39b"}
-INK, FAINT = "#222222", "#dddddd"
-DASHES = (0, (4, 2))
 GROUP = 0.8  # width of all bars of a group, of the distance between groups
 ROOM = 1.22  # above the highest bar, for its number
 
@@ -42,14 +38,6 @@ class Group:
     ceiling: float | None
 
 
-def check_drawable(path: Path) -> None:
-    """Raise UsageError where nothing could be drawn later."""
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"{path}: a plot is a .png, .svg or .pdf")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError('a plot needs matplotlib; install it with `pip install "fledge[bench]"`')
-
-
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw a record into a file. Raises UsageError for another suffix or record, and without matplotlib."""
     check_drawable(path)
@@ -68,17 +56,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             _panel(axes, groups_of(block, key))
         line[0].set_ylabel(f"{_model_name(block['model'])}\ntokens/s", color=INK)
     _legend(figure, record)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote. Raises UsageError for a file that is no record."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a record: {error}") from None
-    return found if isinstance(found, dict) else {}
+    write_figure(figure, path)
 
 
 def columns_of(record: Mapping[str, Any]) -> dict[str, str]:
@@ -137,12 +115,8 @@ def _panel(axes: Any, groups: Sequence[Group]) -> None:
     axes.set_xticks(range(len(groups)), [group.width for group in groups])
     axes.set_xlim(-0.55, len(groups) - 0.45)
     axes.set_ylim(0, ROOM * top)
-    axes.grid(axis="y", color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=8.5)
+    bare(axes)
     axes.yaxis.set_major_formatter(lambda value, _place: f"{value:,.0f}" if top >= 10 else f"{value:,.1f}")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
 
 
 def _legend(figure: Any, record: Mapping[str, Any]) -> None:
@@ -171,8 +145,3 @@ def _model_name(model: Mapping[str, Any]) -> str:
     size = model["parameters"]
     number = f"{size / 1e9:.1f}B" if size >= 0.95e9 else f"{size / 1e6:.0f}M"
     return f"{model['family'].split()[-1]} {number}, {model['name']}"
-
-
-def short(value: float) -> str:
-    """Three digits, or whole numbers above."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

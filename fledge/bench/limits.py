@@ -80,7 +80,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "read": _reading(job.get("read_bytes", READ_BYTES)) if native else None,
         "registers": {name: _registers(code, seconds) for name, code in KINDS.items()} if native else {},
-        "products": {"float32": _product(torch.float32, size), "bfloat16": _product(torch.bfloat16, size)},
+        "products": {"float32": product(torch.float32, size), "bfloat16": product(torch.bfloat16, size)},
         "instruction_set": instruction_set() if native else None,
     }
 
@@ -101,10 +101,17 @@ def _registers(kind: int, seconds: float) -> float:
     return operations / min(taken, _shortest(lambda: functions().fledge_burn(turns, kind)))
 
 
-def _product(dtype: torch.dtype, size: int) -> float:
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+def product(dtype: torch.dtype, size: int, device: torch.device | str = "cpu") -> float:
+    """Operations a second of torch's product of two matrices of `size` rows and columns."""
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+
+    def call() -> None:
+        torch.mm(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+
     with torch.inference_mode():
-        return 2 * size**3 / _shortest(lambda: torch.mm(a, b))
+        return 2 * size**3 / _shortest(call)
 
 
 def _shortest(call: Callable[[], object]) -> float:

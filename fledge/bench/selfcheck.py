@@ -58,7 +58,7 @@ def check_kernels() -> list[Check]:
     ]
     if why_missing() is None:
         checks += [
-            _check_inference(_run_wkv, "wkv", _wkv_inputs()),
+            _check(_run_wkv, "wkv", "native", _wkv_inputs(), "cpu"),
             _check_inference(_run_wkv4, "wkv4", _wkv4_inputs()),
         ]
         checks += [_check_native_product(format) for format in native.FORMATS]

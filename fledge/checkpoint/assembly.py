@@ -2,8 +2,9 @@
 
 Precision, stated here and nowhere else:
 
-    matrices    emb, head, att.{receptance,key,value,gate,output}, ffn.{key,value,receptance} (two axes, `*.weight`):
-                the `dtype` asked for, or the file's own; float16 on a CPU is computed in float32
+    matrices    emb, head, att.{receptance,key,value,gate,output}, ffn.{key,value,receptance} (two axes, `*.weight`),
+                and those of a transformer: the `dtype` asked for, or the file's own; float16 on a CPU is computed in
+                float32
     the rest    norms, mixes, decays, bonus, LoRA factors, tuned state: always float32
 
 Quantised matrices (int8, int4) come from the file as they are, or are made here from the others.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fledge.checkpoint.detection import check_shapes
 from fledge.checkpoint.pages import release_pages
-from fledge.checkpoint.quantise import quantise_tensors
+from fledge.checkpoint.quantise import check_model, quantise_tensors
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.tuned import load_tuned_state, merge_tuned_state
 from fledge.core.device import SMALL_MODEL
@@ -113,6 +114,7 @@ def assemble(
     device = torch.device(device)
     given = weights if isinstance(weights, Weights) else Weights(weights)
     if quant is not None:
+        check_model(config, "this model")
         given = _quantised(given, quant, device)
     if pack and device.type == "cpu" and why_not_native(config) is None:
         return _native(config, given, dtype).eval()

@@ -137,6 +137,8 @@ def _check_target(target: Path, kind: str, force: bool) -> None:
 
 def _check_format(checkpoint: Checkpoint, kind: str) -> None:
     config, source = checkpoint.config, checkpoint.path
+    if config.version == "llama" and kind != "safetensors":
+        raise UnsupportedError(f"{source} is a transformer, which only a .safetensors can hold, not a {kind}")
     versions = {"hf": tuple(MODEL_TYPES), "fla": ("6.0",)}.get(kind)
     if versions and config.version not in versions:
         raise UnsupportedError(

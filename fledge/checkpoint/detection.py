@@ -1,7 +1,8 @@
 """What model a set of tensor names and shapes is, and whether it is all there.
 
 Decides from names and shapes alone: never from the order of keys (safetensors sorts them), and by majority where
-several tensors tell the same size, so that one damaged tensor is reported as itself. No values, no files.
+several tensors tell the same size, so that one damaged tensor is reported as itself. No values, no files. The one thing
+that shapes cannot tell is into how many heads a transformer divides its width; the file's own record does.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ MIX_RANK: tuple[Sign, ...] = (("att.time_maa_w2", 3, 1),)
 DECAY_RANK: tuple[Sign, ...] = (("att.time_decay_w2", 2, 0), ("att.time_decay_w1", 2, 1))
 
 
-def detect(shapes: Mapping[str, Shape], source: str = "this checkpoint") -> ModelConfig:
+def detect(shapes: Mapping[str, Shape], source: str = "this checkpoint", heads: int | None = None) -> ModelConfig:
     """The config of a complete checkpoint with these official names and shapes.
 
-    `source` names the file in errors. Raises UnsupportedError for RWKV-7, for experimental variants and for adapters,
-    and CheckpointError where tensors are missing, unexpected or of the wrong shape, each by name.
+    `source` names the file in errors. heads: of a transformer, from the record beside its tensors. Raises
+    UnsupportedError for RWKV-7, for experimental variants and for adapters, and CheckpointError where tensors are
+    missing, unexpected or of the wrong shape, each by name.
     """
     refuse_unsupported(shapes.keys(), source)
     refuse_unknown(shapes.keys(), source)
@@ -53,11 +55,11 @@ def detect(shapes: Mapping[str, Shape], source: str = "this checkpoint") -> Mode
             n_embd=sizes.read("the width", WIDTH),
             dim_att=sizes.read("the attention width", INNER),
             dim_ffn=sizes.read("the hidden width", HIDDEN),
-            n_head=0 if version == "4" else sizes.read("the heads", HEADS_6 if version == "6.0" else HEADS_5),
+            n_head=_heads(version, sizes, heads, source),
             mix_rank=sizes.read("the token-shift rank", MIX_RANK) if version == "6.0" else 0,
             decay_rank=sizes.read("the decay rank", DECAY_RANK) if version == "6.0" else 0,
             bonus=bonus,
-            tuned_state=version != "4" and "att.time_state" in inner,
+            tuned_state=version not in ("4", "llama") and "att.time_state" in inner,
         )
     except ConfigError as error:
         raise CheckpointError(f"{source}: the shapes contradict each other: {error}") from error
@@ -115,7 +117,9 @@ def _count_layers(shapes: Iterable[str], source: str) -> int:
 
 
 def _version(inner: set[str], shapes: Mapping[str, Shape]) -> str:
-    """4, 5.0, 5.1, 5.2 or 6.0, from the names inside the blocks and the axes of time_decay."""
+    """One of VERSIONS, from the names inside the blocks and the axes of time_decay."""
+    if "att.query.weight" in inner:
+        return "llama"
     if "att.time_maa_x" in inner or "att.time_maa_w1" in inner:
         return "6.0"
     if "att.ln_x.weight" not in inner:
@@ -125,6 +129,19 @@ def _version(inner: set[str], shapes: Mapping[str, Shape]) -> str:
     decays = [shape for name, shape in shapes.items() if name.endswith(".att.time_decay")]
     per_channel = sum(len(shape) == 2 and shape[1] > 1 for shape in decays)
     return "5.2" if 2 * per_channel > len(decays) else "5.1"
+
+
+def _heads(version: str, sizes: _Sizes, recorded: int | None, source: str) -> int:
+    if version == "4":
+        return 0
+    if version != "llama":
+        return sizes.read("the heads", HEADS_6 if version == "6.0" else HEADS_5)
+    if recorded is None:
+        raise CheckpointError(
+            f"{source} is a transformer without a record of its heads, which shapes do not tell; give the .safetensors "
+            "that Fledge wrote"
+        )
+    return recorded
 
 
 class _Sizes:

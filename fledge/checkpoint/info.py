@@ -42,7 +42,7 @@ class CheckpointInfo:
     parameters: int  # numbers in all tensors but a tuned state
     dtypes: tuple[str, ...]  # the one that fills most bytes first; "int8" and "int4" are quantised matrices
     nbytes: int  # of the files that hold tensors
-    state_nbytes: int  # of one sequence's state, float32
+    state_nbytes: int  # of one sequence's state, float32; a transformer's for each token it has read
     flops_per_token: int  # see `flops_per_token`
     tokenizer: str  # for people
     tokenizer_spec: dict[str, Any] | None
@@ -73,10 +73,14 @@ class CheckpointInfo:
             ("dtype", ", ".join(self.dtypes)),
             *self._quantised_rows(),
             ("on disk", f"{self.nbytes:,} bytes"),
-            ("state", f"{self.state_nbytes:,} bytes a sequence, of any length"),
+            ("state", f"{self.state_nbytes:,} bytes {self._state_of}"),
             ("work", f"{self.flops_per_token:,} floating-point operations a token"),
             ("tuned state", "yes" if config.tuned_state else "no"),
         ]
+
+    @property
+    def _state_of(self) -> str:
+        return "for each token read" if self.config.version == "llama" else "a sequence, of any length"
 
     def _quantised_rows(self) -> list[tuple[str, str]]:
         if not self.quantised:
@@ -123,8 +127,11 @@ def flops_per_token(config: ModelConfig, parameters: int) -> int:
 
     2 for a multiplication and an addition with every parameter; the paper counts the embedding table like a matrix,
     though looking a row up costs nothing. The second term is the recurrence: D^2 / h = H N^2 numbers of state a layer.
-    RWKV-4's recurrence works on single channels and is left out.
+    RWKV-4's recurrence works on single channels and is left out; so is a transformer's attention, 4 A L for each token
+    before this one.
     """
+    if config.version == "llama":
+        return 2 * parameters
     return 2 * parameters + 6 * config.n_layer * config.n_head * config.head_size**2
 
 

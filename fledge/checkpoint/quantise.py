@@ -23,10 +23,11 @@ from fledge.checkpoint.reader import read
 from fledge.checkpoint.sensitivity import Importance, choose, measured_cost, usual_cost
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.writer import save
-from fledge.core.errors import CheckpointError, UsageError
+from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.kernels import Quantised
 from fledge.kernels.quantised import blocks_shape
 from fledge.kernels.rounding import quantise as round_weight
+from fledge.models.config import ModelConfig
 from fledge.models.native import MATRICES
 
 SCHEMES = ("int8", "int4", "mixed")
@@ -89,6 +90,7 @@ def quantise(
     target = Path(target)
     check_request(target, scheme, force)
     found = read(source)
+    check_model(found.config, str(source))
     if found.quantised:
         raise CheckpointError(f"{source} is quantised already; give the checkpoint from before quantisation")
     for file in found.files:
@@ -119,6 +121,12 @@ def quantise(
         nbytes_before=before,
         nbytes=target.stat().st_size,
     )
+
+
+def check_model(config: ModelConfig, source: str) -> None:
+    """Raise UnsupportedError for a model that is not quantised: the transformer is there to be compared with."""
+    if config.version == "llama":
+        raise UnsupportedError(f"{source} is a transformer; only RWKV models can be quantised")
 
 
 def check_request(target: Path, scheme: str, force: bool) -> None:

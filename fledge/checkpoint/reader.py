@@ -109,7 +109,8 @@ def interpret(raw: RawFile) -> Checkpoint:
     if both := tensors.keys() & raw.quantised.keys():
         raise CheckpointError(f"{source} holds {min(both)!r:.80} twice, dense and quantised; the file is damaged")
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = detect(shapes | {name: matrix.shape for name, matrix in raw.quantised.items()}, source)
+    heads = raw.stored.config.n_head if raw.stored.config else None
+    config = detect(shapes | {name: matrix.shape for name, matrix in raw.quantised.items()}, source, heads)
     _check_dtypes(tensors, source)
     if raw.stored.config is not None:
         config = _agreed(config, raw.stored.config, source)

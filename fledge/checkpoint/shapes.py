@@ -3,6 +3,8 @@
 Detection, checking and writing all read this table, so that a file is judged before any model is built. The model
 classes say the same in their own words, and a test holds the two together. No tensors, no files.
 
+The transformer has no official checkpoints; its names are Fledge's own (fledge/models/transformer.py).
+
 L layers, C = n_embd, A = dim_att, F = dim_ffn, H heads of N channels, V rows of the vocabulary,
 Dm and Dd the ranks of Finch's token-shift and decay LoRAs.
 """
@@ -17,21 +19,22 @@ Shape = tuple[int, ...]
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Official name -> shape of every tensor of a checkpoint with these sizes, in the official trainer's order."""
     vocabulary, width = config.vocab_size, config.n_embd
-    block = _block(config)
+    transformer = config.version == "llama"
+    block, norm = (_transformer_block(config), _scale) if transformer else (_block(config), _norm)
     shapes: dict[str, Shape] = {"emb.weight": (vocabulary, width)}
     for layer in range(config.n_layer):
-        norms = ("ln1", "ln2", "ln0") if layer == 0 else ("ln1", "ln2")
-        for norm in norms:
-            shapes |= _norm(f"blocks.{layer}.{norm}", width)
+        norms = ("ln1", "ln2", "ln0") if layer == 0 and not transformer else ("ln1", "ln2")
+        for name in norms:
+            shapes |= norm(f"blocks.{layer}.{name}", width)
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-    shapes |= _norm("ln_out", width)
+    shapes |= norm("ln_out", width)
     shapes["head.weight"] = (vocabulary, width)
     return shapes
 
 
 def _block(config: ModelConfig) -> dict[str, Shape]:
     """The tensors of one block but for its norms, named from the block on (`att.key.weight`)."""
-    attention = {"4": _attention_4, "5": _attention_5, "6": _attention_6}[config.version[0]](config)
+    attention = {"4": _attention_4, "5": _attention_5, "6": _attention_6}[config.generation](config)
     if config.tuned_state:
         attention = {"time_state": (config.n_head, config.head_size, config.head_size)} | attention  # (H, V, K)
     return {
@@ -42,6 +45,10 @@ def _block(config: ModelConfig) -> dict[str, Shape]:
 
 def _norm(prefix: str, width: int) -> dict[str, Shape]:
     return {f"{prefix}.weight": (width,), f"{prefix}.bias": (width,)}
+
+
+def _scale(prefix: str, width: int) -> dict[str, Shape]:
+    return {f"{prefix}.weight": (width,)}
 
 
 def _mixes(kind: str, letters: str, width: int) -> dict[str, Shape]:
@@ -98,4 +105,15 @@ def _channel_mix(config: ModelConfig) -> dict[str, Shape]:
         "key.weight": (hidden, width),
         "receptance.weight": (width, width),
         "value.weight": (width, hidden),
+    }
+
+
+def _transformer_block(config: ModelConfig) -> dict[str, Shape]:
+    width, hidden = config.n_embd, config.dim_ffn
+    attention = _projections(config, "query", "key", "value", "output")
+    return {
+        **{f"att.{name}": shape for name, shape in attention.items()},
+        "ffn.gate.weight": (hidden, width),
+        "ffn.key.weight": (hidden, width),
+        "ffn.value.weight": (width, hidden),
     }

@@ -43,8 +43,9 @@ def merge_tuned_state(
 
     A state the model already had is replaced. Raises CheckpointError where the state is for other sizes.
     """
-    if config.version == "4":
-        raise CheckpointError(f"{source} cannot be used with an RWKV-4 model, which has no matrix state")
+    if config.version in ("4", "llama"):
+        model = "an RWKV-4 model" if config.version == "4" else "a transformer"
+        raise CheckpointError(f"{source} cannot be used with {model}, which has no matrix state")
     shape = (config.n_head, config.head_size, config.head_size)
     names = [f"blocks.{layer}.att.time_state" for layer in range(config.n_layer)]
     if set(state) != set(names):

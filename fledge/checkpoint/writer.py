@@ -55,6 +55,8 @@ def save(
         stored = Stored(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), forms)
         write_safetensors(path, together, metadata.encode(stored))
     elif path.suffix == ".pth":
+        if config.version == "llama":
+            raise UsageError(f"{path}: a .pth cannot hold how many heads a transformer has; save it as .safetensors")
         if tokenizer_spec or extra or matrices:
             raise UsageError(
                 f"{path}: a .pth holds dense tensors only; save quantised ones, a tokenizer or extras as .safetensors"

@@ -1,4 +1,4 @@
-"""`fledge bench cpu`: this program and others on this CPU, beside what the machine can do; `fledge bench plot`."""
+"""`fledge bench cpu`: this program and others on this CPU, beside what the machine can do."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def cpu(
     command = shlex.join(["fledge", *sys.argv[1:]])
     with SlowBar("preparing", per_second=1) as bar:
         from fledge.bench.cpu import run
-        from fledge.bench.cpu_plot import check_drawable, draw
+        from fledge.bench.cpu_plot import draw
         from fledge.bench.harness import write_record
+        from fledge.bench.plots import check_drawable
 
         if plot is not None:
             check_drawable(plot)
@@ -96,17 +97,6 @@ def cpu(
     rates = [sample for found in figures for sample in (found.prefill, found.decode, found.batch) if sample]
     note_doubts(outcome.machine, outcome.spec.repeats, rates)
     print(json.dumps({block.model["name"]: _medians(block) for block in outcome.blocks}))
-
-
-def plot(
-    record: Annotated[Path, typer.Argument(help="A record of `fledge bench cpu`.")],
-    target: Annotated[Path, typer.Argument(help="The .png, .svg or .pdf to write.")],
-) -> None:
-    """Draw a record again, without measuring again."""
-    from fledge.bench.cpu_plot import draw, read_record
-
-    draw(read_record(record), target)
-    print(visible(str(target)))
 
 
 def _show(block: Block, outcome: Outcome) -> None:

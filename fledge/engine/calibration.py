@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.checkpoint import assemble, read
-from fledge.checkpoint.quantise import is_matrix
+from fledge.checkpoint.quantise import check_model, is_matrix
 from fledge.checkpoint.sensitivity import Importance
 from fledge.core.device import choose_dtype
 from fledge.core.errors import CheckpointError, UsageError
@@ -50,6 +50,7 @@ def calibrate(
     Raises CheckpointError where the checkpoint is quantised already, UsageError where there is no text.
     """
     found = read(source)
+    check_model(found.config, str(source))
     if found.quantised:
         raise CheckpointError(f"{source} is quantised already; give the checkpoint from before quantisation")
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(source))

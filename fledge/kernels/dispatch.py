@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fledge.core.errors import BackendError
 from fledge.core.native import why_missing
-from fledge.kernels.native import instruction_set, usable, wkv4_native, wkv_native
+from fledge.kernels.native import instruction_set, readable, usable, wkv4_native
 from fledge.kernels.packed import why_not
 from fledge.kernels.wkv.chunked import wkv_chunked
+from fledge.kernels.wkv.native import wkv_trained
 from fledge.kernels.wkv.reference import wkv_reference
 from fledge.kernels.wkv4.chunked import wkv4_chunked
 from fledge.kernels.wkv4.reference import State4, wkv4_reference
@@ -19,12 +20,20 @@ from fledge.kernels.wkv4.reference import State4, wkv4_reference
 WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
 WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}
 
-# Without a gradient, float32 on a CPU only, and only where the native library is.
-WKV_INFERENCE = {"native": wkv_native}
+# Float32 on a CPU only, and only where the native library is; RWKV-4 without a gradient.
+WKV_NATIVE = {"native": wkv_trained}
 WKV4_INFERENCE = {"native": wkv4_native}
 
 # Up to this many tokens the loop is as fast as the chunked form, and for a single token much faster.
 SHORT = 3
+
+_preferred: str | None = None
+
+
+def prefer(backend: str | None) -> None:
+    """Use this backend from now on wherever none is named; None: let the table decide. For comparisons."""
+    global _preferred
+    _preferred = backend
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ def _explain_inference() -> list[Choice]:
         reason = f"one call for all layers, instruction set {instruction_set()}"
         return [
             Choice("whole model", "inference on a CPU", "native", reason),
-            Choice("wkv, wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
+            Choice("wkv", "on a CPU", "native", "the loop in vector instructions, also with a gradient"),
+            Choice("wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
         ]
     reason = why_not(torch.float32) or ""
     return [
@@ -69,9 +79,10 @@ def _explain_inference() -> list[Choice]:
     ]
 
 
-def _choose(length: int, backend: str | None, known: list[str], inputs: tuple[Tensor, ...]) -> str:
+def _choose(length: int, backend: str | None, known: list[str], native: bool) -> str:
+    backend = backend or _preferred
     if backend is None:
-        if usable(*inputs):
+        if native:
             return "native"
         return "reference" if length <= SHORT else "chunked"
     if backend not in known:
@@ -99,15 +110,17 @@ def wkv(
     r, k, w: (B, T, H, K); v: (B, T, H, V); u: (H, K); state: (B, H, K, V) float32, zeros when None. `w` is the log of
     the decay, <= 0; Eagle passes its static decay expanded, without a copy. Any floating dtype comes in; all arithmetic
     is float32 (float64 if any input but the state is), and so are y (B, T, H, V) and the new state (B, H, K, V).
-    The given state is not changed. `backend` names one of WKV_BACKENDS or WKV_INFERENCE; None lets `explain()`'s table
+    The given state is not changed. `backend` names one of WKV_BACKENDS or WKV_NATIVE; None lets `explain()`'s table
     decide.
     """
     dtype = _compute_dtype(r, k, v, w, u)
     batch, length, heads, key = r.shape
     if state is None:
         state = r.new_zeros(batch, heads, key, v.shape[-1], dtype=dtype)
-    backends = WKV_BACKENDS | WKV_INFERENCE
-    run = backends[_choose(length, backend, list(backends), (r, k, v, w, u, state))]
+    backends = WKV_BACKENDS | WKV_NATIVE
+    # A compiler of torch code cannot look into the library, but into the chunked form.
+    native = readable(r, k, v, w, u, state) and not torch.compiler.is_compiling()
+    run = backends[_choose(length, backend, list(backends), native)]
     return run(r.to(dtype), k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), state.to(dtype))
 
 
@@ -122,5 +135,5 @@ def wkv4(
     dtype = _compute_dtype(k, v, w, u)
     aa, bb, pp = (x.to(dtype) for x in state)
     backends = WKV4_BACKENDS | WKV4_INFERENCE
-    run = backends[_choose(k.shape[1], backend, list(backends), (k, v, w, u, aa, bb, pp))]
+    run = backends[_choose(k.shape[1], backend, list(backends), usable(k, v, w, u, aa, bb, pp))]
     return run(k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), (aa, bb, pp))

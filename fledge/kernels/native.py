@@ -4,7 +4,8 @@ A weight is packed once (`pack`) and then multiplied often (`matmul`). The bytes
 `native/isa/tables.h` describes and, for the quantised formats, `fledge/kernels/quantised.py`. Every function here has
 a twin in plain torch: `linear`, `quantised_linear`, `wkv_reference`, `wkv4_reference`. No gradients.
 
-Not here: finding the library (fledge.core.native) and whole models (fledge.models.native).
+Not here: finding the library (fledge.core.native), whole models (fledge.models.native), and the one gradient that the
+library has (fledge.kernels.wkv.native).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fledge_read": (None, [c_void_p, c_int64, c_int64]),
     "fledge_burn": (c_double, [c_int64, c_int32]),
     "fledge_wkv": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
+    "fledge_wkv_gradient": (c_int, [POINTER(c_int64), *[c_void_p] * 14]),
     "fledge_wkv4": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
     "fledge_model_new": (c_void_p, [POINTER(c_int64), c_float, c_float]),
     "fledge_model_free": (None, [c_void_p]),
@@ -195,11 +197,14 @@ def enough_memory(failed: int | bool, what: str) -> None:
         raise FledgeError(f"not enough memory for {what}; close other programs, or take a smaller model or batch")
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether the library is there and these inputs are on the CPU and in no more precision than it has."""
+    return library() is not None and all(x.device.type == "cpu" and x.dtype != torch.float64 for x in tensors)
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether a recurrence with these inputs can run here: on the CPU, without gradients, with the library."""
-    if library() is None or any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return readable(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def wkv_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

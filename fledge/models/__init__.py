@@ -13,18 +13,21 @@ from fledge.models.eagle import Eagle
 from fledge.models.finch import Finch
 from fledge.models.init import init_weights
 from fledge.models.rwkv4 import Rwkv4
-from fledge.models.state import Rwkv4State, State, WkvState, zero_state
+from fledge.models.state import KvState, Rwkv4State, State, WkvState, zero_state
+from fledge.models.transformer import Transformer
 from fledge.models.trunk import Trunk
 
-FAMILIES: dict[str, type[Trunk]] = {"4": Rwkv4, "5": Eagle, "6": Finch}
+FAMILIES: dict[str, type[Trunk]] = {"4": Rwkv4, "5": Eagle, "6": Finch, "llama": Transformer}
 
 __all__ = [
     "Eagle",
     "Finch",
+    "KvState",
     "ModelConfig",
     "Rwkv4",
     "Rwkv4State",
     "State",
+    "Transformer",
     "Trunk",
     "WkvState",
     "build",
@@ -35,4 +38,4 @@ __all__ = [
 
 def build(config: ModelConfig, device: torch.device | str = "cpu") -> Trunk:
     """An uninitialised model of these sizes on `device`; "meta" takes no memory until weights are assigned."""
-    return FAMILIES[config.version[0]](config, device)
+    return FAMILIES[config.generation](config, device)

@@ -6,31 +6,31 @@ from dataclasses import dataclass
 
 from fledge.core.errors import ConfigError
 
-VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0")
+VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0", "llama")
 
-FAMILY_NAMES = {"4": "RWKV-4", "5": "RWKV-5 Eagle", "6": "RWKV-6 Finch"}
+FAMILY_NAMES = {"4": "RWKV-4", "5": "RWKV-5 Eagle", "6": "RWKV-6 Finch", "llama": "Transformer"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one RWKV model. Raises ConfigError where they contradict each other.
+    """Sizes of one model. Raises ConfigError where they contradict each other.
 
     Official checkpoints have dim_att = n_embd and head_size = 64; dim_ffn is 4 C for RWKV-4 and 5.0, and 3.5 C
     rounded down to a multiple of 32 from 5.1 on.
     """
 
-    version: str  # one of VERSIONS; "5.2" is the paper's Eagle, "6.0" its Finch
+    version: str  # one of VERSIONS; "5.2" is the paper's Eagle, "6.0" its Finch, "llama" the transformer beside them
     vocab_size: int
     n_layer: int
     n_embd: int  # C
-    dim_att: int  # A, the width of r, k, v, g
-    dim_ffn: int  # F, the hidden width of the channel mix
+    dim_att: int  # A, the width of r, k, v, g; of the transformer's q, k, v
+    dim_ffn: int  # F, the hidden width of the channel mix; of the transformer's SwiGLU
     n_head: int = 0  # H; 0 for RWKV-4, which has no heads
     mix_rank: int = 0  # rank of the token-shift LoRA (6.0)
     decay_rank: int = 0  # rank of the decay LoRA (6.0)
     bonus: str = "time_faaaa"  # how u is stored in 5.x: "time_faaaa" as it is, "time_first" as its logarithm (old 5.0)
     tuned_state: bool = False  # the checkpoint carries a trained initial state, blocks.i.att.time_state
-    norm_eps: float = 1e-5  # every LayerNorm
+    norm_eps: float = 1e-5  # every LayerNorm, the transformer's RMSNorm
     group_norm_eps: float = 64e-5  # the per-head norm; 1e-5 reproduces rwkv.cpp's RWKV-5
 
     def __post_init__(self) -> None:
@@ -56,6 +56,21 @@ class ModelConfig:
             raise ConfigError(f"bonus is {self.bonus!r}; it must be 'time_faaaa' or 'time_first'")
         if self.bonus == "time_first" and self.version in ("5.2", "6.0"):
             raise ConfigError(f"version {self.version} stores its bonus as time_faaaa, never as time_first")
+        if self.version == "llama":
+            self._check_transformer()
+
+    def _check_transformer(self) -> None:
+        """Nothing of a recurrence, and heads whose channels make pairs for the rotation."""
+        for name, value in (("mix_rank", 0), ("decay_rank", 0), ("bonus", "time_faaaa"), ("tuned_state", False)):
+            if getattr(self, name) != value:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but a transformer has none; leave it out")
+        if self.head_size % 2:
+            raise ConfigError(f"head_size is {self.head_size}; rotary positions need an even number")
+
+    @property
+    def generation(self) -> str:
+        """The version without its minor number: "4", "5", "6" or "llama"; what the models differ by."""
+        return self.version.partition(".")[0]
 
     @property
     def head_size(self) -> int:
@@ -64,12 +79,17 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
-        """The name for people: RWKV-4, RWKV-5 Eagle or RWKV-6 Finch."""
-        return FAMILY_NAMES[self.version[0]]
+        """The name for people: RWKV-4, RWKV-5 Eagle, RWKV-6 Finch or Transformer."""
+        return FAMILY_NAMES[self.generation]
 
     @property
     def state_floats(self) -> int:
-        """Numbers in the state of one sequence (paper, appendix E: L (2 D + D^2 / h); RWKV-4 has 5 D a layer)."""
+        """Numbers in the state of one sequence (paper, appendix E: L (2 D + D^2 / h); RWKV-4 has 5 D a layer).
+
+        The transformer's grows with the text: for each token that was read, 2 A a layer.
+        """
+        if self.version == "llama":
+            return 2 * self.n_layer * self.dim_att
         if self.version == "4":
             return self.n_layer * (2 * self.n_embd + 3 * self.dim_att)
         return self.n_layer * (2 * self.n_embd + self.n_head * self.head_size**2)
@@ -108,8 +128,42 @@ class ModelConfig:
         """An RWKV-4 with the official proportions."""
         return cls("4", vocab_size, n_layer, n_embd, dim_att=n_embd, dim_ffn=4 * n_embd)
 
+    @classmethod
+    def transformer(cls, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> ModelConfig:
+        """A Llama-shaped transformer with as many parameters as the Finch of these sizes, as nearly as widths allow."""
+        return cls.finch(n_layer, n_embd, vocab_size, head_size).as_transformer()
+
+    def as_transformer(self) -> ModelConfig:
+        """The transformer of the same depth, width, heads and vocabulary, its dim_ffn such that parameters agree."""
+        C, A = self.n_embd, self.dim_att
+        step = 32 if C >= 256 else 8  # of widths that matrix products like; smaller where it would be seen in the sum
+        left = _block_numbers(self) - 4 * C * A - 2 * C
+        return ModelConfig(
+            version="llama",
+            vocab_size=self.vocab_size,
+            n_layer=self.n_layer,
+            n_embd=C,
+            dim_att=A,
+            dim_ffn=max(step, round(left / (3 * C * step)) * step),
+            n_head=self.n_head,
+            norm_eps=self.norm_eps,
+        )
+
 
 def _heads(n_embd: int, head_size: int) -> int:
     if n_embd % head_size:
         raise ConfigError(f"n_embd is {n_embd}; it must be a multiple of head_size = {head_size}")
     return n_embd // head_size
+
+
+def _block_numbers(config: ModelConfig) -> int:
+    """Parameters of one block of an Eagle (5.2) or Finch."""
+    if config.version not in ("5.2", "6.0"):
+        raise ConfigError(f"version is {config.version}; a transformer of equal size is made for 5.2 and 6.0 only")
+    C, A, F = config.n_embd, config.dim_att, config.dim_ffn
+    matrices = 5 * C * A + 2 * C * F + C * C
+    vectors = 4 * C + 2 * A + 2 * A  # two norms, the head norm, decay and bonus
+    if config.version == "5.2":
+        return matrices + vectors + 6 * C
+    factors = 10 * config.mix_rank * C + config.decay_rank * (C + A)
+    return matrices + vectors + 8 * C + factors

@@ -24,6 +24,9 @@ other matrix 0.
 
 Source: the v4neo, x052 and x060 training code; where the paper's appendix I differs (gains, the last term of
 time_faaaa) this follows the code. The previews 5.0 and 5.1 are here to run official checkpoints and are not trained.
+
+The transformer begins as GPT-2 and Llama do: every matrix normal with deviation 0.02, those that add to the stream
+(att.output, ffn.value) divided by sqrt(2 L), so that all layers together add as much at any depth; norms 1.
 """
 
 from __future__ import annotations
@@ -35,16 +38,24 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import ConfigError
-from fledge.models.layers import HeadNorm, LayerNorm
+from fledge.models.layers import HeadNorm, LayerNorm, Linear
+from fledge.models.transformer import RMSNorm, Transformer
 from fledge.models.trunk import Trunk
+
+DEVIATION = 0.02
 
 
 @torch.no_grad()
 def init_weights(model: Trunk, seed: int | None = None) -> None:
-    """Fill every parameter of an RWKV-4, Eagle (5.2) or Finch. `seed` makes it repeatable, whatever came before."""
-    if model.config.version not in ("4", "5.2", "6.0"):
-        raise ConfigError(f"there is no initialisation for version {model.config.version}; train 4, 5.2 or 6.0")
+    """Fill every parameter of an RWKV-4, Eagle (5.2), Finch or transformer. `seed` makes it repeatable, whatever came
+    before.
+    """
+    if model.config.version not in ("4", "5.2", "6.0", "llama"):
+        raise ConfigError(f"there is no initialisation for version {model.config.version}; train 4, 5.2, 6.0 or llama")
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    if isinstance(model, Transformer):
+        _init_transformer(model, generator)
+        return
     for module in model.modules():
         if isinstance(module, LayerNorm | HeadNorm):
             module.weight.fill_(1.0)
@@ -58,6 +69,16 @@ def init_weights(model: Trunk, seed: int | None = None) -> None:
         else:
             _init_recurrence(block.att, layer, model)
             _init_matrices(block, generator)
+
+
+def _init_transformer(model: Transformer, generator: torch.Generator) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(1.0)
+        elif isinstance(module, Linear | nn.Embedding):
+            adds = name.endswith(("att.output", "ffn.value"))
+            scale = DEVIATION / math.sqrt(2 * model.config.n_layer) if adds else DEVIATION
+            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * scale)
 
 
 def _init_ends(model: Trunk, generator: torch.Generator) -> None:

@@ -49,6 +49,8 @@ MAX_HEAD = 1024
 
 def why_not_native(config: ModelConfig) -> str | None:
     """None where a model of this config can run natively here, else the reason why not."""
+    if config.version == "llama":
+        return "the native library runs RWKV only, not a transformer"
     if config.head_size > MAX_HEAD:
         return f"heads of {config.head_size} are larger than {MAX_HEAD}"
     return why_missing()

@@ -1,14 +1,16 @@
-"""The state as a value: everything a model remembers of what it has read, of fixed size.
+"""The state as a value: everything a model remembers of what it has read, of fixed size (but for a transformer).
 
 One frozen dataclass a family, all with the same methods. The layout is stated here and nowhere else:
 
     layer axis first, batch axis second, in every tensor
     RWKV-5 Eagle, RWKV-6 Finch   att_shift (L, B, C)   wkv (L, B, H, K, V)   ffn_shift (L, B, C)
     RWKV-4                       att_shift (L, B, C)   aa, bb, pp (L, B, A)  ffn_shift (L, B, C)
+    transformer                  keys, values (L, B, S, H, N)   begin, end (1, B): one layer, as all have the same
 
-All tensors are float32. The rows of a wkv matrix are key channels (the axis that r contracts and w decays), its columns
-value channels; files of other tools in (V, K) order are converted at the border. A shift holds the last *normalised*
-input of its sub-layer. A model never writes into a state it was given: it returns a new one.
+All tensors are float32 (begin and end are int64: they count tokens). The rows of a wkv matrix are key channels (the
+axis that r contracts and w decays), its columns value channels; files of other tools in (V, K) order are converted at
+the border. A shift holds the last *normalised* input of its sub-layer. A model never writes into a state it was given:
+it returns a new one.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ class State:
         """Bytes of all tensors together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
+    @property
+    def places(self) -> int:
+        """S: the tokens there is room for, in a state that grows with the text; 0 where its size is fixed."""
+        return 0
+
     def _map(self: S, function: Any) -> S:
         return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
@@ -86,8 +93,13 @@ class State:
         if any(type(state) is not kind for state in states):
             names = sorted({type(state).__name__ for state in states})
             raise StateError(f"cannot stack states of different families: {', '.join(names)}")
-        parts = [state.tensors() for state in states]
+        parts = [state.tensors() for state in kind._aligned(states)]
         return kind(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
+
+    @classmethod
+    def _aligned(cls: type[S], states: Sequence[S]) -> Sequence[S]:
+        """The same states with tensors that differ in nothing but the batch axis."""
+        return states
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this state as safetensors, whole or not at all. To which model it belongs is the caller's to record."""
@@ -104,7 +116,8 @@ class State:
                 names = [field.name for field in dataclasses.fields(kind)]
                 if sorted(file.keys()) != sorted(names):
                     raise StateError(f"{path}: holds {', '.join(sorted(file.keys()))}, not {', '.join(names)}")
-                return kind(**{name: file.get_tensor(name).float() for name in names})
+                tensors = {name: file.get_tensor(name) for name in names}
+                return kind(**{name: x.long() if name in COUNTS else x.float() for name, x in tensors.items()})
         except KeyError:
             raise StateError(f"{path} is a safetensors file, but not a state saved by Fledge") from None
         except (OSError, SafetensorError) as error:
@@ -116,7 +129,7 @@ class State:
             raise StateError(f"a {type(self).__name__} does not fit a {config.family} model")
         if self.batch != batch:
             raise StateError(f"the state holds {self.batch} sequences, the input {batch}")
-        for name, want in state_shapes(config, batch).items():
+        for name, want in state_shapes(config, batch, self.places).items():
             have = tuple(getattr(self, name).shape)
             if have != want:
                 raise StateError(f"state.{name} has shape {have}, but this model needs {want}")
@@ -142,17 +155,70 @@ class Rwkv4State(State):
     ffn_shift: Tensor  # (L, B, C) float32
 
 
-KINDS: dict[str, type[State]] = {"WkvState": WkvState, "Rwkv4State": Rwkv4State}
+@dataclass(frozen=True, eq=False)
+class KvState(State):
+    """The state of the transformer: the keys, rotated to their positions, and values of all it has read.
+
+    Row b holds `end[b]` tokens at the places 0 to end[b] - 1; what lies behind them is padding and never seen. Tokens
+    before `begin[b]` belong to earlier documents and are not seen either. The position of the next token is `end[b]`.
+    """
+
+    keys: Tensor  # (L, B, S, H, N) float32
+    values: Tensor  # (L, B, S, H, N) float32
+    begin: Tensor  # (1, B) int64
+    end: Tensor  # (1, B) int64
+
+    @property
+    def places(self) -> int:
+        """S: the tokens there is room for."""
+        return self.keys.shape[2] if self.keys.dim() == 5 else 0
+
+    def rows(self, index: int | slice | Sequence[int]) -> KvState:
+        """As in every state; room that none of the chosen rows needs is left out."""
+        chosen = super().rows(index)
+        longest = int(chosen.end.max()) if chosen.batch else 0
+        return KvState(chosen.keys[:, :, :longest], chosen.values[:, :, :longest], chosen.begin, chosen.end)
+
+    @classmethod
+    def _aligned(cls, states: Sequence[KvState]) -> Sequence[KvState]:
+        """All with the room of the largest: zeros behind what the others hold."""
+        places = max(state.places for state in states)
+
+        def grown(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, places - x.shape[2]))
+
+        return [KvState(grown(state.keys), grown(state.values), state.begin, state.end) for state in states]
+
+    def check(self, config: ModelConfig, batch: int) -> None:
+        """As in every state, and `begin` and `end` must count tokens that are there."""
+        super().check(config, batch)
+        counts = torch.cat((torch.zeros_like(self.begin), self.begin, self.end, torch.full_like(self.end, self.places)))
+        if counts.is_floating_point() or bool((counts.diff(dim=0) < 0).any()):
+            raise StateError(f"the state counts tokens from begin to end that its {self.places} places cannot hold")
+
+
+KINDS: dict[str, type[State]] = {"WkvState": WkvState, "Rwkv4State": Rwkv4State, "KvState": KvState}
+
+COUNTS = ("begin", "end")
+"""Fields that are int64, in whatever class."""
 
 
 def state_class(config: ModelConfig) -> type[State]:
     """The class of this model's states."""
+    if config.version == "llama":
+        return KvState
     return Rwkv4State if config.version == "4" else WkvState
 
 
-def state_shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
-    """Field name -> shape, for `batch` sequences: the layout at the top of this file in numbers."""
+def state_shapes(config: ModelConfig, batch: int, places: int = 0) -> dict[str, tuple[int, ...]]:
+    """Field name -> shape, for `batch` sequences: the layout at the top of this file in numbers.
+
+    places: room for tokens in a transformer's state.
+    """
     L, H, N = config.n_layer, config.n_head, config.head_size
+    if config.version == "llama":
+        tokens = (L, batch, places, H, N)
+        return {"keys": tokens, "values": tokens, "begin": (1, batch), "end": (1, batch)}
     shift = (L, batch, config.n_embd)
     if config.version == "4":
         sums = (L, batch, config.dim_att)
@@ -162,7 +228,10 @@ def state_shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
 
 def zero_state(config: ModelConfig, batch: int, device: torch.device | str = "cpu") -> State:
     """The state of `batch` sequences of which nothing has been read."""
-    tensors = {name: torch.zeros(shape, device=device) for name, shape in state_shapes(config, batch).items()}
+    tensors = {
+        name: torch.zeros(shape, device=device, dtype=torch.long if name in COUNTS else torch.float32)
+        for name, shape in state_shapes(config, batch).items()
+    }
     if "pp" in tensors:
         tensors["pp"].fill_(-1e30)  # no exponent has been seen yet
     return state_class(config)(**tensors)

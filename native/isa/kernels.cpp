@@ -2,6 +2,8 @@
 // flags and FLEDGE_TABLE naming the table it fills.
 #include "products.h"
 #include "recurrence.h"
+
+#include "gradient.h"
 #include "rounding.h"
 
 namespace {
@@ -116,7 +118,7 @@ void burn(int64_t turns, int32_t kind) {
 
 namespace fledge {
 const Kernels FLEDGE_TABLE = {
-    NAME(FLEDGE_ISA), TILE, W,  panel,        prepare, wkv,  wkv4,      layer_norm, lerp, tanh_all,
+    NAME(FLEDGE_ISA), TILE, W,  panel,        prepare, wkv,  wkv_gradient, wkv4, layer_norm, lerp, tanh_all,
     sigmoid_all,      squared_relu, decay, gate,    gated_add, multiply, quantise, read_all, burn,
 };
 }

@@ -83,6 +83,27 @@ struct Wkv {  // one head of one sequence
     float* scratch;           // keys * round_up(values, LANES) + 3 * round_up(max(keys, values), LANES) floats
 };
 
+// Tokens of which a gradient keeps every state: a quarter of a megabyte for heads of 64, which a second cache holds.
+constexpr int64_t SEGMENT = 16;
+
+struct WkvGradient {  // of one head of one sequence; see gradient.h
+    int64_t length, keys, values;
+    const float *r, *k, *v, *dy;
+    const float* decay;         // the factor itself, 0 to 1
+    int64_t stride, v_stride;   // floats from token to token: of r, k, decay, dr, dk, dw; of v, dy, dv
+    const float* bonus;         // (K)
+    const float *before, *dafter;  // (K, V)
+    float *dr, *dk, *dv, *dw;   // dw: of the decay's logarithm
+    float* du;                  // (K)
+    float* dbefore;             // (K, V)
+    float* scratch;             // scratch_floats()
+
+    static int64_t scratch_floats(int64_t length, int64_t keys, int64_t values) {
+        const int64_t wide = round_up(keys, LANES), segments = round_up(length, SEGMENT) / SEGMENT;
+        return (segments + SEGMENT + 2) * values * wide + (SEGMENT + 1) * 3 * wide;
+    }
+};
+
 struct Wkv4 {  // some channels of one sequence of RWKV-4
     int64_t length, width;     // width: a multiple of LANES
     int64_t stride, w_stride;  // floats from token to token; w_stride 0: a static decay
@@ -100,6 +121,7 @@ struct Kernels {
     // Row `row` of x, into its place in `a`.
     void (*prepare)(const float* x, int64_t row, const Activations& a);
     void (*wkv)(const Wkv& call);
+    void (*wkv_gradient)(const WkvGradient& call);
     void (*wkv4)(const Wkv4& call);
     // Norm over `width` numbers; y may be x.
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t width, float* y);

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fledge.bench import cpu
+from fledge.bench.counting import matrix_numbers
 from fledge.bench.cpu import LIMITS, Spec, available, cases_of, run
 from fledge.bench.cpu_figures import Case
-from fledge.bench.cpu_files import gguf_bytes, matrix_numbers, model_files, random_files
+from fledge.bench.cpu_files import gguf_bytes, model_files, random_files
 from fledge.bench.random_model import config_of
 from fledge.checkpoint import convert, expected_shapes, load_model, read
 from fledge.checkpoint.quantise import is_matrix

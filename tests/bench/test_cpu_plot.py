@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fledge.bench.cpu_plot import Bar, check_drawable, columns_of, draw, groups_of, read_record, short
+from fledge.bench.cpu_plot import Bar, columns_of, draw, groups_of
+from fledge.bench.plots import check_drawable, read_record, short
 from fledge.core.errors import UsageError
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fledge.core.errors import BackendError
 from fledge.kernels import wkv, wkv4
+from fledge.kernels.dispatch import prefer
 from fledge.kernels.native import wkv_native
 
 pytestmark = needs_native
@@ -18,14 +19,14 @@ LENGTHS = (0, 1, 2, 17, 130)
 DECAYS = {"slow": (-9.0, -5.0), "trained": (-6.0, 0.0), "everything": (-9.0, 4.5)}
 
 
-def inputs(length: int, span: tuple[float, float], values: int = V) -> list[Tensor]:
+def inputs(length: int, span: tuple[float, float], values: int = V, keys: int = K) -> list[Tensor]:
     """r, k, v, w, u, state in float64; log decays -exp(x), x spread over `span` in random order."""
-    r, k = torch.randn(2, B, length, H, K, dtype=torch.float64)
+    r, k = torch.randn(2, B, length, H, keys, dtype=torch.float64)
     v = torch.randn(B, length, H, values, dtype=torch.float64)
     ramp = -torch.exp(torch.linspace(*span, max(r.numel(), 1), dtype=torch.float64))
     w = ramp[torch.randperm(len(ramp))][: r.numel()].view(r.shape)
-    u = torch.randn(H, K, dtype=torch.float64)
-    return [r, k, v, w, u, torch.randn(B, H, K, values, dtype=torch.float64)]
+    u = torch.randn(H, keys, dtype=torch.float64)
+    return [r, k, v, w, u, torch.randn(B, H, keys, values, dtype=torch.float64)]
 
 
 @every_instruction_set
@@ -105,10 +106,87 @@ def test_wkv4_equals_the_reference(instruction_set: str, width: int, fresh: bool
             torch.testing.assert_close(have.double(), want, rtol=2e-5, atol=2e-5)
 
 
+def gradients(given: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """Of a fixed random projection of y and the state, with respect to all six inputs."""
+    leaves = [x.to(dtype).requires_grad_() for x in given]
+    outputs = wkv(*leaves, backend=backend)
+    draw = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=draw, dtype=torch.float64).to(dtype) for x in outputs]
+    loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+@every_instruction_set
+@pytest.mark.parametrize(("keys", "values"), [(10, 24), (1, 1), (16, 70), (64, 64), (70, 3)])
+@pytest.mark.parametrize("decays", list(DECAYS))
+def test_wkv_gradients_equal_those_of_the_reference(instruction_set: str, decays: str, keys: int, values: int) -> None:
+    for length in (*LENGTHS, 16, 33):
+        given = inputs(length, DECAYS[decays], values, keys)
+        expected = gradients(given, torch.float64, "reference")
+        with forced(instruction_set):
+            found = gradients(given, torch.float32, "native")
+        for name, have, want in zip(("r", "k", "v", "w", "u", "state"), found, expected, strict=True):
+            size = float(want.abs().max()) if want.numel() else 0.0
+            assert have.shape == want.shape and have.dtype == torch.float32
+            torch.testing.assert_close(
+                have.double(), want, rtol=1e-5, atol=2e-5 * size + 1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@every_instruction_set
+def test_gradients_beside_decays_of_exactly_zero_and_one(instruction_set: str) -> None:
+    given = inputs(40, DECAYS["slow"])
+    given[3][:, ::3], given[3][:, 1::3] = 0.0, -float("inf")
+    expected = gradients(given, torch.float64, "reference")
+    with forced(instruction_set):
+        found = gradients(given, torch.float32, "native")
+    for name, have, want in zip(("r", "k", "v", "w", "u", "state"), found, expected, strict=True):
+        assert have.isfinite().all(), name
+        torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=2e-5 * float(want.abs().max()) + 1e-12)
+
+
+@every_instruction_set
+def test_strong_decay_does_not_blur_the_gradient_of_what_follows(instruction_set: str) -> None:
+    """As for the chunked form: no difference of large sums may be taken."""
+    given = inputs(64, (-12.0, -8.0))
+    given[3][:, :20] = -2980.0
+    expected = gradients(given, torch.float64, "reference")[3][:, 20:]
+    with forced(instruction_set):
+        found = gradients(given, torch.float32, "native")[3][:, 20:]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_training_chooses_the_library_and_takes_an_expanded_decay() -> None:
+    r, k, v, w, u, state = (x.float() for x in inputs(20, DECAYS["trained"]))
+    static = w[0, 0].clone().requires_grad_()
+    y, _ = wkv(r.bfloat16(), k, v, static.expand_as(w), u, state)
+    assert y.grad_fn is not None and "_Native" in y.grad_fn.name()
+    (found,) = torch.autograd.grad(y.square().sum(), static)
+    y, _ = wkv(r.bfloat16(), k, v, static.expand_as(w), u, state, backend="reference")
+    (expected,) = torch.autograd.grad(y.square().sum(), static)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    leaf, state = r.clone().requires_grad_(), state.clone().requires_grad_()
+    (first,) = torch.autograd.grad(wkv(leaf, k, v, w, u, state)[0].sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        torch.autograd.grad(first.square().sum(), state)
+
+
+def test_a_backend_can_be_preferred() -> None:
+    given = [x.float() for x in inputs(9, DECAYS["trained"])]
+    named = {backend: wkv(*given, backend=backend)[0] for backend in ("native", "chunked", "reference")}
+    assert not torch.equal(named["native"], named["chunked"])
+    try:
+        for backend in ("chunked", "reference", "native", None):
+            prefer(backend)
+            assert torch.equal(wkv(*given)[0], named[backend or "native"])
+    finally:
+        prefer(None)
+
+
 def test_what_it_cannot_do_is_refused_and_never_chosen() -> None:
     r, k, v, w, u, state = (x.float() for x in inputs(5, DECAYS["trained"]))
     with pytest.raises(BackendError, match="without gradients"):
-        wkv(r.requires_grad_(), k, v, w, u, state, backend="native")
+        wkv_native(r.requires_grad_(), k, v, w, u, state)
     y, _ = wkv(r, k, v, w, u, state)
     assert y.requires_grad
     with pytest.raises(BackendError, match="float32 on a CPU"):

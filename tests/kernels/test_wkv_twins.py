@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import BackendError
-from fledge.kernels import WKV_BACKENDS, WKV_INFERENCE, explain, wkv
+from fledge.kernels import WKV_BACKENDS, WKV_NATIVE, explain, wkv
 
 B, H, K, V = 2, 3, 5, 7  # all different, so that no swapped axis can hide
 TWINS = [name for name in WKV_BACKENDS if name != "reference"]
@@ -162,7 +162,7 @@ def test_an_empty_batch(backend: str) -> None:
 
 def test_explain_names_real_backends() -> None:
     choices = explain()
-    known = {*WKV_BACKENDS, *WKV_INFERENCE}
+    known = {*WKV_BACKENDS, *WKV_NATIVE}
     assert {choice.backend for choice in choices if choice.kernel.startswith("wkv")} <= known
     assert {choice.backend for choice in choices if choice.kernel == "linear"} <= {"plain", "packed"}
     assert {choice.backend for choice in choices if choice.kernel == "whole model"} <= {"native", "torch"}

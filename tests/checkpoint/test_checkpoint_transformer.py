@@ -1,0 +1,93 @@
+"""A transformer in a file: written, read back, run; and clear errors for what only an RWKV can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fledge
+from fledge.checkpoint import convert, detect, expected_shapes, inspect, load, load_model, merge_tuned_state, save
+from fledge.checkpoint.quantise import quantise
+from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
+from fledge.engine.calibration import calibrate
+from fledge.models import KvState, ModelConfig, Transformer, build, init_weights
+from fledge.models.native import why_not_native
+
+CONFIG = ModelConfig("llama", 256, n_layer=2, n_embd=24, dim_att=30, dim_ffn=40, n_head=3, norm_eps=1e-6)
+
+
+def weights() -> dict[str, Tensor]:
+    model = build(CONFIG)
+    init_weights(model, 1)
+    return model.state_dict()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.safetensors"
+    save(path, CONFIG, weights(), extra={"steps": 3})
+    return path
+
+
+def test_the_table_is_what_the_model_asks_for() -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights().items()}
+    assert shapes == expected_shapes(CONFIG) and detect(shapes, heads=3).n_head == 3
+    with pytest.raises(CheckpointError, match=r"x\.pth is a transformer without a record of its heads"):
+        detect(shapes, "x.pth")
+    with pytest.raises(CheckpointError, match=r"not a complete Transformer llama .* missing: blocks\.1\.att\.key"):
+        detect({name: shape for name, shape in shapes.items() if name != "blocks.1.att.key.weight"}, "x", 3)
+    with pytest.raises(CheckpointError, match="contradict each other: n_head is 4"):
+        detect(shapes, "x", 4)
+
+
+def test_it_comes_back_bit_for_bit(file: Path) -> None:
+    config, tensors = load(file)
+    assert config == CONFIG and list(tensors) == list(expected_shapes(CONFIG))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights().items())
+    for options in ({}, {"pack": True}, {"dtype": torch.bfloat16}):
+        model = load_model(file, **options).model  # type: ignore[arg-type]
+        assert isinstance(model, Transformer) and not model.training
+    info = inspect(file)
+    facts = dict(info.rows())
+    assert info.parameters == sum(tensor.numel() for tensor in weights().values())
+    assert facts["state"] == f"{4 * 2 * 2 * 30} bytes for each token read"
+    assert facts["model"] == "Transformer, version llama" and info.flops_per_token == 2 * info.parameters
+
+
+def test_it_writes_text(file: Path) -> None:
+    llm = fledge.load(file)
+    whole = llm.generate("abc", max_tokens=12, seed=1)
+    assert whole.prompt_tokens == 3 and isinstance(whole.state, KvState)
+    assert whole.text == fledge.load(file, pack=False).generate("abc", max_tokens=12, seed=1).text
+    # Read once, ask many times; the state has read the prompt and what was written.
+    before = llm.read("ab")
+    for _ in range(2):
+        assert llm.generate("c", state=before, max_tokens=12, seed=1).text == whole.text
+    assert whole.state.end.tolist() == [[3 + len(whole.ids)]]
+    assert llm.logprobs("xyz", context="abc").total < 0
+
+
+def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:
+    def merged() -> Any:
+        return merge_tuned_state(CONFIG, weights(), {}, "s.pth")
+
+    for call, kind, message in (
+        (lambda: save(tmp_path / "m.pth", CONFIG, weights()), UsageError, "how many heads a transformer has"),
+        (lambda: convert(file, tmp_path / "m.pth"), UnsupportedError, "only a .safetensors can hold, not a pth"),
+        (lambda: convert(file, tmp_path / "m.gguf"), UnsupportedError, "only a .safetensors can hold, not a gguf"),
+        (lambda: convert(file, tmp_path / "folder"), UnsupportedError, "only a .safetensors can hold, not a hf"),
+        (lambda: quantise(file, tmp_path / "q.safetensors", "int8"), UnsupportedError, "only RWKV models can be"),
+        (lambda: calibrate(str(file), ["some text"]), UnsupportedError, "only RWKV models can be quantised"),
+        (lambda: fledge.load(file, quant="int8"), UnsupportedError, "only RWKV models can be quantised"),
+        (merged, CheckpointError, "cannot be used with a transformer, which has no matrix state"),
+    ):
+        with pytest.raises(FledgeError, match=message) as caught:
+            call()
+        assert isinstance(caught.value, kind) and "\n" not in str(caught.value)
+    assert why_not_native(CONFIG) == "the native library runs RWKV only, not a transformer"
+    convert(file, tmp_path / "copy.safetensors")
+    assert load(tmp_path / "copy.safetensors")[0] == CONFIG
