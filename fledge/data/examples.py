@@ -14,7 +14,6 @@ padded on the right, where nothing counts. Not here: models, and the loss.
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,7 +26,7 @@ import torch
 
 from fledge.core.errors import TokenizerError, UsageError
 from fledge.data.batches import Batch
-from fledge.data.documents import OPENERS
+from fledge.data.compression import Damaged, open_plain, plain_suffix
 from fledge.tokenizer import NO_EOS, Template, Tokenizer, template_named
 from fledge.tokenizer.chat import ASSISTANT, normalize
 
@@ -106,17 +105,16 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not empty, with their numbers."""
-    opener = OPENERS.get(path.suffix)
-    if opener is None:
-        raise UsageError(f"{path}: cannot read {path.suffix!r} files; known: {', '.join(sorted(OPENERS))}")
+    if plain_suffix(path) != ".jsonl":
+        raise UsageError(f"{path}: give JSON lines (.jsonl, also compressed: .jsonl.xz)")
     number = 0
     try:
-        with opener(path, "rb") as file:
+        with open_plain(path) as file:
             for number, line in enumerate(file, 1):
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.strip():
                     yield number, text
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except Damaged as error:
         raise UsageError(f"{path}: cannot be read beyond line {number}: {error}") from None
 
 

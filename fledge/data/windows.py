@@ -10,7 +10,7 @@ import torch
 
 from fledge.core.errors import UsageError
 from fledge.data.batches import Batch
-from fledge.data.tokens import SEPARATOR
+from fledge.data.store import SEPARATOR
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
 

@@ -20,11 +20,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fledge.core.errors import UsageError
 from fledge.models.config import ModelConfig
 from fledge.models.layers import Linear
 from fledge.models.state import KvState, State
-from fledge.models.trunk import Padding, Trunk
+from fledge.models.trunk import Layout, Trunk
 
 ROTARY_BASE = 10000.0
 
@@ -55,12 +54,11 @@ class View:
     end: Tensor  # (1, B) of the new state
 
     @staticmethod
-    def of(state: KvState, length: int, padding: Padding, fresh: Tensor | None, head_size: int) -> View:
-        """For `length` new tokens after `state`. fresh: (B, T) bool, True where a document begins."""
+    def of(state: KvState, length: int, layout: Layout, head_size: int) -> View:
+        """For `length` new tokens after `state`."""
         begin, end, places = state.begin[0], state.end[0], state.places
         B, device = begin.shape[0], begin.device
-        if fresh is not None and padding.real is not None:
-            fresh = fresh & padding.real[:, :, 0]
+        fresh = None if layout.fresh is None else layout.fresh[:, :, 0]  # (B, T)
         if fresh is not None and not bool(fresh.any()):
             fresh = None
         steps = torch.arange(length, device=device)
@@ -71,12 +69,12 @@ class View:
             mask = None
         else:
             mask = _mask(begin, end, places, steps, fresh)
-        read = torch.full_like(end, length) if padding.lengths is None else padding.lengths
+        read = torch.full_like(end, length) if layout.lengths is None else layout.lengths
         if fresh is not None:
             last = torch.where(fresh, steps + 1, 0).amax(1) - 1 if length else torch.full_like(end, -1)
             begin = torch.where(last >= 0, end + last, begin)
         kept = filled = None
-        if padding.lengths is not None or not even:
+        if layout.lengths is not None or not even:
             longest = int((end + read).max()) if B else 0
             place = torch.arange(longest, device=device).expand(B, longest)
             kept = torch.where(place < end[:, None], place, places + place - end[:, None])
@@ -206,11 +204,9 @@ class Transformer(Trunk):
         Positions go on counting over the beginning of a document; only the distances of tokens matter to attention.
         """
         self._check(idx, state, last)
-        if fresh is not None and fresh.shape != idx.shape:
-            raise UsageError(f"fresh has shape {tuple(fresh.shape)}; idx has {tuple(idx.shape)}")
-        padding = Padding.of(lengths, idx)
+        layout = Layout.of(lengths, fresh, idx)
         before = cast(KvState, self.initial_state(idx.shape[0]) if state is None else state)
-        view = View.of(before, idx.shape[1], padding, fresh, self.config.head_size)
+        view = View.of(before, idx.shape[1], layout, self.config.head_size)
         x = self.emb(idx).float()  # (B, T, C)
         layers: list[tuple[Tensor, Tensor]] = []
         for number, block in enumerate(self.blocks):
@@ -218,5 +214,5 @@ class Transformer(Trunk):
             layers.append(after)
         keys, values = (torch.stack(tensors) for tensors in zip(*layers, strict=True))  # (L, B, S', H, N)
         if last:
-            x = self._last(x, padding)
+            x = self._last(x, layout)
         return self.head(self.ln_out(x)), KvState(keys, values, view.begin, view.end)

@@ -28,6 +28,7 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
     "finch": ModelConfig.finch,
     "eagle": ModelConfig.eagle,
     "rwkv4": ModelConfig.rwkv4,
+    "transformer": ModelConfig.transformer,
 }
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 ORDERS = ("shuffled", "official")
@@ -37,7 +38,7 @@ ORDERS = ("shuffled", "official")
 class Recipe:
     """Defaults are a small Finch's; the rates are for that size."""
 
-    family: str = "finch"  # one of FAMILIES
+    family: str = "finch"  # one of FAMILIES; "transformer" is for comparison, as large as the Finch
     n_layer: int = 6
     n_embd: int = 256
     head_size: int = 64
@@ -111,7 +112,7 @@ class Recipe:
         return {name: getattr(self, name) for name in IDENTITY}
 
     def changed(self, settings: Mapping[str, str]) -> Recipe:
-        """This recipe with settings given as text. Raises ConfigError for an unknown one, and a value that does not fit."""
+        """This recipe with settings given as text. Raises ConfigError for an unknown one and for one that does not fit."""
         fields = {field.name: field for field in dataclasses.fields(self)}
         values = {
             name: _parse(name, text, str(fields[name].type)) if name in fields else text

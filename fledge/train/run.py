@@ -30,6 +30,7 @@ from fledge.train.score import Text, Validation
 from fledge.train.team import Team, whole
 
 RESULT = "model.safetensors"
+FINAL_BYTES = 1_000_000  # a language, of which the finished model is asked
 
 
 def run(
@@ -47,25 +48,37 @@ def run(
     start: a checkpoint to begin from in place of fresh weights. Raises FledgeError's kinds as its parts do.
     """
     keep_freed_memory()
-    store = open_store(data)
+    store = open_store(Path(data))
     config = recipe.model(store.vocab_size)
     where = _device(device, team)
     model = _first_weights(config, recipe, start).to(where)
     identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
     if team.leads:
         _write_json(folder / "recipe.json", {**dataclasses.asdict(recipe), "data": str(data), **identity})
-    validate = Validation(_texts(store), recipe.validate_bytes)
+    texts = _texts(store)
     train(
         model,
         recipe.batches(store.tokens("train")),
         recipe.settings(),
         folder,
-        validate,
+        Validation(texts, recipe.validate_bytes),
         report,
         team=team,
         identity=identity,
     )
-    return _write_result(model, config, recipe, store, folder, team)
+    scores = Validation(texts, FINAL_BYTES)(model)
+    tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    target = folder / RESULT
+    if team.leads:
+        extra: dict[str, Any] = {
+            "recipe": dataclasses.asdict(recipe),
+            "data": store.sha256,
+            "train_tokens": recipe.steps * recipe.batch * recipe.length,
+            "bits_per_byte": {name.removeprefix("bpb_"): value for name, value in scores.items()},
+        }
+        checkpoint.save(target, config, tensors, tokenizer_spec=store.tokenizer_spec, extra=extra)
+    team.wait()
+    return target
 
 
 def _device(device: str | None, team: Team) -> torch.device:
@@ -93,21 +106,9 @@ def _first_weights(config: ModelConfig, recipe: Recipe, start: str | os.PathLike
 
 
 def _texts(store: Store) -> list[Text]:
-    return [Text(span.language, span.size, span.ids) for span in store.documents("validation")]
-
-
-def _write_result(model: Trunk, config: ModelConfig, recipe: Recipe, store: Store, folder: Path, team: Team) -> Path:
-    tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
-    target = folder / RESULT
-    if team.leads:
-        extra: dict[str, Any] = {
-            "recipe": dataclasses.asdict(recipe),
-            "data": store.sha256,
-            "train_tokens": recipe.steps * recipe.batch * recipe.length,
-        }
-        checkpoint.save(target, config, tensors, tokenizer_spec=store.tokenizer_spec, extra=extra)
-    team.wait()
-    return target
+    if not store.has("validation"):
+        return []
+    return [Text(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -252,7 +252,7 @@ def test_impossible_states_are_refused() -> None:
             run(tokens(1, 2), spoiled)
     with pytest.raises(StateError, match="KvState does not fit"):
         state.check(ModelConfig.finch(1, 32, head_size=8), 1)
-    with pytest.raises(UsageError, match=r"fresh has shape \(1, 3\)"):
+    with pytest.raises(UsageError, match=r"fresh is torch\.bool of shape \(1, 3\)"):
         run(tokens(1, 2), fresh=torch.zeros(1, 3, dtype=torch.bool))
     assert not isinstance(state, WkvState)
 

@@ -37,7 +37,7 @@ def test_changes_are_read_by_the_type_of_the_setting() -> None:
         ({"steps": "many"}, "steps is 'many'; it must be int"),
         ({"window": "x"}, "window is 'x'; it must be int or none"),
         ({"borders": "yes"}, "borders is 'yes'"),
-        ({"family": "llama3"}, "choose from finch, eagle, rwkv4"),
+        ({"family": "llama3"}, "choose from finch, eagle, rwkv4, transformer"),
         ({"micro": "5"}, "micro is 5; it must divide batch = 16"),
         ({"warmup": "1000"}, "warmup < steps"),
         ({"length": "0"}, "length is 0"),
