@@ -25,7 +25,7 @@ from fledge.core.files import asset
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/quantisation.md")
-GUIDES = ("docs/guides/tuning.md",)
+GUIDES = ("docs/guides/tuning.md", "docs/guides/training.md")
 BUNDLED = "tiny-finch.safetensors"
 
 

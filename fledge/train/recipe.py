@@ -112,7 +112,7 @@ class Recipe:
         return {name: getattr(self, name) for name in IDENTITY}
 
     def changed(self, settings: Mapping[str, str]) -> Recipe:
-        """This recipe with settings given as text. Raises ConfigError for an unknown one and for one that does not fit."""
+        """This recipe with settings given as text. Raises ConfigError for an unknown one or a wrong value."""
         fields = {field.name: field for field in dataclasses.fields(self)}
         values = {
             name: _parse(name, text, str(fields[name].type)) if name in fields else text
