@@ -13,7 +13,7 @@ from fledge.cli.train_view import View, curve
 from fledge.data.build import build
 from fledge.data.config import read_config
 
-SMALL = ["steps=4", "warmup=1", "n_layer=1", "n_embd=64", "length=16", "batch=4", "micro=2", "log_every=2", "validate_every=2"]
+SMALL = {"steps": 4, "warmup": 1, "n_layer": 1, "n_embd": 64, "length": 16, "batch": 4, "micro": 2, "log_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(store: Path, folder: Path, *more: str) -> list[str]:
-    changes = [word for change in SMALL for word in ("--set", change)]
-    return ["train", "tiny", "--data", str(store), "--to", str(folder), *changes, *more]
+    changes = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    return ["train", "tiny", "--data", str(store), "--to", str(folder), *changes, "--set", "validate_every=2", *more]
 
 
 def test_a_run_leaves_a_model_that_generates_and_goes_on_for_nothing(fledge: Any, store: Path, tmp_path: Path) -> None:
