@@ -61,9 +61,7 @@ def build(
     size = sum(one["bytes"] for one in store.manifest["inputs"])
     note(f"{size / 1e6:,.0f} MB of input in {seconds:,.1f} s: {size / 1e6 / max(seconds, 1e-3):,.1f} MB/s")
     if record is not None:
-        from fledge.bench.harness import write_record
-
-        write_record(record, clock.record(store, workers))
+        clock.write(record, store, workers)
     _show(store, to)
 
 
@@ -119,13 +117,15 @@ class _Clock:
         self._enter("")
         return self._changed - self._began
 
-    def record(self, store: Store, workers: int | None) -> dict[str, Any]:
+    def write(self, path: Path, store: Store, workers: int | None) -> None:
         """Everything, as JSON."""
+        used = _resources()  # before what follows needs some of its own
         from fledge.bench.environment import machine_facts
+        from fledge.bench.harness import write_record
 
         size = sum(one["bytes"] for one in store.manifest["inputs"])
         seconds = self._changed - self._began
-        return {
+        record = {
             "benchmark": "data build",
             "command": shlex.join(["fledge", *sys.argv[1:]]),
             "machine": machine_facts(),
@@ -135,19 +135,24 @@ class _Clock:
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "seconds_in_all": round(seconds, 3),
             "bytes_per_s": round(size / max(seconds, 1e-3)),
-            "peak_bytes": _peaks(),
+            **used,
         }
+        write_record(path, record)
 
 
-def _peaks() -> dict[str, int]:
-    """The largest memory of this process, and of any worker that has ended; empty where the system does not tell."""
+def _resources() -> dict[str, Any]:
+    """Seconds on processors and the largest memory of a process, workers included; empty where nobody tells."""
     try:
         import resource
     except ImportError:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     whose = {"main": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
-    return {name: resource.getrusage(who).ru_maxrss * unit for name, who in whose.items()}
+    found = {name: resource.getrusage(who) for name, who in whose.items()}
+    return {
+        "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in found.values()), 2),
+        "peak_bytes": {name: one.ru_maxrss * unit for name, one in found.items()},
+    }
 
 
 def _show(store: Store, place: Path) -> None:

@@ -26,7 +26,7 @@ from fledge.data.shards import Shard, shards
 from fledge.data.signature import U64, Signatures, similarity
 from fledge.data.split import candidates, ranks
 
-RECORDS = 3_000_000  # in one partition: some 200 MB of memory
+RECORDS = 1_000_000  # in one partition: some 100 MB of memory
 PAIRS = 8192  # of signatures that are compared at a time
 
 

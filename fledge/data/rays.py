@@ -6,6 +6,7 @@ under the same paths (a shared file system), since stages leave files for each o
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -28,7 +29,7 @@ class RayData:
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
-            ray.init(log_to_driver=False, logging_level="warning")
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
         return self
 

@@ -6,14 +6,14 @@ One worker, one slice, one folder. Here also: the hash of an input file. Not her
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from fledge.core.errors import DataError, UsageError
 from fledge.core.files import sha256
 from fledge.data import hub
-from fledge.data.clean import steps
+from fledge.data.clean import Step, steps
 from fledge.data.compression import Damaged, is_compressed, open_plain
 from fledge.data.config import BuildConfig
 from fledge.data.counts import Count, Counts, write_json
@@ -59,23 +59,28 @@ def read_slice(job: Job, piece: Slice) -> None:
         ShardWriter(folder, signer, config.cut_characters) as writer,
     ):
         for document in documents_of(config, piece, skip if config.on_error == "skip" else None):
-            text: str | None = document.text
             language = document.language
             if not language and config.languages.identify:
                 language = identify()(document.text)
             count = Count(1, len(document.text.encode()))
             counts.add("read", language, document.source, count)
-            for step in clean:
-                text = step.run(text) if text else None
-                if not text:
-                    counts.add(f"dropped: {step.name}", language, document.source, count)
-                    break
+            text, reason = cleaned(document.text, clean)
             if text:
                 counts.add("clean", language, document.source, Count(1, len(text.encode())))
                 writer.add(text, language, document.source)
-            elif not clean:
-                counts.add("dropped: empty", language, document.source, count)
+            else:
+                counts.add(f"dropped: {reason}", language, document.source, count)
         write_json(folder / "counts.json", counts.rows())
+
+
+def cleaned(text: str, chosen: Sequence[Step]) -> tuple[str, str]:
+    """What is left of a text after all steps; of a dropped one nothing, and the step that did it."""
+    for step in chosen:
+        found = step.run(text) if text else ""
+        if found is None:
+            return "", step.name
+        text = found
+    return text, "empty"
 
 
 def _lazily(make: Callable[[], Identifier]) -> Callable[[], Identifier]:

@@ -23,10 +23,10 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3340; --back: #14181f;
   --bar: #5b9bf0; --bar2: #33547f; --gone: #c27a3e; } }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 62rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 76rem;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-p, td.note { color: var(--soft); }
+p { color: var(--soft); overflow-wrap: anywhere; }
 .facts { display: flex; flex-wrap: wrap; gap: 0.8rem; }
 .facts div { border: 1px solid var(--line); border-radius: 8px; padding: 0.6rem 0.9rem; min-width: 8rem; }
 .facts b { display: block; font-size: 1.25rem; } .facts span { color: var(--soft); font-size: 0.85rem; }
@@ -35,7 +35,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, td.bar, th.bar { text-align: left; }
 td:first-child { max-width: 22rem; overflow: hidden; text-overflow: ellipsis; }
-td.bar { width: 34%; min-width: 9rem; }
+td.bar { width: 24%; min-width: 7rem; }
 .track { position: relative; height: 0.9rem; border-radius: 3px; background: transparent; }
 .track i { position: absolute; left: 0; top: 0; bottom: 0; border-radius: 3px; min-width: 1px; }
 pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem; font-size: 0.85rem; }
@@ -71,7 +71,7 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     yield "<h2>From what was read to what is stored</h2>"
     yield _table(("stage", "", "text", "documents", "of what was read"), _flow(totals))
     for title, column in (("Languages", "language"), ("Sources", "source")):
-        yield f"<h2>{title}</h2><p>The light bar is what was read, the dark one what is stored, repeats included.</p>"
+        yield f"<h2>{title}</h2><p>The pale bar is what was read, the strong one what is stored, repeats included.</p>"
         heads = (column, "", "stored", "share", "tokens", "bytes a token", "documents", "read", "validation")
         yield _table(heads, _parts(counts.by(column), stored))
     yield "<h2>Inputs</h2>"
@@ -106,7 +106,7 @@ def _flow(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
         ("left out by the mixture", "left out", GONE),
         ("kept aside for validation", "validation", READ),
         ("chosen for training", "train", KEPT),
-        ("stored, repeats included", "stored", KEPT),
+        ("stored, repeats and parts of documents counted", "stored", KEPT),
     ]
     for label, stage, colour in names:
         count = totals.get(stage, Count())

@@ -185,6 +185,36 @@ def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert files(tmp_path / "store") == files(base / "whole")
 
 
+@pytest.mark.parametrize("limit", [700, 3000, 20_000])
+def test_a_disk_that_is_full_for_real(base: Path, tmp_path: Path, limit: int) -> None:
+    """The system refuses to write past a limit: to shards, to their index, to the store."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(DataError, match=r"the disk of .*store is full"):
+            build(config(), base, tmp_path / "store", ONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    build(config(), base, tmp_path / "store", ONE)
+    assert files(tmp_path / "store") == files(base / "whole")
+
+
+def test_empty_documents_and_reasons(tmp_path: Path) -> None:
+    bodies = ["", " \n ", "short", "long enough to stay, as it is", "\x00\x01"]
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": body, "lang": "en"} for body in bodies])
+    settings: dict[str, Any] = {"validation": {"share": 0.0}, "dedup": {"near": False}}
+    totals = counts_of(build(config(**settings), tmp_path, tmp_path / "store", ONE).manifest).totals()
+    assert {stage: count.documents for stage, count in totals.items()} == {
+        "read": 5,
+        "clean": 1,
+        "train": 1,
+        "stored": 1,
+        "dropped: empty": 3,
+        "dropped: min_characters": 1,
+    }
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_lines(base: Path, tmp_path: Path, workers: int) -> None:
     rows = (base / "corpus1.jsonl").read_text().splitlines()
