@@ -86,6 +86,21 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
 
 
+def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    more = ("--rank", 5, "--targets", "att.key,ffn.value", "--train-parts", "ln_out")
+    fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1, *more)
+    adapter = tmp_path / "run" / "adapter.safetensors"
+    text = fledge("info", adapter).text
+    for words in ("LoRA", "rank", "alpha", "32", "att.key, ffn.value", "bytes: RWKV-6 Finch, 2 layers, width 16, "):
+        assert words in text, text
+    assert "2 tensors, ln_out.bias the first" in text and "data.jsonl" in text
+    record = json.loads(fledge("info", adapter, "--json").text)
+    assert (record["rank"], record["parts"]) == (5, ["ln_out.bias", "ln_out.weight"])
+    assert record["base"]["identity"] == read_adapter(adapter).base.identity  # type: ignore[union-attr]
+    fledge("tune", "state", byte_model, data, "--to", tmp_path / "state", "--steps", 1)
+    assert "tuned state" in fledge("info", tmp_path / "state" / "state.safetensors").text
+
+
 def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
     ours, theirs, back = tmp_path / "run" / "adapter.safetensors", tmp_path / "lora.pth", tmp_path / "back.safetensors"
@@ -133,5 +148,5 @@ def test_mistakes(
 def test_the_summary_of_a_full_run(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     fledge("tune", "full", byte_model, data, "--to", tmp_path / "run", "--steps", 2)
     extra = read(tmp_path / "run" / "model.safetensors").extra["tuned"]
-    assert extra["mode"] == "full" and extra["steps"] == 2 and len(extra["base"]) == 64
+    assert extra["mode"] == "full" and extra["steps"] == 2 and len(extra["from"]) == 64
     assert "tuned" in fledge("info", tmp_path / "run" / "model.safetensors").text
