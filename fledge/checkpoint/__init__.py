@@ -11,7 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fledge.checkpoint.adapters import Adapter, base_of, check_base, convert_adapter, read_adapter, save_adapter
+    from fledge.checkpoint.adapters import (
+        Adapter,
+        base_of,
+        check_base,
+        convert_adapter,
+        inspect_adapter,
+        read_adapter,
+        save_adapter,
+    )
     from fledge.checkpoint.assembly import LoadedModel, Weights, assemble, load_model
     from fledge.checkpoint.conversion import Conversion, convert
     from fledge.checkpoint.detection import detect
@@ -42,6 +50,7 @@ _HOME = {
     "detect": "detection",
     "expected_shapes": "shapes",
     "inspect": "info",
+    "inspect_adapter": "adapters",
     "load": "reader",
     "load_model": "assembly",
     "load_tuned_state": "tuned",
@@ -73,6 +82,7 @@ __all__ = [
     "detect",
     "expected_shapes",
     "inspect",
+    "inspect_adapter",
     "load",
     "load_model",
     "load_tuned_state",

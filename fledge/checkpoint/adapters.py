@@ -134,6 +134,14 @@ def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
     return Adapter(kind, tensors, alpha, record.get("base"), found, record.get("training", {}))
 
 
+def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:
+    """The adapter in a file that Fledge wrote; None for any other file, a whole model say."""
+    found = locate(path)
+    if found.is_dir() or container_of(found) != "safetensors" or KEY not in read_safetensors(found, weights=False)[1]:
+        return None
+    return read_adapter(found)
+
+
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> tuple[str, ...]:
     """Write an adapter whole or not at all, in the form of the suffix. Returns what that cannot hold, as sentences."""
     path = Path(path)

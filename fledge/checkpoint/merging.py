@@ -148,7 +148,7 @@ def _write(done: Checkpoint, adapters: Sequence[Adapter], path: Path) -> tuple[s
     record = [
         {"file": a.path.name, "kind": a.kind, "alpha": a.alpha, "base": a.base and a.base.identity} for a in adapters
     ]
-    extra = {**done.extra, "merged": record}
+    extra = {"base": done.extra, "merged": record}  # what was said of the base, its quality say, is not true of this
     save(path, done.config, done.tensors, tokenizer_spec=done.tokenizer_spec, extra=extra)
     return ()
 

@@ -11,7 +11,7 @@ import typer
 from fledge.cli.terminal import print_rows
 
 if TYPE_CHECKING:
-    from fledge.checkpoint import CheckpointInfo
+    from fledge.checkpoint import Adapter, CheckpointInfo
 
 app = typer.Typer(name="info", add_completion=False)
 
@@ -26,11 +26,18 @@ def info(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a checkpoint is, without reading its weights."""
-    from fledge.checkpoint import inspect
+    """Show what a checkpoint or an adapter is, without reading its weights."""
+    from fledge.checkpoint import inspect, inspect_adapter
     from fledge.engine.loading import locate
 
-    found = inspect(locate(file))
+    path = locate(file)
+    if adapter := inspect_adapter(path):
+        if as_json:
+            print(json.dumps(adapter_record(adapter), ensure_ascii=False))
+        else:
+            print_rows(_adapter_rows(adapter))
+        return
+    found = inspect(path)
     if as_json:
         print(json.dumps(record(found), ensure_ascii=False))
         return
@@ -54,6 +61,34 @@ def record(found: CheckpointInfo) -> dict[str, Any]:
         "tokenizer_spec": found.tokenizer_spec,
         "extra": found.extra,
     }
+
+
+def adapter_record(adapter: Adapter) -> dict[str, Any]:
+    """What `--json` prints of an adapter."""
+    return {
+        "path": str(adapter.path),
+        "kind": adapter.kind,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "targets": list(adapter.targets),
+        "parts": sorted(adapter.parts),
+        "bytes": adapter.nbytes,
+        "base": adapter.base and asdict(adapter.base),
+        "training": dict(adapter.training),
+    }
+
+
+def _adapter_rows(adapter: Adapter) -> list[tuple[str, str]]:
+    base = adapter.base
+    rows = [("file", str(adapter.path)), ("kind", "tuned state" if adapter.kind == "state" else "LoRA")]
+    if adapter.kind == "lora":
+        rows += [("rank", str(adapter.rank)), ("alpha", f"{adapter.alpha:g}"), ("targets", ", ".join(adapter.targets))]
+    if adapter.parts:
+        rows.append(("trained whole", f"{len(adapter.parts)} tensors, {min(adapter.parts)} the first"))
+    if base is not None:
+        sizes = f"{base.config.n_layer} layers, width {base.config.n_embd}"
+        rows.append(("base", f"{base.name}: {base.config.family}, {sizes}, {base.identity}"))
+    return [*rows, ("numbers", f"{adapter.nbytes:,} bytes"), *_extra_rows(dict(adapter.training))]
 
 
 def _extra_rows(extra: dict[str, Any]) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ class RunOptions:
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1
     epochs: Annotated[float, typer.Option(help="Times that every example is read.")] = 3.0
     steps: Annotated[int | None, typer.Option(help="In place of --epochs.")] = None
-    rate: Annotated[float | None, typer.Option(help="Learning rate. (full 1e-5, lora 1e-4, state 1)")] = None
+    rate: Annotated[float | None, typer.Option(help="Learning rate. (full 1e-5, lora 2e-4, state 1)")] = None
     final_rate: Annotated[
         float | None, typer.Option(help="At the end. (full: the same, lora a tenth, state a hundredth)")
     ] = None
@@ -124,7 +124,12 @@ def _run(base: str, data: Path, options: RunOptions, settings: TuneSettings) -> 
         show_examples(run)
         return
     show_plan(run)
-    show_result(run.start(options.to, show_line), base)
+    try:
+        done = run.start(options.to, show_line)
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on from here")
+        raise
+    show_result(done, base)
 
 
 @app.command()

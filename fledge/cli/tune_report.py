@@ -35,7 +35,7 @@ def _data_rows(data: Examples) -> list[tuple[str, str]]:
     texts = len(data.items) - data.conversations
     lengths = sorted(len(example) for example in data.items)
     rows = [
-        ("examples", f"{len(data.items):,} in {data.path}: {data.conversations:,} conversations, {texts:,} texts"),
+        ("examples", f"{len(data.items):,} in {data.path}: conversations {data.conversations:,}, texts {texts:,}"),
         ("tokens", f"{data.tokens:,}, {data.counted_tokens:,} of them to be learnt"),
         ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to {lengths[len(lengths) // 2]:,}"),
     ]
@@ -70,8 +70,8 @@ def _cost_rows(run: Run, cost: Estimate) -> list[tuple[str, str]]:
         ("padding", f"{run.batches.padding:.0%} of what is read"),
         (
             "memory",
-            f"about {_size(cost.memory)}: weights {_size(cost.weights)}, optimiser {_size(cost.optimiser)}, the "
-            f"largest batch {_size(cost.activations)}",
+            f"at least {_size(cost.memory)} (on a CPU up to twice that): weights {_size(cost.weights)}, optimiser "
+            f"{_size(cost.optimiser)}, the largest batch {_size(cost.batch)}",
         ),
         ("time", f"about {_duration(cost.seconds)} here, from a few batches that were tried"),
     ]

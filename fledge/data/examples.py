@@ -40,7 +40,7 @@ STEP = 16
 """Lengths of batches are multiples of this, so that few different sizes occur."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """One row: ids, and for each whether predicting it counts (never the first, which nothing precedes)."""
 

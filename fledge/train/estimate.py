@@ -1,16 +1,22 @@
 """What a fine-tuning run will cost, before it begins: one micro-batch is tried, and nothing is changed by it.
 
-Memory is counted, not measured, so it means the same on every device: weights, gradients, the optimiser's two moments,
-what the forward pass of the largest micro-batch keeps for the backward pass, and the logits with their gradient.
+Memory is counted, not measured, so that other uses of a device do not disturb it: weights, the optimiser's two moments,
+and all tensors that exist at once in the worst moment of the largest micro-batch, gradients among them. That is what
+torch's profiler sees. An allocator holds more than it hands out: on a CPU, glibc's took up to twice as much.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fledge.data.batches import Batch
 from fledge.data.examples import ExampleBatches
@@ -28,29 +34,29 @@ class Estimate:
 
     weights: int
     trained: int  # parameters
-    optimiser: int  # gradients and moments
-    activations: int  # of the largest micro-batch
+    optimiser: int  # its moments
+    batch: int  # activations and gradients of the largest micro-batch
     seconds: float
 
     @property
     def memory(self) -> int:
         """All bytes together."""
-        return self.weights + self.optimiser + self.activations
+        return self.weights + self.optimiser + self.batch
 
 
 def estimate(model: Trunk, batches: ExampleBatches, settings: TrainSettings) -> Estimate:
     """Try a few micro-batches of the first epoch, the largest among them."""
     sizes = [batches[number].idx.numel() for number in range(batches.per_epoch)]
     largest = batches[max(range(len(sizes)), key=sizes.__getitem__)]
-    activations = _kept_bytes(model, largest)
+    batch = _peak_bytes(model, largest)
     speed = _tokens_per_second(model, [batches[number] for number in range(min(TRIED, len(sizes)))])
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     per_step = settings.accumulate * sum(sizes) / len(sizes)
     return Estimate(
         weights=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         trained=trained,
-        optimiser=3 * 4 * trained,
-        activations=activations,
+        optimiser=2 * 4 * trained,
+        batch=batch,
         seconds=settings.schedule.steps * per_step / speed,
     )
 
@@ -62,23 +68,42 @@ def _loss(model: Trunk, batch: Batch) -> Tensor:
     return summed_loss(model(idx[:, :-1])[0], idx[:, 1:], counted) / max(1, batch.targets)
 
 
-def _kept_bytes(model: Trunk, batch: Batch) -> int:
-    """Bytes that autograd keeps from forward to backward, beside the parameters, and one gradient of the logits."""
-    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+def _peak_bytes(model: Trunk, batch: Batch) -> int:
+    """Bytes of all tensors that a forward and a backward pass have at once, beside the parameters."""
+    counter = _LiveTensors()
+    with counter:
+        _loss(model, batch).backward()
+    model.zero_grad(set_to_none=True)
+    return counter.peak
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _loss(model, batch)
-    logits = batch.idx[:, 1:].numel() * model.config.vocab_size * 4
-    return sum(kept.values()) + logits
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in self._known | given:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(id(storage))
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._drop, id(storage), storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
 
 
 def _tokens_per_second(model: Trunk, batches: list[Batch]) -> float:

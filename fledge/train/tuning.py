@@ -2,11 +2,13 @@
 
     mode    trained                                                    learning rate     written
     full    everything                                                 1e-5, constant    model.safetensors
-    lora    factors on the chosen matrices, and whole parts if asked   1e-4 to 1e-5      adapter.safetensors
+    lora    factors on the chosen matrices, and whole parts if asked   2e-4 to 2e-5      adapter.safetensors
     state   the state that texts begin from, nothing else              1 to 0.01         state.safetensors, state.pth
 
 The base is never written to. What is trained is float32; what is not keeps the dtype it was loaded in. The rate of the
-state is the official one: Adam moves each number by about the rate, and a state's numbers are in the tens.
+state is the official one. It would destroy weights, but Adam moves each number by about the rate whatever the gradient,
+and a state that has read something holds numbers in the tens: on the bundled model, in float32, 40 steps at 1 bring the
+state to a root mean square of 7 and the loss on unseen answers from 4.8 to 2.3, without a spike.
 Not here: the run itself (tuning_run.py), reading examples (fledge.data.examples).
 """
 
@@ -25,7 +27,7 @@ from fledge.train.loop import TrainSettings
 from fledge.train.optim import AdamSettings
 from fledge.train.schedule import Schedule
 
-RATES = {"full": (1e-5, 1e-5), "lora": (1e-4, 1e-5), "state": (1.0, 0.01)}
+RATES = {"full": (1e-5, 1e-5), "lora": (2e-4, 2e-5), "state": (1.0, 0.01)}
 """Mode -> learning rate after the warm-up, and at the end."""
 
 

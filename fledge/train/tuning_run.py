@@ -171,9 +171,10 @@ def _write(run: Run, folder: Path, adapter: Adapter) -> Tuned:
     found, settings = run.base, run.settings
     if settings.mode == "full":
         assert adapter.base is not None
-        path, facts = folder / "model.safetensors", {"base": adapter.base.identity, **adapter.training}
+        path, facts = folder / "model.safetensors", {"from": adapter.base.identity, **adapter.training}
         kept = {name: _narrowed(tensor, found.tensors[name].dtype) for name, tensor in tensors.items()}
-        save(path, found.config, kept, tokenizer_spec=found.tokenizer_spec, extra={**found.extra, "tuned": facts})
+        extra = {"base": found.extra, "tuned": facts}
+        save(path, found.config, kept, tokenizer_spec=found.tokenizer_spec, extra=extra)
         return Tuned(path)
     if settings.mode == "lora":
         path = folder / "adapter.safetensors"

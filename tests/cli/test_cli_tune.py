@@ -12,7 +12,6 @@ import torch
 from random_checkpoints import random_checkpoint
 
 from fledge.checkpoint import read, read_adapter
-from fledge.tokenizer import byte_vocabulary, tokenizer_for
 
 
 @pytest.fixture
@@ -31,17 +30,18 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     result = fledge("tune", "lora", byte_model, data, "--length", 60, "--dry-run", "--to", tmp_path / "run")
     assert result.code == 0 and sorted(tmp_path.iterdir()) == before
     rows = dict(line.split(maxsplit=1) for line in result.text.splitlines()[:10] if "  " in line)
-    assert rows["examples"] == f"2 in {data}: 1 conversations, 1 texts"
+    assert rows["examples"] == f"2 in {data}: conversations 1, texts 1"
     answer = len(" tweet é\n\n".encode())
     assert (
         rows["tokens"]
         == f"{len('User: Hi?') + 2 + len('Assistant:') + answer + 61}, {answer + 60} of them to be learnt"
     )
     assert "2 examples" in result.text and "lines 2, 3" in result.text and "1 with nothing to learn" in result.text
-    for word in ("MiB", "seconds", "of 4 examples", "0.0001 to 1e-05"):
+    for word in ("MiB", "seconds", "of 4 examples", "0.0002 to 2e-05"):
         assert word in result.text, result.text
     assert "User: Hi\x1b\n\nAssistant:⟦ tweet é\n\n⟧" in result.text
-    assert result == fledge("tune", "lora", byte_model, data, "--length", 60, "--dry-run") or "seconds" in result.text
+    without_folder = fledge("tune", "lora", byte_model, data, "--length", 60, "--dry-run")
+    assert without_folder.code == 0 and without_folder.text.splitlines()[:3] == result.text.splitlines()[:3]
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "state"])
@@ -58,9 +58,7 @@ def test_a_run_ends_with_the_command_that_uses_it(
     assert fledge(*words[1:], "--max-tokens", 3, stdin=b"hi\n").code == 0
     assert fledge("generate", "hi", *words[2:], "--max-tokens", 3, "--json").code == 0
     again = fledge("tune", mode, byte_model, data, "--to", folder, "--steps", 3, "--batch", 2, "--validate", data)
-    assert again.code == 0 and "step" not in again.text.split("rate")[1].split("written")[0].replace(
-        "steps of warm", ""
-    )
+    assert again.code == 0 and "step 3" not in again.text  # nothing is left to do
 
 
 def test_merging(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
@@ -86,6 +84,21 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     rest = ("--adapter", adapter, "--any-base", "--max-tokens", 2)
     assert fledge("generate", "hi", "-m", other, *rest).code == 0
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
+
+
+def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    more = ("--rank", 5, "--targets", "att.key,ffn.value", "--train-parts", "ln_out")
+    fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1, *more)
+    adapter = tmp_path / "run" / "adapter.safetensors"
+    text = fledge("info", adapter).text
+    for words in ("LoRA", "rank", "alpha", "32", "att.key, ffn.value", "bytes: RWKV-6 Finch, 2 layers, width 16, "):
+        assert words in text, text
+    assert "2 tensors, ln_out.bias the first" in text and "data.jsonl" in text
+    record = json.loads(fledge("info", adapter, "--json").text)
+    assert (record["rank"], record["parts"]) == (5, ["ln_out.bias", "ln_out.weight"])
+    assert record["base"]["identity"] == read_adapter(adapter).base.identity  # type: ignore[union-attr]
+    fledge("tune", "state", byte_model, data, "--to", tmp_path / "state", "--steps", 1)
+    assert "tuned state" in fledge("info", tmp_path / "state" / "state.safetensors").text
 
 
 def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
@@ -135,6 +148,5 @@ def test_mistakes(
 def test_the_summary_of_a_full_run(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     fledge("tune", "full", byte_model, data, "--to", tmp_path / "run", "--steps", 2)
     extra = read(tmp_path / "run" / "model.safetensors").extra["tuned"]
-    assert extra["mode"] == "full" and extra["steps"] == 2 and len(extra["base"]) == 64
+    assert extra["mode"] == "full" and extra["steps"] == 2 and len(extra["from"]) == 64
     assert "tuned" in fledge("info", tmp_path / "run" / "model.safetensors").text
-    assert tokenizer_for(byte_vocabulary()).vocab_size == read(byte_model).config.vocab_size

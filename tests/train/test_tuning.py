@@ -97,6 +97,25 @@ def test_twenty_steps_lower_the_loss_and_leave_the_base_alone(
     assert all(torch.equal(run.base.tensors[name], tensor) for name, tensor in read(base).tensors.items())
 
 
+@pytest.mark.parametrize(
+    ("version", "mode"),
+    [("4", "lora"), ("4", "full"), ("5.0", "lora"), ("5.0", "state"), ("5.2", "lora"), ("5.2", "state")],
+)
+def test_the_older_versions_are_tuned_too(data: Path, tmp_path: Path, version: str, mode: str) -> None:
+    torch.save(random_checkpoint(version, n_layer=2, n_embd=32, vocab_size=256), tmp_path / "base.pth")
+    run = prepared(tmp_path / "base.pth", data, settings_of(mode))
+    first = mean_loss(run.model, run.examples.items)
+    done, _ = trained(run, tmp_path / "run")
+    assert done is not None and mean_loss(run.model, run.examples.items) < 0.85 * first
+    example = run.examples.items[0].ids.tolist()
+    options = {} if mode == "full" else {"adapter": done.path}
+    llm = fledge.load(done.path if mode == "full" else tmp_path / "base.pth", device="cpu", **options)
+    found = torch.tensor([score.logprob for score in llm.logprobs(example[1:], context=example[:1])])
+    with torch.no_grad():
+        logits = run.model(torch.tensor([example[:-1]]))[0][0].log_softmax(-1)
+    torch.testing.assert_close(found, logits.gather(1, torch.tensor(example[1:])[:, None])[:, 0], rtol=0, atol=1e-4)
+
+
 @every_mode
 def test_the_result_is_used_as_it_was_trained(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
     run = prepared(base, data, settings_of(mode))
@@ -236,8 +255,8 @@ def test_the_loss_counts_what_counts(base: Path) -> None:
 def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
     costs = {mode: prepared(base, data, settings_of(mode)).estimate() for mode in RATES}
     assert costs["state"].trained == 2 * 4 * 8 * 8
-    assert costs["full"].optimiser == 12 * costs["full"].trained > costs["lora"].optimiser > costs["state"].optimiser
-    assert all(cost.seconds > 0 and cost.memory > cost.activations > 10_000 for cost in costs.values())
+    assert costs["full"].optimiser == 8 * costs["full"].trained > costs["lora"].optimiser > costs["state"].optimiser
+    assert all(cost.seconds > 0 and cost.memory > cost.batch > 10_000 for cost in costs.values())
     run = prepared(base, data, settings_of("lora"))
     before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
     run.estimate()
