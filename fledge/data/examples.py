@@ -215,7 +215,8 @@ class ExampleBatches:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not self.examples:
-            raise UsageError(f"batches need a size of at least 1 and some examples, not {self.batch} and none")
+            count = len(self.examples)
+            raise UsageError(f"batches need a size of at least 1 and some examples, not {self.batch} and {count}")
 
     @property
     def per_epoch(self) -> int:

@@ -138,6 +138,6 @@ def train_settings(settings: TuneSettings, steps: int, compute_dtype: torch.dtyp
         accumulate=settings.accumulate,
         compute_dtype=compute_dtype,
         log_every=max(1, min(10, steps // 10)),
-        save_every=max(1, min(50, steps)),
+        save_every=max(1, min(50, steps // 10)),
         validate_every=max(1, min(100, steps)),
     )
