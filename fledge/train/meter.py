@@ -42,7 +42,12 @@ class Meter:
         self.tokens += tokens
 
     def write(self, step: int, **values: float) -> None:
-        """One line: the step, the mean loss and speed since the last line if any steps were made, `values`."""
+        """One line: the step, the mean loss and speed since the last line if any steps were made, `values`.
+
+        None where there is nothing to say.
+        """
+        if not self.losses and not values:
+            return
         line: Line = {"step": step}
         if self.losses:
             line["loss"] = sum(self.losses) / len(self.losses)

@@ -19,7 +19,6 @@ from fledge.checkpoint import load_tuned_state, read, read_adapter, save
 from fledge.core.errors import ConfigError, TrainingError, UsageError
 from fledge.data.examples import ExampleBatches
 from fledge.tokenizer import byte_vocabulary, tokenizer_for
-from fledge.train.loss import PULL, masked_loss, next_token_loss
 from fledge.train.tuning import LoraSettings, TuneSettings, train_settings, trained_tensors, tunable
 from fledge.train.tuning_run import Run, Tuned, mean_loss, prepare
 
@@ -229,27 +228,6 @@ def test_steps_and_rates() -> None:
     full = TuneSettings("full").schedule(100)
     assert full.rate(50) == full.rate(99) == 1e-5
     assert train_settings(settings, 200).adam.weight_decay == 0.0
-
-
-def test_the_loss_counts_what_counts(base: Path) -> None:
-    """The shares of two micro-batches with different counts add up to the mean over all that count, gradient too."""
-    draw = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 5, 11, generator=draw, requires_grad=True)
-    targets, counted = torch.randint(11, (4, 5), generator=draw), torch.rand(4, 5, generator=draw) < 0.4
-    counted[0] = False
-    total = int(counted.sum())
-    shares = [masked_loss(logits[part], targets[part], counted[part], total) for part in (slice(0, 1), slice(1, 4))]
-    assert shares[0] == 0
-    sum(shares, torch.zeros(())).backward()
-    assert logits.grad is not None
-    found, logits.grad = logits.grad, None
-    expected = torch.nn.functional.cross_entropy(logits[counted], targets[counted])
-    expected.backward()
-    largest, where = logits.detach().max(-1, keepdim=True)
-    pull = torch.zeros_like(found).scatter_(-1, where, largest * (PULL / total)) * counted[..., None]
-    torch.testing.assert_close(sum(shares, torch.zeros(())), expected)
-    torch.testing.assert_close(found, logits.grad + pull)
-    assert torch.equal(masked_loss(logits, targets), next_token_loss(logits, targets))
 
 
 def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
