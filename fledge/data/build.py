@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -72,9 +73,10 @@ def build(config: BuildConfig, base: Path, to: Path, options: Options | None = N
     Raises UsageError where `to` holds something else, DataError where a file is damaged or the disk full.
     """
     options = options or Options()
+    base, to = Path(os.path.abspath(base)), Path(os.path.abspath(to))
     _check(config, base)
     try:
-        inputs, slices = survey(config, base)
+        inputs, slices = survey(config, base, without=to)
         fingerprint = _fingerprint(config, inputs, base)
         if not _finished(to, fingerprint, options):
             with ExitStack() as stack:
@@ -95,7 +97,7 @@ class _Build:
 
     def __init__(self, config: BuildConfig, base: Path, to: Path, workers: Workers, report: Report) -> None:
         self.config, self.base, self.to, self.workers, self.report = config, base, to, workers, report
-        self.job = Job(config, (to / "work").absolute())
+        self.job = Job(config, to / "work")
 
     def run(self, inputs: list[Input], slices: list[Slice], fingerprint: str) -> None:
         """From the first stage to the manifest; what is there already is not done again."""

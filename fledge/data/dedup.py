@@ -41,7 +41,7 @@ class Partition:
     @property
     def name(self) -> str:
         """Of the file with what it found."""
-        return f"{self.number:06}.npy"
+        return f"{self.number:09}.npy"
 
     @property
     def range(self) -> tuple[int, int]:

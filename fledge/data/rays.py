@@ -7,11 +7,11 @@ under the same paths (a shared file system), since stages leave files for each o
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from fledge.core import errors
 from fledge.core.errors import FledgeError, UsageError
 from fledge.data.pieces import Job
 from fledge.data.workers import Function
@@ -43,17 +43,24 @@ class RayData:
         """One row a task; an error comes back as the row's result, as it was raised."""
         if not tasks:
             return
-        rows = [{"task": pickle.dumps(task)} for task in tasks]
+        rows = [{"task": task} for task in tasks]
         data = self._ray.data.from_items(rows, override_num_blocks=len(rows))
 
         def work(row: dict[str, Any]) -> dict[str, Any]:
             try:
-                function(job, pickle.loads(row["task"]))
-            except (FledgeError, OSError) as caught:
-                return {"error": pickle.dumps(caught)}
-            return {"error": b""}
+                function(job, row["task"])
+            except FledgeError as error:
+                return {"kind": type(error).__name__, "message": str(error), "code": 0}
+            except OSError as error:
+                return {"kind": "OSError", "message": str(error.strerror or error), "code": error.errno or 0}
+            return {"kind": "", "message": "", "code": 0}
 
         for row in data.map(work).iter_rows():
-            if row["error"]:
-                raise pickle.loads(row["error"])
+            if row["kind"]:
+                raise _raised(**row)
             yield None
+
+
+def _raised(kind: str, message: str, code: int) -> Exception:
+    """The error of a task, on this side."""
+    return OSError(code, message) if kind == "OSError" else getattr(errors, kind, FledgeError)(message)

@@ -47,7 +47,7 @@ class Shard:
     @property
     def name(self) -> str:
         """Of the files that later stages make from it."""
-        return f"{self.number:06}"
+        return f"{self.number:09}"
 
     @property
     def parts(self) -> Array:

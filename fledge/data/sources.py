@@ -46,11 +46,14 @@ class Slice:
     @property
     def name(self) -> str:
         """Of the folder with what was read."""
-        return f"{self.number:06}"
+        return f"{self.number:09}"
 
 
-def survey(config: BuildConfig, base: Path) -> tuple[list[Input], list[Slice]]:
-    """All inputs, and all slices in order. Raises UsageError for a source without a file."""
+def survey(config: BuildConfig, base: Path, without: Path | None = None) -> tuple[list[Input], list[Slice]]:
+    """All inputs, and all slices in order. Raises UsageError for a source without a file.
+
+    without: a folder whose files are none: the store itself may lie where a pattern finds it.
+    """
     inputs: list[Input] = []
     slices: list[Slice] = []
     for at, source in enumerate(config.sources):
@@ -59,7 +62,7 @@ def survey(config: BuildConfig, base: Path) -> tuple[list[Input], list[Slice]]:
             found = [Input(source.label, source.hub, "hub", at, 0, 0)]
             parts: Iterator[tuple[tuple[Input, ...], int, int]] = (((found[0],), n, shards) for n in range(shards))
         else:
-            found = [_input(path, source, at, base) for path in _files(source, base)]
+            found = [_input(path, source, at, base) for path in _files(source, base, without)]
             parts = _cut(found, config.piece_bytes)
         inputs += found
         slices += [Slice(number, *part) for number, part in enumerate(parts, len(slices))]
@@ -77,7 +80,7 @@ def default_source(source: Source, file: Input) -> str:
     return plain_stem(path)
 
 
-def _files(source: Source, base: Path) -> list[Path]:
+def _files(source: Source, base: Path, without: Path | None) -> list[Path]:
     place = base / source.path
     if glob.has_magic(source.path):
         paths = [Path(name) for name in glob.glob(os.path.join(glob.escape(str(base)), source.path), recursive=True)]
@@ -85,7 +88,7 @@ def _files(source: Source, base: Path) -> list[Path]:
         paths = [path for path in place.rglob("*") if not any(part.startswith(".") for part in _below(path, place))]
     else:
         paths = [place]
-    files = sorted(path for path in paths if path.is_file())
+    files = sorted(path for path in paths if path.is_file() and not (without and path.is_relative_to(without)))
     if not files:
         raise UsageError(f"source {source.path}: there is no such file in {base}; paths start where the config file is")
     return files

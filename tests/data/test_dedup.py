@@ -78,13 +78,12 @@ def test_nothing_that_is_trained_on_resembles_validation(tmp_path: Path) -> None
     spans = list(store.documents())
     # A fifth of all candidates; of three near copies that are on different sides, the one aside stays.
     assert 60 < len(spans) < 140 and abs(len(trained) + len(spans) - 200) <= 4
-    beginnings = {" ".join(one.split(" ")[:20]) for one in trained}
     leaked = 0
     for span in spans:
         held = load_world().decode(span.ids)
         leaked += any(sum(a == b for a, b in zip(held.split(), one.split(), strict=False)) > 140 for one in trained)
         assert held not in trained
-    assert leaked == 0 and beginnings
+    assert leaked == 0
 
 
 def test_partitions_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
