@@ -124,13 +124,19 @@ def measure_step(job: dict[str, Any]) -> dict[str, Any]:
     optimizer = build_optimizer(model, AdamSettings())
     set_learning_rate(optimizer, RATE)
     batch = torch.randint(config.vocab_size, (job["rows"], job["length"] + 1)).to(device)
-    done = [step(model, optimizer, batch) for _ in range(WARMUP + job["steps"])][WARMUP:]
+    done, processor = [], []
+    for _ in range(WARMUP + job["steps"]):
+        began = time.process_time()
+        done.append(step(model, optimizer, batch))
+        processor.append(time.process_time() - began)
+    done = done[WARMUP:]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     forward, backward, update = (list(part) for part in zip(*(parts for _, parts in done), strict=True))
     return {
         "forward_s": forward,
         "backward_s": backward,
         "update_s": update,
+        "cpu_s": processor[WARMUP:],
         "loss": done[-1][0],
         "before_bytes": before,
         "peak_bytes": peak,

@@ -119,7 +119,7 @@ def wkv(
         state = r.new_zeros(batch, heads, key, v.shape[-1], dtype=dtype)
     backends = WKV_BACKENDS | WKV_NATIVE
     # A compiler of torch code cannot look into the library, but into the chunked form.
-    native = readable(r, k, v, w, u, state) and not torch.compiler.is_compiling()
+    native = not torch.compiler.is_compiling() and readable(r, k, v, w, u, state)
     run = backends[_choose(length, backend, list(backends), native)]
     return run(r.to(dtype), k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), state.to(dtype))
 

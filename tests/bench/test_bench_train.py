@@ -47,6 +47,7 @@ class Fake:
             return {"seconds": KERNELS[job["backend"]], "peak_bytes": 7}
         unit = SECONDS[job["program"]] / 4
         parts = {"forward_s": [unit, unit], "backward_s": [2 * unit] * 2, "update_s": [unit, unit]}
+        parts["cpu_s"] = [8 * unit, 8 * unit]
         return {**parts, "loss": 3.9, "before_bytes": 50, "peak_bytes": MEMORY[job["program"]]}
 
 
@@ -83,8 +84,10 @@ def test_rates_shares_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ours.forward.median, ours.backward.median, ours.update.median) == (0.25, 0.5, 0.25)
     assert group.targets("finch") == {
         "rate_to_transformer": 2.0,
+        "cpu_time_of_transformer": 0.5,
         "memory_of_transformer": 0.75,
         "rate_to_chunked": 1.5,
+        "cpu_time_of_chunked": pytest.approx(2 / 3),
         "memory_of_chunked": 0.5,
         "rate_to_loop": 32.0,
     }
@@ -150,7 +153,7 @@ def test_a_step_of_every_program(program: str, dtype: str, monkeypatch: pytest.M
     config = Spec(**TINY, lengths=(6,), family="eagle" if program == "eagle" else "finch").configs[program]
     job = {"kind": "step", "program": program, "config": to_dict(config), "dtype": dtype, "length": 6, "rows": 2}
     found = train_worker.measure({**job, "steps": 3, "threads": torch.get_num_threads(), "device": "cpu"})
-    assert len(found["forward_s"]) == len(found["backward_s"]) == len(found["update_s"]) == 3
+    assert len(found["cpu_s"]) == len(found["forward_s"]) == len(found["backward_s"]) == len(found["update_s"]) == 3
     assert min(found["forward_s"] + found["backward_s"]) > 0 and 0 < found["loss"] < 4.3  # ln 50 = 3.9, before training
     assert dispatch._preferred == {"chunked": "chunked", "loop": "reference"}.get(program)
 

@@ -27,7 +27,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if job["kind"] == "kernel":
             return {"seconds": [1.0 if job["backend"] == "chunked" else 30.0]}
         seconds = [2.0 if job["program"] == "transformer" else 1.0]
-        times = dict.fromkeys(("forward_s", "backward_s", "update_s"), seconds)
+        times = dict.fromkeys(("forward_s", "backward_s", "update_s", "cpu_s"), seconds)
         return {**times, "loss": 3.9, "before_bytes": 50, "peak_bytes": 2**20}
 
     monkeypatch.setattr(benchmark, "in_fresh_process", answer)
@@ -46,7 +46,11 @@ def test_table_json_line_record_and_plot(fledge: Any, jobs: list[Any], tmp_path:
     assert "6 fp32 finch 8.0 ±0% 1.00 s 1.00 s 1.00 s 1 MiB 0 (1%)" in rows
     assert any(row.startswith("12 fp32 transformer 4.0 ±0% 2.00x 2.00 s") for row in rows)
     last = json.loads(lines[-1])
-    assert last["targets"]["fp32 12"] == {"rate_to_transformer": 2.0, "memory_of_transformer": 1.0}
+    assert last["targets"]["fp32 12"] == {
+        "rate_to_transformer": 2.0,
+        "cpu_time_of_transformer": 0.5,
+        "memory_of_transformer": 1.0,
+    }
     assert last["kernel_to_loop"] == {rows: {"chunked": 30.0} for rows in "18"} and "GPUs only" in result.messages
     record = json.loads(path.read_text())
     assert record["command"].startswith("fledge bench train --lengths") and len(record["groups"]) == 2
