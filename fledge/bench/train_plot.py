@@ -115,7 +115,8 @@ def _legend(figure: Any, record: Mapping[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
     machine, settings = record["machine"], record["settings"]
     where = machine["cpu"] if record["device"] == "cpu" else record["device"]
-    threads = f", {record['threads']} threads" if record["device"] == "cpu" else ""
+    count = record["threads"]
+    threads = f", {count} thread{'s' if count != 1 else ''}" if record["device"] == "cpu" else ""
     text = (
         f"{settings['shape']}, {settings['vocab']} vocabulary rows, {settings['tokens']} tokens a step. "
         f"{where}{threads}, {machine['commit'] or machine['fledge']}. Median and extremes of {settings['repeats']}."

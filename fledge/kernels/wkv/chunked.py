@@ -112,6 +112,10 @@ class _Chunks(torch.autograd.Function):
         y = (r * k * u[:, None, None, :]).sum(-1, keepdim=True) * v
         # Tokens of the same chunk.
         for size, prefix, suffix in sums.borders:
+            if size == 1:  # neighbours, between which nothing decays
+                weight = (_halves(r, 1)[1] * _halves(k, 1)[0]).sum(-1, keepdim=True)
+                _halves(y, 1)[1].addcmul_(weight, _halves(v, 1)[0])
+                continue
             reads = _halves(r, size)[1] * prefix.exp()  # (G, size, K)
             writes = _halves(k, size)[0] * suffix.exp()
             _halves(y, size)[1].add_(reads @ writes.transpose(-1, -2) @ _halves(v, size)[0])
@@ -153,9 +157,10 @@ class _Chunks(torch.autograd.Function):
 
         # The token itself.
         strength = (dy * v).sum(-1, keepdim=True)  # (B, H, n, c, 1)
-        dr.addcmul_(strength, k * u[:, None, None, :])
+        bonus = k * u[:, None, None, :]
+        dr.addcmul_(strength, bonus)
         dk.addcmul_(strength, r * u[:, None, None, :])
-        dv.addcmul_((r * k * u[:, None, None, :]).sum(-1, keepdim=True), dy)
+        dv.addcmul_((r * bonus).sum(-1, keepdim=True), dy)
         du = (strength * r * k).sum((0, 2, 3))
         return dr, dk, dv, dw.view_as(w), du, dstate
 
@@ -179,6 +184,9 @@ def _through_borders(
         dlater = dtotal + dsuffix_earlier.sum(1, keepdim=True)
         dtotal = torch.stack((dearlier, dlater), dim=1).flatten(0, 1)
         # Then what was read across this border.
+        if size == 1:
+            _through_neighbours(inputs, gradients)
+            continue
         prefix, suffix = prefix.exp(), suffix.exp()
         reads = _halves(r, size)[1] * prefix
         writes = _halves(k, size)[0] * suffix
@@ -192,3 +200,15 @@ def _through_borders(
         dprefix_later += dreads * reads
         dsuffix_earlier += dwrites * writes
     return dtotal
+
+
+def _through_neighbours(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """The innermost borders, where both sums are empty: products of single rows, which need no matrix product."""
+    (r, k, v, dy), (dr, dk, dv) = inputs, gradients
+    read, write, value, dread = _halves(r, 1)[1], _halves(k, 1)[0], _halves(v, 1)[0], _halves(dy, 1)[1]
+    dweight = (dread * value).sum(-1, keepdim=True)  # (G, 1, 1)
+    _halves(dv, 1)[0].addcmul_((read * write).sum(-1, keepdim=True), dread)
+    _halves(dr, 1)[1].addcmul_(dweight, write)
+    _halves(dk, 1)[0].addcmul_(dweight, read)
