@@ -32,9 +32,16 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
         if dataclasses.is_dataclass(group):
             groups[name] = group
             inner = get_type_hints(group, include_extras=True)
+            for annotation in inner.values():
+                for option in getattr(annotation, "__metadata__", ()):
+                    if "(default: " in (option.help or ""):
+                        option.show_default = False  # said once, in words
             parameters += [
                 inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=inner[field.name]
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                    annotation=inner[field.name],
                 )
                 for field in dataclasses.fields(group)
             ]

@@ -84,6 +84,7 @@ def test_mistakes(fledge: Any, store: Path, tmp_path: Path, more: list[str], cod
 
 
 def test_what_is_not_there(fledge: Any, tmp_path: Path) -> None:
+    fledge("train", "tiny", "--to", tmp_path).check_error(2, "Missing option '--data'")
     fledge("train", "huge", "--data", "d", "--to", tmp_path).check_error(2, "no recipe 'huge'; choose from tiny")
     fledge("train", "tiny", "--data", tmp_path / "no", "--to", tmp_path).check_error(2, "there is no token store")
 
