@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fledge import __version__
+from fledge.core.device import usable_cores
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -52,7 +53,7 @@ EXTRAS = (
     Extra("hub", ("huggingface_hub",), "models by their names on the Hugging Face hub"),
     Extra("bench", ("rwkv", "tokenizers", "matplotlib"), "`fledge bench`: other programs beside this one, and plots"),
     Extra("gguf", ("gguf",), "writing .gguf files, and reading those with K types"),
-    Extra("train", ("matplotlib",), "plots of training runs"),
+    Extra("train", ("matplotlib", "tensorboard"), "plots of training runs, and TensorBoard"),
     Extra(
         "data",
         ("rensa", "py3langid", "pyarrow", "zstandard"),
@@ -95,13 +96,6 @@ def cpu_features() -> list[str]:
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.M)
     flags = set(found[1].split()) if found else set()
     return [torch.backends.cpu.get_cpu_capability(), *(name for name in CPU_FEATURES if name in flags)]
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory_bytes() -> int | None:
