@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError
-from fledge.core.files import atomic_path
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 Report = Callable[[str, int, int], None]
@@ -116,9 +115,3 @@ def interleaved(names: Sequence[str], repeats: int) -> list[tuple[int, str]]:
         turn = repeat % len(names)
         order += [(repeat, name) for name in (*names[turn:], *names[:turn])]
     return order
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """The result file, indented for diffs."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

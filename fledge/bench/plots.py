@@ -23,7 +23,7 @@ def check_drawable(path: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote. Raises UsageError for a file that is no record."""
+    """What a benchmark recorded. Raises UsageError for a file that is no record."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fledge.bench.environment import machine_facts, package_version, usable_cores
+from fledge.bench.environment import machine_facts, package_version
 from fledge.bench.harness import Report, Sample, interleaved
 from fledge.bench.texts import size_of, synthetic, thinned
+from fledge.core.device import usable_cores
 from fledge.core.errors import FledgeError, UsageError
 from fledge.data.texts import read_texts
 from fledge.tokenizer import Tokenizer, load_world

@@ -28,7 +28,7 @@ from fledge.core.config import from_dict
 from fledge.kernels import wkv
 from fledge.kernels.dispatch import prefer
 from fledge.models import ModelConfig, build, init_weights
-from fledge.models.layers import Linear
+from fledge.models.layers import set_compute_dtype
 from fledge.train.loss import next_token_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
@@ -61,9 +61,7 @@ def ours(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """A model of this package as training begins, with matrix products in `dtype`."""
     model = build(config)
     init_weights(model, 0)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.compute_dtype = None if dtype == torch.float32 else dtype
+    set_compute_dtype(model, None if dtype == torch.float32 else dtype)
     return model
 
 

@@ -30,6 +30,7 @@ from fledge.checkpoint.shapes import Shape, expected_shapes
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.st_file import DTYPES, read_safetensors, write_safetensors
 from fledge.checkpoint.tuned import STATE, merge_tuned_state
+from fledge.checkpoint.writer import check_absent
 from fledge.core.config import from_dict, to_dict
 from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
 from fledge.models.adapters import TARGETS, Factors
@@ -163,8 +164,7 @@ def convert_adapter(
     Raises CheckpointError where the target exists (unless `force`) or the adapter is recorded for another base.
     """
     target = Path(target)
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
+    check_absent(target, force)
     if base is not None:
         check_base((adapter,), base)
         adapter = replace(adapter, base=base_of(base))

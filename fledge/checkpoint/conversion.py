@@ -38,7 +38,7 @@ from fledge.checkpoint.reader import read
 from fledge.checkpoint.record import Checkpoint, Stored
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.st_file import write_safetensors
-from fledge.checkpoint.writer import check_space, save
+from fledge.checkpoint.writer import check_absent, check_space, save
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.core.files import atomic_path
 
@@ -124,8 +124,7 @@ def _check_target(target: Path, kind: str, force: bool) -> None:
     folder = kind in ("hf", "fla")
     if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
-    if not force:
-        raise CheckpointError(f"{target} exists; to replace it give --force (from Python, force=True)")
+    check_absent(target, force)
     if target.is_dir() != folder:
         raise CheckpointError(f"{target} is a {'folder' if target.is_dir() else 'file'}, a {kind} checkpoint is not")
     strange = [entry.name for entry in target.iterdir() if not OURS.fullmatch(entry.name)] if target.is_dir() else []

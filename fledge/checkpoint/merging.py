@@ -24,7 +24,7 @@ from fledge.checkpoint.reader import read
 from fledge.checkpoint.record import Checkpoint
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.tuned import merge_tuned_state
-from fledge.checkpoint.writer import check_space, save
+from fledge.checkpoint.writer import check_absent, check_space, save
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.models import Trunk
 from fledge.models.adapters import Factors, adapted, merged_weight, stacked, start_state
@@ -112,8 +112,7 @@ def merge_file(
     target, adapters = Path(target), tuple(adapters)
     if target.suffix not in SUFFIXES:
         raise UsageError(f"{target}: a merged model is written as {' or '.join(SUFFIXES)}; convert it afterwards")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; to replace it give force=True, or --force on the command line")
+    check_absent(target, force)
     found = read(source)
     if found.quantised:
         raise CheckpointError(f"{source} is quantised; merge into the dense model, and quantise the result")

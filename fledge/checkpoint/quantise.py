@@ -22,7 +22,7 @@ from fledge.checkpoint.pth import check_sums
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.sensitivity import Importance, choose, measured_cost, usual_cost
 from fledge.checkpoint.sniff import container_of
-from fledge.checkpoint.writer import save
+from fledge.checkpoint.writer import check_absent, save
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.kernels import Quantised
 from fledge.kernels.quantised import blocks_shape
@@ -136,8 +136,7 @@ def check_request(target: Path, scheme: str, force: bool) -> None:
         raise UsageError(f"{target}: quantised models are written as .safetensors; name the target so")
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; name a file")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; to replace it give --force (from Python, force=True)")
+    check_absent(target, force)
 
 
 def quantise_tensors(

@@ -83,6 +83,12 @@ def check_writable(
             raise CheckpointError(f"{source}: {name} has {kind}; only float tensors with values can be written")
 
 
+def check_absent(target: Path, force: bool) -> None:
+    """Raise CheckpointError where a target exists, unless it may be replaced."""
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists; to replace it give --force (from Python, force=True)")
+
+
 def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where the disk below `folder` has no room for these tensors."""
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SLACK

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fledge.cli.measuring import measured
 from fledge.cli.options import spread
 from fledge.cli.samples import mebibytes, note_doubts, rate
-from fledge.cli.terminal import SlowBar, note, print_heading, print_rows, visible
+from fledge.cli.terminal import note, print_heading, print_rows, visible
 
 if TYPE_CHECKING:
     from fledge.bench.cpu import Outcome, Spec
@@ -72,23 +71,14 @@ def cpu(
 
     Every program gets the same weights and prompt. The last line on standard output is one JSON object.
     """
-    command = shlex.join(["fledge", *sys.argv[1:]])
-    with SlowBar("preparing", per_second=1) as bar:
+
+    def load() -> Any:
         from fledge.bench.cpu import run
         from fledge.bench.cpu_plot import draw
-        from fledge.bench.harness import write_record
-        from fledge.bench.plots import check_drawable
 
-        if plot is not None:
-            check_drawable(plot)
+        return run, draw
 
-        def keep(outcome: Outcome) -> None:
-            if record is not None:
-                write_record(record, outcome.record(command))
-
-        outcome = run(options.spec(), bar.step, keep)
-    if plot is not None:
-        draw(outcome.record(command), plot)
+    outcome: Outcome = measured(load, options.spec, record, plot)
     for block in outcome.blocks:
         _show(block, outcome)
     for text in outcome.notes:

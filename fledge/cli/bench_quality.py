@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fledge.cli.measuring import keep
 from fledge.cli.terminal import SlowBar, print_heading, print_rows, visible
 
 if TYPE_CHECKING:
@@ -35,10 +34,7 @@ def quality(
     The text should be one that the model has not seen. The last line on standard output is one JSON object.
     """
     outcome = measured(model, text, tuple(filter(None, formats.split(","))), tokens, sparsity)
-    if record is not None:
-        from fledge.bench.harness import write_record
-
-        write_record(record, outcome.record(shlex.join(["fledge", *sys.argv[1:]])))
+    keep(outcome, record)
     show(outcome)
     print()
     short = ("perplexity", "perplexity_change", "perplexity_change_error", "bits_per_byte", "kl", "agreement")

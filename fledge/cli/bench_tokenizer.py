@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fledge.cli.measuring import keep
 from fledge.cli.terminal import SlowBar, note, print_rows, visible
 
 if TYPE_CHECKING:
@@ -35,12 +34,10 @@ def tokenizer(
     The last line on standard output is one JSON object.
     """
     with SlowBar("preparing", per_second=1) as bar:
-        from fledge.bench.harness import write_record
         from fledge.bench.tokenizer import Spec, run
 
         outcome = run(Spec(text, megabytes, repeats, threads), bar.step)
-    if record is not None:
-        write_record(record, outcome.record(shlex.join(["fledge", *sys.argv[1:]])))
+    keep(outcome, record)
     _show(outcome)
     if repeats < 3:
         note("note: fewer than 3 repeats tell nothing about the spread")

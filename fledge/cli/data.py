@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fledge.cli.measuring import command_line
 from fledge.cli.terminal import SlowBar, note, print_heading, print_rows, write
 
 if TYPE_CHECKING:
@@ -121,13 +120,13 @@ class _Clock:
         """Everything, as JSON."""
         used = _resources()  # before what follows needs some of its own
         from fledge.bench.environment import machine_facts
-        from fledge.bench.harness import write_record
+        from fledge.core.files import write_json
 
         size = sum(one["bytes"] for one in store.manifest["inputs"])
         seconds = self._changed - self._began
         record = {
             "benchmark": "data build",
-            "command": shlex.join(["fledge", *sys.argv[1:]]),
+            "command": command_line(),
             "machine": machine_facts(),
             "workers": workers,
             "input_bytes": size,
@@ -137,7 +136,7 @@ class _Clock:
             "bytes_per_s": round(size / max(seconds, 1e-3)),
             **used,
         }
-        write_record(path, record)
+        write_json(path, record)
 
 
 def _resources() -> dict[str, Any]:
@@ -146,12 +145,13 @@ def _resources() -> dict[str, Any]:
         import resource
     except ImportError:
         return {}
-    unit = 1 if sys.platform == "darwin" else 1024
+    from fledge.bench.harness import PEAK_UNIT
+
     whose = {"main": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
     found = {name: resource.getrusage(who) for name, who in whose.items()}
     return {
         "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in found.values()), 2),
-        "peak_bytes": {name: one.ru_maxrss * unit for name, one in found.items()},
+        "peak_bytes": {name: one.ru_maxrss * PEAK_UNIT for name, one in found.items()},
     }
 
 

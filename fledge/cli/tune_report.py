@@ -107,9 +107,8 @@ def _show_example(example: Example, run: Run) -> None:
 
 
 def show_line(line: dict[str, float]) -> None:
-    """One line of progress; the loop's last may have nothing to say."""
-    if len(line) > 1:
-        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+    """One line of progress."""
+    print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
 
 
 def show_result(done: Tuned, base: str) -> None:

@@ -1,10 +1,12 @@
-"""Which device a model runs on and in which dtype its weights are kept: each choice with its reason in words.
+"""What a machine has: the device a model runs on and the dtype its weights are kept in, each choice with its reason in
+words; the cores of this process.
 
 Nothing here touches a model. torch is imported inside the functions, so this module costs nothing to import.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -65,3 +67,10 @@ def choose_dtype(name: str | None, device: torch.device, parameters: int) -> tup
     if device.type == "cpu" and parameters < SMALL_MODEL:
         return torch.float32, f"on a CPU, a model below {SMALL_MODEL // 1_000_000} million parameters runs in float32"
     return None, "the file's own"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

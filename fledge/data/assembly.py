@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fledge.core.files import atomic_path, sha256
+from fledge.core.files import atomic_path, read_json, sha256, write_json
 from fledge.data.binidx import BinIdxWriter, files_of, writing
-from fledge.data.counts import Counts, merged, read_json, write_json
+from fledge.data.counts import Counts, merged
 from fledge.data.pieces import Job
 from fledge.data.reading import input_record
 from fledge.data.sources import Input
@@ -35,7 +35,7 @@ Step = Callable[[int, int], None]
 
 def assemble(job: Job, to: Path, spec: dict[str, Any], step: Step) -> dict[str, Any]:
     """Write all files of tokens. Returns the manifest's part about them."""
-    folders = sorted(path for path in job.folder("tokens").iterdir() if not path.name.startswith("."))
+    folders = job.pieces("tokens")
     vocab_size = Vocabulary.from_spec(spec).size
     dtype, stored = type_for(job.config.dtype, vocab_size), np.dtype(stored_type(vocab_size))
     made: dict[str, BinIdxWriter] = {}
@@ -94,11 +94,7 @@ def _outputs(to: Path, hashes: dict[str, str]) -> Iterator[tuple[str, dict[str, 
 
 def manifest(job: Job, inputs: list[Input], fingerprint: str, about: dict[str, Any]) -> dict[str, Any]:
     """Everything that is known of a store."""
-    read = job.folder("read")
-    counts = merged(sorted(path / "counts.json" for path in read.iterdir() if not path.name.startswith(".")))
-    tokens = job.folder("tokens")
-    for path in sorted(path / "counts.json" for path in tokens.iterdir() if not path.name.startswith(".")):
-        counts.merge(read_json(path))
+    counts = merged(piece / "counts.json" for stage in ("read", "tokens") for piece in job.pieces(stage))
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -25,11 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fledge.core.device import usable_cores
 from fledge.core.errors import DataError, UsageError
+from fledge.core.files import read_json
 from fledge.data import assembly
 from fledge.data.clean import steps
 from fledge.data.config import BuildConfig
-from fledge.data.counts import merged, read_json
+from fledge.data.counts import merged
 from fledge.data.dedup import find_copies, find_near_copies, partitions
 from fledge.data.pieces import Job, exclusive, sweep
 from fledge.data.plan import Plan, make_plan
@@ -42,7 +44,7 @@ from fledge.data.sources import Input, Slice, survey
 from fledge.data.split import limits
 from fledge.data.store import MANIFEST, Store, open_store, type_for
 from fledge.data.tokenise import Portion, count_tokens, fixed_spec, most_used, tokenise
-from fledge.data.workers import Function, Inline, Processes, Workers, usable_cores
+from fledge.data.workers import Function, Inline, Processes, Workers
 from fledge.tokenizer import Vocabulary
 
 Report = Callable[[str, int, int], None]
@@ -127,8 +129,7 @@ class _Build:
     def _deduplicate(self) -> dict[str, int]:
         """Both stages of it. Returns the limits under which documents may be validation documents."""
         config = self.config
-        folders = sorted(path for path in self.job.folder("read").iterdir() if not path.name.startswith("."))
-        bounds = limits(merged(folder / "counts.json" for folder in folders), config.validation)
+        bounds = limits(merged(piece / "counts.json" for piece in self.job.pieces("read")), config.validation)
         if config.dedup.exact or config.dedup.near:
             documents = sum(len(shard.documents) for shard in shards(self.job))
             tasks = partitions(documents, bounds)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fledge.core.files import atomic_path
+from fledge.core.files import read_json
 
 
 class Count(NamedTuple):
@@ -57,17 +56,6 @@ class Counts:
         for (stage, _, _), count in sorted(self._cells.items()):
             found[stage] = found.get(stage, Count()).plus(count)
         return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def merged(files: Iterable[Path]) -> Counts:

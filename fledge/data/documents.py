@@ -78,24 +78,24 @@ def bad_line(path: Path, number: int, error: Exception) -> UsageError:
     return UsageError(f"{path}, line {number}: not a JSON object with a text: {reason}")
 
 
-def read_jsonl(path: Path) -> Iterator[Document]:
-    """The documents of one .jsonl file, plain or compressed. Raises UsageError with the number of a bad line."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of one .jsonl file, plain or compressed, from 1 on. Raises UsageError for another or a damaged one."""
     if plain_suffix(path) != ".jsonl":
         known = ", ".join(sorted([".jsonl", *OPENERS]))
         raise UsageError(f"{path}: cannot read {path.suffix!r} files; known: {known}")
     number = 0
-
-    def bad(line: int, error: Exception) -> None:
-        raise bad_line(path, line, error)
-
-    def counted(lines: Iterable[bytes]) -> Iterator[bytes]:
-        nonlocal number
-        for line in lines:
-            yield line
-            number += 1
-
     try:
         with open_plain(path) as lines:
-            yield from parse_lines(counted(lines), Fields(source=plain_stem(path)), bad)
+            for number, line in enumerate(lines, 1):
+                yield number, line
     except Damaged as error:
         raise UsageError(f"{path}: cannot be read beyond line {number}: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[Document]:
+    """The documents of one .jsonl file, plain or compressed. Raises UsageError with the number of a bad line."""
+
+    def bad(number: int, error: Exception) -> None:
+        raise bad_line(path, number, error)
+
+    yield from parse_lines((line for _, line in numbered_lines(path)), Fields(source=plain_stem(path)), bad)

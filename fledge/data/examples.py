@@ -26,7 +26,7 @@ import torch
 
 from fledge.core.errors import TokenizerError, UsageError
 from fledge.data.batches import Batch
-from fledge.data.compression import Damaged, open_plain, plain_suffix
+from fledge.data.documents import numbered_lines
 from fledge.tokenizer import NO_EOS, Template, Tokenizer, template_named
 from fledge.tokenizer.chat import ASSISTANT, normalize
 
@@ -75,7 +75,7 @@ class Examples:
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", length: int = 1024) -> Examples:
-    """The examples of a .jsonl file (also .xz, .gz, .bz2), cut to `length` ids that are read and one that is predicted.
+    """The examples of a .jsonl file (also compressed), cut to `length` ids that are read and one that is predicted.
 
     Raises UsageError for a file without examples, and with file and number for a bad line.
     """
@@ -105,17 +105,10 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not empty, with their numbers."""
-    if plain_suffix(path) != ".jsonl":
-        raise UsageError(f"{path}: give JSON lines (.jsonl, also compressed: .jsonl.xz)")
-    number = 0
-    try:
-        with open_plain(path) as file:
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if text.strip():
-                    yield number, text
-    except Damaged as error:
-        raise UsageError(f"{path}: cannot be read beyond line {number}: {error}") from None
+    for number, line in numbered_lines(path):
+        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if text.strip():
+            yield number, text
 
 
 def _example(line: bytes, number: int, tokenizer: Tokenizer, form: Template, where: str) -> tuple[Example, bool]:

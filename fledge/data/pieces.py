@@ -39,10 +39,19 @@ class Job:
         """Where a stage leaves its pieces."""
         return self.work / f"{stage}-{self.keys[stage]}"
 
+    def pieces(self, stage: str) -> list[Path]:
+        """The finished pieces of a stage, in order."""
+        return finished(self.folder(stage))
+
     def with_stage(self, stage: str, *decisive: Any) -> Job:
         """With one more stage, which depends on `decisive` and on the stages named so far."""
         text = json.dumps([LAYOUT, stage, *decisive, sorted(self.keys.items())], sort_keys=True)
         return Job(self.config, self.work, {**self.keys, stage: hashlib.sha256(text.encode()).hexdigest()[:12]})
+
+
+def finished(folder: Path) -> list[Path]:
+    """What is whole in a folder of pieces, in order."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO
 
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import sha256
+from fledge.core.files import sha256, write_json
 from fledge.data import hub
 from fledge.data.clean import Step, steps
 from fledge.data.compression import Damaged, is_compressed, open_plain
 from fledge.data.config import BuildConfig
-from fledge.data.counts import Count, Counts, write_json
+from fledge.data.counts import Count, Counts
 from fledge.data.documents import Bad, Document, Fields, bad_line, base_language, parse_lines
 from fledge.data.language import Identifier
 from fledge.data.pieces import Job, whole_folder

@@ -22,8 +22,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fledge.data.counts import read_json, write_json
-from fledge.data.pieces import Job, load_array, save_array
+from fledge.core.files import read_json, write_json
+from fledge.data.pieces import Job, finished, load_array, save_array
 from fledge.data.signature import Signer, exact_hash, normalised
 
 SHARD_BYTES = 64_000_000  # of text, after which another shard begins
@@ -90,8 +90,7 @@ def shards(job: Job) -> list[Shard]:
 
 @lru_cache(maxsize=4)
 def _shards(folder: Path) -> list[Shard]:
-    pieces = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    folders = [shard for piece in pieces for shard in sorted(piece.glob("shard-*"))]
+    folders = [shard for piece in finished(folder) for shard in sorted(piece.glob("shard-*"))]
     return [Shard(shard, number) for number, shard in enumerate(folders)]
 
 

@@ -30,7 +30,7 @@ from fledge.core.files import sha256
 from fledge.data.binidx import BinIdx, files_of
 from fledge.tokenizer import Vocabulary, world_vocabulary
 
-SEPARATOR = 0
+SEPARATOR = 0  # the end-of-text id of World and of every pruned vocabulary, behind every document
 PARTS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

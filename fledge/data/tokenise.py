@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.core.errors import ConfigError, TokenizerError
-from fledge.core.files import atomic_path
-from fledge.data.counts import Count, Counts, read_json, write_json
+from fledge.core.files import atomic_path, read_json, write_json
+from fledge.data.counts import Count, Counts
 from fledge.data.pieces import Job, whole_folder
 from fledge.data.plan import ASIDE, TRAIN, VERDICTS, Plan, Verdict, judge
 from fledge.data.shards import Shard
+from fledge.data.store import SEPARATOR
 from fledge.tokenizer import Tokenizer, Vocabulary, load_world, prune, tokenizer_for, world_vocabulary
 
-SEPARATOR = 0  # the end-of-text id of World and of every pruned vocabulary, behind every document
 BATCH_BYTES = 4_000_000
 LENGTHS = np.dtype([("tokens", "<i4"), ("times", "<u4")])
 

@@ -7,7 +7,6 @@ processes. A worker whose parent is killed ends with the task in hand: the pipe 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +35,6 @@ class Inline:
         for task in tasks:
             function(job, task)
             yield None
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Processes:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fledge.core.errors import UsageError
 from fledge.models.config import ModelConfig
 from fledge.models.layers import Linear
-from fledge.models.state import State, zero_state
+from fledge.models.state import State, tuned_state
 from fledge.models.trunk import Trunk
 
 TARGETS = (
@@ -169,11 +169,5 @@ def fresh_factors(model: Trunk, names: Sequence[str], rank: int, alpha: float, s
 
 
 def start_state(config: ModelConfig, tuned: Mapping[str, Tensor]) -> State:
-    """The state of one sequence that begins as tuned: `blocks.<i>.att.time_state` (H, V, K) -> wkv (L, 1, H, K, V).
-
-    Files and parameters have the value channels first; a state has the key channels first (models/state.py).
-    """
-    state = zero_state(config, 1)
-    layers = [tuned[f"blocks.{layer}.att.time_state"].detach().float() for layer in range(config.n_layer)]
-    wkv = torch.stack(layers).transpose(-1, -2)[:, None].contiguous()
-    return type(state)(**{**state.tensors(), "wkv": wkv})
+    """The state of one sequence that begins as tuned: `blocks.<i>.att.time_state` (H, V, K), as files have it."""
+    return tuned_state(config, [tuned[f"blocks.{layer}.att.time_state"].detach() for layer in range(config.n_layer)], 1)

@@ -39,6 +39,13 @@ class Linear(nn.Module):
         self.register_parameter("weight", None)
 
 
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """The dtype of all matrix products of a model, whatever its weights are kept in; None: that of the weights."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute_dtype = dtype
+
+
 # Entries. A smaller matrix stays in the cache, and a packed product's longer call costs more than it saves.
 WORTH_PACKING = 1 << 18
 

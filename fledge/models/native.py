@@ -24,7 +24,7 @@ from fledge.kernels.native import STORED, PackedMatrix, enough_memory, follow_to
 from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
 from fledge.models.recycled import Recycler
-from fledge.models.state import State, state_class, state_shapes, zero_state
+from fledge.models.state import State, state_class, state_shapes, tuned_state, zero_state
 
 Release = Callable[[Tensor], None]
 LAST, ALL = 1, 2
@@ -98,7 +98,7 @@ class NativeModel(nn.Module):
         functions().fledge_model_embedding(
             self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
         )
-        self._tuned = _tuned_state(config, tensors)
+        self._tuned = _tuned_layers(config, tensors)
         missing = functions().fledge_model_check(self._handle)
         if missing is not None:
             raise CheckpointError(f"{missing.decode()} is missing or has another size than the config says")
@@ -138,11 +138,7 @@ class NativeModel(nn.Module):
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token: zeros, or the tuned state the checkpoint came with."""
-        state = zero_state(self.config, batch)
-        if self._tuned is None:
-            return state
-        wkv = self._tuned[:, None].expand(-1, batch, -1, -1, -1).contiguous()
-        return type(state)(**{**state.tensors(), "wkv": wkv})
+        return tuned_state(self.config, self._tuned, batch) if self._tuned else zero_state(self.config, batch)
 
     def forward(
         self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
@@ -313,12 +309,11 @@ def _embedding(weight: Tensor) -> Tensor:
     return weight.detach().to(weight.dtype if weight.dtype in STORED else torch.float32).contiguous()
 
 
-def _tuned_state(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """(L, H, K, V), or None. Files hold (H, V, K)."""
+def _tuned_layers(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """(H, V, K) of each layer, copied out of the file; empty where the model has no tuned state."""
     if not config.tuned_state:
-        return None
-    states = [tensors[f"blocks.{layer}.att.time_state"].detach().float() for layer in range(config.n_layer)]
-    return torch.stack(states).transpose(-1, -2).contiguous()
+        return []
+    return [tensors[f"blocks.{layer}.att.time_state"].detach().float().clone() for layer in range(config.n_layer)]
 
 
 def _check_readable(state: State) -> None:

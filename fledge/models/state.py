@@ -226,6 +226,15 @@ def state_shapes(config: ModelConfig, batch: int, places: int = 0) -> dict[str, 
     return {"att_shift": shift, "wkv": (L, batch, H, N, N), "ffn_shift": shift}
 
 
+def tuned_state(config: ModelConfig, layers: Sequence[Tensor], batch: int, device: torch.device | str = "cpu") -> State:
+    """The state of `batch` sequences that begin as tuned: time_state (H, V, K) of each layer -> wkv (L, B, H, K, V).
+
+    Files and parameters have the value channels first. A gradient flows back to them.
+    """
+    wkv = torch.stack(list(layers)).float().transpose(-1, -2)[:, None].expand(-1, batch, -1, -1, -1)
+    return state_class(config)(**{**zero_state(config, batch, device).tensors(), "wkv": wkv.contiguous()})
+
+
 def zero_state(config: ModelConfig, batch: int, device: torch.device | str = "cpu") -> State:
     """The state of `batch` sequences of which nothing has been read."""
     tensors = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fledge.core.errors import StateError, TokenizerError, UsageError
 from fledge.models.config import ModelConfig
 from fledge.models.layers import LayerNorm, Linear, last_token, token_shift
-from fledge.models.state import State, zero_state
+from fledge.models.state import State, tuned_state, zero_state
 
 FORGET = -1e30
 """A log decay after which nothing is left, and which is still a number to add to."""
@@ -99,13 +99,10 @@ class Trunk(nn.Module):
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token: zeros, or the tuned state the checkpoint came with."""
-        state = zero_state(self.config, batch, self.emb.weight.device)
+        device = self.emb.weight.device
         if not self.config.tuned_state:
-            return state
-        states: list[Tensor] = [cast(Any, block).att.time_state for block in self.blocks]
-        tuned = torch.stack(states).float()  # (L, H, V, K)
-        wkv = tuned.transpose(-1, -2)[:, None].expand(-1, batch, -1, -1, -1)
-        return self.state_class(**{**state.tensors(), "wkv": wkv})
+            return zero_state(self.config, batch, device)
+        return tuned_state(self.config, [cast(Any, block).att.time_state for block in self.blocks], batch, device)
 
     def forward(
         self,

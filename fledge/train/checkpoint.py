@@ -128,7 +128,7 @@ class RunCheckpoint:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
+    """The parameters that are trained, by the names that files have."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fledge.core.errors import ConfigError, TrainingError
 from fledge.data.batches import Batch, Batches
 from fledge.models import State
-from fledge.models.layers import Linear
+from fledge.models.layers import set_compute_dtype
 from fledge.train.checkpoint import RunCheckpoint
 from fledge.train.loss import summed_loss
 from fledge.train.meter import Meter, Report
@@ -112,9 +112,7 @@ def train(
 
 def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """Set the dtype of the products, and what is done to each block as a whole."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.compute_dtype = settings.compute_dtype
+    set_compute_dtype(model, settings.compute_dtype)
     blocks: Any = model.blocks
     for block in blocks:
         if settings.compile:

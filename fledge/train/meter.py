@@ -44,7 +44,7 @@ class Meter:
     def write(self, step: int, **values: float) -> None:
         """One line: the step, the mean loss and speed since the last line if any steps were made, `values`.
 
-        None where there is nothing to say.
+        Nothing is written where there is nothing to say.
         """
         if not self.losses and not values:
             return

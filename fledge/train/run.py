@@ -9,7 +9,6 @@ folder/model.safetensors the result, with its vocabulary and where it comes from
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from fledge import checkpoint
 from fledge.core.device import choose_device
 from fledge.core.errors import CheckpointError
-from fledge.core.files import atomic_path
+from fledge.core.files import write_json
 from fledge.data.store import Store, open_store
 from fledge.models import ModelConfig, Trunk, build, init_weights
 from fledge.train.loop import train
@@ -54,7 +53,7 @@ def run(
     model = _first_weights(config, recipe, start).to(where)
     identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
     if team.leads:
-        _write_json(folder / "recipe.json", {**dataclasses.asdict(recipe), "data": str(data), **identity})
+        write_json(folder / "recipe.json", {**dataclasses.asdict(recipe), "data": str(data), **identity})
     texts = _texts(store)
     train(
         model,
@@ -109,8 +108,3 @@ def _texts(store: Store) -> list[Text]:
     if not store.has("validation"):
         return []
     return [Text(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
-
-
-def _write_json(path: Path, value: object) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fledge.checkpoint import Checkpoint, assemble, merge_tuned_state
 from fledge.core.errors import ConfigError, UsageError
@@ -123,11 +123,6 @@ def _check_parts(model: nn.Module, settings: TuneSettings) -> None:
     for part in settings.lora.parts if settings.mode == "lora" else ():
         if not part or not any(part in name for name in names):
             raise UsageError(f"no parameter has {part!r:.40} in its name, so it cannot be trained whole")
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained, by the names that files have."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def train_settings(settings: TuneSettings, steps: int, compute_dtype: torch.dtype | None = None) -> TrainSettings:

@@ -20,16 +20,17 @@ from torch import Tensor
 from fledge.checkpoint import Adapter, Checkpoint, base_of, save, save_adapter
 from fledge.core.device import SMALL_MODEL, choose_device, choose_dtype
 from fledge.core.errors import TrainingError, UsageError
-from fledge.core.files import atomic_path, sha256
+from fledge.core.files import read_json, sha256, write_json
 from fledge.data.examples import Example, ExampleBatches, Examples, read_examples
 from fledge.models import Trunk
-from fledge.models.layers import Linear
+from fledge.models.layers import set_compute_dtype
 from fledge.tokenizer import Tokenizer
+from fledge.train.checkpoint import trained
 from fledge.train.estimate import Estimate, estimate
 from fledge.train.loop import train
 from fledge.train.loss import summed_loss
 from fledge.train.memory import keep_freed_memory
-from fledge.train.tuning import TuneSettings, train_settings, trained_tensors, tunable
+from fledge.train.tuning import TuneSettings, train_settings, tunable
 
 RECORD = "tune.json"
 
@@ -122,9 +123,7 @@ def prepare(
         chosen = torch.float32 if place.type == "cpu" and numbers < SMALL_MODEL else torch.bfloat16
     model = tunable(base, settings, device=place, dtype=chosen)
     compute = None if chosen == torch.float32 else chosen
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.compute_dtype = compute
+    set_compute_dtype(model, compute)
     return Run(base, model, tokenizer, examples, settings, held_out, compute)
 
 
@@ -149,11 +148,10 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
     if not path.exists():
         if (folder / "last.pt").exists():
             raise TrainingError(f"{folder} holds a training run that is no fine-tuning; choose another folder")
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(path, record)
         return
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path)
     except ValueError as error:
         raise TrainingError(f"{path} is damaged: {error}; choose another folder") from None
     differing = [key for key in ("mode", "base", "data") if old.get(key) != record[key]]
@@ -167,7 +165,7 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _write(run: Run, folder: Path, adapter: Adapter) -> Tuned:
     """The result of a finished run."""
-    tensors = {name: tensor.cpu() for name, tensor in trained_tensors(run.model).items()}
+    tensors = {name: tensor.cpu() for name, tensor in trained(run.model).items()}
     found, settings = run.base, run.settings
     if settings.mode == "full":
         assert adapter.base is not None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from fledge.bench.harness import (
@@ -13,7 +10,6 @@ from fledge.bench.harness import (
     interleaved,
     peak_memory,
     time_calls,
-    write_record,
 )
 from fledge.core.errors import FledgeError
 
@@ -45,8 +41,3 @@ def test_peak_memory_is_that_of_this_process() -> None:
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(FledgeError, match=r"fledge\.bench\.cpu_worker failed with exit code 1: KeyError: 'threads'"):
         in_fresh_process("fledge.bench.cpu_worker", {}, {})
-
-
-def test_a_record_is_whole(tmp_path: Path) -> None:
-    write_record(tmp_path / "new" / "r.json", {"a": [1, "é"]})
-    assert json.loads((tmp_path / "new" / "r.json").read_text(encoding="utf-8")) == {"a": [1, "é"]}

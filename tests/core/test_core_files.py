@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from fledge.core.files import asset, atomic_path, sha256
+from fledge.core.files import asset, atomic_path, read_json, sha256, write_json
 
 
 def test_a_file_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -40,3 +41,9 @@ def test_sha256_of_more_than_one_block(tmp_path: Path) -> None:
 
 def test_assets_lie_in_the_package() -> None:
     assert asset("world-vocabulary.xz").is_file()
+
+
+def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "r.json", {"a": [1, "é"]})
+    assert json.loads((tmp_path / "new" / "r.json").read_text(encoding="utf-8")) == {"a": [1, "é"]}
+    assert read_json(tmp_path / "new" / "r.json") == {"a": [1, "é"]}

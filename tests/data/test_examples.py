@@ -148,7 +148,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         read_examples(tmp_path / "empty.jsonl", load_world())
     with pytest.raises(UsageError, match=r"gone\.jsonl: cannot be read"):
         read_examples(tmp_path / "gone.jsonl", load_world())
-    with pytest.raises(UsageError, match="give JSON lines"):
+    with pytest.raises(UsageError, match=r"cannot read '\.csv' files"):
         read_examples(tmp_path / "a.csv", load_world())
     with pytest.raises(UsageError, match="length is 0"):
         read_examples(tmp_path / "empty.jsonl", load_world(), length=0)

@@ -19,7 +19,8 @@ from fledge.checkpoint import load_tuned_state, read, read_adapter, save
 from fledge.core.errors import ConfigError, TrainingError, UsageError
 from fledge.data.examples import ExampleBatches
 from fledge.tokenizer import byte_vocabulary, tokenizer_for
-from fledge.train.tuning import LoraSettings, TuneSettings, train_settings, trained_tensors, tunable
+from fledge.train import checkpoint
+from fledge.train.tuning import LoraSettings, TuneSettings, train_settings, tunable
 from fledge.train.tuning_run import Run, Tuned, mean_loss, prepare
 
 TOKENIZER = tokenizer_for(byte_vocabulary())
@@ -162,7 +163,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path
     if mode != "full":
         assert (
             torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["model"].keys()
-            == trained_tensors(again.model).keys()
+            == checkpoint.trained(again.model).keys()
         )
 
 
