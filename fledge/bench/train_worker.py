@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fledge.kernels import wkv
 from fledge.kernels.dispatch import prefer
 from fledge.models import ModelConfig, build, init_weights
 from fledge.models.layers import set_compute_dtype
-from fledge.train.loss import next_token_loss
+from fledge.train.loss import head_loss, next_token_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
 
@@ -95,12 +96,19 @@ class Clock:
         return time.perf_counter()
 
 
+def model_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """The mean loss of batch (B, T + 1), computed as its users do: ours without the logits of all tokens."""
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    if isinstance(model, FlaModel):
+        return next_token_loss(model(inputs)[0], targets)
+    loss: Tensor = model(inputs, readout=partial(head_loss, targets=targets))[0]
+    return loss / targets.numel()
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> tuple[float, list[float]]:
     """One step on batch (B, T + 1): the loss, and the seconds of forward with loss, backward and update."""
     clock = Clock(batch.device)
-    logits, _ = model(batch[:, :-1])
-    loss = next_token_loss(logits, batch[:, 1:])
-    del logits
+    loss = model_loss(model, batch)
     clock.mark()
     loss.backward()
     clock.mark()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fledge.models.config import ModelConfig
 from fledge.models.layers import Linear
 from fledge.models.state import KvState, State
-from fledge.models.trunk import Layout, Trunk
+from fledge.models.trunk import Layout, Readout, Trunk
 
 ROTARY_BASE = 10000.0
 
@@ -198,6 +198,7 @@ class Transformer(Trunk):
         lengths: Tensor | None = None,
         last: bool = False,
         fresh: Tensor | None = None,
+        readout: Readout | None = None,
     ) -> tuple[Tensor, State]:
         """As `Trunk.forward`. fresh: (B, T) bool, True where a document begins: nothing before it is seen.
 
@@ -213,6 +214,4 @@ class Transformer(Trunk):
             x, after = cast(Any, block)(x, before, number, view)
             layers.append(after)
         keys, values = (torch.stack(tensors) for tensors in zip(*layers, strict=True))  # (L, B, S', H, N)
-        if last:
-            x = self._last(x, layout)
-        return self.head(self.ln_out(x)), KvState(keys, values, view.begin, view.end)
+        return self._read_out(x, layout, last, readout), KvState(keys, values, view.begin, view.end)

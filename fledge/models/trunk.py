@@ -21,6 +21,8 @@ from fledge.models.config import ModelConfig
 from fledge.models.layers import LayerNorm, Linear, last_token, token_shift
 from fledge.models.state import State, tuned_state, zero_state
 
+Readout = Callable[[Linear, Tensor], Tensor]
+
 FORGET = -1e30
 """A log decay after which nothing is left, and which is still a number to add to."""
 
@@ -112,12 +114,14 @@ class Trunk(nn.Module):
         lengths: Tensor | None = None,
         last: bool = False,
         fresh: Tensor | None = None,
+        readout: Readout | None = None,
     ) -> tuple[Tensor, State]:
         """Read tokens: logits for what follows each of them, and the state after them.
 
         idx: (B, T) int64, T >= 0. state: of B rows, never changed; None begins anew. lengths: (B,) real tokens a row
         for right-padded batches; logits at padded places mean nothing. fresh: (B, T) bool, True for tokens at which a
-        document begins, with a state of zeros (a tuned initial state counts for a row's first token only). Returns
+        document begins, with a state of zeros (a tuned initial state counts for a row's first token only). readout:
+        what is to be done with the head and its input (B, T, C), whose answer then comes in place of logits. Returns
         float32 logits (B, T, vocab_size), or with `last=True` only those after each row's last real token,
         (B, 1, vocab_size), which spares the head's product for all others. Raises TokenizerError for an id outside the
         vocabulary and StateError for a state of another model.
@@ -131,9 +135,15 @@ class Trunk(nn.Module):
             x, after = block(x, before, number, layout)
             layers.append(after)
         new_state = self.state_class(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+        return self._read_out(x, layout, last, readout), new_state
+
+    def _read_out(self, x: Tensor, layout: Layout, last: bool, readout: Readout | None) -> Tensor:
+        """What `forward` answers of the last block's output x (B, T, C)."""
         if last:
             x = self._last(x, layout)
-        return self.head(self.ln_out(x)), new_state
+        x = self.ln_out(x)
+        logits: Tensor = self.head(x) if readout is None else readout(self.head, x)
+        return logits
 
     def _last(self, x: Tensor, layout: Layout) -> Tensor:
         if layout.lengths is None:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fledge.data.batches import Batch
 from fledge.data.examples import ExampleBatches
 from fledge.models import Trunk
 from fledge.train.loop import TrainSettings
-from fledge.train.loss import summed_loss
+from fledge.train.loss import head_loss
 
 TRIED = 3
 """Micro-batches whose time is taken, after one that warms up."""
@@ -65,7 +66,8 @@ def _loss(model: Trunk, batch: Batch) -> Tensor:
     device = model.emb.weight.device
     idx = batch.idx.to(device)
     counted = None if batch.counted is None else batch.counted.to(device)
-    return summed_loss(model(idx[:, :-1])[0], idx[:, 1:], counted) / max(1, batch.targets)
+    loss, _ = model(idx[:, :-1], readout=partial(head_loss, targets=idx[:, 1:], counted=counted))
+    return loss / max(1, batch.targets)
 
 
 def _peak_bytes(model: Trunk, batch: Batch) -> int:

@@ -24,7 +24,7 @@ from fledge.data.batches import Batch, Batches
 from fledge.models import State
 from fledge.models.layers import set_compute_dtype
 from fledge.train.checkpoint import RunCheckpoint
-from fledge.train.loss import summed_loss
+from fledge.train.loss import head_loss
 from fledge.train.meter import Meter, Report
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
 from fledge.train.schedule import Schedule
@@ -149,10 +149,9 @@ def backward(
         with team.quietly(called, quiet=not (last and number >= _last_group(len(pieces), settings.through))):
             idx = piece.idx.to(device)
             counted, fresh = (None if mask is None else mask.to(device) for mask in (piece.counted, piece.fresh))
-            logits, state = called(idx[:, :-1], state, **({} if fresh is None else {"fresh": fresh}))
-            loss = summed_loss(logits, idx[:, 1:], counted) * weight
-            pending = loss if pending is None else pending + loss
-            del logits
+            readout = partial(head_loss, targets=idx[:, 1:], counted=counted)
+            loss, state = called(idx[:, :-1], state, fresh=fresh, readout=readout)
+            pending = loss * weight if pending is None else pending + loss * weight
             if cut:
                 pending.backward()
                 total, pending = total + pending.item(), None

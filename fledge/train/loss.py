@@ -2,6 +2,9 @@
 
 L2Wrap acts on the gradient only (for a mean over N targets, the logit itself times 1e-4 / N); the reported loss is the
 cross-entropy. Source: the official training code.
+
+`summed_loss` takes logits and is the specification. `head_loss` takes the head and its input, and never holds the
+logits of more than a piece of the tokens: with 65536 ids those of a batch are larger than all else in a small model.
 """
 
 from __future__ import annotations
@@ -12,7 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fledge.models.layers import Linear
+
 PULL = 1e-4
+PIECE = 1 << 22  # logits computed at once: 16 MB, which a large cache can hold
+FEWEST = 256  # tokens of a piece, so that a large vocabulary's weight is not read too often
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -49,3 +56,61 @@ def summed_loss(logits: Tensor, targets: Tensor, counted: Tensor | None = None) 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean over all targets: `summed_loss` for one batch that is a whole step."""
     return summed_loss(logits, targets) / targets.numel()
+
+
+def head_loss(head: Linear, x: Tensor, *, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+    """`summed_loss(head(x), targets, counted)` without the logits of all tokens; x: (B, T, C) float32.
+
+    The gradients are computed at once with the loss, in one walk over pieces of the tokens.
+    """
+    if counted is not None:
+        x, targets = x[counted], targets[counted]
+    dtype = head.compute_dtype or head.weight.dtype
+    loss: Tensor = _HeadLoss.apply(x.flatten(0, -2), head.weight, targets.flatten(), dtype)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """x (M, C), weight (vocab, C), targets (M,), dtype of the products -> the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.weight_dtype = weight.dtype
+        low = weight.to(dtype)
+        dx = torch.empty_like(x) if needs_x else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = x.new_zeros(())
+        size = max(FEWEST, PIECE // weight.shape[0])
+        for start in range(0, x.shape[0], size):
+            piece = x[start : start + size].to(dtype)
+            logits = (piece @ low.t()).float()  # (size, vocab)
+            total += _loss_and_gradient(logits, targets[start : start + size, None])
+            if dx is not None or dweight is not None:
+                gradient = logits.to(dtype)
+            if dx is not None:
+                dx[start : start + size] = gradient @ low
+            if dweight is not None:
+                dweight += gradient.t() @ piece
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dx, dweight = ctx.saved_tensors
+        dx = None if dx is None else dx * gradients[0]
+        dweight = None if dweight is None else (dweight * gradients[0]).to(ctx.weight_dtype)
+        return dx, dweight, None, None
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the losses of logits (M, vocab) with targets (M, 1); their gradient takes the place of the logits."""
+    largest, where = logits.max(-1, keepdim=True)
+    said = logits.gather(-1, targets) - largest
+    powers = logits.sub_(largest).exp_()
+    whole = powers.sum(-1, keepdim=True)
+    powers.div_(whole)
+    powers.scatter_add_(-1, targets, powers.new_full(targets.shape, -1.0))
+    powers.scatter_add_(-1, where, largest * PULL)
+    return (whole.log() - said).sum()

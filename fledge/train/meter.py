@@ -52,7 +52,7 @@ class Meter:
         if self.losses:
             line["loss"] = sum(self.losses) / len(self.losses)
             line["tokens_per_s"] = self.tokens / (time.perf_counter() - self.since)
-        line = {name: float(f"{value:.6g}") for name, value in (line | values).items()}
+        line = {name: float(f"{value:.9g}") for name, value in (line | values).items()}
         line["step"] = step
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:

@@ -28,7 +28,7 @@ from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import trained
 from fledge.train.estimate import Estimate, estimate
 from fledge.train.loop import train
-from fledge.train.loss import summed_loss
+from fledge.train.loss import head_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.tuning import TuneSettings, train_settings, tunable
 
@@ -137,7 +137,8 @@ def mean_loss(model: Trunk, examples: tuple[Example, ...], batch: int = 4) -> fl
         one = batches[number]
         assert one.counted is not None
         idx, counted = one.idx.to(device), one.counted.to(device)
-        total += float(summed_loss(model(idx[:, :-1])[0], idx[:, 1:], counted))
+        loss, _ = model(idx[:, :-1], readout=partial(head_loss, targets=idx[:, 1:], counted=counted))
+        total += float(loss)
         tokens += one.targets
     return total / tokens
 

@@ -16,9 +16,11 @@ from fledge.core.errors import CheckpointError, ConfigError, TrainingError
 from fledge.data.batches import Batch
 from fledge.data.windows import Windows
 from fledge.models import ModelConfig, Trunk, build, init_weights
+from fledge.models.layers import Linear
+from fledge.train import loss as loss_module
 from fledge.train.checkpoint import RunCheckpoint
 from fledge.train.loop import TrainSettings, gradients, prepare, train, windows
-from fledge.train.loss import PULL, next_token_loss, summed_loss
+from fledge.train.loss import PULL, head_loss, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, parameter_groups, set_learning_rate
 from fledge.train.schedule import Schedule
@@ -284,6 +286,41 @@ def test_a_masked_loss_is_that_of_the_counted_targets_with_a_pull_on_them_alone(
     (expected,) = torch.autograd.grad(summed_loss(kept, targets[counted][None]), kept)
     torch.testing.assert_close(masked[counted], expected[0])
     assert masked[~counted].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 3e3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_in_pieces_is_that_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, scale: float, masked: bool
+) -> None:
+    monkeypatch.setattr(loss_module, "PIECE", 5 * 37)  # 5 tokens, which do not divide 2 x 11
+    monkeypatch.setattr(loss_module, "FEWEST", 2)
+    head = Linear(16, 37)
+    head.compute_dtype = dtype
+    torch.nn.init.normal_(head.weight)
+    x = (scale * torch.randn(2, 11, 16)).requires_grad_(True)
+    targets = torch.randint(0, 37, (2, 11))
+    counted = torch.rand(2, 11) < 0.6 if masked else None
+    expected = summed_loss(head(x), targets, counted)
+    found = head_loss(head, x, targets=targets, counted=counted)
+    torch.testing.assert_close(found, expected)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype is None else {"rtol": 2e-2, "atol": 2e-2}
+    ours = torch.autograd.grad(found / 7, (x, head.weight))
+    theirs = torch.autograd.grad(expected / 7, (x, head.weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a / b.abs().max(), b / b.abs().max(), **close)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(head, x, targets=targets, counted=counted), found)
+
+
+def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
+    head = Linear(4, 9)
+    torch.nn.init.normal_(head.weight)
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    found = head_loss(head, x, targets=torch.zeros(1, 3, dtype=torch.long), counted=torch.zeros(1, 3, dtype=torch.bool))
+    assert float(found) == 0.0
+    assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(found, (x, head.weight)))
 
 
 def test_keep_freed_memory_answers() -> None:
