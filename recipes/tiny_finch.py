@@ -23,7 +23,7 @@ def tiny_finch() -> Recipe:
         length=512,
         batch=16,
         micro=8,
-        steps=6000,
+        steps=4000,
         peak=2e-3,
         final=1e-4,
         warmup=100,

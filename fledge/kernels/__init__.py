@@ -11,6 +11,7 @@ from fledge.kernels.dispatch import (
     WKV_NATIVE,
     Choice,
     explain,
+    prepare_tracing,
     wkv,
     wkv4,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "pack",
     "packed_linear",
+    "prepare_tracing",
     "why_not",
     "wkv",
     "wkv4",

@@ -28,12 +28,19 @@ WKV4_INFERENCE = {"native": wkv4_native}
 SHORT = 3
 
 _preferred: str | None = None
+_traced_native = False  # what a compiler of torch code is told; it cannot look for the library itself
 
 
 def prefer(backend: str | None) -> None:
     """Use this backend from now on wherever none is named; None: let the table decide. For comparisons."""
     global _preferred
     _preferred = backend
+
+
+def prepare_tracing() -> None:
+    """To be called before torch.compile: it finds the native library if there is one."""
+    global _traced_native
+    _traced_native = why_missing() is None
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,10 @@ def wkv(
     if state is None:
         state = r.new_zeros(batch, heads, key, v.shape[-1], dtype=dtype)
     backends = WKV_BACKENDS | WKV_NATIVE
-    # A compiler of torch code cannot look into the library, but into the chunked form.
-    native = not torch.compiler.is_compiling() and readable(r, k, v, w, u, state)
+    if torch.compiler.is_compiling():
+        native = _traced_native and r.device.type == "cpu" and dtype == torch.float32
+    else:
+        native = readable(r, k, v, w, u, state)
     run = backends[_choose(length, backend, list(backends), native)]
     return run(r.to(dtype), k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), state.to(dtype))
 

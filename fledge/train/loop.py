@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fledge.core.errors import ConfigError, TrainingError
 from fledge.data.batches import Batch, Batches
+from fledge.kernels import prepare_tracing
 from fledge.models import State
 from fledge.models.layers import set_compute_dtype
 from fledge.train.checkpoint import RunCheckpoint
@@ -43,7 +44,7 @@ class TrainSettings:
     window: int | None = None  # tokens that are read at once, the state being carried on; None: whole rows
     through: int = 1  # windows that a gradient flows back through
     recompute: bool = False  # forget what is inside the blocks and compute it again for the gradient: less memory
-    compile: bool = False  # the blocks, by torch.compile; needs a C++ compiler or a GPU with triton
+    compile: bool = False  # the two halves of each block, by torch.compile; needs a C++ compiler or a GPU with triton
     log_every: int = 10  # steps
     save_every: int = 100  # steps
     validate_every: int = 200  # steps
@@ -114,9 +115,13 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """Set the dtype of the products, and what is done to each block as a whole."""
     set_compute_dtype(model, settings.compute_dtype)
     blocks: Any = model.blocks
+    if settings.compile:
+        prepare_tracing()
     for block in blocks:
         if settings.compile:
-            block.compile()
+            # Not the block, whose number would make a program of its own for each.
+            block.att.compile(dynamic=False)
+            block.ffn.compile(dynamic=False)
         if settings.recompute and not isinstance(block.forward, partial):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model

@@ -11,6 +11,7 @@ exactly the rows that one would see.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fledge.core.errors import ConfigError, TrainingError
 from fledge.data.batches import Batch
 
 MODES = ("ddp", "fsdp")
+LETTING_GO = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ def join(mode: str = "ddp") -> Iterator[Team]:
     try:
         yield Team(dist.get_rank(), world, mode)
     finally:
+        # gloo's threads may still hold tensors of the last exchange. One that lets go of them while Python is already
+        # ending aborts the process, and nothing can be asked to wait for it.
+        time.sleep(LETTING_GO)
         dist.destroy_process_group()
 
 

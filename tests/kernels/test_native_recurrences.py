@@ -160,14 +160,14 @@ def test_training_chooses_the_library_and_takes_an_expanded_decay() -> None:
     r, k, v, w, u, state = (x.float() for x in inputs(20, DECAYS["trained"]))
     static = w[0, 0].clone().requires_grad_()
     y, _ = wkv(r.bfloat16(), k, v, static.expand_as(w), u, state)
-    assert y.grad_fn is not None and "_Native" in y.grad_fn.name()
+    assert y.grad_fn is not None and "wkv_native" in y.grad_fn.name()
     (found,) = torch.autograd.grad(y.square().sum(), static)
     y, _ = wkv(r.bfloat16(), k, v, static.expand_as(w), u, state, backend="reference")
     (expected,) = torch.autograd.grad(y.square().sum(), static)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     leaf, state = r.clone().requires_grad_(), state.clone().requires_grad_()
     (first,) = torch.autograd.grad(wkv(leaf, k, v, w, u, state)[0].sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         torch.autograd.grad(first.square().sum(), state)
 
 

@@ -88,7 +88,7 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
     leaves = [x.requires_grad_() for x in inputs(9, DECAYS["trained"])]
     y, _ = wkv(*leaves, backend="chunked")
     (first,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         torch.autograd.grad(first.square().sum(), leaves[5])
 
 

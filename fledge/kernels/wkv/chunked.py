@@ -18,7 +18,8 @@ pairs of neighbours: log2(c) borders. The partial sums of a block grow out of th
 sign, so no digits cancel either.
 
 The gradient is written out by hand, border by border in the opposite order: left to autograd the same mathematics
-takes twice the time and several times the memory. Saved for it: the inputs and the states at the chunk borders.
+takes twice the time and several times the memory. Saved for it: the inputs and the states at the chunk borders. Both
+are operators of torch's, into which torch.compile does not look: it would not be done with the borders in minutes.
 
 Cost a token and head: log2(c) K exponentials, c (K + V) / 2 multiply-adds inside the chunk, 2 K V for the state.
 """
@@ -29,7 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # tokens; near the head size, so that work inside a chunk and work on the state are balanced
 
@@ -47,7 +47,7 @@ def wkv_chunked(
         return v.new_zeros(v.shape), state
     chunk = min(chunk, 1 << (length - 1).bit_length())
     y: Tensor
-    y, state = _Chunks.apply(*(_to_chunks(x, chunk) for x in (r, k, v, w)), u, state)
+    y, state, _ = _chunks(*(_to_chunks(x, chunk) for x in (r, k, v, w)), u, state)
     return y.flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
@@ -100,69 +100,95 @@ def _sum_decays(w: Tensor) -> _Sums:
     return _Sums(borders, prefix, suffix, total.view(*w.shape[:3], 1, w.shape[-1]))
 
 
-class _Chunks(torch.autograd.Function):
-    """r, k, w (B, H, n, c, K), v (B, H, n, c, V), u (H, K), state (B, H, K, V) -> y (B, H, n, c, V), final state."""
+@torch.library.custom_op("fledge::wkv_chunks", mutates_args=())
+def _chunks(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r, k, w (B, H, n, c, K), v (B, H, n, c, V), u (H, K), state (B, H, K, V) -> y (B, H, n, c, V), final state, and
+    the states before each chunk (B, H, n, K, V), which the gradient needs.
+    """
+    sums = _sum_decays(w)
+    # The token itself: weight r_t . (u * k_t), no decay.
+    y = (r * k * u[:, None, None, :]).sum(-1, keepdim=True) * v
+    # Tokens of the same chunk.
+    for size, prefix, suffix in sums.borders:
+        if size == 1:  # neighbours, between which nothing decays
+            weight = (_halves(r, 1)[1] * _halves(k, 1)[0]).sum(-1, keepdim=True)
+            _halves(y, 1)[1].addcmul_(weight, _halves(v, 1)[0])
+            continue
+        reads = _halves(r, size)[1] * prefix.exp()  # (G, size, K)
+        writes = _halves(k, size)[0] * suffix.exp()
+        _halves(y, size)[1].add_(reads @ writes.transpose(-1, -2) @ _halves(v, size)[0])
+    # Earlier chunks, through the state at the start of each chunk.
+    added = (k * sums.suffix.exp()).transpose(-1, -2) @ v  # (B, H, n, K, V)
+    kept = sums.total.exp().transpose(-1, -2)  # (B, H, n, K, 1)
+    starts = []
+    for number in range(added.shape[2]):
+        starts.append(state)
+        state = kept[:, :, number] * state + added[:, :, number]
+    before = torch.stack(starts, dim=2)  # (B, H, n, K, V)
+    y += (r * sums.prefix.exp()) @ before
+    return y, state, before
 
-    @staticmethod
-    def forward(
-        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        sums = _sum_decays(w)
-        # The token itself: weight r_t . (u * k_t), no decay.
-        y = (r * k * u[:, None, None, :]).sum(-1, keepdim=True) * v
-        # Tokens of the same chunk.
-        for size, prefix, suffix in sums.borders:
-            if size == 1:  # neighbours, between which nothing decays
-                weight = (_halves(r, 1)[1] * _halves(k, 1)[0]).sum(-1, keepdim=True)
-                _halves(y, 1)[1].addcmul_(weight, _halves(v, 1)[0])
-                continue
-            reads = _halves(r, size)[1] * prefix.exp()  # (G, size, K)
-            writes = _halves(k, size)[0] * suffix.exp()
-            _halves(y, size)[1].add_(reads @ writes.transpose(-1, -2) @ _halves(v, size)[0])
-        # Earlier chunks, through the state at the start of each chunk.
-        added = (k * sums.suffix.exp()).transpose(-1, -2) @ v  # (B, H, n, K, V)
-        kept = sums.total.exp().transpose(-1, -2)  # (B, H, n, K, 1)
-        starts = []
-        for number in range(added.shape[2]):
-            starts.append(state)
-            state = kept[:, :, number] * state + added[:, :, number]
-        before = torch.stack(starts, dim=2)  # (B, H, n, K, V)
-        y += (r * sums.prefix.exp()) @ before
-        ctx.save_for_backward(r, k, v, w, u, before)
-        return y, state
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        r, k, v, w, u, before = ctx.saved_tensors
-        dy, dstate = gradients[0].contiguous(), gradients[1]
-        sums = _sum_decays(w)
+@torch.library.custom_op("fledge::wkv_chunks_gradient", mutates_args=())
+def _gradient(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, before: Tensor, dy: Tensor, dstate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all six inputs of `_chunks` from those of y and the final state."""
+    sums = _sum_decays(w)
+    # Earlier chunks. `after` holds the gradient of the state at the end of each chunk.
+    prefix, suffix = sums.prefix.exp(), sums.suffix.exp()
+    kept = sums.total.exp().transpose(-1, -2)  # (B, H, n, K, 1)
+    local = (r * prefix).transpose(-1, -2) @ dy  # (B, H, n, K, V): through the reads of the same chunk
+    ends = []
+    for number in reversed(range(dy.shape[2])):
+        ends.append(dstate)
+        dstate = kept[:, :, number] * dstate + local[:, :, number]
+    after = torch.stack(ends[::-1], dim=2)  # (B, H, n, K, V)
+    dr = dy @ before.transpose(-1, -2) * prefix
+    dk = v @ after.transpose(-1, -2) * suffix
+    dv = (k * suffix) @ after
+    dprefix, dsuffix = dr * r, dk * k
+    dtotal = ((after * before).sum(-1, keepdim=True) * kept).transpose(-1, -2)  # (B, H, n, 1, K)
 
-        # Earlier chunks. `after` holds the gradient of the state at the end of each chunk.
-        prefix, suffix = sums.prefix.exp(), sums.suffix.exp()
-        kept = sums.total.exp().transpose(-1, -2)  # (B, H, n, K, 1)
-        local = (r * prefix).transpose(-1, -2) @ dy  # (B, H, n, K, V): through the reads of the same chunk
-        ends = []
-        for number in reversed(range(dy.shape[2])):
-            ends.append(dstate)
-            dstate = kept[:, :, number] * dstate + local[:, :, number]
-        after = torch.stack(ends[::-1], dim=2)  # (B, H, n, K, V)
-        dr = dy @ before.transpose(-1, -2) * prefix
-        dk = v @ after.transpose(-1, -2) * suffix
-        dv = (k * suffix) @ after
-        dprefix, dsuffix = dr * r, dk * k
-        dtotal = ((after * before).sum(-1, keepdim=True) * kept).transpose(-1, -2)  # (B, H, n, 1, K)
+    dw = _through_borders(sums.borders, (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal))
 
-        dw = _through_borders(sums.borders, (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal))
+    # The token itself.
+    strength = (dy * v).sum(-1, keepdim=True)  # (B, H, n, c, 1)
+    bonus = k * u[:, None, None, :]
+    dr.addcmul_(strength, bonus)
+    dk.addcmul_(strength, r * u[:, None, None, :])
+    dv.addcmul_((r * bonus).sum(-1, keepdim=True), dy)
+    du = (strength * r * k).sum((0, 2, 3))
+    return dr, dk, dv, dw.view_as(w), du, dstate
 
-        # The token itself.
-        strength = (dy * v).sum(-1, keepdim=True)  # (B, H, n, c, 1)
-        bonus = k * u[:, None, None, :]
-        dr.addcmul_(strength, bonus)
-        dk.addcmul_(strength, r * u[:, None, None, :])
-        dv.addcmul_((r * bonus).sum(-1, keepdim=True), dy)
-        du = (strength * r * k).sum((0, 2, 3))
-        return dr, dk, dv, dw.view_as(w), du, dstate
+
+@_chunks.register_fake
+def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, number = r.shape[:3]
+    return torch.empty_like(v), torch.empty_like(state), v.new_empty(batch, heads, number, *state.shape[2:])
+
+
+@_gradient.register_fake
+def _(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, before: Tensor, dy: Tensor, dstate: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in (r, k, v, w, u, dstate))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor, ...]:
+    r, k, v, w, u, before = ctx.saved_tensors
+    dy = torch.zeros_like(v) if dy is None else dy.contiguous()
+    dstate = torch.zeros_like(before[:, :, 0]) if dstate is None else dstate
+    gradients: tuple[Tensor, ...] = _gradient(r, k, v, w, u, before, dy, dstate)
+    return gradients
+
+
+_chunks.register_autograd(_backward, setup_context=_keep)
 
 
 def _through_borders(

@@ -2,6 +2,7 @@
 
 The loop itself, in vector instructions (native/isa/recurrence.h), and a gradient that computes the states again from
 the beginnings of segments (native/isa/gradient.h). Exact for every decay. Saved for the gradient: the inputs alone.
+Both are operators of torch's, so that torch.compile knows their shapes and gradient without looking into the library.
 Not here: finding the library, and the recurrence without a gradient (fledge.kernels.native).
 """
 
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fledge.kernels.native import enough_memory, follow_torch_threads, functions, wkv_native
 
@@ -20,32 +20,59 @@ from fledge.kernels.native import enough_memory, follow_torch_threads, functions
 def wkv_trained(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """As `wkv_reference`, for float32 on the CPU; differentiable in all six."""
     inputs = (r, k, v, w, u, state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         y: Tensor
-        y, state = _Native.apply(*inputs)
+        y, state = _wkv(*inputs)
         return y, state
     return wkv_native(*inputs)
 
 
-class _Native(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(r, k, v, w, u, state)
+@torch.library.custom_op("fledge::wkv_native", mutates_args=())
+def _wkv(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
         return wkv_native(r, k, v, w, u, state)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        r, k, v, w, u, state = (x.contiguous() for x in ctx.saved_tensors)
-        dy, dafter = (gradient.contiguous() for gradient in gradients)
-        decay = torch.exp(w)
-        dr, dk, dw, dv, dstate = (torch.empty_like(x) for x in (r, k, w, v, state))
-        du = torch.empty(r.shape[0], *u.shape)  # (B, H, K)
-        sizes = (c_int64 * 5)(*r.shape, v.shape[-1])
-        tensors = (r, k, v, decay, u, state, dy, dafter, dr, dk, dv, dw, du, dstate)
-        follow_torch_threads()
-        failed = functions().fledge_wkv_gradient(sizes, *(x.data_ptr() for x in tensors))
-        enough_memory(failed, f"the gradient of {r.shape[1]} tokens at once")
-        return dr, dk, dv, dw, du.sum(0), dstate
+
+@torch.library.custom_op("fledge::wkv_native_gradient", mutates_args=())
+def _gradient(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, dy: Tensor, dafter: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all six inputs from those of y and the new state."""
+    r, k, v, w, u, state, dy, dafter = (x.contiguous() for x in (r, k, v, w, u, state, dy, dafter))
+    decay = torch.exp(w)
+    dr, dk, dw, dv, dstate = (torch.empty_like(x) for x in (r, k, w, v, state))
+    du = torch.empty(r.shape[0], *u.shape)  # (B, H, K)
+    sizes = (c_int64 * 5)(*r.shape, v.shape[-1])
+    tensors = (r, k, v, decay, u, state, dy, dafter, dr, dk, dv, dw, du, dstate)
+    follow_torch_threads()
+    failed = functions().fledge_wkv_gradient(sizes, *(x.data_ptr() for x in tensors))
+    enough_memory(failed, f"the gradient of {r.shape[1]} tokens at once")
+    return dr, dk, dv, dw, du.sum(0), dstate
+
+
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+
+
+@_wkv.register_fake
+def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    return _contiguous(v, state)
+
+
+@_gradient.register_fake
+def _(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, dy: Tensor, dafter: Tensor
+) -> tuple[Tensor, ...]:
+    return _contiguous(r, k, v, w, u, state)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = _gradient(*ctx.saved_tensors, dy, dafter)
+    return gradients
+
+
+_wkv.register_autograd(_backward, setup_context=_keep)
