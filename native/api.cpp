@@ -11,7 +11,8 @@ using namespace fledge;
 
 FLEDGE_API Model* fledge_model_new(const int64_t* sizes, float eps, float head_eps) {
     try {
-        const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
+        const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9],
+                      sizes[10]};
         return new Model(s, eps, head_eps);
     } catch (const std::exception&) {
         return nullptr;

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "pack.h"
@@ -16,6 +17,11 @@ enum Mix { X, W_, K_, V_, R_, G_ };
 int64_t filled(int64_t n) { return round_up(n, PANEL); }
 
 void copy(float* to, const float* from, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float)); }
+
+// k times exp(min(d, 0)), where the raw decay d is the sum of both.
+void scale_keys(float* k, const float* low, const float* base, int64_t n) {
+    for (int64_t i = 0; i < n; i++) k[i] *= std::exp(std::min(low[i] + base[i], 0.0f));
+}
 
 }  // namespace
 
@@ -298,6 +304,8 @@ void Model::project(const Layer& layer, int64_t rows) {
     });
     multiply({{&layer.decay_up, &w.decay_in.get(), {decay, A_, A_, false}}});
     for_rows(rows, [&](int64_t row, int) {
+        if (s_.scaled_keys)
+            scale_keys(w.row[K_ - 1].floats(0) + row * A_, decay + row * A_, layer.decay.get(), s_.inner);
         kernels().decay(decay + row * A_, layer.decay.get(), A_, decay + row * A_);
     });
 }

@@ -9,7 +9,7 @@ namespace fledge {
 
 struct Sizes {
     int64_t version;  // 4, 5 or 6
-    int64_t vocab, layers, width, inner, hidden, heads, mix_rank, decay_rank, has_gate;
+    int64_t vocab, layers, width, inner, hidden, heads, mix_rank, decay_rank, has_gate, scaled_keys;
 };
 
 // A vector of parameters, filled up with zeros to whole lanes.

@@ -144,6 +144,8 @@ def _check_format(checkpoint: Checkpoint, kind: str) -> None:
             f"{source} is version {config.version}, and a {kind} folder can only hold {', '.join(versions)}; use "
             ".safetensors or .pth"
         )
+    if kind != "safetensors" and config.scaled_keys:
+        raise UnsupportedError(f"{source} has scaled keys, which only a .safetensors of Fledge can say, not a {kind}")
     if kind == "fla" and config.tuned_state:
         raise UnsupportedError(f"{source} has a tuned state, for which a fla folder has no place; use .safetensors")
 

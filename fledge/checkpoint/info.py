@@ -76,6 +76,7 @@ class CheckpointInfo:
             ("state", f"{self.state_nbytes:,} bytes {self._state_of}"),
             ("work", f"{self.flops_per_token:,} floating-point operations a token"),
             ("tuned state", "yes" if config.tuned_state else "no"),
+            *([("keys", "scaled by the decay")] if config.scaled_keys else []),
         ]
 
     @property

@@ -29,9 +29,9 @@ from fledge.checkpoint.record import Checkpoint, RawFile, Stored
 from fledge.checkpoint.shapes import Shape, expected_shapes
 from fledge.checkpoint.sniff import container_of
 from fledge.checkpoint.st_file import DTYPES, read_safetensors
-from fledge.core.errors import CheckpointError, UnsupportedError
+from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError
 from fledge.kernels.quantised import Quantised
-from fledge.models.config import ModelConfig
+from fledge.models.config import UNTOLD, ModelConfig
 from fledge.models.native import MATRICES
 
 StrPath = str | os.PathLike[str]
@@ -160,11 +160,15 @@ def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def _agreed(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelConfig:
-    """The stored config, which knows the epsilons, once its sizes are those of the tensors."""
+    """The stored config, which knows what no shape tells, once its sizes are those of the tensors."""
     epsilons = (stored.norm_eps, stored.group_norm_eps)
     if not all(isinstance(eps, int | float) and 0 < eps < LARGEST_NUMBER for eps in epsilons):
         raise CheckpointError(f"{source}: the config in its header has impossible epsilons {epsilons}")
-    same = replace(detected, norm_eps=stored.norm_eps, group_norm_eps=stored.group_norm_eps)
+    untold = {name: getattr(stored, name) for name in UNTOLD}
+    try:
+        same = replace(detected, **untold)
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: the config in its header does not fit its tensors: {error}") from error
     if detected.version == "4":  # has no choice of bonus
         stored = replace(stored, bonus=same.bonus)
     differing = [name for name in vars(same) if getattr(same, name) != getattr(stored, name)]

@@ -1,4 +1,4 @@
-"""What a model is: its version and its sizes. All of it can be read off a checkpoint's tensor names and shapes."""
+"""What a model is: its version and its sizes. All but `UNTOLD` can be read off the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from fledge.core.errors import ConfigError
 VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0", "llama")
 
 FAMILY_NAMES = {"4": "RWKV-4", "5": "RWKV-5 Eagle", "6": "RWKV-6 Finch", "llama": "Transformer"}
+
+
+UNTOLD = ("scaled_keys", "norm_eps", "group_norm_eps")
+"""What no tensor's name or shape tells."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class ModelConfig:
     decay_rank: int = 0  # rank of the decay LoRA (6.0)
     bonus: str = "time_faaaa"  # how u is stored in 5.x: "time_faaaa" as it is, "time_first" as its logarithm (old 5.0)
     tuned_state: bool = False  # the checkpoint carries a trained initial state, blocks.i.att.time_state
+    scaled_keys: bool = False  # 6.0: k times exp(min(d, 0)), d the raw decay (RWKV-LM's README, against loss spikes)
     norm_eps: float = 1e-5  # every LayerNorm, the transformer's RMSNorm
     group_norm_eps: float = 64e-5  # the per-head norm; 1e-5 reproduces rwkv.cpp's RWKV-5
 
@@ -52,6 +57,8 @@ class ModelConfig:
             raise ConfigError(f"mix_rank {self.mix_rank} and decay_rank {self.decay_rank} must be at least 1 for 6.0")
         if self.tuned_state and self.version == "4":
             raise ConfigError("tuned_state is set, but RWKV-4 has no matrix state to tune")
+        if self.scaled_keys and self.version != "6.0":
+            raise ConfigError("scaled_keys is set, but a decay that keys could be scaled by is in 6.0 only")
         if self.bonus not in ("time_faaaa", "time_first"):
             raise ConfigError(f"bonus is {self.bonus!r}; it must be 'time_faaaa' or 'time_first'")
         if self.bonus == "time_first" and self.version in ("5.2", "6.0"):

@@ -32,6 +32,7 @@ class TimeMix(nn.Module):
         super().__init__()
         C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
         self.n_head, self.head_size = H, N
+        self.scaled_keys = config.scaled_keys
         self.time_maa_x = vector(C, device)
         self.time_maa_w = vector(C, device)
         self.time_maa_k = vector(C, device)
@@ -74,6 +75,8 @@ class TimeMix(nn.Module):
         low = torch.tanh(xw @ self.time_decay_w1.float())  # (B, T, Dd)
         decay = self.time_decay.float() + low @ self.time_decay_w2.float()  # (B, T, A)
         w = layout.decay(-torch.exp(decay)).view(heads)
+        if self.scaled_keys:  # what decays slowly is written faintly
+            k = k * torch.exp(decay.clamp(max=0.0)).view(heads)
         u = self.time_faaaa.float()
         y, state = wkv(r, k, v, w, u, state)
         y = layout.alone(y, lambda: own_value(r, k, v, u))

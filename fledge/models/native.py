@@ -241,6 +241,7 @@ def _new_model(config: ModelConfig) -> int:
         config.mix_rank,
         config.decay_rank,
         int(config.version not in ("4", "5.0")),
+        int(config.scaled_keys),
     )
     handle: int | None = functions().fledge_model_new(
         (ctypes.c_int64 * len(sizes))(*sizes), config.norm_eps, config.group_norm_eps

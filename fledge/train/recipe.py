@@ -43,6 +43,7 @@ class Recipe:
     n_embd: int = 256
     head_size: int = 64
     vocab_size: int = 0  # 0: the data's
+    scaled_keys: bool = False  # Finch's keys times exp(min(d, 0)): against loss spikes, but only Fledge reads the model
 
     length: int = 512  # tokens of a row
     batch: int = 16  # rows of a step, over all processes
@@ -88,7 +89,8 @@ class Recipe:
         if self.vocab_size and self.vocab_size < vocab_size:
             raise ConfigError(f"vocab_size is {self.vocab_size}, but the data has ids up to {vocab_size - 1}")
         sizes = {} if self.family == "rwkv4" else {"head_size": self.head_size}
-        return FAMILIES[self.family](self.n_layer, self.n_embd, self.vocab_size or vocab_size, **sizes)
+        config = FAMILIES[self.family](self.n_layer, self.n_embd, self.vocab_size or vocab_size, **sizes)
+        return dataclasses.replace(config, scaled_keys=self.scaled_keys)
 
     def batches(self, tokens: Tokens) -> Batches:
         """The rows, in order."""

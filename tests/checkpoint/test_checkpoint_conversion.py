@@ -53,6 +53,19 @@ def test_config_tokenizer_and_extras_survive_where_they_can(tmp_path: Path) -> N
     assert len(notes) == 3 and "the tokenizer" in notes[0] and "group_norm_eps 1e-05" in notes[2]
 
 
+def test_scaled_keys_go_into_safetensors_alone(tmp_path: Path) -> None:
+    config, tensors = load(saved(tmp_path, make("6.0")))
+    source = tmp_path / "scaled.safetensors"
+    save(source, replace(config, scaled_keys=True), tensors)
+    convert(source, tmp_path / "again.safetensors")
+    assert read(tmp_path / "again.safetensors").config.scaled_keys
+    assert not read(tmp_path / "model.pth").config.scaled_keys
+    for name, to in (("b.pth", None), ("hf", None), ("fla", "fla"), ("c.gguf", None)):
+        with pytest.raises(UnsupportedError, match="scaled keys, which only"):
+            convert(source, tmp_path / name, to=to)
+        assert not (tmp_path / name).exists()
+
+
 def test_hf_config_for_the_remote_code(tmp_path: Path) -> None:
     done = convert(saved(tmp_path, make("6.0", n_embd=64, head_size=16)), tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())

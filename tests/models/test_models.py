@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from random_checkpoints import random_checkpoint
 from safetensors.torch import save_file
 
 from fledge.core.errors import ConfigError, StateError, TokenizerError, UsageError
+from fledge.kernels import wkv
 from fledge.models import ModelConfig, State, Trunk, WkvState, build, init_weights, zero_state
 from fledge.models.layers import pack_linears
 
@@ -355,3 +357,22 @@ def test_a_packed_model_refuses_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     tuned = WkvState(state.att_shift.clone().requires_grad_(), state.wkv, state.ffn_shift)
     with pytest.raises(UsageError, match="pack=False"):
         model(tokens(1, 3), tuned)
+
+
+def test_scaled_keys_are_keys_times_the_raw_decay_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = model_of("6.0")
+    scaled = build(replace(plain.config, scaled_keys=True)).requires_grad_(False)
+    scaled.load_state_dict(plain.state_dict())
+    found, found_state = scaled(tokens(2, 9))
+
+    def by_hand(r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> object:
+        raw = torch.log(-w)
+        assert raw.min() < 0 < raw.max()  # both sides of the bend
+        return wkv(r, k * torch.exp(raw).clamp(max=1.0), v, w, *rest)
+
+    monkeypatch.setattr("fledge.models.finch.wkv", by_hand)
+    expected, expected_state = plain(tokens(2, 9))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same_state(found_state, expected_state)
+    with pytest.raises(ConfigError, match=r"scaled_keys is set, but .* 6\.0 only"):
+        replace(CONFIGS["5.2"], scaled_keys=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 
 def largest_difference(have: Tensor, want: Tensor) -> float:
     return float((have - want).abs().max() / want.abs().max()) if want.numel() else 0.0
+
+
+@every_instruction_set
+def test_scaled_keys_equal_the_twin(instruction_set: str) -> None:
+    config, tensors = weights_of("6.0", 2, 72, 24)
+    scaled, idx = replace(config, scaled_keys=True), tokens(3, 20)
+    with torch.no_grad(), forced(instruction_set):
+        logits, state = NativeModel(scaled, tensors)(idx)
+        expected, expected_state = assemble(scaled, tensors)(idx)
+        plain, _ = NativeModel(config, tensors)(idx)
+    assert largest_difference(logits, expected) < 3e-5 < largest_difference(plain, expected)
+    for name, tensor in state.tensors().items():
+        assert largest_difference(tensor, expected_state.tensors()[name]) < 1e-5, name
 
 
 @every_instruction_set

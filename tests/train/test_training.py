@@ -319,7 +319,7 @@ def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
     torch.nn.init.normal_(head.weight)
     x = torch.randn(1, 3, 4, requires_grad=True)
     found = head_loss(head, x, targets=torch.zeros(1, 3, dtype=torch.long), counted=torch.zeros(1, 3, dtype=torch.bool))
-    assert float(found) == 0.0
+    assert found.item() == 0.0
     assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(found, (x, head.weight)))
 
 
