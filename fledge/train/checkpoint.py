@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fledge.core.errors import CheckpointError
+from fledge.core.errors import CheckpointError, TrainingError
 from fledge.core.files import atomic_path
 from fledge.train.team import Team
 
@@ -39,11 +39,12 @@ class RunCheckpoint:
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
         """Write everything the run needs to go on after `step` steps. All processes call it."""
         facts = {"step": step, "identity": self.identity, "meter": meter}
-        if self.team.mode == "fsdp":
-            self._save_parts(model, optimizer, step, facts)
-        elif self.team.leads:
-            with atomic_path(self.folder / FILE) as temporary:
-                torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
+        with _explained(self.folder):
+            if self.team.mode == "fsdp":
+                self._save_parts(model, optimizer, step, facts)
+            elif self.team.leads:
+                with atomic_path(self.folder / FILE) as temporary:
+                    torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
         self.team.wait()
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
@@ -125,6 +126,20 @@ class RunCheckpoint:
                     f"{path} is of another run: {key} was {before.get(key)!r} and is {self.identity.get(key)!r} now; "
                     f"take another folder, or {ADVICE}"
                 )
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """A checkpoint that cannot be written, told as what it most likely is. torch has no error of its own for it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
+        free = shutil.disk_usage(folder).free / 1e9
+        raise TrainingError(
+            f"the checkpoint in {folder} cannot be written: {reason} ({free:.1f} GB are free). Make room and give the "
+            "same command again: the run goes on from the checkpoint before"
+        ) from error
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

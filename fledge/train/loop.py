@@ -84,6 +84,7 @@ def train(
     optimizer = build_optimizer(model, settings.adam)
     saved = RunCheckpoint(folder, team, identity or {})
     step, held = saved.resume(model, optimizer)
+    written = step  # steps that the checkpoint has
     meter = Meter(folder / "metrics.jsonl", report, writes=team.leads)
     meter.rewind(step, held)
     whole_step = True  # False while weights and step number do not belong together
@@ -104,10 +105,11 @@ def train(
                 meter.write(step, **validate(called))
             if step % settings.save_every == 0:
                 saved.save(model, optimizer, step, meter.pending())
+                written = step
     finally:
-        if whole_step and team.world == 1:  # alone: with others, one that fails would wait for them
+        if whole_step and team.world == 1 and step > written:  # with others, one that fails would wait for them
             saved.save(model, optimizer, step, meter.pending())
-    if team.world > 1:
+    if team.world > 1 and step > written:
         saved.save(model, optimizer, step, meter.pending())
 
 

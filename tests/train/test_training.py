@@ -119,6 +119,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(tmp_path
     assert all(p.isfinite().all() for p in again.parameters())
 
 
+def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    whole, _ = run(tmp_path / "whole", 30)
+    run(tmp_path / "full", 10)
+    kept = (tmp_path / "full" / "last.pt").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
+        with pytest.raises(TrainingError, match=r"the checkpoint in .*full cannot be written: .* goes on from the"):
+            run(tmp_path / "full", 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "full" / "last.pt").read_bytes() == kept
+    assert [path.name for path in (tmp_path / "full").iterdir() if path.suffix == ".part"] == []
+    resumed, _ = run(tmp_path / "full", 30)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
     run(tmp_path, 5)
     model = fresh()
