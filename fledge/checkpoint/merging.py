@@ -83,7 +83,8 @@ def merged(checkpoint: Checkpoint, changes: Changes, dtype: torch.dtype | None =
     """
     tensors, quantised = dict(checkpoint.tensors), dict(checkpoint.quantised)
     for name, tensor in changes.parts.items():
-        tensors[name] = tensor.to(tensors[name].dtype, copy=True)  # whoever packs these may give up their memory
+        dense = tensors["emb.weight" if quantised.pop(name, None) else name].dtype
+        tensors[name] = tensor.to(dense, copy=True)  # whoever packs these may give up their memory
     for name, one in changes.factors.items():
         weight = f"{name}.weight"
         if weight in quantised:

@@ -238,20 +238,29 @@ class ExampleBatches:
     @property
     def padding(self) -> float:
         """The share of places that hold nothing, over the first epoch."""
-        places = sum(self[number].idx.numel() for number in range(self.per_epoch))
-        return 1 - sum(len(example) for example in self.examples) / places
+        return 1 - sum(len(example) for example in self.examples) / sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Places of each batch of the first epoch, those that hold nothing included."""
+        lengths = [len(example) for example in self.examples]
+        return [len(rows) * _width(max(lengths[at] for at in rows)) for rows in self._plan(0)]
 
 
 def padded(rows: Sequence[Example]) -> Batch:
     """Rows as one batch."""
-    longest = max(len(row) for row in rows) - 1  # inputs
-    width = -(-longest // STEP) * STEP + 1
+    width = _width(max(len(row) for row in rows))
     idx = torch.full((len(rows), width), PAD, dtype=torch.long)
     counted = torch.zeros(len(rows), width - 1, dtype=torch.bool)
     for at, row in enumerate(rows):
         idx[at, : len(row)] = torch.from_numpy(row.ids.astype(np.int64))
         counted[at, : len(row) - 1] = torch.from_numpy(row.counted[1:])
     return Batch(idx, counted)
+
+
+def _width(longest: int) -> int:
+    """Places of a row where the longest example has so many ids: its inputs are a multiple of STEP."""
+    return -(-(longest - 1) // STEP) * STEP + 1
 
 
 def marked_text(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

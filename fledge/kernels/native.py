@@ -175,7 +175,7 @@ def matmul(x: Tensor, weight: PackedMatrix, *, sparse: bool = False) -> Tensor:
     """x (M, columns) -> x W^T (M, rows), float32. sparse: skip pairs of inputs that are zero, where M is 1; exact."""
     assert x.dim() == 2 and x.shape[1] == weight.columns, (tuple(x.shape), weight.columns)
     x = x.detach().float().contiguous()
-    y = torch.empty(x.shape[0], weight.rows)
+    y = x.new_empty(x.shape[0], weight.rows)
     follow_torch_threads()
     failed = functions().fledge_matmul(
         weight.code,

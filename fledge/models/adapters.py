@@ -91,9 +91,18 @@ def adapted(model: Trunk, factors: Mapping[str, Factors], parts: Mapping[str, Te
     for name in factors:
         twin.get_submodule(name).requires_grad_(False)
     for name, tensor in (parts or {}).items():
-        dtype = twin.get_parameter(name).dtype
+        dtype = _unpacked(twin, name)
         _put(twin, name, nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False))
     return twin
+
+
+def _unpacked(model: Trunk, name: str) -> torch.dtype:
+    """The dtype of a parameter that will be replaced; where its Linear holds a packed copy, that goes."""
+    linear = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(linear, Linear) and linear.packed is not None:
+        dtype, linear.packed = linear.packed.dtype, None
+        return dtype
+    return model.get_parameter(name).dtype
 
 
 def _put(model: Trunk, name: str, part: nn.Module | nn.Parameter) -> None:

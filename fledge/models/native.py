@@ -157,13 +157,13 @@ class NativeModel(nn.Module):
         rows = B if last else ids.numel()
         shape = (rows, self.config.vocab_size)
         # Scores of every token of a text are kept or summed up, and of another size each time.
-        logits = self._memory.empty(shape) if last else torch.empty(shape)
+        logits = self._memory.empty(shape) if last else torch.empty(shape, dtype=torch.float32)
         after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
         self._run(ids.contiguous(), counts, before, after, logits, LAST if last else ALL)
         new_state = state_class(self.config)(**after)
         if last or lengths is None:
             return logits.view(B, 1 if last else T, self.config.vocab_size), new_state
-        padded = torch.zeros(B, T, self.config.vocab_size)
+        padded = torch.zeros(B, T, self.config.vocab_size, dtype=torch.float32)
         for b, piece in enumerate(logits.split(counts)):
             padded[b, : counts[b]] = piece
         return padded, new_state

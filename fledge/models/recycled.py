@@ -35,7 +35,7 @@ class Recycler:
         """An uninitialised float32 tensor on the CPU."""
         count = math.prod(shape)
         if count < SMALL:
-            return torch.empty(shape)
+            return torch.empty(shape, dtype=torch.float32)
         block = self._take(count)
         if block is None:
             raw = np.empty(count + BORDER, dtype=np.float32)

@@ -39,12 +39,11 @@ class RunCheckpoint:
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
         """Write everything the run needs to go on after `step` steps. All processes call it."""
         facts = {"step": step, "identity": self.identity, "meter": meter}
-        with _explained(self.folder):
-            if self.team.mode == "fsdp":
-                self._save_parts(model, optimizer, step, facts)
-            elif self.team.leads:
-                with atomic_path(self.folder / FILE) as temporary:
-                    torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
+        if self.team.mode == "fsdp":
+            self._save_parts(model, optimizer, step, facts)
+        elif self.team.leads:
+            with _explained(self.folder), atomic_path(self.folder / FILE) as temporary:
+                torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
         self.team.wait()
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
@@ -88,8 +87,11 @@ class RunCheckpoint:
                     shutil.rmtree(older)
 
     def _resume_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+        from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
+
+        from fledge.train.parts import PartsPlanner, PartsReader
 
         self._refuse(self.folder / FILE, "was written without fsdp")
         found = [folder for folder in self._folders() if (folder / WHOLE).exists()]
@@ -100,17 +102,19 @@ class RunCheckpoint:
             facts = torch.load(path / WHOLE, weights_only=True)
             self._check(path, facts)
             weights, moments = get_state_dict(model, optimizer)
-            load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+            parts = {"model": weights, "optimizer": moments}
+            load(parts, storage_reader=PartsReader(path), planner=PartsPlanner())
             with kept_settings(optimizer):
                 set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             return int(facts["step"]), facts["meter"]
         except CheckpointError:
             raise
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(f"{path}: cannot resume from it ({error}); {ADVICE}") from error
 
     def _folders(self) -> list[Path]:
-        return sorted((self.folder / FOLDER).glob("step-*"))
+        found = (self.folder / FOLDER).glob("step-*")
+        return sorted(found, key=lambda folder: (len(folder.name), folder.name))  # by number
 
     def _refuse(self, path: Path, why: str) -> None:
         if path.exists():

@@ -47,7 +47,7 @@ class Estimate:
 
 def estimate(model: Trunk, batches: ExampleBatches, settings: TrainSettings) -> Estimate:
     """Try a few micro-batches of the first epoch, the largest among them."""
-    sizes = [batches[number].idx.numel() for number in range(batches.per_epoch)]
+    sizes = batches.sizes
     largest = batches[max(range(len(sizes)), key=sizes.__getitem__)]
     batch = _peak_bytes(model, largest)
     speed = _tokens_per_second(model, [batches[number] for number in range(min(TRIED, len(sizes)))])

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fledge.core.errors import ConfigError, TrainingError
+from fledge.core.files import exclusive, write_json
+from fledge.core.interrupts import uninterrupted
 from fledge.data.batches import Batch, Batches
 from fledge.kernels import prepare_tracing
 from fledge.models import State
@@ -60,6 +63,9 @@ class TrainSettings:
 
 Validate = Callable[[Any], dict[str, float]]
 
+RECORD = "run.json"
+"""What a run is: its settings and which data. For people, never read back."""
+
 
 def train(
     model: nn.Module,
@@ -75,42 +81,68 @@ def train(
     """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
 
     Goes on from the checkpoint in `folder` if there is one. Every line of folder/metrics.jsonl is also given to
-    `report`, by the process that leads. An interrupt, or any other end, saves the last whole step first. identity:
-    plain values that must be the same when a run goes on. Raises TrainingError when a gradient is not finite, before
-    it touches the weights, and CheckpointError for a checkpoint that does not belong here.
+    `report`, by the process that leads. An interrupt, or any other end of a process that is alone, saves the last whole
+    step first; in a team the last checkpoint is what remains. identity: plain values that must be the same when a run
+    goes on; folder/run.json tells them, and the settings. Raises TrainingError when a gradient is not finite, before it
+    touches the weights, and CheckpointError for a checkpoint that does not belong here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    called = team.wrap(prepare(model, settings))
-    optimizer = build_optimizer(model, settings.adam)
-    saved = RunCheckpoint(folder, team, identity or {})
-    step, held = saved.resume(model, optimizer)
-    written = step  # steps that the checkpoint has
-    meter = Meter(folder / "metrics.jsonl", report, writes=team.leads)
-    meter.rewind(step, held)
-    whole_step = True  # False while weights and step number do not belong together
-    try:
-        while step < settings.schedule.steps:
-            micro = [team.share(batches[step * settings.accumulate + part]) for part in range(settings.accumulate)]
-            loss, targets = gradients(called, micro, settings, team)
-            norm = clip(model, settings.clip, step, loss)
-            whole_step = False
-            set_learning_rate(optimizer, settings.schedule.rate(step))
-            optimizer.step()
-            step += 1
-            meter.add(loss, targets)
-            whole_step = True
-            if step % settings.log_every == 0:
-                meter.write(step, norm=norm, rate=settings.schedule.rate(step - 1))
-            if step % settings.validate_every == 0 or step == settings.schedule.steps:
-                meter.write(step, **validate(called))
-            if step % settings.save_every == 0:
+    with exclusive(folder) if team.leads else nullcontext(True) as alone:
+        if not alone:
+            raise TrainingError(f"another run is going on in {folder}; choose another folder, or wait for its end")
+        called = team.wrap(prepare(model, settings))
+        optimizer = build_optimizer(model, settings.adam)
+        saved = RunCheckpoint(folder, team, identity or {})
+        step, held = saved.resume(model, optimizer)
+        if team.leads:
+            write_json(folder / RECORD, {"settings": _plain(settings), **(identity or {})})
+        meter = Meter(folder / "metrics.jsonl", report, writes=team.leads)
+        meter.rewind(step, held)
+        tell = partial(_tell, meter, settings, partial(validate, called))
+        written = step  # steps that the checkpoint has
+        whole_step = True  # False while weights and step number do not belong together
+        try:
+            tell(step)  # what an interrupt has kept from being told
+            while step < settings.schedule.steps:
+                parts = range(step * settings.accumulate, (step + 1) * settings.accumulate)
+                loss, targets = gradients(called, [team.share(batches[part]) for part in parts], settings, team)
+                norm = clip(model, settings.clip, step, loss)
+                rate = settings.schedule.rate(step)
+                set_learning_rate(optimizer, rate)
+                with uninterrupted():
+                    whole_step = False
+                    optimizer.step()
+                    step += 1
+                    meter.add(loss, targets, norm=norm, rate=rate)
+                    whole_step = True
+                tell(step)
+                if step % settings.save_every == 0:
+                    saved.save(model, optimizer, step, meter.pending())
+                    written = step
+        finally:
+            if whole_step and team.world == 1 and step > written:  # with others, one that fails would wait for them
                 saved.save(model, optimizer, step, meter.pending())
-                written = step
-    finally:
-        if whole_step and team.world == 1 and step > written:  # with others, one that fails would wait for them
+        if team.world > 1 and step > written:
             saved.save(model, optimizer, step, meter.pending())
-    if team.world > 1 and step > written:
-        saved.save(model, optimizer, step, meter.pending())
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    return {**asdict(settings), "compute_dtype": str(settings.compute_dtype or torch.float32).removeprefix("torch.")}
+
+
+def _tell(meter: Meter, settings: TrainSettings, validate: Callable[[], dict[str, float]], step: int) -> None:
+    """The lines that are due after a step, all or none of them, each once."""
+    if step == meter.told:
+        return
+    validation: dict[str, float] = {}
+    if step % settings.validate_every == 0 or step == settings.schedule.steps:
+        validation = validate()
+    with uninterrupted():
+        if step % settings.log_every == 0:
+            meter.write(step, **meter.update)
+        if validation:
+            meter.write(step, **validation)
+        meter.told = step
 
 
 def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
@@ -188,6 +220,7 @@ def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
     if not math.isfinite(norm):
         raise TrainingError(
             f"step {step}: the gradient is not finite (loss {loss:.3g}); the last good weights are saved. "
-            "Go on from them with a lower learning rate, or see the published remedies for loss spikes"
+            "Go on from them with the same command and a lower learning rate, or see the published remedies for loss "
+            "spikes (docs/guides/training.md)"
         )
     return norm

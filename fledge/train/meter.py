@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fledge.core.files import atomic_path
+
 Line = dict[str, float]
 Report = Callable[[Line], None]
 
 
 class Meter:
-    """Collects losses between two lines. `report` is given every line as well.
+    """Collects losses between two lines. `report` is given every line as well. `told`: the last step whose lines are
+    all written.
 
     A run that was killed has lines behind its last checkpoint, perhaps half a one: `rewind` drops them, and takes over
     the losses that the checkpoint held, so that the file in the end is that of a run never stopped.
@@ -22,23 +25,28 @@ class Meter:
     def __init__(self, path: Path, report: Report, *, writes: bool = True) -> None:
         self.path, self.report, self.writes = path, report, writes
         self.losses: list[float] = []
+        self.update: dict[str, float] = {}
+        self.told = 0
         self.tokens = 0
         self.since = time.perf_counter()
 
     def rewind(self, step: int, held: dict[str, Any]) -> None:
         """To behind `step` steps; held: what `pending` gave then."""
-        self.losses = list(held.get("losses", ()))
+        self.losses, self.update = list(held.get("losses", ())), dict(held.get("update", {}))
+        self.told = int(held.get("told", step))
         if self.writes and self.path.exists():
-            kept = [line for line in read_lines(self.path) if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            kept = [line for line in read_lines(self.path) if line["step"] <= self.told]
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def pending(self) -> dict[str, Any]:
-        """What belongs to the next line, as plain values."""
-        return {"losses": self.losses}
+        """What belongs to the next lines, as plain values."""
+        return {"losses": self.losses, "update": self.update, "told": self.told}
 
-    def add(self, loss: float, tokens: int) -> None:
-        """One step's loss, and how many tokens it was made of."""
+    def add(self, loss: float, tokens: int, **update: float) -> None:
+        """One step's loss, how many tokens it was made of, and what else is to be said of its update."""
         self.losses.append(loss)
+        self.update = update
         self.tokens += tokens
 
     def write(self, step: int, **values: float) -> None:

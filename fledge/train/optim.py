@@ -10,11 +10,14 @@ Source: the x052 and x060 training code; the paper's appendix H has the same rat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from fledge.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,14 @@ class AdamSettings:
     beta2: float = 0.99
     eps: float = 1e-18
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        for name in ("eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

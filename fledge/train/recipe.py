@@ -77,6 +77,8 @@ class Recipe:
         for name, known in (("family", FAMILIES), ("dtype", DTYPES), ("order", ORDERS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
         for name in ("n_layer", "n_embd", "head_size", "length", "batch", "micro", "validate_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -110,7 +112,7 @@ class Recipe:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on; the rest may (how often to save, how to spare memory)."""
+        """What must not change when a run goes on."""
         return {name: getattr(self, name) for name in IDENTITY}
 
     def changed(self, settings: Mapping[str, str]) -> Recipe:
@@ -126,11 +128,12 @@ class Recipe:
 SHARED = ("clip", "window", "through", "recompute", "compile", "log_every", "save_every", "validate_every")
 """Settings that the loop has under the same name."""
 
-IDENTITY = tuple(
-    field.name
-    for field in dataclasses.fields(Recipe)
-    if field.name not in ("recompute", "compile", "save_every", "validate_bytes")
+MAY_CHANGE = frozenset(
+    "recompute compile save_every peak final warmup beta1 beta2 eps weight_decay clip".split()  # noqa: SIM905 - a line
 )
+"""How a step is computed, and with which rates it goes on: a run may be helped over a bad place."""
+
+IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in MAY_CHANGE)
 
 
 def _parse(name: str, text: str, kind: str) -> Any:

@@ -1,6 +1,6 @@
 """A recipe, a token store and a folder: the whole run, from the first weights to the finished model file.
 
-folder/recipe.json       every setting, and the data's identity
+folder/run.json          every setting, and the data's identity
 folder/metrics.jsonl     losses, speed, validation
 folder/last.pt           the checkpoint to go on from
 folder/model.safetensors the result, with its vocabulary and where it comes from
@@ -18,7 +18,6 @@ import torch
 from fledge import checkpoint
 from fledge.core.device import choose_device
 from fledge.core.errors import CheckpointError
-from fledge.core.files import write_json
 from fledge.data.store import Store, open_store
 from fledge.models import ModelConfig, Trunk, build, init_weights
 from fledge.train.loop import train
@@ -52,8 +51,6 @@ def run(
     where = _device(device, team)
     model = _first_weights(config, recipe, start).to(where)
     identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
-    if team.leads:
-        write_json(folder / "recipe.json", {**dataclasses.asdict(recipe), "data": str(data), **identity})
     texts = _texts(store)
     train(
         model,

@@ -14,6 +14,7 @@ Not here: the run itself (tuning_run.py), reading examples (fledge.data.examples
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -61,8 +62,10 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.mode not in RATES:
             raise ConfigError(f"mode {self.mode!r:.20} is unknown; choose {', '.join(RATES)}")
-        if not self.epochs > 0 or (self.steps is not None and self.steps < 1):
+        if not 0 < self.epochs < math.inf or (self.steps is not None and self.steps < 1):
             raise ConfigError(f"epochs are {self.epochs:g} and steps {self.steps}; both must be above 0")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
         if self.batch < 1 or self.accumulate < 1:
             raise ConfigError(f"batch is {self.batch} and accumulate {self.accumulate}; both must be at least 1")
 

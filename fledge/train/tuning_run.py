@@ -1,6 +1,6 @@
 """One fine-tuning run: base and examples brought together, trained with the common loop, and what it leaves behind.
 
-A run's folder holds RECORD, which says what the run is, the loop's own last.pt and metrics.jsonl, and at the end the
+A run's folder holds the loop's own run.json, last.pt and metrics.jsonl, and at the end the
 result. Starting the same run again goes on where it stopped; another base, other data or settings are refused.
 Not here: what is trained (tuning.py), the loop (loop.py), printing.
 """
@@ -8,19 +8,17 @@ Not here: what is trained (tuning.py), the loop (loop.py), printing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fledge.checkpoint import Adapter, Checkpoint, base_of, save, save_adapter
-from fledge.core.device import SMALL_MODEL, choose_device, choose_dtype
-from fledge.core.errors import TrainingError, UsageError
-from fledge.core.files import read_json, sha256, write_json
+from fledge.core.device import choose_device, choose_dtype
+from fledge.core.errors import UsageError
+from fledge.core.files import sha256
 from fledge.data.examples import Example, ExampleBatches, Examples, read_examples
 from fledge.models import Trunk
 from fledge.models.layers import set_compute_dtype
@@ -30,11 +28,11 @@ from fledge.train.estimate import Estimate, estimate
 from fledge.train.loop import train
 from fledge.train.loss import head_loss
 from fledge.train.memory import keep_freed_memory
+from fledge.train.meter import Report
 from fledge.train.tuning import TuneSettings, train_settings, tunable
 
-RECORD = "tune.json"
-
-Report = Callable[[dict[str, float]], None]
+MAY_CHANGE = ("rate", "final_rate")
+"""Settings with which a run may go on that are not those it began with."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,15 @@ class Run:
     def start(self, folder: Path, report: Report) -> Tuned:
         """Train to the end, or go on with the run in `folder`; `report` is given every line of its metrics.
 
-        Raises TrainingError where the folder holds another run.
+        Raises CheckpointError where the folder holds another run.
         """
         base, data = base_of(self.base), sha256(self.examples.path)
         settings = json.loads(json.dumps(asdict(self.settings)))
-        _claim(folder, {"mode": self.settings.mode, "base": base.identity, "data": data, "settings": settings})
+        fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+        identity = {"base": base.identity, "data": data, **fixed}
         keep_freed_memory()
         options = train_settings(self.settings, self.steps, self.compute_dtype)
-        train(self.model, self.batches, options, folder, self._validate, report)
+        train(self.model, self.batches, options, folder, self._validate, report, identity=identity)
         training = {"data": self.examples.path.name, "data_sha256": data, **settings, "steps": self.steps}
         kind = "state" if self.settings.mode == "state" else "lora"
         return _write(self, folder, Adapter(kind, {}, None, base, folder, training))
@@ -119,8 +118,7 @@ def prepare(
     chosen, _ = choose_dtype(dtype, place, numbers)
     if chosen == torch.float16:
         raise UsageError("dtype float16 overflows in training; choose float32 or bfloat16")
-    if chosen is None:
-        chosen = torch.float32 if place.type == "cpu" and numbers < SMALL_MODEL else torch.bfloat16
+    chosen = chosen or torch.bfloat16
     model = tunable(base, settings, device=place, dtype=chosen)
     compute = None if chosen == torch.float32 else chosen
     set_compute_dtype(model, compute)
@@ -141,27 +139,6 @@ def mean_loss(model: Trunk, examples: tuple[Example, ...], batch: int = 4) -> fl
         total += float(loss)
         tokens += one.targets
     return total / tokens
-
-
-def _claim(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write what the run is into its folder, or compare it with what is there."""
-    path = folder / RECORD
-    if not path.exists():
-        if (folder / "last.pt").exists():
-            raise TrainingError(f"{folder} holds a training run that is no fine-tuning; choose another folder")
-        write_json(path, record)
-        return
-    try:
-        old = read_json(path)
-    except ValueError as error:
-        raise TrainingError(f"{path} is damaged: {error}; choose another folder") from None
-    differing = [key for key in ("mode", "base", "data") if old.get(key) != record[key]]
-    asked, there = record["settings"], old.get("settings", {})
-    differing += [f"{key} {there.get(key)!r}, now {asked[key]!r}" for key in asked if there.get(key) != asked[key]]
-    if differing:
-        raise TrainingError(
-            f"{folder} holds another run ({'; '.join(differing)}); choose another folder, or ask for the same to go on"
-        )
 
 
 def _write(run: Run, folder: Path, adapter: Adapter) -> Tuned:

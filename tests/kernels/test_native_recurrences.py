@@ -218,3 +218,22 @@ def test_a_transposed_state_of_rwkv4_is_read_as_it_stands() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for have, want in zip(found_after, after, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=str)
+def test_a_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    """The library writes float32, whatever torch would make of a tensor without a dtype."""
+    tensors = [x.float().requires_grad_() for x in inputs(20, DECAYS["trained"])]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        y, state = wkv(*tensors, backend="native")
+        return torch.autograd.grad(y.sum() + state.sum(), tensors)
+
+    expected, before = gradients(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = gradients()
+    finally:
+        torch.set_default_dtype(before)
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=0, atol=0)

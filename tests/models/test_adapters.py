@@ -122,6 +122,10 @@ def test_factors_on_packed_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = adapted(packed, factors)
     torch.testing.assert_close(twin(IDX)[0], adapted(plain, factors)(IDX)[0], rtol=0, atol=1e-5)
     assert twin.head.packed is packed.head.packed
+    parts = {"blocks.0.att.value.weight": torch.randn_like(plain.blocks[0].att.value.weight)}
+    found, expected = adapted(packed, factors, parts)(IDX)[0], adapted(plain, factors, parts)(IDX)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed(IDX)[0], plain(IDX)[0], rtol=0, atol=1e-5)  # stays as it was
 
 
 def test_only_the_factors_learn() -> None:

@@ -41,7 +41,7 @@ def _gradient(
     r, k, v, w, u, state, dy, dafter = (x.contiguous() for x in (r, k, v, w, u, state, dy, dafter))
     decay = torch.exp(w)
     dr, dk, dw, dv, dstate = (torch.empty_like(x) for x in (r, k, w, v, state))
-    du = torch.empty(r.shape[0], *u.shape)  # (B, H, K)
+    du = u.new_empty(r.shape[0], *u.shape)  # (B, H, K)
     sizes = (c_int64 * 5)(*r.shape, v.shape[-1])
     tensors = (r, k, v, decay, u, state, dy, dafter, dr, dk, dv, dw, du, dstate)
     follow_torch_threads()
@@ -50,20 +50,20 @@ def _gradient(
     return dr, dk, dv, dw, du.sum(0), dstate
 
 
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
 
 
 @_wkv.register_fake
 def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-    return _contiguous(v, state)
+    return _empty_like(v, state)
 
 
 @_gradient.register_fake
 def _(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, dy: Tensor, dafter: Tensor
 ) -> tuple[Tensor, ...]:
-    return _contiguous(r, k, v, w, u, state)
+    return _empty_like(r, k, v, w, u, state)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
