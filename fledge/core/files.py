@@ -1,4 +1,4 @@
-"""Files written whole or not at all, hashed, and found again."""
+"""Files written whole or not at all, hashed, and found again; and folders in which one process works at a time."""
 
 from __future__ import annotations
 
@@ -63,6 +63,24 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[bool]:
+    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two programs at once are then up to the user
+            yield True
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -27,13 +27,13 @@ from typing import Any
 
 from fledge.core.device import usable_cores
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import read_json
+from fledge.core.files import exclusive, read_json
 from fledge.data import assembly
 from fledge.data.clean import steps
 from fledge.data.config import BuildConfig
 from fledge.data.counts import merged
 from fledge.data.dedup import find_copies, find_near_copies, partitions
-from fledge.data.pieces import Job, exclusive, sweep
+from fledge.data.pieces import Job, sweep
 from fledge.data.plan import Plan, make_plan
 from fledge.data.rays import RayData
 from fledge.data.reading import hash_input, input_record, read_slice

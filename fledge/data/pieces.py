@@ -100,21 +100,3 @@ def load_array(path: Path) -> npt.NDArray[Any]:
     found = np.load(path, mmap_mode="r", allow_pickle=False)
     assert isinstance(found, np.ndarray)
     return found
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two builds at once are then up to the user
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
