@@ -83,8 +83,8 @@ def merged(checkpoint: Checkpoint, changes: Changes, dtype: torch.dtype | None =
     """
     tensors, quantised = dict(checkpoint.tensors), dict(checkpoint.quantised)
     for name, tensor in changes.parts.items():
-        dense = tensors["emb.weight" if quantised.pop(name, None) else name].dtype
-        tensors[name] = tensor.to(dense, copy=True)  # whoever packs these may give up their memory
+        kept = tensors["emb.weight" if quantised.pop(name, None) else name].dtype
+        tensors[name] = tensor.to(kept, copy=True)  # whoever packs these may give up their memory
     for name, one in changes.factors.items():
         weight = f"{name}.weight"
         if weight in quantised:

@@ -36,24 +36,6 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two at once are then up to the user
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, indented for diffs."""
     with atomic_path(path) as temporary:

@@ -256,6 +256,10 @@ def test_a_quantised_base_is_expanded_where_it_is_changed(tmp_path: Path) -> Non
         check_base((adapter,), replace(small, extra={}))
     done = merged(small, combined([replace(adapter, tensors=only)]))
     assert small.quantised.keys() - done.quantised.keys() == {f"blocks.{i}.ffn.key.weight" for i in range(3)}
+    part = {"blocks.0.att.value.weight": read(wide).tensors["blocks.0.att.value.weight"].float() + 1}
+    whole = merged(small, combined([replace(adapter, tensors={**only, **part})]))
+    assert small.quantised.keys() - whole.quantised.keys() == {*part, *(f"blocks.{i}.ffn.key.weight" for i in range(3))}
+    assert torch.equal(whole.tensors["blocks.0.att.value.weight"].float(), part["blocks.0.att.value.weight"])
     apart = assemble(small.config, small.dense())
     assert isinstance(apart, Trunk)
     apart = adapted(apart, combined([replace(adapter, tensors=only)]).factors)
