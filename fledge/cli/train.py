@@ -58,7 +58,7 @@ def train(
     from fledge.train.run import run
     from fledge.train.team import join
 
-    with join(options.parallel) as team, _reports(chosen, options, team.leads) as report:
+    with join(options.parallel, options.device) as team, _reports(chosen, options, team.leads) as report:
         result = run(chosen, options.data, options.to, report, start=options.start, team=team, device=options.device)
     if team.leads:
         _draw(options.to)

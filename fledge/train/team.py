@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fledge.core.device import choose_device
 from fledge.core.errors import ConfigError, TrainingError
 from fledge.data.batches import Batch
 
@@ -83,8 +84,11 @@ class Team:
 
 
 @contextmanager
-def join(mode: str = "ddp") -> Iterator[Team]:
-    """The team that torchrun has started, or a team of one. Raises TrainingError where it cannot be joined."""
+def join(mode: str = "ddp", device: str | None = None) -> Iterator[Team]:
+    """The team that torchrun has started, or a team of one; device: on which it will train, None for the best one.
+
+    Raises TrainingError where it cannot be joined.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if mode not in MODES:
         raise ConfigError(f"parallel is {mode!r}; choose from {', '.join(MODES)}")
@@ -96,7 +100,7 @@ def join(mode: str = "ddp") -> Iterator[Team]:
             f"parallel = {mode!r} needs processes; start them with `torchrun --nproc-per-node N -m fledge`"
         )
     try:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if choose_device(device)[0].type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes that torchrun started cannot reach each other: {error}") from error
     try:
@@ -124,8 +128,7 @@ def _part(model: Any) -> None:
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:  # torch 2.5 had it elsewhere
         raise ConfigError(f"parallel = 'fsdp' needs a torch with FSDP2: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(_exchange_device().type, (dist.get_world_size(),))
     for block in model.blocks:
         if hasattr(block, "ln0"):
             fully_shard(block.ln0, mesh=mesh)
