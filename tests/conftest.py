@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ SEED = 20240410
 # Same examples in each run; no deadline, because a busy machine is not a failure.
 settings.register_profile("fledge", derandomize=True, deadline=None)
 settings.load_profile("fledge")
+
+# A shell gives what it starts in the background an ear for SIGINT that is closed.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test models are tiny: a second thread costs more in waiting than it saves, and sums depend on the number of threads.
 torch.set_num_threads(1)
