@@ -227,7 +227,7 @@ def _check_folder(to: Path, fingerprint: str, options: Options) -> None:
     if options.force or not to.is_dir():
         return
     if (to / MANIFEST).is_file():
-        if not _finished(to, fingerprint):
+        if not _made_from(to, fingerprint):
             raise UsageError(
                 f"{to} holds a store made from other inputs or settings; choose another folder, or --force"
             )
@@ -236,7 +236,19 @@ def _check_folder(to: Path, fingerprint: str, options: Options) -> None:
 
 
 def _finished(to: Path, fingerprint: str) -> bool:
-    """Whether the store in `to` is just the one that is wanted."""
+    """Whether the store in `to` is just the one that is wanted, and can be used."""
+    if not _made_from(to, fingerprint):
+        return False
+    try:
+        for _ in open_store(to).documents():
+            pass
+    except DataError:
+        return False
+    return True
+
+
+def _made_from(to: Path, fingerprint: str) -> bool:
+    """Whether a manifest says so."""
     try:
         return bool(read_json(to / MANIFEST)["fingerprint"] == fingerprint)
     except (FileNotFoundError, ValueError, KeyError, TypeError):

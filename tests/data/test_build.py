@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +323,35 @@ def test_changed_files_are_not_trusted(base: Path, tmp_path: Path) -> None:
         open_store(tmp_path / "store")
     with pytest.raises(UsageError, match="other inputs or settings"):
         build(config(), base, tmp_path / "store", ONE)
+
+
+def cut(path: Path) -> None:
+    """The last bytes of a file go."""
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def overwritten(path: Path) -> None:
+    """The size stays."""
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train.bin", cut),
+        ("train.bin", Path.unlink),
+        ("train.idx", overwritten),
+        ("validation.jsonl", overwritten),
+        ("tokenizer.json", overwritten),
+    ],
+)
+def test_a_damaged_store_is_built_again(base: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    shutil.copytree(base / "whole", tmp_path / "store")
+    damage(tmp_path / "store" / name)
+    with pytest.raises(DataError, match=r"build the store again|not a binidx index"):
+        list(open_store(tmp_path / "store").documents())
+    build(config(), base, tmp_path / "store", ONE)
+    assert files(tmp_path / "store") == files(base / "whole")
 
 
 @pytest.mark.parametrize(
