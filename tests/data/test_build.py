@@ -377,6 +377,17 @@ def test_a_store_that_a_pattern_finds_is_no_input(base: Path, tmp_path: Path) ->
     assert again.manifest == first.manifest and len(again.manifest["inputs"]) == 1
 
 
+@pytest.mark.parametrize("pattern", ["../**/*.jsonl", "../configs/../**/*.jsonl", ".."])
+def test_a_store_that_a_pattern_finds_through_the_folder_above(tmp_path: Path, pattern: str) -> None:
+    write_jsonl(tmp_path / "a" / "corpus.jsonl", corpus(30))
+    (tmp_path / "configs").mkdir()
+    settings = config(sources=[{"path": pattern}])
+    first = build(settings, tmp_path / "configs", tmp_path / "store", ONE)
+    again = build(settings, tmp_path / "configs", tmp_path / "store", ONE)
+    assert again.manifest == first.manifest
+    assert [one["name"] for one in again.manifest["inputs"]] == ["../a/corpus.jsonl"]
+
+
 def test_folders_that_are_not_for_stores(base: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
