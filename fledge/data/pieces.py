@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fledge.core.files import atomic_path
 from fledge.data.config import BuildConfig
 
 PART = ".part"
@@ -108,8 +109,9 @@ def _moved(path: Path, target: str) -> Path:
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """An array that `load_array` maps."""
-    np.save(path, array, allow_pickle=False)
+    """An array that `load_array` maps, there whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def load_array(path: Path) -> npt.NDArray[Any]:
