@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LOCK = "lock"  # the file that `exclusive` makes in a folder
+
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
@@ -49,20 +51,25 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends."""
+    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends.
+
+    Who is alone may move the folder away within the block; whoever comes then makes a new one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:
+    with open(folder / LOCK, "wb") as file:
         try:
             import fcntl
         except ImportError:  # Windows: two programs at once are then up to the user
+            file.close()  # or the folder could not be moved
             yield True
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The lock of a file that was moved away since it was opened keeps nobody out.
+            alone = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
         except OSError:
-            yield False
-            return
-        yield True
+            alone = False
+        yield alone
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fledge.core.files import atomic_path, read_json, sha256, write_json
 from fledge.data.binidx import BinIdxWriter, files_of, writing
 from fledge.data.counts import Counts, merged
-from fledge.data.pieces import Job
+from fledge.data.pieces import Job, load_array
 from fledge.data.reading import input_record
 from fledge.data.sources import Input
 from fledge.data.store import MANIFEST, SPANS, TOKENIZER, identity, type_for
@@ -71,7 +71,7 @@ def assemble(job: Job, to: Path, spec: dict[str, Any], step: Step) -> dict[str, 
 
 def _copy_epoch(folder: Path, epoch: int, stored: np.dtype[Any], writer: BinIdxWriter) -> bool:
     """Write what a shard's documents with more than `epoch` times have. Returns whether any has more times left."""
-    lengths = np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False)
+    lengths = load_array(folder / "train.npy")
     assert lengths.dtype == LENGTHS
     wanted = lengths["times"] > epoch
     if not wanted.any():

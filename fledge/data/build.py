@@ -8,8 +8,9 @@
     tokens     choose and encode
     assemble   one store from all shards, its manifest and report
 
-Each stage leaves pieces behind in the store's folder `work`; a build that ended in any way goes on from what is there.
-The result depends on the config and the inputs alone: not on the number of workers, nor on what was interrupted.
+Each stage leaves pieces behind in the folder `fledge-work` of the store; a build that ended in any way goes on from
+what is there. The result depends on the config and the inputs alone: not on the number of workers, nor on what was
+interrupted.
 """
 
 from __future__ import annotations
@@ -20,34 +21,37 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fledge.core.device import usable_cores
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import exclusive, read_json
+from fledge.core.files import LOCK, exclusive, read_json
 from fledge.data import assembly
+from fledge.data.binidx import files_of
 from fledge.data.clean import steps
 from fledge.data.config import BuildConfig
 from fledge.data.counts import merged
 from fledge.data.dedup import find_copies, find_near_copies, partitions
-from fledge.data.pieces import Job, sweep
+from fledge.data.pieces import Job, discard, sweep
 from fledge.data.plan import Plan, make_plan
 from fledge.data.rays import RayData
 from fledge.data.reading import hash_input, input_record, read_slice
-from fledge.data.report import write_report
+from fledge.data.report import REPORT, write_report
 from fledge.data.shards import shards
 from fledge.data.signature import Signer
 from fledge.data.sources import Input, Slice, survey
 from fledge.data.split import limits
-from fledge.data.store import MANIFEST, Store, open_store, type_for
+from fledge.data.store import MANIFEST, PARTS, SPANS, TOKENIZER, Store, open_store, type_for
 from fledge.data.tokenise import Portion, count_tokens, fixed_spec, most_used, tokenise
 from fledge.data.workers import Function, Inline, Processes, Workers
 from fledge.tokenizer import Vocabulary
 
 Report = Callable[[str, int, int], None]
+WORK = "fledge-work"  # a folder of any other name is the user's
+RESULTS = (*(file.name for part in PARTS for file in files_of(Path(part))), SPANS, TOKENIZER, MANIFEST, REPORT)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,17 +84,18 @@ def build(config: BuildConfig, base: Path, to: Path, options: Options | None = N
     try:
         inputs, slices = survey(config, base, without=to)
         fingerprint = _fingerprint(config, inputs, base)
-        if not _finished(to, fingerprint, options):
-            with ExitStack() as stack:
-                if not stack.enter_context(exclusive(to / "work")):
-                    raise UsageError(f"another build is at work in {to}; wait for it, or choose another folder")
-                sweep(to)
-                workers = stack.enter_context(_workers(options))
-                _Build(config, base, to, workers, report).run(inputs, slices, fingerprint)
+        _check_folder(to, fingerprint, options)
+        with exclusive(to / WORK) as alone:
+            if not alone:
+                raise UsageError(f"another build is at work in {to}; wait for it, or choose another folder")
+            sweep(to / WORK, RESULTS)
+            if not _finished(to, fingerprint):
+                with _workers(options) as workers:
+                    _Build(config, base, to, workers, report).run(inputs, slices, fingerprint)
+            if not options.keep_work:
+                discard(to / WORK)
     except OSError as error:
         raise _explained(error, to) from None
-    if not options.keep_work:
-        shutil.rmtree(to / "work", ignore_errors=True)
     return open_store(to)
 
 
@@ -99,7 +104,7 @@ class _Build:
 
     def __init__(self, config: BuildConfig, base: Path, to: Path, workers: Workers, report: Report) -> None:
         self.config, self.base, self.to, self.workers, self.report = config, base, to, workers, report
-        self.job = Job(config, to / "work")
+        self.job = Job(config, to / WORK)
 
     def run(self, inputs: list[Input], slices: list[Slice], fingerprint: str) -> None:
         """From the first stage to the manifest; what is there already is not done again."""
@@ -111,7 +116,7 @@ class _Build:
         self._begin("read", _plain(reading), config.piece_bytes, config.on_error)
         self._stage("reading and cleaning", read_slice, slices, lambda piece: self._in("read", piece.name))
         if not shards(self.job):
-            raise UsageError("no document is left after cleaning; see the counts under `work`, and the config")
+            raise UsageError(f"no document is left after cleaning; see the counts under `{WORK}`, and the config")
         bounds = self._deduplicate()
         self.report("choosing", 0, 1)
         plan = make_plan(self.job, bounds)
@@ -211,21 +216,43 @@ def _fingerprint(config: BuildConfig, inputs: list[Input], base: Path) -> str:
     return hashlib.sha256(json.dumps([asdict(config), files, spec], sort_keys=True).encode()).hexdigest()
 
 
-def _finished(to: Path, fingerprint: str, options: Options) -> bool:
-    """Whether the store in `to` is just the one that is wanted. Raises UsageError for what must not be replaced."""
+def _check_folder(to: Path, fingerprint: str, options: Options) -> None:
+    """Raises UsageError for what must not be replaced, before anything is written there."""
     if to.exists() and not to.is_dir():
         raise UsageError(f"{to} is a file; name a folder for the store")
-    if not (to / MANIFEST).is_file():
-        if to.is_dir() and any(to.iterdir()) and not (to / "work").is_dir() and not options.force:
-            raise UsageError(f"{to} holds files that are no token store; choose another folder, or --force")
+    work = to / WORK
+    ours = (work / LOCK).is_file()
+    if work.exists() and not ours and not (work.is_dir() and not any(work.iterdir())):
+        raise UsageError(f"{work} was not made by a build; rename it, or choose another folder for the store")
+    if options.force or not to.is_dir():
+        return
+    if (to / MANIFEST).is_file():
+        if not _made_from(to, fingerprint):
+            raise UsageError(
+                f"{to} holds a store made from other inputs or settings; choose another folder, or --force"
+            )
+    elif any(to.iterdir()) and not ours:
+        raise UsageError(f"{to} holds files that are no token store; choose another folder, or --force")
+
+
+def _finished(to: Path, fingerprint: str) -> bool:
+    """Whether the store in `to` is just the one that is wanted, and can be used."""
+    if not _made_from(to, fingerprint):
         return False
     try:
-        same = bool(read_json(to / MANIFEST)["fingerprint"] == fingerprint)
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same and not options.force:
-        raise UsageError(f"{to} holds a store made from other inputs or settings; choose another folder, or --force")
-    return same
+        for _ in open_store(to).documents():
+            pass
+    except DataError:
+        return False
+    return True
+
+
+def _made_from(to: Path, fingerprint: str) -> bool:
+    """Whether a manifest says so."""
+    try:
+        return bool(read_json(to / MANIFEST)["fingerprint"] == fingerprint)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _explained(error: OSError, to: Path) -> Exception:

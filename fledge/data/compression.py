@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 from fledge.core.errors import UsageError
 
 BLOCK = 1 << 18
+PACKED = 1 << 10  # bytes of a .zst that are unpacked at once; at the worst they become 32 MiB
 
 
 class Damaged(Exception):
@@ -40,28 +41,28 @@ class _Zstd(io.RawIOBase):
         self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
         self._package = zstandard
         self._frame: Any = None
-        self._packed = self._plain = b""
+        self._packed = b""
+        self._plain = io.BytesIO()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            self._packed = self._packed or self._file.read(BLOCK)
+        while not (size := self._plain.readinto(buffer)):
+            self._packed = self._packed or self._file.read(PACKED)
             if not self._packed:
                 if self._frame is not None:
                     raise Damaged("the last frame ends too early")
                 return 0
             try:
                 self._frame = self._frame or self._package.ZstdDecompressor().decompressobj()
-                self._plain, self._packed = self._frame.decompress(self._packed), b""
+                plain, self._packed = self._frame.decompress(self._packed), b""
             except self._package.ZstdError as error:
                 raise Damaged(str(error)) from None
+            if plain:
+                self._plain = io.BytesIO(plain)
             if self._frame.eof:
                 self._packed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._plain))
-        buffer[:size] = self._plain[:size]
-        self._plain = self._plain[size:]
         return size
 
     def close(self) -> None:

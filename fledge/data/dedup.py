@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fledge.core.files import atomic_path
-from fledge.data.pieces import Job, load_array
+from fledge.data.pieces import Job, load_array, save_array
 from fledge.data.shards import Shard, shards
 from fledge.data.signature import U64, Signatures, similarity
 from fledge.data.split import candidates, ranks
@@ -125,8 +124,7 @@ def _signatures(everything: list[Shard], ids: U64) -> Signatures:
 
 
 def _leave(job: Job, stage: str, partition: Partition, ids: npt.NDArray[Any]) -> None:
-    with atomic_path(job.folder(stage) / partition.name) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.sort(ids).astype(np.uint64), allow_pickle=False)
+    save_array(job.folder(stage) / partition.name, np.sort(ids).astype(np.uint64))
 
 
 def dropped(job: Job, stage: str, shard: Shard) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fledge.core.files import atomic_path
 from fledge.data.config import BuildConfig
 
 PART = ".part"
@@ -74,25 +75,43 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed builds have left half done.
+def sweep(work: Path, results: Iterable[str]) -> None:
+    """Remove what killed builds have left half done: in the work folder, and of the files `results` beside it.
+
+    Everything else beside it may be the user's.
 
     A worker that outlived its build may still be writing one of these. Each is therefore renamed before it is emptied,
     so that the worker cannot make a finished piece of what is left.
     """
-    for path in list(folder.rglob(f".*{PART}")):
-        gone = path.with_name(f".{uuid.uuid4().hex}{PART}")
+    beside = [path for name in (work.name, *results) for path in work.parent.glob(f".{name}.*{PART}")]
+    for path in [*work.rglob(f".*{PART}"), *beside]:
+        target = path.name[1:].removesuffix(PART).rpartition(".")[0]
         with suppress(FileNotFoundError):
-            os.rename(path, gone)
-        if gone.is_dir():
-            shutil.rmtree(gone, ignore_errors=True)
-        else:
-            gone.unlink(missing_ok=True)
+            gone = _moved(path, target)
+            if gone.is_dir():
+                shutil.rmtree(gone, ignore_errors=True)
+            else:
+                gone.unlink(missing_ok=True)
+
+
+def discard(work: Path) -> None:
+    """Remove a work folder. It is moved away first: another build may begin a new one before this one is gone."""
+    with suppress(OSError):
+        work = _moved(work, work.name)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _moved(path: Path, target: str) -> Path:
+    """The path under another name, one that `sweep` finds by the name of what it was to become."""
+    gone = path.with_name(f".{target}.{uuid.uuid4().hex}{PART}")
+    os.rename(path, gone)
+    return gone
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """An array that `load_array` maps."""
-    np.save(path, array, allow_pickle=False)
+    """An array that `load_array` maps, there whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def load_array(path: Path) -> npt.NDArray[Any]:

@@ -88,10 +88,15 @@ def _files(source: Source, base: Path, without: Path | None) -> list[Path]:
         paths = [path for path in place.rglob("*") if not any(part.startswith(".") for part in _below(path, place))]
     else:
         paths = [place]
-    files = sorted(path for path in paths if path.is_file() and not (without and path.is_relative_to(without)))
+    files = sorted(path for path in paths if path.is_file() and not (without and _lies_in(path, without)))
     if not files:
         raise UsageError(f"source {source.path}: there is no such file in {base}; paths start where the config file is")
     return files
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Also where the path goes through "..", which only the names without it show."""
+    return Path(os.path.normpath(path)).is_relative_to(folder)
 
 
 def _below(path: Path, folder: Path) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.core.errors import ConfigError, TokenizerError
-from fledge.core.files import atomic_path, read_json, write_json
+from fledge.core.files import read_json, write_json
 from fledge.data.counts import Count, Counts
-from fledge.data.pieces import Job, whole_folder
+from fledge.data.pieces import Job, load_array, save_array, whole_folder
 from fledge.data.plan import ASIDE, TRAIN, VERDICTS, Plan, Verdict, judge
 from fledge.data.shards import Shard
 from fledge.data.store import SEPARATOR
@@ -63,15 +63,14 @@ def count_tokens(job: Job, portion: Portion) -> None:
     for texts in _batches(portion.shard, np.flatnonzero(verdict.codes == TRAIN)):
         for ids in load_world().encode_batch_arrays(texts, threads=1):
             used += np.bincount(ids, minlength=len(used))
-    with atomic_path(job.folder("used") / f"{portion.name}.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, used, allow_pickle=False)
+    save_array(job.folder("used") / f"{portion.name}.npy", used)
 
 
 def most_used(job: Job, size: int) -> dict[str, Any]:
     """The record of World cut down to `size` ids: the end of text, the 256 bytes, and the tokens used most."""
     used = np.zeros(65536, dtype=np.int64)
     for path in sorted(job.folder("used").glob("[0-9]*.npy")):
-        used += np.load(path, allow_pickle=False)
+        used += load_array(path)
     longer = 257 + np.flatnonzero(used[257:])
     kept = longer[np.lexsort((longer, -used[longer]))][: size - 257]
     return prune(world_vocabulary(), kept.tolist(), size=size).to_spec()
@@ -94,7 +93,7 @@ def tokenise(job: Job, portion: Portion) -> None:
                     lengths["tokens"][done] = len(ids) + 1
                     done += 1
         assert done == len(chosen)
-        np.save(folder / "train.npy", lengths, allow_pickle=False)
+        save_array(folder / "train.npy", lengths)
         spans = _write_validation(folder / "validation.bin", portion, verdict, tokenizer)
         write_json(folder / "validation.json", spans)
         write_json(folder / "counts.json", _counts(shard, verdict, lengths, spans).rows())

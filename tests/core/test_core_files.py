@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,24 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         process.wait()
         with exclusive(tmp_path) as alone:
             assert alone
+
+
+def test_a_lock_of_a_folder_that_was_moved_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened the lock file before the move, and locks it after, is not alone: the next one makes a new file."""
+    fcntl = pytest.importorskip("fcntl")
+    folder, gone = tmp_path / "folder", tmp_path / "gone"
+    lock = fcntl.flock
+
+    def moved_first(*arguments: Any) -> None:
+        os.rename(folder, gone)
+        lock(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", moved_first)
+        with exclusive(folder) as late:
+            assert not late
+    with exclusive(folder) as alone:
+        assert alone
 
 
 def test_without_locks_everyone_may_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from corpora import config, corpus, files, text, write_jsonl
 
 from fledge.core.errors import ConfigError, DataError, FledgeError, UsageError
+from fledge.core.files import exclusive
 from fledge.data import build as module
 from fledge.data.assembly import counts_of
 from fledge.data.build import Options, build
@@ -58,7 +61,7 @@ def test_a_store_holds_what_its_manifest_says(base: Path) -> None:
     assert store.vocab_size == 65536 and store.tokenizer_spec == {"kind": "world"}
     assert [one["name"] for one in store.manifest["inputs"]] == ["corpus1.jsonl", "corpus2.jsonl"]
     assert sorted(files(base / "whole")) == sorted([*store.manifest["outputs"], "manifest.json", "report.html"])
-    assert not (base / "whole" / "work").exists()
+    assert not [path for path in (base / "whole").iterdir() if path.is_dir()]
 
 
 def test_the_number_of_workers_changes_nothing(base: Path, tmp_path: Path) -> None:
@@ -169,6 +172,40 @@ def test_two_builds_in_one_folder(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with pytest.raises(Stopped):
         build(config(), base, tmp_path / "store", ONE, second)
+
+
+def test_a_finished_build_leaves_the_work_of_another_one_alone(base: Path, tmp_path: Path) -> None:
+    """A store is there, another one is being built over it, and the first one is asked for again."""
+    refused = 0
+
+    def again(stage: str, done: int, total: int) -> None:
+        nonlocal refused
+        before = sorted((tmp_path / "store" / module.WORK).rglob("*"))
+        if (tmp_path / "store" / "manifest.json").is_file():
+            with pytest.raises(UsageError, match="another build is at work"):
+                build(config(), base, tmp_path / "store", ONE)
+            refused += 1
+        assert sorted((tmp_path / "store" / module.WORK).rglob("*")) == before
+
+    pytest.importorskip("fcntl")
+    build(config(), base, tmp_path / "store", ONE)
+    build(config(seed=2), base, tmp_path / "store", Options(workers=1, force=True), again)
+    assert refused > 5 and open_store(tmp_path / "store").manifest["seed"] == 2
+
+
+def test_work_is_removed_while_it_is_locked(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would be the work of whoever came in between."""
+    pytest.importorskip("fcntl")
+    seen: list[bool] = []
+
+    def discard(work: Path) -> None:
+        with exclusive(work) as alone:
+            seen.append(alone)
+
+    monkeypatch.setattr(module, "discard", discard)
+    for _ in ("built", "found finished"):
+        build(config(), base, tmp_path / "store", ONE)
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG])
@@ -288,6 +325,35 @@ def test_changed_files_are_not_trusted(base: Path, tmp_path: Path) -> None:
         build(config(), base, tmp_path / "store", ONE)
 
 
+def cut(path: Path) -> None:
+    """The last bytes of a file go."""
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def overwritten(path: Path) -> None:
+    """The size stays."""
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train.bin", cut),
+        ("train.bin", Path.unlink),
+        ("train.idx", overwritten),
+        ("validation.jsonl", overwritten),
+        ("tokenizer.json", overwritten),
+    ],
+)
+def test_a_damaged_store_is_built_again(base: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    shutil.copytree(base / "whole", tmp_path / "store")
+    damage(tmp_path / "store" / name)
+    with pytest.raises(DataError, match=r"build the store again|not a binidx index"):
+        list(open_store(tmp_path / "store").documents())
+    build(config(), base, tmp_path / "store", ONE)
+    assert files(tmp_path / "store") == files(base / "whole")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -311,6 +377,17 @@ def test_a_store_that_a_pattern_finds_is_no_input(base: Path, tmp_path: Path) ->
     assert again.manifest == first.manifest and len(again.manifest["inputs"]) == 1
 
 
+@pytest.mark.parametrize("pattern", ["../**/*.jsonl", "../configs/../**/*.jsonl", ".."])
+def test_a_store_that_a_pattern_finds_through_the_folder_above(tmp_path: Path, pattern: str) -> None:
+    write_jsonl(tmp_path / "a" / "corpus.jsonl", corpus(30))
+    (tmp_path / "configs").mkdir()
+    settings = config(sources=[{"path": pattern}])
+    first = build(settings, tmp_path / "configs", tmp_path / "store", ONE)
+    again = build(settings, tmp_path / "configs", tmp_path / "store", ONE)
+    assert again.manifest == first.manifest
+    assert [one["name"] for one in again.manifest["inputs"]] == ["../a/corpus.jsonl"]
+
+
 def test_folders_that_are_not_for_stores(base: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -319,5 +396,29 @@ def test_folders_that_are_not_for_stores(base: Path, tmp_path: Path) -> None:
         build(config(), base, tmp_path / "mine", ONE)
     with pytest.raises(UsageError, match="is a file"):
         build(config(), base, tmp_path / "file", ONE)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
     with pytest.raises(UsageError, match="workers is 0"):
         Options(workers=0)
+
+
+def test_what_is_the_users_stays(base: Path, tmp_path: Path) -> None:
+    """A folder of the user's is not taken for ours by its name, and only what is ours is removed, even with --force."""
+    theirs = ["work/thesis.txt", "work/.a.part", "notes/.train.bin.abcdefgh.part", ".mine.part", "train.bin.old.part"]
+    left = [".train.bin.abcdefgh.part", f"{module.WORK}/read-abc/.000000000.abcdefgh.part"]
+    for name in [*theirs, *left, f"{module.WORK}/lock"]:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(name)
+    build(config(), base, tmp_path / "mine", Options(workers=1, force=True, keep_work=True))
+    assert all((tmp_path / "mine" / name).read_text() == name for name in theirs)
+    assert not any((tmp_path / "mine" / name).exists() for name in left)
+    build(config(), base, tmp_path / "mine", ONE)
+    assert all((tmp_path / "mine" / name).read_text() == name for name in theirs)
+    assert not (tmp_path / "mine" / module.WORK).exists()
+    (tmp_path / "other" / "work").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds files that are no token store"):
+        build(config(), base, tmp_path / "other", ONE)
+    (tmp_path / "other" / "work").rename(tmp_path / "other" / module.WORK)
+    (tmp_path / "other" / module.WORK / "thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match="was not made by a build"):
+        build(config(), base, tmp_path / "other", Options(workers=1, force=True))
+    assert (tmp_path / "other" / module.WORK / "thesis.txt").read_text() == "years"

@@ -48,6 +48,15 @@ def test_filters(step: dict[str, Any], kept: str, dropped: str) -> None:
     assert run(step, dropped) is None
 
 
+@pytest.mark.parametrize("first", [0x1E900, 0x10330, 0x20000], ids=["Adlam", "Gothic", "ideographs, extension B"])
+def test_letters_beyond_the_first_plane(first: int) -> None:
+    """They are letters, and different ones."""
+    text = "".join(chr(first + at) for at in range(16))
+    assert run({"min_letters": 1.0}, text) == text
+    assert run({"max_repeated_characters": 0}, text) == text
+    assert run({"max_repeated_characters": 0.9}, text[0] * 16) is None
+
+
 @given(st.text())
 def test_steps_are_total_and_settle(text: str) -> None:
     """No text makes a step fail, and what the standard steps gave, they leave as it is."""

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -136,6 +137,22 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
             path.write_bytes(data)
             with pytest.raises(DataError, match=rf"{name}\.txt{suffix}: cannot be read to its end"):
                 read(tmp_path, {"path": path.name})
+
+
+def test_a_small_file_that_becomes_a_large_one_is_never_held_whole(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    packer = zstandard.ZstdCompressor().compressobj()
+    zeros = bytes(1 << 20)
+    packed = b"".join(packer.compress(zeros) for _ in range(192)) + packer.flush()
+    assert len(packed) < 20_000
+    (tmp_path / "x.zst").write_bytes(packed)
+    tracemalloc.start()
+    try:
+        with open_plain(tmp_path / "x.zst") as file:
+            assert sum(len(block) for block in iter(lambda: file.read(1 << 18), b"")) == 192 << 20
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_errors_of_who_reads_are_left_alone(tmp_path: Path) -> None:
