@@ -41,7 +41,7 @@ from fledge.data.rays import RayData
 from fledge.data.reading import hash_input, input_record, read_slice
 from fledge.data.report import REPORT, write_report
 from fledge.data.shards import shards
-from fledge.data.signature import Signer
+from fledge.data.signature import Signer, rows_per_band
 from fledge.data.sources import Input, Slice, survey
 from fledge.data.split import limits
 from fledge.data.store import MANIFEST, PARTS, SPANS, TOKENIZER, Store, open_store, type_for
@@ -199,7 +199,7 @@ def _check(config: BuildConfig, base: Path) -> None:
 def _signing(config: BuildConfig) -> Any:
     """What of deduplication decides how documents are read: the threshold only by the bands it asks for."""
     dedup = config.dedup
-    return [dedup.permutations, dedup.characters, Signer(dedup).rows] if dedup.near else None
+    return [dedup.permutations, dedup.characters, rows_per_band(dedup)] if dedup.near else None
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,7 @@ def nfc(text: str) -> str:
 
 
 def control_characters(text: str) -> str:
-    """Control characters go, tabs and line feeds stay; so do byte order marks within a text."""
+    """Control characters and byte order marks go; tabs and line breaks of every kind stay."""
     data = text.encode(errors="surrogatepass")
     # Looking for single characters is many times as fast as the expression, and most texts have none of them.
     clean = len(data.translate(None, LOW_CONTROLS)) == len(data)

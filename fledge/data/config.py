@@ -76,7 +76,7 @@ class Languages:
 class Dedup:
     """Which copies are left out."""
 
-    exact: bool = True  # texts that are equal but for case and white space
+    exact: bool = True  # texts that are equal but for case and ASCII white space
     near: bool = True  # texts that share most of their pieces
     threshold: float = 0.8  # share of pieces in common (Jaccard) from which two texts count as one
     permutations: int = 128  # numbers in a signature; more are more exact, and slower

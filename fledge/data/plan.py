@@ -140,9 +140,9 @@ def _aside(job: Job, bounds: dict[str, int]) -> dict[int, dict[int, int]]:
                 place = int(order(one["hash"].reshape(1), job.config.seed)[0])
                 found.setdefault(language, []).append((place, shard.number, number, int(one["bytes"])))
     chosen: dict[int, dict[int, int]] = {}
-    for _, list_ in sorted(found.items()):
+    for _, in_language in sorted(found.items()):
         room = settings.bytes
-        for _, shard_number, number, size in sorted(list_):
+        for _, shard_number, number, size in sorted(in_language):
             taken = min(size, settings.bytes // 4, room)
             if taken > 0:
                 chosen.setdefault(shard_number, {})[number] = taken

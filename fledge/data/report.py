@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.files import atomic_path
+from fledge.data.assembly import counts_of
 from fledge.data.counts import Count, Counts
 
 REPORT = "report.html"
@@ -46,10 +47,8 @@ KEPT, READ, GONE = "var(--bar)", "var(--bar2)", "var(--gone)"
 
 def write_report(to: Path, manifest: dict[str, Any]) -> None:
     """Write the page into the store's folder."""
-    counts = Counts()
-    counts.merge(manifest["counts"]["rows"])
     with atomic_path(to / REPORT) as temporary:
-        temporary.write_text("\n".join(_page(manifest, counts)) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(_page(manifest, counts_of(manifest))) + "\n", encoding="utf-8")
 
 
 def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:

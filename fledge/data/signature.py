@@ -1,9 +1,9 @@
 """What two texts are compared by: a hash for copies, and a MinHash signature for near copies.
 
-Both are taken of the text in lower case and without white space. A signature is the MinHash of all pieces of some
-characters (pieces of words would mean nothing in scripts without spaces), of which a fixed quarter is enough: which
-pieces count depends on the pieces alone, so the share that two texts have in common stays an unbiased estimate. The
-package rensa finds the minima.
+Both are taken of the text in lower case and without the white space of ASCII; other spaces (U+00A0, U+3000) count. A
+signature is the MinHash of all pieces of some characters (pieces of words would mean nothing in scripts without
+spaces), of which a fixed quarter is enough: which pieces count depends on the pieces alone, so the share that two texts
+have in common stays an unbiased estimate. The package rensa finds the minima.
 
 Here: from texts to numbers. Not here: what is compared with what (dedup.py).
 """
@@ -30,7 +30,7 @@ SEED = 20240410  # of rensa's permutations; signatures of two stores can be comp
 
 
 def normalised(text: str) -> str:
-    """What of a text counts when it is compared."""
+    """What of a text counts when it is compared: all but case and the white space of ASCII."""
     return text.lower().encode().translate(None, SPACES).decode()
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import sha256
+from fledge.core.files import read_json, sha256
 from fledge.data.binidx import BinIdx, files_of
 from fledge.tokenizer import Vocabulary, world_vocabulary
 
@@ -85,12 +85,10 @@ class Store:
         """All ids of a part in one array, mapped."""
         return self.index(part).tokens
 
-    def documents(self, part: str = "validation") -> Iterator[Span]:
-        """The documents of the validation part, in order."""
-        if part != "validation":
-            raise UsageError("only validation documents come with language and source; use index() for the others")
-        index = self.index(part)
-        place = self._prefixes[part].with_name(SPANS)
+    def documents(self) -> Iterator[Span]:
+        """The documents of the validation part, in order; the others, of which less is known, are in index()."""
+        index = self.index("validation")
+        place = self._prefixes["validation"].with_name(SPANS)
         lines = _lines(place)
         if len(lines) != len(index):
             count = f"{place} describes {len(lines)} documents, {index.idx} has {len(index)}"
@@ -126,8 +124,8 @@ def _folder(path: Path) -> Store:
     if not (path / MANIFEST).is_file():
         raise UsageError(f"{path} holds no finished token store: it has no {MANIFEST}; run `fledge data build` (again)")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        spec = json.loads((path / TOKENIZER).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
+        spec = read_json(path / TOKENIZER)
         outputs = {name: (path / name).stat().st_size for name in manifest["outputs"]}
         wrong = [name for name, size in outputs.items() if size != manifest["outputs"][name]["bytes"]]
     except OSError as error:
