@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fledge.data.batches import Batch
 from fledge.data.examples import ExampleBatches
 from fledge.models import Trunk
 from fledge.train.loop import TrainSettings
-from fledge.train.loss import head_loss
+from fledge.train.loss import batch_loss
 
 TRIED = 3
 """Micro-batches whose time is taken, after one that warms up."""
@@ -63,11 +62,7 @@ def estimate(model: Trunk, batches: ExampleBatches, settings: TrainSettings) -> 
 
 
 def _loss(model: Trunk, batch: Batch) -> Tensor:
-    device = model.emb.weight.device
-    idx = batch.idx.to(device)
-    counted = None if batch.counted is None else batch.counted.to(device)
-    loss, _ = model(idx[:, :-1], readout=partial(head_loss, targets=idx[:, 1:], counted=counted))
-    return loss / max(1, batch.targets)
+    return batch_loss(model, batch)[0] / max(1, batch.targets)
 
 
 def _peak_bytes(model: Trunk, batch: Batch) -> int:

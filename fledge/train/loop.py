@@ -28,7 +28,7 @@ from fledge.kernels import prepare_tracing
 from fledge.models import State
 from fledge.models.layers import set_compute_dtype
 from fledge.train.checkpoint import RunCheckpoint
-from fledge.train.loss import head_loss
+from fledge.train.loss import batch_loss
 from fledge.train.meter import Meter, Report
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
 from fledge.train.schedule import Schedule
@@ -177,7 +177,6 @@ def backward(
     called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, team: Team, *, last: bool
 ) -> float:
     """One micro-batch, window by window. `last`: after it the processes exchange their gradients."""
-    device = next(called.parameters()).device
     state: State | None = None
     pending: Tensor | None = None
     total = 0.0
@@ -186,10 +185,7 @@ def backward(
         ends = number == len(pieces) - 1
         cut = ends or (number + 1) % settings.through == 0
         with team.quietly(called, quiet=not (last and number >= _last_group(len(pieces), settings.through))):
-            idx = piece.idx.to(device)
-            counted, fresh = (None if mask is None else mask.to(device) for mask in (piece.counted, piece.fresh))
-            readout = partial(head_loss, targets=idx[:, 1:], counted=counted)
-            loss, state = called(idx[:, :-1], state, fresh=fresh, readout=readout)
+            loss, state = batch_loss(called, piece, state)
             pending = loss * weight if pending is None else pending + loss * weight
             if cut:
                 pending.backward()

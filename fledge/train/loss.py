@@ -9,12 +9,15 @@ logits of more than a piece of the tokens: with 65536 ids those of a batch are l
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fledge.data.batches import Batch
+from fledge.models import State
 from fledge.models.layers import Linear
 
 PULL = 1e-4
@@ -68,6 +71,16 @@ def head_loss(head: Linear, x: Tensor, *, targets: Tensor, counted: Tensor | Non
     dtype = head.compute_dtype or head.weight.dtype
     loss: Tensor = _HeadLoss.apply(x.flatten(0, -2), head.weight, targets.flatten(), dtype)
     return loss
+
+
+def batch_loss(model: nn.Module, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
+    """The sum over a batch's targets that count, read after `state`, on the model's device; and the state after it."""
+    device = next(model.parameters()).device
+    idx = batch.idx.to(device)
+    counted, fresh = (None if mask is None else mask.to(device) for mask in (batch.counted, batch.fresh))
+    readout = partial(head_loss, targets=idx[:, 1:], counted=counted)
+    loss, after = model(idx[:, :-1], state, fresh=fresh, readout=readout)
+    return loss, after
 
 
 class _HeadLoss(torch.autograd.Function):

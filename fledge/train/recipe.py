@@ -128,12 +128,11 @@ class Recipe:
 SHARED = ("clip", "window", "through", "recompute", "compile", "log_every", "save_every", "validate_every")
 """Settings that the loop has under the same name."""
 
-MAY_CHANGE = frozenset(
-    "recompute compile save_every peak final warmup beta1 beta2 eps weight_decay clip".split()  # noqa: SIM905 - a line
-)
-"""How a step is computed, and with which rates it goes on: a run may be helped over a bad place."""
+HOW = ("recompute", "compile", "save_every")
+RATES = ("peak", "final", "warmup", "beta1", "beta2", "eps", "weight_decay", "clip")
+"""With these a run may go on that are not those it began with: to be helped over a bad place."""
 
-IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in MAY_CHANGE)
+IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in HOW + RATES)
 
 
 def _parse(name: str, text: str, kind: str) -> Any:

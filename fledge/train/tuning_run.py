@@ -1,7 +1,7 @@
 """One fine-tuning run: base and examples brought together, trained with the common loop, and what it leaves behind.
 
-A run's folder holds the loop's own run.json, last.pt and metrics.jsonl, and at the end the
-result. Starting the same run again goes on where it stopped; another base, other data or settings are refused.
+A run's folder holds the loop's own run.json, last.pt and metrics.jsonl, and at the end the result. Starting the same
+run again goes on where it stopped; another base, other data, or other settings than MAY_CHANGE are refused.
 Not here: what is trained (tuning.py), the loop (loop.py), printing.
 """
 
@@ -26,7 +26,7 @@ from fledge.tokenizer import Tokenizer
 from fledge.train.checkpoint import trained
 from fledge.train.estimate import Estimate, estimate
 from fledge.train.loop import train
-from fledge.train.loss import head_loss
+from fledge.train.loss import batch_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.meter import Report
 from fledge.train.tuning import TuneSettings, train_settings, tunable
@@ -129,14 +129,10 @@ def prepare(
 def mean_loss(model: Trunk, examples: tuple[Example, ...], batch: int = 4) -> float:
     """Mean cross-entropy over all tokens that count."""
     batches = ExampleBatches(examples, batch, 0)
-    device = model.emb.weight.device
     total, tokens = 0.0, 0
     for number in range(batches.per_epoch):
         one = batches[number]
-        assert one.counted is not None
-        idx, counted = one.idx.to(device), one.counted.to(device)
-        loss, _ = model(idx[:, :-1], readout=partial(head_loss, targets=idx[:, 1:], counted=counted))
-        total += float(loss)
+        total += float(batch_loss(model, one)[0])
         tokens += one.targets
     return total / tokens
 
