@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fledge.core.errors import FledgeError, TokenizerError, UsageError
 from fledge.engine.batch import read
 from fledge.engine.generation import Cursor, fresh_state
-from fledge.engine.request import Busy, Finish, Likelihood, Output, Request, Usage
+from fledge.engine.request import Busy, Finish, Likelihood, Output, Request
 from fledge.engine.sampling import LARGEST_SEED, Sampler
 from fledge.engine.scheduler import Pace, Piece, Scheduler
 from fledge.engine.task import Strand, Task
@@ -95,14 +95,14 @@ class Engine:
         """Sequences that are being read or written."""
         return sum(task.width for task in self._tasks.values() if task.begun)
 
-    def add(self, request: Request) -> int:
-        """Take a request in; its number names it from now on.
+    def add(self, request: Request, *, extra: bool = False) -> int:
+        """Take a request in; its number names it from now on. extra: even where the queue is full.
 
-        Raises Busy where the queue is full, UsageError or TokenizerError or StateError for what cannot be run.
+        Raises Busy where it is, and the errors of `check`.
         """
-        if len(self._tasks) >= self.queue:
+        if len(self._tasks) >= self.queue and not extra:
             raise Busy(f"{self.queue} requests are on their way, and no more may wait; try again later")
-        self._check(request)
+        self.check(request)
         number, self._next = self._next, self._next + 1
         rank = self.scheduler.rank(self._clock(), request.priority)
         start = request.start.state if isinstance(request.start, Cursor) else request.start or self._fresh
@@ -122,11 +122,6 @@ class Engine:
             if not task.strands:
                 del self._tasks[number]
 
-    def usage(self, number: int) -> Usage | None:
-        """What was read for a request that is still on its way."""
-        task = self._tasks.get(number)
-        return None if task is None else Usage(task.done, task.cached)
-
     def step(self) -> list[Output]:
         """One call of the model and what came of it; nothing where there is nothing to do."""
         outputs = self._expired()
@@ -143,7 +138,8 @@ class Engine:
             self._call(pieces, outputs)
         return outputs
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise UsageError, TokenizerError or StateError for what cannot be run. May be called from any thread."""
         known = isinstance(request.start, Cursor)
         if not request.ids and not known:
             raise UsageError("the prompt is empty; give at least one token")
@@ -224,7 +220,7 @@ class Engine:
         """All has been read: begin the continuations."""
         request = task.request
         if request.n == 0:
-            output = Output(task.number, 0, task.row, logits=scores.clone())
+            output = Output(task.number, 0, task.row, logits=scores.clone(), cached=task.cached)
             outputs.append(self._end(output, None, "read"))
             self.abort(task.number)
             return
@@ -239,7 +235,7 @@ class Engine:
 
     def _draw(self, task: Task, strand: Strand, scores: Tensor, outputs: list[Output]) -> None:
         """The next token of one continuation."""
-        output = Output(task.number, strand.choice, strand.row)
+        output = Output(task.number, strand.choice, strand.row, cached=task.cached)
         try:
             allowed = None if strand.constraint is None else strand.constraint.mask()
             token = strand.sampler.next(scores) if allowed is None else strand.sampler.next(scores, allowed)

@@ -76,13 +76,7 @@ class Output(NamedTuple):
     token: int | None = None
     finish: Finish | None = None
     seed: int = 0  # gives this continuation again
+    cached: int = 0  # tokens of the prompt that the cache spared
     likelihood: Likelihood | None = None
     logits: Tensor | None = None  # (V,), with "read": of the token that would follow
     error: FledgeError | None = None  # with "failed"
-
-
-class Usage(NamedTuple):
-    """Of one request: the tokens of its prompt, and how many of them the cache spared."""
-
-    prompt: int
-    cached: int

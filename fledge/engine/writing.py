@@ -44,6 +44,11 @@ class Writer:
         """All that was shown."""
         return "".join(piece for piece, _ in self._shown)
 
+    @property
+    def place(self) -> int:
+        """The bytes of text that were shown."""
+        return self._shown[-1][1] if self._shown else 0
+
     def begin(self, start: Row, read: int) -> None:
         """`read` tokens of the prompt led to `start`; nothing has been drawn yet. The two change together."""
         self._trail, self.read = Trail(start), read
@@ -73,7 +78,7 @@ class Writer:
     def interrupt(self) -> None:
         """End here, with what was shown, if the text has not ended yet."""
         if self.outcome is None:
-            self.outcome = Outcome("interrupted", None, self._shown[-1][1] if self._shown else 0)
+            self.outcome = Outcome("interrupted", None, self.place)
 
     def cut(self) -> Cut:
         """How to reach the state that has read exactly the text."""
