@@ -87,6 +87,10 @@ class Run:
         options = train_settings(self.settings, self.steps, self.compute_dtype)
         train(self.model, self.batches, options, folder, self._validate, report, identity=identity)
         training = {"data": self.examples.path.name, "data_sha256": data, **settings, "steps": self.steps}
+        if self.settings.mode != "lora":
+            del training["lora"]
+        if not self.examples.conversations:
+            del training["template"]  # none was learnt
         kind = "state" if self.settings.mode == "state" else "lora"
         return _write(self, folder, Adapter(kind, {}, None, base, folder, training))
 
@@ -145,7 +149,8 @@ def _write(run: Run, folder: Path, adapter: Adapter) -> Tuned:
         assert adapter.base is not None
         path, facts = folder / "model.safetensors", {"from": adapter.base.identity, **adapter.training}
         kept = {name: _narrowed(tensor, found.tensors[name].dtype) for name, tensor in tensors.items()}
-        extra = {"base": found.extra, "tuned": facts}
+        template = adapter.template or found.template
+        extra = {"base": found.extra, "tuned": facts, **({"template": template} if template else {})}
         save(path, found.config, kept, tokenizer_spec=found.tokenizer_spec, extra=extra)
         return Tuned(path)
     if settings.mode == "lora":
