@@ -135,11 +135,13 @@ def _extra_rows(extra: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _extra_text(value: Any) -> str:
-    """Short enough for a line: numbers to four digits, a table as "key number, ...", a list of texts with commas."""
+    """Short enough for a line: numbers to four digits, a table as "key number, ...", lists without brackets."""
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         return ", ".join(value)
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return "; ".join(map(_extra_text, value))
     if value is None:
-        return "default"
+        return "none"
     if isinstance(value, str):
         return value
     if isinstance(value, float):

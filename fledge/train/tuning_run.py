@@ -86,13 +86,18 @@ class Run:
         keep_freed_memory()
         options = train_settings(self.settings, self.steps, self.compute_dtype)
         train(self.model, self.batches, options, folder, self._validate, report, identity=identity)
-        training = {"data": self.examples.path.name, "data_sha256": data, **settings, "steps": self.steps}
+        training = {"data": self.examples.path.name, "data_sha256": data, **settings, **self._chosen()}
         if self.settings.mode != "lora":
             del training["lora"]
         if not self.examples.conversations:
             del training["template"]  # none was learnt
         kind = "state" if self.settings.mode == "state" else "lora"
         return _write(self, folder, Adapter(kind, {}, None, base, folder, training))
+
+    def _chosen(self) -> dict[str, float]:
+        """What settings may leave to the mode and the data, as it was."""
+        schedule = self.settings.schedule(self.steps)
+        return {"steps": self.steps, "epochs": self.epochs, "rate": schedule.peak, "final_rate": schedule.final}
 
     def _validate(self, model: Trunk) -> dict[str, float]:
         if self.validation is None:

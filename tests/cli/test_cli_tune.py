@@ -84,6 +84,10 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     rest = ("--adapter", adapter, "--any-base", "--max-tokens", 2)
     assert fledge("generate", "hi", "-m", other, *rest).code == 0
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
+    last = tmp_path / "run" / "last.pt"
+    fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(
+        1, "not its result; give the model, adapter"
+    )
 
 
 def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
@@ -194,6 +198,7 @@ def test_info_tells_of_every_kind_what_its_file_tells(
     assert identity in lora["base"] and identity in state["base"] and identity in full["tuned"]
     assert theirs["base"] == plain["base"] == "not recorded" and "--alpha" in theirs["alpha"] and lora["alpha"] == "32"
     assert lora["rank"] == theirs["rank"] == "16" and not {"rank", "alpha", "lora"} & {*state, *plain, *full}
+    assert (full["steps"], full["epochs"], full["rate"], lora["final"]) == ("1", "1", "1e-05", "rate   2e-05")
     assert state["state"] == plain["state"] == "2 layers, 2 heads of 8 x 8"
     assert state["numbers"] == plain["numbers"] == "256 in 1,024 bytes"
     record = json.loads(fledge("info", tmp_path / "state" / "state.pth", "--json").text)
