@@ -109,7 +109,7 @@ def _adapter_rows(adapter: Adapter) -> list[tuple[str, str]]:
     else:
         sizes = f"{base.config.n_layer} layers, width {base.config.n_embd}"
         rows.append(("base", f"{base.name}: {base.config.family}, {sizes}, {base.identity}"))
-    facts = {key: value for key, value in adapter.training.items() if key != "template"}
+    facts = {key: value for key, value in adapter.training.items() if key not in ("template", "lora")}
     return [
         *rows,
         ("template", adapter.template or UNTOLD),

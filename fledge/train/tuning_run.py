@@ -97,7 +97,8 @@ class Run:
     def _chosen(self) -> dict[str, float]:
         """What settings may leave to the mode and the data, as it was."""
         schedule = self.settings.schedule(self.steps)
-        return {"steps": self.steps, "epochs": self.epochs, "rate": schedule.peak, "final_rate": schedule.final}
+        rates = {"rate": schedule.peak, "final_rate": schedule.final, "warmup": schedule.warmup}
+        return {"steps": self.steps, "epochs": self.epochs, **rates}
 
     def _validate(self, model: Trunk) -> dict[str, float]:
         if self.validation is None:

@@ -167,6 +167,11 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
     assert places == sorted(places)
 
 
+def test_an_empty_answer_says_so(at_keyboard: Any) -> None:
+    assert "an empty answer" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
+    assert "an empty answer" not in at_keyboard(Person("Hello"))
+
+
 def test_a_cut_answer_says_so(at_keyboard: Any) -> None:
     assert "cut off by --max-tokens" not in at_keyboard(Person("Hello"))
     assert "On\n" in (shown := at_keyboard(Person("Hello"), max_tokens=3)) and "cut off by --max-tokens" in shown
