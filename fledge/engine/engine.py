@@ -88,12 +88,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests of which nothing has been read yet."""
-        return sum(not task.begun for task in self._tasks.values())
+        return sum(not task.begun for task in list(self._tasks.values()))
 
     @property
     def running(self) -> int:
         """Sequences that are being read or written."""
-        return sum(task.width for task in self._tasks.values() if task.begun)
+        return sum(task.width for task in list(self._tasks.values()) if task.begun)
 
     def add(self, request: Request, *, extra: bool = False) -> int:
         """Take a request in; its number names it from now on. extra: even where the queue is full.
