@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fledge.checkpoint.detection import detect
     from fledge.checkpoint.info import CheckpointInfo, inspect
     from fledge.checkpoint.merging import Changes, Merged, combined, merge_file, merged
+    from fledge.checkpoint.metadata import check_same_vocabulary
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
     from fledge.checkpoint.shapes import expected_shapes
@@ -44,6 +45,7 @@ _HOME = {
     "assemble": "assembly",
     "base_of": "adapters",
     "check_base": "adapters",
+    "check_same_vocabulary": "metadata",
     "combined": "merging",
     "convert": "conversion",
     "convert_adapter": "adapters",
@@ -76,6 +78,7 @@ __all__ = [
     "assemble",
     "base_of",
     "check_base",
+    "check_same_vocabulary",
     "combined",
     "convert",
     "convert_adapter",

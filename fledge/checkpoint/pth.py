@@ -158,6 +158,10 @@ def _tensors_of(found: Any, path: Path) -> dict[str, Tensor]:
             f"{path} was converted in advance by the rwkv package for the strategy {found['_strategy']!r:.40}; give "
             "the original .pth instead"
         )
+    if {"step", "optimizer"} <= found.keys():
+        raise CheckpointError(
+            f"{path} is what a training run goes on from, not its result; give the model, adapter or state beside it"
+        )
     for name, value in found.items():
         if isinstance(value, dict) and value:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Dataclass <-> plain dict, strictly: an unknown key is an error that lists the known ones."""
+"""A plain dict -> a dataclass, strictly: an unknown key is an error that lists the known ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from typing import Any, TypeVar
 from fledge.core.errors import ConfigError
 
 T = TypeVar("T")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass instance as a plain dict (nested dataclasses become dicts)."""
-    return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -41,6 +41,8 @@ def check_fit(adapters: tuple[checkpoint.Adapter, ...], llm: LLM) -> None:
 
 def with_changes(llm: LLM, changes: checkpoint.Changes) -> LLM:
     """`llm` with these changes, on the same weights. Raises UsageError where its model cannot have them unmerged."""
+    if changes.template:
+        llm = replace(llm, template=changes.template)
     if changes.state:
         llm = replace(llm, start=start_state(llm.config, changes.state))
     if not (changes.factors or changes.parts):

@@ -67,13 +67,13 @@ def load(
     changes = checkpoint.combined(adapters)
     if pack and chosen_device.type == "cpu" and why_not_native(found.config) is None:
         found = checkpoint.merged(found, replace(changes, state={}), chosen_dtype)
-        changes = checkpoint.Changes(state=changes.state)
+        changes = replace(changes, factors={}, parts={})
     stored = found.tensors["emb.weight"].dtype
     weights = checkpoint.Weights(found.tensors, found.quantised, spend=True)
     model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
     if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
         dtype_reason = "the file's float16, computed in float32"
-    llm = LLM(model, tokenizer, name, device_reason, dtype_reason, source=str(found.path))
+    llm = LLM(model, tokenizer, name, device_reason, dtype_reason, source=str(found.path), template=found.template)
     return with_changes(llm, changes)
 
 

@@ -49,7 +49,7 @@ def run(
     store = open_store(Path(data))
     config = recipe.model(store.vocab_size)
     where = _device(device, team)
-    model = _first_weights(config, recipe, start).to(where)
+    model = _first_weights(config, recipe, store, start).to(where)
     identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
     texts = _texts(store)
     train(
@@ -85,7 +85,7 @@ def _device(device: str | None, team: Team) -> torch.device:
     return chosen
 
 
-def _first_weights(config: ModelConfig, recipe: Recipe, start: str | os.PathLike[str] | None) -> Trunk:
+def _first_weights(config: ModelConfig, recipe: Recipe, store: Store, start: str | os.PathLike[str] | None) -> Trunk:
     if start is None:
         model = build(config)
         init_weights(model, recipe.seed)
@@ -97,6 +97,7 @@ def _first_weights(config: ModelConfig, recipe: Recipe, start: str | os.PathLike
             f"{start} is no model of this recipe: {differ[0]} is {getattr(found.config, differ[0])} there and "
             f"{getattr(config, differ[0])} here"
         )
+    checkpoint.check_same_vocabulary(found.tokenizer_spec, store.tokenizer_spec, str(start))
     assert isinstance(found.model, Trunk)
     return found.model.requires_grad_(True)
 
