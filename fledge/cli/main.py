@@ -27,6 +27,7 @@ from fledge.core.errors import FledgeError
 COMMANDS = {
     "generate": "fledge.cli.generate",
     "chat": "fledge.cli.chat",
+    "serve": "fledge.cli.serve",
     "info": "fledge.cli.info",
     "tokenize": "fledge.cli.tokenize",
     "convert": "fledge.cli.convert",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,63 +18,74 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="serve", add_completion=False)
 
-FOLDER = Path("fledge-states")
 MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the server listens, and what it keeps where."""
+
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="NUMBER", help="0 takes a free one.")] = 8000
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For kept states and the cache; without it nothing outlives the server."),
+    ] = None
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Who may ask (TOML, see docs/server.md).")] = None
+    secret: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Signs states. (default: one in FOLDER, made on first use)")
+    ] = None
+    origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A web page elsewhere that may call; several times.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the server does at once, and holds."""
+
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What the model is called. (default: its file)")] = (
+        None
+    )
+    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts computed at once.")] = 64
+    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests on their way at once.")] = 256
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of an answer, where the request names no number.")
+    ] = 1024
+    cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = 512
+    cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = 4096
+    drain: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="For requests under way when the server stops.")
+    ] = 30.0
 
 
 @app.command()
 @spread
-def serve(
-    model: ModelOptions,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="NUMBER", help="0 takes a free one.")] = 8000,
-    folder: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="For kept states and the cache; without it nothing outlives the server."),
-    ] = None,
-    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Who may ask (TOML, see docs/server.md).")] = None,
-    secret: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Signs states. (default: one in FOLDER, made on first use)")
-    ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="What the model is called.")] = None,
-    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts computed at once.")] = 64,
-    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests on their way at once.")] = 256,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of an answer, where the request names no number.")
-    ] = 1024,
-    cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = 512,
-    cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = 4096,
-    origin: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="A web page elsewhere that may call; several times.")
-    ] = None,
-    drain: Annotated[
-        float, typer.Option(min=0.0, metavar="SECONDS", help="For requests under way when the server stops.")
-    ] = 30.0,
-) -> None:
+def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
     """Serve a model to OpenAI's clients, and the chat page to browsers.
 
     Listens on this machine only unless --host says otherwise; then give --keys too. Ctrl-C, or SIGTERM, ends it after
     the requests under way; a second one ends it at once.
     """
     _installed()
-    if not _local(host) and keys is None:
-        remark(f"anybody who reaches {host} can use this server: it has no --keys")
+    if not _local(place.host) and place.keys is None:
+        remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
     from fledge.server.settings import Settings
 
     settings = Settings(
-        name=name,
-        folder=folder,
-        keys=keys,
-        secret=secret,
-        slots=slots,
-        queue=queue,
-        max_tokens=max_tokens,
-        cache_memory=cache_memory * MB,
-        cache_disk=cache_disk * MB,
-        origins=tuple(origin or ()),
-        drain=drain,
+        name=limits.name,
+        folder=place.folder,
+        keys=place.keys,
+        secret=place.secret,
+        slots=limits.slots,
+        queue=limits.queue,
+        max_tokens=limits.max_tokens,
+        cache_memory=limits.cache_memory * MB,
+        cache_disk=limits.cache_disk * MB,
+        origins=tuple(place.origin or ()),
+        drain=limits.drain,
     )
-    _run(model, settings, host, port)
+    _run(model, settings, place.host, place.port)
 
 
 def _run(model: ModelOptions, settings: Settings, host: str, port: int) -> None:

@@ -238,8 +238,8 @@ class Engine:
         output = Output(task.number, strand.choice, strand.row, cached=task.cached)
         try:
             allowed = None if strand.constraint is None else strand.constraint.mask()
-            token = strand.sampler.next(scores) if allowed is None else strand.sampler.next(scores, allowed)
-            if strand.constraint is not None and token != self.eos_id:
+            token = strand.sampler.next(scores, allowed)
+            if strand.constraint is not None:
                 strand.constraint.accept(token)
         except FledgeError as error:
             outputs.append(self._end(output._replace(error=error), strand, "failed"))

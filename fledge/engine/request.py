@@ -6,13 +6,12 @@ A request reads its ids once; its continuations (`n`) then go on from the same s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from fledge.core.errors import FledgeError
+from fledge.engine.constraint import Constraint
 from fledge.engine.generation import Cursor
 from fledge.engine.sampling import SamplingParams
 from fledge.models.rows import Row
@@ -25,23 +24,6 @@ continuations, a deadline that has passed, or an error of this request alone."""
 
 class Busy(FledgeError):
     """As many requests as may wait are waiting."""
-
-
-class Constraint(Protocol):
-    """A grammar at one place in one text."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the text is complete: nothing more may follow."""
-
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """Which ids (V,) may come next."""
-
-    def accept(self, token: int) -> None:
-        """Go past a token that was drawn."""
-
-    def fork(self) -> Constraint:
-        """An independent one at the same place."""
 
 
 @dataclass(frozen=True, eq=False)

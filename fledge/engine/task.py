@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from fledge.engine.request import Constraint, Request
+from fledge.engine.constraint import Constraint
+from fledge.engine.request import Request
 from fledge.engine.sampling import Sampler
 from fledge.models.rows import Row
 

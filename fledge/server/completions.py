@@ -49,12 +49,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
     """The prompts in a body, whichever of the four shapes they have."""
-    given = body.prompt
+    given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
-        given = [given]  # type: ignore[list-item]
+        given = [given]
     if not 1 <= len(given) <= MOST_PROMPTS:
         raise ApiError(400, f"{len(given)} prompts; give 1 to {MOST_PROMPTS}", param="prompt")
-    return given  # type: ignore[return-value]
+    return list(given)
 
 
 async def order(service: Service, tenant: Tenant, body: CompletionRequest, prompt: str | list[int]) -> Order:

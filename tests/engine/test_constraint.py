@@ -203,7 +203,7 @@ def nested(levels: int) -> str:
 
 def chain(length: int, form: str = '{"type":"array","items":%s}') -> str:
     links = [f'"d{at}":' + form % f'{{"$ref":"#/$defs/d{at + 1}"}}' for at in range(length)]
-    return '{"$ref":"#/$defs/d0","$defs":{%s,"d%d":{"type":"string"}}}' % (",".join(links), length)
+    return f'{{"$ref":"#/$defs/d0","$defs":{{{",".join(links)},"d{length}":{{"type":"string"}}}}}}'
 
 
 @pytest.mark.parametrize(
