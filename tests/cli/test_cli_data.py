@@ -37,7 +37,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_build_and_info(fledge: Any, corpus: Path) -> None:
     result = fledge("data", "build", "small.toml", "--to", "store", "--workers", "1", "--record", "record.json")
     assert result.code == 0, result.messages
-    assert "store" in result.text and "MB/s" in result.messages and "report" in result.text
+    assert "store" in result.text and "2.8 kB of input in " in result.messages and "report" in result.text
     assert (corpus / "store" / "manifest.json").is_file()
     record = json.loads((corpus / "record.json").read_text())
     assert record["seconds"]["reading and cleaning"] > 0 and record["input_bytes"] > 2000 and record["machine"]["cpu"]
