@@ -123,7 +123,7 @@ def make_plan(job: Job, bounds: dict[str, int]) -> Plan:
     if not any(share.full or share.limit for share in shares):
         raise _nothing_left(documents, said)
     if not plan.aside and job.config.validation.wanted:
-        said += ("no document is kept aside for validation: each language has too few of them (of four, one is)",)
+        said += ("no document is kept aside for validation: too few of each language; see validation.share",)
     return Plan(mixture, plan.seed, plan.aside, shares, plan.source_limits, said)
 
 
