@@ -59,7 +59,10 @@ def build(
         store = build(read_config(path), path.parent, to, options, clock.step)
     seconds = clock.stop()
     read = sum(one["bytes"] for one in store.manifest["inputs"])
-    note(f"{size(read)} of input in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
+    if clock.worked:
+        note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
+    else:
+        note("the store was finished before, and is as it was")
     if record is not None:
         clock.write(record, store, workers)
     _show(store, to)
@@ -138,6 +141,11 @@ class _Clock:
         """The seconds of all stages together."""
         self._enter("")
         return self._changed - self._began
+
+    @property
+    def worked(self) -> bool:
+        """Whether any stage began: nothing is done for a finished store."""
+        return len(self.seconds) > 1
 
     def write(self, path: Path, store: Store, workers: int | None) -> None:
         """Everything, as JSON."""
