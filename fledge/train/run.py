@@ -46,7 +46,7 @@ def run(
     start: a checkpoint to begin from in place of fresh weights. Raises FledgeError's kinds as its parts do.
     """
     keep_freed_memory()
-    store = open_store(Path(data))
+    store = open_store(Path(data)).with_rows(recipe.vocab_size)
     config = recipe.model(store.vocab_size)
     where = _device(device, team)
     model = _first_weights(config, recipe, store, start).to(where)

@@ -92,6 +92,7 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
         (["--set", "length=5000"], 2, ["are too few for batches of 2 windows of 5000 tokens"]),
         (["--parallel", "both"], 1, ["choose from ddp, fsdp"]),
         (["--set", "vocab_size=10"], 1, ["vocab_size is 10, but the data has ids up to 299"]),
+        (["--set", "vocab_size=512"], 1, ["vocab_size is 512, but the vocabulary of the data has 300 ids"]),
     ],
 )
 def test_mistakes(fledge: Any, store: Path, tmp_path: Path, more: list[str], code: int, words: list[str]) -> None:
