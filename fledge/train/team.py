@@ -77,6 +77,14 @@ class Team:
         dist.all_reduce(found)
         return float(found)
 
+    def largest(self, value: int) -> int:
+        """The largest value that any process has: a question they answer together, 0 for no."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, device=_exchange_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
@@ -116,6 +124,12 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor of which fsdp holds parts, put together; any other as it is."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
 
 
 def _exchange_device() -> torch.device:
