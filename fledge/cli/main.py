@@ -1,7 +1,7 @@
 """The command `fledge`: a table of commands, and the one place where errors become a line and an exit code.
 
-Exit codes: 0 well; 1 an error (or, from `doctor`, a failed check); 2 a mistake in the arguments; 130 Ctrl-C; 143 SIGTERM
-where a command has something to save first.
+Exit codes: 0 well; 1 an error (or, from `doctor`, a failed check); 2 a mistake in the arguments; 130 Ctrl-C; 143
+SIGTERM, where a command has something to save first.
 No traceback is shown unless `--traceback` asks for it.
 """
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM for work that ends at a place of its own choosing: noted when they come, looked at between steps."""
+"""SIGINT and SIGTERM for work that ends at a place of its own choosing: noted as they come, looked at between steps."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,7 +113,10 @@ def join(mode: str = "ddp", device: str | None = None) -> Iterator[Team]:
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes that torchrun started cannot reach each other: {error}") from error
     try:
-        yield Team(dist.get_rank(), world, mode)
+        with warnings.catch_warnings():
+            # Of the last token's input, which a block hands on as part of the state. Nobody writes into a state.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield Team(dist.get_rank(), world, mode)
     finally:
         # gloo's threads may still hold tensors of the last exchange. One that lets go of them while Python is already
         # ending aborts the process, and nothing can be asked to wait for it.
