@@ -128,12 +128,7 @@ def _run(base: str, data: Path, options: RunOptions, settings: TuneSettings) -> 
         show_examples(run)
         return
     show_plan(run)
-    try:
-        done = run.start(options.to, show_line)
-    except KeyboardInterrupt:
-        note("stopped; the same command goes on from here")
-        raise
-    show_result(done, base)
+    show_result(run.start(options.to, show_line), base)
 
 
 @app.command()

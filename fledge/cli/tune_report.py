@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fledge.cli.terminal import note, print_heading, print_rows, visible
+from fledge.cli.train_view import as_text
 from fledge.data.examples import marked_text
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _show_example(example: Example, run: Run) -> None:
 
 def show_line(line: dict[str, float]) -> None:
     """One line of progress."""
-    print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+    print(as_text(line), flush=True)
 
 
 def show_result(done: Tuned, base: str) -> None:

@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from typing import Any
 
 from fledge.core.device import usable_cores
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import LOCK, exclusive, read_json
+from fledge.core.files import LOCK, disk_trouble, exclusive, read_json
 from fledge.data import assembly
 from fledge.data.binidx import files_of
 from fledge.data.clean import steps
@@ -52,7 +51,6 @@ from fledge.tokenizer import Vocabulary
 Report = Callable[[str, int, int], None]
 WORK = "fledge-work"  # a folder of any other name is the user's
 RESULTS = (*(file.name for part in PARTS for file in files_of(Path(part))), SPANS, TOKENIZER, MANIFEST, REPORT)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -99,7 +97,7 @@ def build(config: BuildConfig, base: Path, to: Path, options: Options | None = N
             if not options.keep_work:
                 discard(to / WORK)
     except OSError as error:
-        raise _explained(error, to) from None
+        raise DataError(disk_trouble(error, to, "finished pieces are kept")) from None
     return open_store(to)
 
 
@@ -281,15 +279,3 @@ def _made_from(to: Path, fingerprint: str) -> bool:
         return bool(read_json(to / MANIFEST)["fingerprint"] == fingerprint)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-
-
-def _explained(error: OSError, to: Path) -> Exception:
-    """A full disk is the one error of the system that a user meets in a build and can do something about."""
-    if error.errno in FULL:
-        free = shutil.disk_usage(to if to.exists() else to.parent).free / 1e9
-        return DataError(
-            f"the disk of {to} is full ({free:.1f} GB are free); make room and run the same command again: finished "
-            "pieces are kept"
-        )
-    where = f"{error.filename}: " if error.filename else ""
-    return DataError(f"{where}{error.strerror or error}; finished pieces are kept: run the same command again")

@@ -15,13 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import FledgeError, TokenizerError, UsageError
 from fledge.engine.batch import read
+from fledge.engine.cache import PrefixCache
 from fledge.engine.generation import Cursor, fresh_state
 from fledge.engine.request import Busy, Finish, Likelihood, Output, Request
 from fledge.engine.sampling import LARGEST_SEED, Sampler
@@ -30,9 +30,6 @@ from fledge.engine.task import Strand, Task
 from fledge.models.config import ModelConfig
 from fledge.models.rows import Row
 from fledge.tokenizer import NO_EOS
-
-if TYPE_CHECKING:
-    from fledge.engine.cache import PrefixCache
 
 
 @dataclass
@@ -179,6 +176,7 @@ class Engine:
                 self._write(task, hit.logits, outputs)
                 return
             task.cuts.extend(self.cache.places(request.space, request.ids, task.done, request.marks))
+            self.cache.learn(request.space, request.ids)
 
     def _call(self, pieces: list[Piece], outputs: list[Output]) -> None:
         began = time.perf_counter()

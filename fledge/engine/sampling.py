@@ -147,7 +147,10 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     scores = logits.numpy()  # numpy's comparisons and masks are several times as fast as torch's
     highest = float(scores.max())
     if math.isnan(highest) or highest == math.inf:
-        raise FledgeError(f"the model's logits hold {highest}; run it in float32 (dtype='float32')")
+        raise FledgeError(
+            f"the model predicts nothing, its logits hold {highest}: in float16 or bfloat16 it may have overflowed, "
+            "and float32 helps (--dtype float32); in float32 its weights are damaged, or its training has diverged"
+        )
     if highest == -math.inf:
         raise UsageError(f"ban leaves no token to draw ({len(params.ban)} ids of {len(logits)} are banned)")
     if params.temperature == 0.0:

@@ -222,7 +222,7 @@ def test_impossible_settings_are_refused() -> None:
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     model = fresh()
-    with pytest.raises(CheckpointError, match=r"last\.pt: cannot resume.*move it away"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged, so the run cannot go on.*move it away"):
         RunCheckpoint(tmp_path, Team(), {}).resume(model, build_optimizer(model, AdamSettings()))
 
 
