@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fledge.checkpoint.assembly import LoadedModel, Weights, assemble, load_model
     from fledge.checkpoint.conversion import Conversion, convert
     from fledge.checkpoint.detection import detect
+    from fledge.checkpoint.identity import identity_of, short
     from fledge.checkpoint.info import CheckpointInfo, inspect
     from fledge.checkpoint.merging import Changes, Merged, combined, merge_file, merged
     from fledge.checkpoint.metadata import check_same_vocabulary
@@ -51,6 +52,7 @@ _HOME = {
     "convert_adapter": "adapters",
     "detect": "detection",
     "expected_shapes": "shapes",
+    "identity_of": "identity",
     "inspect": "info",
     "inspect_adapter": "adapters",
     "load": "reader",
@@ -63,6 +65,7 @@ _HOME = {
     "read_adapter": "adapters",
     "save": "writer",
     "save_adapter": "adapters",
+    "short": "identity",
     "verify": "reader",
 }
 
@@ -84,6 +87,7 @@ __all__ = [
     "convert_adapter",
     "detect",
     "expected_shapes",
+    "identity_of",
     "inspect",
     "inspect_adapter",
     "load",
@@ -96,6 +100,7 @@ __all__ = [
     "read_adapter",
     "save",
     "save_adapter",
+    "short",
     "verify",
 ]
 

@@ -94,12 +94,12 @@ def _run(model: ModelOptions, settings: Settings, host: str, port: int) -> None:
 
     import uvicorn
 
-    from fledge.engine.statefile import identity_of_llm
+    from fledge.engine.statefile import identity_of
     from fledge.server.app import create_app
     from fledge.server.service import Service
 
     llm = model.load()
-    service = Service(llm, settings, identity_of_llm(llm))
+    service = Service(llm, settings, identity_of(llm))
     # The engine's thread and the event loop's hand the interpreter to each other at every step; at Python's usual
     # interval of 5 ms each would wait for longer than a step takes.
     sys.setswitchinterval(0.0005)

@@ -79,6 +79,7 @@ class NativeModel(nn.Module):
         super().__init__()
         self.config = config
         self.matrices: dict[str, PackedMatrix] = {}
+        self.time_decays: list[Tensor] = []  # of each layer, as the checkpoint has them: for whoever wants to see them
         self._matrix_dtype = matrix_dtype
         self._memory = Recycler()
         self._release = release or (lambda tensor: None)
@@ -317,6 +318,7 @@ def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) ->
             model.set_vector(layer, f"att.mix_{letter}", 1 - of(f"att.time_mix_{letter}").float())
         for letter in "kr":
             model.set_vector(layer, f"ffn.mix_{letter}", 1 - of(f"ffn.time_mix_{letter}").float())
+    model.time_decays.append(of("att.time_decay").detach().float().clone())
     decay, bonus = _decay_and_bonus(config, of)
     model.set_vector(layer, "att.decay", decay)
     model.set_vector(layer, "att.bonus", bonus)

@@ -176,7 +176,7 @@ class Service:
                 )
             else:
                 found = parse(base64.b64decode(text, validate=True), self.secret)
-            found[1].check(self.llm)
+            found[1].check(self.identity, self.llm.name)
             found[0].check(self.llm.config, 1)
         except binascii.Error:
             raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None

@@ -101,7 +101,7 @@ async def brought(request: Request) -> Response:
     data = await request.body()
     try:
         state, card = await asyncio.to_thread(parse, data, service.secret)
-        card.check(service.llm)
+        card.check(service.identity, service.llm.name)
         state.check(service.llm.config, 1)
     except FledgeError as error:
         raise api_error(error, "file") from None
