@@ -75,11 +75,11 @@ class Service:
         self.metrics = Metrics(self)
         self.began = int(time.time())
         folder = settings.folder
-        disk = None
-        if folder is not None and settings.cache_disk:
-            disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
+        self.disk = None
+        if folder is not None and settings.cache_disk and settings.cache_memory:
+            self.disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
         self.cache = (
-            PrefixCache(memory=settings.cache_memory, disk=disk, every=settings.cache_every)
+            PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory
             else None
         )
@@ -133,6 +133,8 @@ class Service:
         await asyncio.to_thread(self.desk.close, self.settings.drain)
         if self.cache is not None:
             await asyncio.to_thread(self.cache.flush)
+        if self.disk is not None:
+            await asyncio.to_thread(self.disk.close)
         if self.shelf is not None:
             self.shelf.close()
 

@@ -86,7 +86,7 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
     last = tmp_path / "run" / "last.pt"
     fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(
-        1, "not its result; give the model, adapter"
+        1, "is the checkpoint of a training run"
     )
 
 
