@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import secrets
@@ -180,7 +179,7 @@ class Service:
                 found = parse(base64.b64decode(text, validate=True), self.secret)
             found[1].check(self.identity, self.llm.name)
             found[0].check(self.llm.config, 1)
-        except binascii.Error:
+        except ValueError:  # binascii's kind too
             raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None
         except FledgeError as error:
             raise api_error(error, param) from None
