@@ -31,6 +31,8 @@ from fledge.core.interrupts import Interrupted
 COMMANDS = {
     "generate": "fledge.cli.generate",
     "chat": "fledge.cli.chat",
+    "ask": "fledge.cli.ask",
+    "state": "fledge.cli.state",
     "serve": "fledge.cli.serve",
     "info": "fledge.cli.info",
     "tokenize": "fledge.cli.tokenize",
