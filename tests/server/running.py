@@ -75,10 +75,10 @@ def _headers(key: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def serving(llm: LLM, folder: Path | None = None, **settings: Any) -> Iterator[Server]:
+def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **settings: Any) -> Iterator[Server]:
     """A server for one model; it has stopped when this is left."""
     wanted = replace(Settings(folder=folder, drain=5.0, cache_memory=1 << 24, cache_every=16), **settings)
-    service = Service(llm, wanted, IDENTITY)
+    service = Service(llm, wanted, identity)
     config = uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -147,8 +147,7 @@ def test_a_state_travels_as_a_file(server: Server) -> None:
 
 def test_states_of_other_weights_are_refused(server: Server, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(server.service.secret)
-    with serving(random_model(), tmp_path / "folder", secret=tmp_path / "secret") as other:
-        other.service.identity = "1" * 64
+    with serving(random_model(), tmp_path / "folder", "1" * 64, secret=tmp_path / "secret") as other:
         made = other.post("/v1/fledge/states", {"text": "A letter."}).json()
         data = other.http.get(f"/v1/fledge/states/{made['id']}/file").content
     answer = server.http.put("/v1/fledge/states/file", content=data)
