@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,9 @@ def application(arguments: dict[str, Any], settings: Settings, replicas: int, cp
     settings = replace(settings, folder=None, shared=shared, secret=(settings.secret or shared / "secret").resolve())
     read_secret(settings)  # made here, once, and not by every copy
 
+    def app() -> FastAPI:  # Ray wants a function, not a partial one
+        return build(arguments, settings)
+
     @serve.deployment(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus},
@@ -48,7 +50,7 @@ def application(arguments: dict[str, Any], settings: Settings, replicas: int, cp
         health_check_period_s=2,
         health_check_timeout_s=10,
     )
-    @serve.ingress(partial(build, arguments, settings))
+    @serve.ingress(app)
     class Fledge:
         """One copy."""
 
