@@ -25,7 +25,7 @@ from fledge.core.files import asset
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/quantisation.md")
-GUIDES = ("docs/guides/tuning.md", "docs/guides/training.md")
+GUIDES = ("docs/guides/tuning.md", "docs/guides/training.md", "docs/guides/states.md")
 BUNDLED = "tiny-finch.safetensors"
 
 
@@ -132,6 +132,7 @@ def test_a_guide_runs_from_top_to_bottom(
 ) -> None:
     need_the_bundled_model()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     steps = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```", text_of(page), re.M | re.S)
     assert {"sh", "python"} <= {language for language, _, _ in steps}
     for language, name, block in steps:

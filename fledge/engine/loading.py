@@ -64,9 +64,9 @@ def load(
     chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, numbers)
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     name = found.path.stem if found.path.is_file() else Path(path).name
-    changes, altered = checkpoint.combined(adapters), ""
+    changes, altered = checkpoint.combined(adapters), "" if quant is None else f"rounded to {quant}"
     if pack and chosen_device.type == "cpu" and why_not_native(found.config) is None:
-        altered = fingerprint(changes)
+        altered = fingerprint(changes, altered)
         found = checkpoint.merged(found, replace(changes, state={}), chosen_dtype)
         changes = replace(changes, factors={}, parts={})
     stored = found.tensors["emb.weight"].dtype

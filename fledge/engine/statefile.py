@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -34,7 +35,6 @@ from fledge.core.errors import StateError
 from fledge.core.files import atomic_path
 from fledge.engine.adapting import weights_of
 from fledge.engine.text import LLM
-from fledge.models.native import NativeModel
 from fledge.models.state import COUNTS, KIND, KINDS, State
 
 CARD, SIGNATURE = "fledge_card", "fledge_signature"
@@ -98,9 +98,7 @@ def _identity_of(llm: LLM) -> str:
             "own; load it from a checkpoint"
         )
     base = checkpoint.identity_of(found)
-    rounded = isinstance(llm.model, NativeModel) and llm.model.quantised and not found.quantised
-    changes = [llm.altered, *([llm.weights] if rounded else [])]
-    return hashlib.sha256("\n".join([base, *changes]).encode()).hexdigest() if any(changes) else base
+    return hashlib.sha256(f"{base}\n{llm.altered}".encode()).hexdigest() if llm.altered else base
 
 
 def write_state(path: str | os.PathLike[str], state: State, card: StateCard) -> None:
@@ -190,7 +188,8 @@ def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
         want = torch.long if name in COUNTS else torch.float32
         if tensor.dtype != want or tensor.dim() != RANKS.get(name, 3):
             raise StateError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {want}")
-        if not bool(tensor.isfinite().all()):
+        # Not torch: its threads wait for each other, which on a busy machine takes longer than all the rest.
+        if not np.isfinite(tensor.numpy()).all():
             raise StateError(f"{name} holds numbers that are not finite")
     if len({tensor.shape[1] for tensor in tensors.values()}) > 1:
         raise StateError("its tensors are of different numbers of texts")

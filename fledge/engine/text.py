@@ -43,7 +43,9 @@ class LLM:
     start: State | None = None  # of one sequence: what texts begin from; None: the model's own initial state
     source: str = ""  # the checkpoint it came from
     template: str | None = None  # of the chats it was tuned on, where its files tell
-    altered: str = ""  # by which adapters the weights differ from those of `source`: a hash, or nothing
+    altered: str = (
+        ""  # how the weights differ from those of `source`, by adapters or rounding; nothing where they do not
+    )
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size != self.config.vocab_size:

@@ -59,6 +59,11 @@ def test_rounding_while_loading_makes_other_weights(tmp_path: Path) -> None:
     torch.save(random_checkpoint("6.0", n_layer=1, n_embd=64, head_size=32, vocab_size=256, dim_ffn=96), path)
     plain, packed, rounded = load(path, pack=False), load(path), load(path, quant="int8")
     assert identity_of(plain) == identity_of(packed) != identity_of(rounded)
+    assert (
+        identity_of(load(path, quant="int8", pack=False))
+        == identity_of(rounded)
+        != identity_of(load(path, quant="int4"))
+    )
     assert identity_of(replace(plain, source="")) == identity_of(plain)
     with pytest.raises(StateError, match="m was made in memory and keeps no weights"):
         identity_of(replace(packed, source=""))
