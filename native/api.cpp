@@ -44,18 +44,19 @@ FLEDGE_API void fledge_model_embedding(Model* model, const void* data, int32_t s
 // Null where everything is there, else the name of what is not.
 FLEDGE_API const char* fledge_model_check(const Model* model) { return model->check(); }
 
-// One forward pass. tensors: pointers to the state before (3, or 5 for RWKV-4), then to the state after.
-// 0, or -1 where memory did not suffice.
+// One forward pass. places: of each sequence its number of tokens; then of each the state it comes from; then of each its
+// row there; then the sequences of every such state. before: the tensors of the first of these states (3, or 5 for
+// RWKV-4), then those of the next; after: those of one new state. 0, or -1 where memory did not suffice.
 FLEDGE_API int fledge_model_forward(Model* model, const int64_t* ids, int64_t rows, int64_t sequences,
-                                    const int64_t* lengths, void* const* tensors, int32_t parts, float* logits,
-                                    int32_t want) {
+                                    const int64_t* places, void* const* before, void* const* after, int32_t parts,
+                                    float* logits, int32_t want) {
     return guarded([&] {
         Turn turn;
+        const int64_t *lengths = places, *sources = lengths + sequences, *lines = sources + sequences,
+                      *batches = lines + sequences;
         Batch batch{ids, rows, sequences, lengths, {}, {}, logits, want};
-        for (int32_t i = 0; i < parts; i++) {
-            batch.before.tensor[i] = static_cast<const float*>(tensors[i]);
-            batch.after.tensor[i] = static_cast<float*>(tensors[parts + i]);
-        }
+        batch.before = {reinterpret_cast<const float* const*>(before), batches, lines, sources, parts};
+        for (int32_t i = 0; i < parts; i++) batch.after.tensor[i] = static_cast<float*>(after[i]);
         model->forward(batch);
     });
 }

@@ -132,7 +132,7 @@ void Model::forward(const Batch& batch) {
                 const bool shift = i == 0 || i == parts - 1;
                 const int64_t size = shift ? s_.width : rwkv4 ? s_.inner : s_.heads * N_ * N_;
                 const int64_t at = (layer * batch.sequences + b) * size;
-                copy(batch.after.tensor[i] + at, batch.before.tensor[i] + at, size);
+                copy(batch.after.tensor[i] + at, batch.before.at(i, layer, b, size), size);
             }
     }
     if (batch.want == LAST) w.last.floats(batch.sequences * C_);
@@ -204,8 +204,8 @@ void Model::norm_and_shift(const Batch& batch, const std::vector<Segment>& segme
     w.before.resize(static_cast<size_t>(rows));
     for (const Segment& g : segments) {
         const int64_t at = (number * batch.sequences + g.sequence) * s_.width;
-        const float* old = (g.begins ? batch.before.tensor[tensor] : batch.after.tensor[tensor]) + at;
-        copy(shift, old, s_.width);
+        const float* given = batch.before.at(tensor, number, g.sequence, s_.width);
+        copy(shift, g.begins ? given : batch.after.tensor[tensor] + at, s_.width);
         std::fill(shift + s_.width, shift + C_, 0.0f);
         w.before[static_cast<size_t>(g.row)] = shift;
         for (int64_t t = 1; t < g.length; t++) w.before[static_cast<size_t>(g.row + t)] = norm + (g.row + t - 1) * C_;
@@ -330,8 +330,8 @@ void Model::wkv_heads(const Batch& batch, const std::vector<Segment>& segments, 
         call.decay = finch ? w.decay.floats(0) + at : layer.decay.get() + h * N;
         call.stride = call.v_stride = call.y_stride = A_, call.w_stride = finch ? A_ : 0;
         call.bonus = layer.bonus.get() + h * N;
-        call.before = (g.begins ? batch.before.tensor[1] : batch.after.tensor[1]) + state;
         call.after = batch.after.tensor[1] + state;
+        call.before = g.begins ? batch.before.at(1, number, g.sequence, H * N * N) + h * N * N : call.after;
         call.past_caches = 4 * s_.layers * batch.sequences * H * N * N > CACHES;
         call.scratch = w.of_thread(thread, (N + 3) * round_up(N, LANES));
         kernels().wkv(call);
@@ -352,8 +352,10 @@ void Model::wkv4_channels(const Batch& batch, const std::vector<Segment>& segmen
         const int64_t width = std::min<int64_t>(PANEL, s_.inner - channel);
         float* sums = w.of_thread(thread, 3 * PANEL);
         std::fill(sums, sums + 3 * PANEL, 0.0f);
-        for (int i = 0; i < 3; i++)
-            copy(sums + i * PANEL, (g.begins ? batch.before.tensor[1 + i] : batch.after.tensor[1 + i]) + state, width);
+        for (int i = 0; i < 3; i++) {
+            const float* given = batch.before.at(1 + i, number, g.sequence, s_.inner) + channel;
+            copy(sums + i * PANEL, g.begins ? given : batch.after.tensor[1 + i] + state, width);
+        }
         Wkv4 call{};
         call.length = g.length, call.width = PANEL, call.stride = A_, call.w_stride = 0;
         call.k = w.row[K_ - 1].floats(0) + at, call.v = w.row[V_ - 1].floats(0) + at, call.w = layer.decay.get() + channel;

@@ -44,8 +44,20 @@ struct Embedding {
 
 // The state tensors as state.py has them, (layer, batch, ...), float32: att_shift, wkv, ffn_shift, or for RWKV-4
 // att_shift, aa, bb, pp, ffn_shift.
-struct StateIn { const float* tensor[5]; };
 struct StateOut { float* tensor[5]; };
+
+// The states that come in lie where they are: each sequence names one of several batched states and its row in it.
+struct StateIn {
+    const float* const* tensors;       // those of the first state, then of the next
+    const int64_t *batches, *rows;     // of each state: its sequences; of each sequence: its row
+    const int64_t* sources;            // of each sequence: its state
+    int64_t parts;
+    // Where the numbers of one layer and sequence begin, `size` of them a sequence.
+    const float* at(int64_t part, int64_t layer, int64_t sequence, int64_t size) const {
+        const int64_t source = sources[sequence];
+        return tensors[source * parts + part] + (layer * batches[source] + rows[sequence]) * size;
+    }
+};
 
 enum Want : int32_t { LAST = 1, ALL = 2 };
 

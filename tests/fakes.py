@@ -71,7 +71,9 @@ class FakeModel(nn.Module):
     def forward(
         self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
     ) -> tuple[Tensor, State]:
-        assert idx.shape[0] == 1 and lengths is None
+        if idx.shape[0] > 1:
+            return self._batch(idx, state, last)
+        assert lengths is None
         if self.fail_after is not None:
             self.fail_after -= 1
             if self.fail_after < 0:
@@ -86,6 +88,10 @@ class FakeModel(nn.Module):
             logits[0, t, self._expected(memory)] = self.sharpness
         after = WkvState(torch.tensor(memory).float().view(1, 1, 4), state.wkv, state.ffn_shift)
         return logits[:, -1:] if last else logits, after
+
+    def _batch(self, idx: Tensor, state: State | None, last: bool) -> tuple[Tensor, State]:
+        rows = [self(idx[b : b + 1], None if state is None else state.rows(b), last=last) for b in range(len(idx))]
+        return torch.cat([logits for logits, _ in rows]), WkvState.stack([after for _, after in rows])
 
     def _read(self, memory: list[int], token: int) -> list[int]:
         count, digest, reply, place = memory

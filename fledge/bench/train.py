@@ -21,7 +21,6 @@ from fledge.bench.harness import Report, Sample, in_fresh_process, interleaved
 from fledge.bench.random_model import config_of
 from fledge.bench.train_figures import Case, Figures, Group, KernelGroup, figures_of
 from fledge.checkpoint import expected_shapes
-from fledge.core.config import to_dict
 from fledge.core.device import choose_device
 from fledge.core.errors import UsageError
 from fledge.core.native import why_missing
@@ -214,7 +213,7 @@ class Measuring:
         return figures_of(case, results, training_operations(self._spec.configs[case.program], case.length))
 
     def _step_job(self, case: Case) -> dict[str, Any]:
-        config = to_dict(self._spec.configs[case.program])
+        config = asdict(self._spec.configs[case.program])
         return {"kind": "step", **asdict(case), "config": config, "steps": self._spec.steps}
 
     def _product_job(self, dtype: str) -> dict[str, Any]:
@@ -237,7 +236,7 @@ def _total(spec: Spec, cases: list[Case], kernels: int) -> int:
 def _facts(config: ModelConfig) -> dict[str, Any]:
     shapes = expected_shapes(config).values()
     return {
-        **to_dict(config),
+        **asdict(config),
         "family": config.family,
         "parameters": sum(torch.Size(shape).numel() for shape in shapes),
         "matrix_numbers": matrix_numbers(config)[0],

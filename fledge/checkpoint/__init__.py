@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from fledge.checkpoint.assembly import LoadedModel, Weights, assemble, load_model
     from fledge.checkpoint.conversion import Conversion, convert
     from fledge.checkpoint.detection import detect
+    from fledge.checkpoint.identity import identity_of, short
     from fledge.checkpoint.info import CheckpointInfo, inspect
     from fledge.checkpoint.merging import Changes, Merged, combined, merge_file, merged
+    from fledge.checkpoint.metadata import check_same_vocabulary
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
     from fledge.checkpoint.shapes import expected_shapes
@@ -44,11 +46,13 @@ _HOME = {
     "assemble": "assembly",
     "base_of": "adapters",
     "check_base": "adapters",
+    "check_same_vocabulary": "metadata",
     "combined": "merging",
     "convert": "conversion",
     "convert_adapter": "adapters",
     "detect": "detection",
     "expected_shapes": "shapes",
+    "identity_of": "identity",
     "inspect": "info",
     "inspect_adapter": "adapters",
     "load": "reader",
@@ -61,6 +65,7 @@ _HOME = {
     "read_adapter": "adapters",
     "save": "writer",
     "save_adapter": "adapters",
+    "short": "identity",
     "verify": "reader",
 }
 
@@ -76,11 +81,13 @@ __all__ = [
     "assemble",
     "base_of",
     "check_base",
+    "check_same_vocabulary",
     "combined",
     "convert",
     "convert_adapter",
     "detect",
     "expected_shapes",
+    "identity_of",
     "inspect",
     "inspect_adapter",
     "load",
@@ -93,6 +100,7 @@ __all__ = [
     "read_adapter",
     "save",
     "save_adapter",
+    "short",
     "verify",
 ]
 

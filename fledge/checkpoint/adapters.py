@@ -4,34 +4,34 @@
     .pth            tensors only, as RWKV-PEFT and the state tuners of RWKV-LM write and read them: alpha is not in it
 
 In both the names are official: `blocks.<i>.att.key.lora_A` (r, in) and `.lora_B` (out, r); a part trained whole has the
-name of the parameter it replaces; `blocks.<i>.att.time_state` is (H, V, K). What a file is shows in its names.
-An adapter only makes sense on the weights it was trained on, so its base's identity is compared before it is used.
-Not here: adding it to a model (fledge.models.adapters), merging it into a checkpoint (merging.py).
+name of the parameter it replaces; `blocks.<i>.att.time_state` is (H, V, K). An adapter only makes sense on the weights
+it was trained on, so its base's identity is compared before it is used.
+Not here: what names say (adapter_names.py), adding an adapter to a model (fledge.models.adapters), merging it into a
+checkpoint (merging.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fledge.checkpoint.adapter_names import FACTOR, is_adapter, kind_of, plain_names
 from fledge.checkpoint.hub import locate
 from fledge.checkpoint.identity import dense_identity, identity_of, short
-from fledge.checkpoint.names import PREFIX
 from fledge.checkpoint.pth import read_pth, write_pth
 from fledge.checkpoint.record import Checkpoint
-from fledge.checkpoint.shapes import Shape, expected_shapes
+from fledge.checkpoint.shapes import expected_shapes
 from fledge.checkpoint.sniff import container_of
-from fledge.checkpoint.st_file import DTYPES, read_safetensors, write_safetensors
+from fledge.checkpoint.st_file import read_safetensors, write_safetensors
 from fledge.checkpoint.tuned import STATE, merge_tuned_state
 from fledge.checkpoint.writer import check_absent
-from fledge.core.config import from_dict, to_dict
+from fledge.core.config import from_dict
 from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
 from fledge.models.adapters import TARGETS, Factors
 from fledge.models.config import ModelConfig
@@ -39,8 +39,6 @@ from fledge.models.config import ModelConfig
 KEY = "fledge_adapter"
 FORMAT = 1
 KINDS = ("lora", "state")
-FACTOR = re.compile(r"(blocks\.\d+\.(\w+\.\w+))\.(lora_[AB])")
-PREFIXES = (PREFIX, "model.")  # of DeepSpeed, and of the module that RWKV-PEFT wraps around a model
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Adapter:
 
     kind: str  # "lora" (may have parts trained whole, and a tuned state beside them) or "state"
     tensors: Mapping[str, Tensor]
-    alpha: float | None = None  # of the LoRA; None for a tuned state
+    alpha: float | None = None  # of the LoRA; None for a tuned state (and, inspected only, a LoRA that does not tell)
     base: Base | None = None  # a .pth does not tell
     path: Path = Path("adapter")
     training: Mapping[str, Any] = field(default_factory=dict)  # plain JSON: data, steps, rates
@@ -100,6 +98,12 @@ class Adapter:
         return tuple(target for target in TARGETS if target in found)
 
     @property
+    def template(self) -> str | None:
+        """The chat template of the conversations it was trained on; None where the file does not tell."""
+        told = self.training.get("template")
+        return told if isinstance(told, str) else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
@@ -119,28 +123,42 @@ def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
     found = locate(path)
     if found.is_dir():
         raise CheckpointError(f"{found} is a folder; give the adapter's file")
-    record: dict[str, Any] = {}
-    if container_of(found) == "safetensors":
-        tensors, texts = read_safetensors(found)
-        record = _decode(texts[KEY], str(found)) if KEY in texts else {}
-    elif container_of(found) == "pth":
-        tensors = read_pth(found)
-    else:
+    if container_of(found) == "gguf":
         raise CheckpointError(f"{found} is a .gguf; adapters are read from .safetensors and .pth files")
-    tensors = _plain_names(tensors, str(found))
-    kind = _kind_of(tensors, str(found))
-    if record and record["kind"] != kind:
-        raise CheckpointError(f"{found}: its header says {record['kind']}, its tensors are a {kind}; it is damaged")
-    alpha = _agreed_alpha(alpha, record.get("alpha"), str(found)) if kind == "lora" else None
-    return Adapter(kind, tensors, alpha, record.get("base"), found, record.get("training", {}))
+    adapter = _adapter(found, *_contents(found))
+    return (
+        replace(adapter, alpha=_agreed_alpha(alpha, adapter.alpha, str(found))) if adapter.kind == "lora" else adapter
+    )
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:
-    """The adapter in a file that Fledge wrote; None for any other file, a whole model say."""
+    """What the adapter in a file is, without its weights: its tensors are on "meta", and alpha is None where untold.
+
+    None for a file that holds something else, a whole model say. Raises CheckpointError for a damaged adapter.
+    """
     found = locate(path)
-    if found.is_dir() or container_of(found) != "safetensors" or KEY not in read_safetensors(found, weights=False)[1]:
+    if found.is_dir() or container_of(found) == "gguf":
         return None
-    return read_adapter(found)
+    tensors, texts = _contents(found, weights=False)
+    return _adapter(found, tensors, texts) if KEY in texts or is_adapter(tensors) else None
+
+
+def _contents(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under the file's own names, and the texts of its header."""
+    if container_of(path) == "safetensors":
+        return read_safetensors(path, weights=weights)
+    return read_pth(path, weights=weights), {}
+
+
+def _adapter(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> Adapter:
+    """The adapter of a file's contents, with the alpha that is recorded if any."""
+    record = _decode(texts[KEY], str(path)) if KEY in texts else {}
+    tensors = plain_names(tensors, str(path))
+    kind = kind_of(tensors, str(path))
+    if record and record["kind"] != kind:
+        raise CheckpointError(f"{path}: its header says {record['kind']}, its tensors are a {kind}; it is damaged")
+    alpha = record.get("alpha") if kind == "lora" else None
+    return Adapter(kind, tensors, alpha, record.get("base"), path, record.get("training", {}))
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> tuple[str, ...]:
@@ -153,6 +171,8 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> tuple[str, .
         raise UsageError(f"{path}: the suffix {path.suffix!r} is no format of adapters; use .safetensors or .pth")
     write_pth(path, adapter.tensors)
     notes = [f"alpha {adapter.alpha:g} is not in a .pth; whoever uses it must be told"] if adapter.alpha else []
+    if adapter.template:
+        notes.append(f"the chat template is not in a .pth; chat with --template {adapter.template}")
     return (*notes, "a .pth does not say which base it belongs to")
 
 
@@ -190,8 +210,7 @@ def check_base(adapters: tuple[Adapter, ...], checkpoint: Checkpoint) -> None:
         if theirs and not adapter.any_base and theirs.identity != identity:
             raise CheckpointError(
                 f"{adapter.path} was trained on another model: {theirs.name} ({short(theirs.identity)}...), and "
-                f"{checkpoint.path} is {short(identity)}...; give its own base, or force it (--any-base, "
-                "adapter.for_any_base())"
+                f"{checkpoint.path} is {short(identity)}...; give its own base, or --any-base to use it all the same"
             )
 
 
@@ -212,59 +231,13 @@ def _check_shapes(adapter: Adapter, checkpoint: Checkpoint) -> None:
         merge_tuned_state(checkpoint.config, {}, adapter.state, str(adapter.path))
 
 
-def _plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    plain: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short_name = name
-        for prefix in PREFIXES:
-            short_name = short_name.removeprefix(prefix)
-        if short_name in plain:
-            raise CheckpointError(f"{source} holds {short_name!r:.80} twice, with and without a prefix")
-        if tensor.dtype not in DTYPES.values():
-            raise UnsupportedError(f"{source}: {name!r:.80} has dtype {tensor.dtype}; adapters hold floats")
-        plain[short_name] = tensor
-    return plain
-
-
-def _kind_of(tensors: Mapping[str, Tensor], source: str) -> str:
-    """ "lora" or "state"; raises for everything else, and for a factor without its partner."""
-    if "emb.weight" in tensors and "head.weight" in tensors:
-        raise CheckpointError(f"{source} is a whole model, not an adapter; give it as the model")
-    if any(name.endswith(".disha") for name in tensors):
-        raise UnsupportedError(f"{source} is a DiSHA adapter, which Fledge cannot apply; merge it with RWKV-PEFT")
-    if tensors and all(STATE.fullmatch(name) for name in tensors):
-        return "state"
-    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    if not factors:
-        raise CheckpointError(
-            f"{source} is no adapter: looked for blocks.0.att.key.lora_A or blocks.0.att.time_state, found "
-            f"{min(tensors, default='no tensor')!r:.80}"
-        )
-    for name, tensor in factors.items():
-        match = FACTOR.fullmatch(name)
-        if match is None or match[2] not in TARGETS:
-            raise CheckpointError(f"{source}: {name!r:.80} belongs to no matrix that Fledge can adapt")
-        _check_pair(match[1], tensor, factors, source)
-    return "lora"
-
-
-def _check_pair(name: str, tensor: Tensor, factors: Mapping[str, Tensor], source: str) -> None:
-    down, up = (factors.get(f"{name}.lora_{letter}") for letter in "AB")
-    if down is None or up is None:
-        raise CheckpointError(f"{source}: {name} has only one of its two factors lora_A and lora_B")
-    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
-        shapes: tuple[Shape, Shape] = (tuple(down.shape), tuple(up.shape))
-        raise CheckpointError(f"{source}: {name} has factors of {shapes[0]} and {shapes[1]}, which do not go together")
-
-
 def _agreed_alpha(given: float | None, recorded: float | None, source: str) -> float:
     if given is None and recorded is None:
         raise UsageError(
-            f"{source} is a LoRA that does not record its alpha; give the one it was trained with "
-            "(--alpha 32, or read_adapter(path, alpha=32))"
+            f"{source} is a LoRA that does not record its alpha; give the one it was trained with, as --alpha 32 say"
         )
     if given is not None and recorded is not None and given != recorded:
-        raise UsageError(f"alpha is {given:g}, but {source} was trained with {recorded:g}; leave alpha out")
+        raise UsageError(f"alpha is {given:g}, but {source} was trained with {recorded:g}; leave --alpha out")
     alpha = recorded if given is None else given
     assert alpha is not None
     if not 0 < alpha < float("inf"):
@@ -281,7 +254,7 @@ def _encode(adapter: Adapter) -> str:
         "rank": adapter.rank,
         "targets": list(adapter.targets),
         "parts": sorted(adapter.parts),
-        "base": base and {"identity": base.identity, "name": base.name, "config": to_dict(base.config)},
+        "base": base and {"identity": base.identity, "name": base.name, "config": asdict(base.config)},
         "training": dict(adapter.training),
     }
     return json.dumps(record, sort_keys=True, separators=(",", ":"))

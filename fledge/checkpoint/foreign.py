@@ -16,7 +16,11 @@ UNSUPPORTED = (
     (".r_k", "an RWKV-7 checkpoint, and RWKV-7 is not supported yet", RUNS),
     ("att.time_maa_rkvw_w1", "an experimental RWKV-6 variant (x060b or x060c), which is not supported", RUNS),
     ("att.gate_w1", "an experimental RWKV-6 variant (x060a, with a LoRA as its gate), which is not supported", RUNS),
-    (".lora_A", "a LoRA adapter, not a whole model", "give its base model, and this file as --adapter"),
+    (
+        ".lora_A",
+        "a LoRA adapter, not a whole model",
+        "give its base model, and this file as --adapter (`fledge tune convert` converts it)",
+    ),
     (".disha", "a DiSHA adapter, not a whole model", "merge it into its base model first"),
     ("rwkv.blocks.0.att.", "a VisualRWKV checkpoint, which is not supported yet", RUNS),
     (".weight_mx", "converted in advance by the rwkv package for one strategy", "give the original .pth instead"),
@@ -34,8 +38,8 @@ def refuse_unknown(names: Collection[str], source: str) -> None:
     """Raise CheckpointError where official `names` could not be those of a whole RWKV model."""
     if names and all(name.endswith("att.time_state") for name in names):
         raise CheckpointError(
-            f"{source} is a tuned state, not a whole model; load the model it was tuned for and give this file as its "
-            "--adapter"
+            f"{source} is a tuned state, not a whole model; give the model it was tuned for, and this file as "
+            "--adapter (`fledge tune convert` converts it)"
         )
     if not any(name == "emb.weight" or name.startswith("blocks.") for name in names):
         raise CheckpointError(

@@ -56,16 +56,18 @@ class Changes:
     factors: Mapping[str, Factors] = field(default_factory=dict)  # blocks.<i>.att.key -> what is added to it
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that are replaced
     state: Mapping[str, Tensor] = field(default_factory=dict)  # blocks.<i>.att.time_state, (H, V, K)
+    template: str | None = None  # of chats
 
 
 def combined(adapters: Sequence[Adapter]) -> Changes:
-    """Several adapters as one: factors add up.
+    """Several adapters as one: factors add up, and chats are written as the last that tells was trained.
 
     Raises UsageError where two adapters bring the same part, or a tuned state each.
     """
     parts: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
     owner: dict[str, Path] = {}
+    template: str | None = None
     for adapter in adapters:
         for name in (*adapter.parts, *adapter.state):
             if name in owner:
@@ -73,7 +75,8 @@ def combined(adapters: Sequence[Adapter]) -> Changes:
                 raise UsageError(f"{owner[name]} and {adapter.path} both bring {what}; use one of them at a time")
             owner[name] = adapter.path
         parts, state = {**parts, **adapter.parts}, {**state, **adapter.state}
-    return Changes(stacked([adapter.factors for adapter in adapters]), parts, state)
+        template = adapter.template or template
+    return Changes(stacked([adapter.factors for adapter in adapters]), parts, state, template)
 
 
 def merged(checkpoint: Checkpoint, changes: Changes, dtype: torch.dtype | None = None) -> Checkpoint:
@@ -127,7 +130,7 @@ def merge_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
-        notes = _write(done, adapters, written)
+        notes = _write(done, adapters, changes.template or found.template, written)
         difference, effect = _compare(found, changes, written)
         tolerance = TOLERANCE[found.tensors["blocks.0.att.key.weight"].dtype]
         if not difference <= tolerance:
@@ -141,14 +144,17 @@ def merge_file(
     return Merged(target, target.stat().st_size, difference, effect, notes)
 
 
-def _write(done: Checkpoint, adapters: Sequence[Adapter], path: Path) -> tuple[str, ...]:
+def _write(done: Checkpoint, adapters: Sequence[Adapter], template: str | None, path: Path) -> tuple[str, ...]:
     if path.suffix == ".pth":
         save(path, done.config, done.tensors)
-        return ("a .pth cannot hold the tokenizer; it was left out",) if done.tokenizer_spec else ()
+        notes = ["a .pth cannot hold the tokenizer; it was left out"] if done.tokenizer_spec else []
+        told = [f"a .pth cannot hold the chat template; chat with --template {template}"] if template else []
+        return (*notes, *told)
     record = [
         {"file": a.path.name, "kind": a.kind, "alpha": a.alpha, "base": a.base and a.base.identity} for a in adapters
     ]
-    extra = {"base": done.extra, "merged": record}  # what was said of the base, its quality say, is not true of this
+    # What was said of the base, its quality say, is not true of this.
+    extra = {"base": done.extra, "merged": record, **({"template": template} if template else {})}
     save(path, done.config, done.tensors, tokenizer_spec=done.tokenizer_spec, extra=extra)
     return ()
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from fledge.checkpoint.record import Form, Stored
-from fledge.core.config import from_dict, to_dict
+from fledge.core.config import from_dict
 from fledge.core.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, UsageError
 from fledge.kernels.quantised import FORMATS
 from fledge.models.config import ModelConfig
@@ -29,7 +30,7 @@ def encode(stored: Stored) -> dict[str, str]:
     assert stored.config is not None
     record = {
         "format": 2 if stored.quantised else 1,
-        "config": to_dict(stored.config),
+        "config": asdict(stored.config),
         "tokenizer": stored.tokenizer_spec,
         "extra": stored.extra,
     }
@@ -92,4 +93,17 @@ def check_vocabulary(config: ModelConfig, spec: Mapping[str, Any] | None, source
         raise CheckpointError(
             f"{source}: the model has {config.vocab_size} vocabulary rows, but the {spec['kind']} tokenizer stored "
             f"with it needs {needed}"
+        )
+
+
+def check_same_vocabulary(model: Mapping[str, Any] | None, data: Mapping[str, Any] | None, source: str) -> None:
+    """Raise CheckpointError where a model and the ids it is to read are of different vocabularies; None: not told."""
+    if model is None or data is None:
+        return
+    theirs, ours = Vocabulary.from_spec(model), Vocabulary.from_spec(data)
+    if theirs != ours:
+        kinds = [f"{one.kind}, {one.size} rows, {one.fingerprint[:12]}..." for one in (theirs, ours)]
+        raise CheckpointError(
+            f"{source} has another vocabulary ({kinds[0]}) than the data ({kinds[1]}), so the same ids mean other "
+            "texts; tokenise the data with the model's vocabulary, or begin with another model"
         )

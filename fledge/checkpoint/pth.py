@@ -158,6 +158,11 @@ def _tensors_of(found: Any, path: Path) -> dict[str, Tensor]:
             f"{path} was converted in advance by the rwkv package for the strategy {found['_strategy']!r:.40}; give "
             "the original .pth instead"
         )
+    if found.keys() >= {"step", "identity", "optimizer"}:
+        raise CheckpointError(
+            f"{path} is the checkpoint of a training run, to go on from with the command that began it (`fledge train` "
+            "or `fledge tune`); what can be used is the .safetensors beside it, at the end of the run"
+        )
     for name, value in found.items():
         if isinstance(value, dict) and value:
             raise CheckpointError(

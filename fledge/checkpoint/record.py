@@ -59,6 +59,12 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)  # whatever the writer added, training facts say
     quantised: dict[str, Quantised] = field(default_factory=dict)  # matrices that `tensors` lacks
 
+    @property
+    def template(self) -> str | None:
+        """The chat template of the conversations it was tuned on; None where the file does not tell."""
+        told = self.extra.get("template")
+        return told if isinstance(told, str) else None
+
     def dense(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All tensors in the official order, the quantised matrices as `dtype`; float32 holds them exactly."""
         return {

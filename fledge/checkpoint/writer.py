@@ -86,7 +86,7 @@ def check_writable(
 def check_absent(target: Path, force: bool) -> None:
     """Raise CheckpointError where a target exists, unless it may be replaced."""
     if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; to replace it give --force (from Python, force=True)")
+        raise CheckpointError(f"{target} exists; to replace it give --force")
 
 
 def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,12 @@ def chat(
     model: ModelOptions,
     sampling: SamplingOptions,
     system: Annotated[str | None, typer.Option(help="A system text, read before the conversation.")] = None,
-    template: Annotated[str, typer.Option(help="How turns are written: world, instruct or qa.")] = "world",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="How turns are written: world, instruct or qa. (default: as the model was tuned, else world)"
+        ),
+    ] = None,
 ) -> None:
     """Talk to a model: one line, one message.
 
@@ -33,5 +38,9 @@ def chat(
 
     with SlowBar("reading the system text"):
         talk = llm.chat(system=system, template=template, params=sampling.applied_to(CHAT_PARAMS))
-    remark(f"{llm.name}: {llm.config.family}, {llm.weights} on {llm.device}. /help lists commands")
+    tuned = f" (tuned with {llm.template})" if llm.template not in (None, talk.template.name) else ""
+    remark(
+        f"{llm.name}: {llm.config.family}, {llm.weights} on {llm.device}, template {talk.template.name}{tuned}. "
+        "/help lists commands"
+    )
     Conversation(talk, interactive=sys.stdin.isatty() and sys.stdout.isatty()).run()

@@ -140,6 +140,8 @@ class Conversation:
             remark("stopped; the answer ends here" if kept else "stopped while reading; this was not said")
             return
         write("\n")
+        if not begun:
+            remark("an empty answer")
         if stream.completion.finish_reason == "length":
             remark("cut off by --max-tokens")
         if self._interactive:

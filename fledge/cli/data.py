@@ -50,6 +50,7 @@ def build(
     from fledge.data.build import Options, build
     from fledge.data.config import read_config
     from fledge.data.recipes import config_path
+    from fledge.data.report import size
 
     path = config_path(config)
     options = Options(workers, ray, force, keep_work)
@@ -57,8 +58,11 @@ def build(
         clock = _Clock(bar.step)
         store = build(read_config(path), path.parent, to, options, clock.step)
     seconds = clock.stop()
-    size = sum(one["bytes"] for one in store.manifest["inputs"])
-    note(f"{size / 1e6:,.0f} MB of input in {seconds:,.1f} s: {size / 1e6 / max(seconds, 1e-3):,.1f} MB/s")
+    read = sum(one["bytes"] for one in store.manifest["inputs"])
+    if clock.worked:
+        note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
+    else:
+        note("the store was finished before, and is as it was")
     if record is not None:
         clock.write(record, store, workers)
     _show(store, to)
@@ -72,6 +76,28 @@ def info(
     from fledge.data.store import open_store
 
     _show(open_store(store), store)
+
+
+@app.command()
+def check(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or a pair X.bin and X.idx.")],
+) -> None:
+    """Read a whole store and compare it with the hashes that its build wrote down.
+
+    Of a pair from elsewhere, which has none, the index is checked and the largest id is told.
+    """
+    from fledge.core.errors import DataError
+    from fledge.data.store import damaged, open_store
+
+    opened = open_store(store)
+    with SlowBar("reading") as bar:
+        if not opened.manifest:
+            rows = [("largest id", f"{opened.largest:,}")]
+        else:
+            if wrong := list(damaged(store, bar.update)):
+                raise DataError(f"{store}: {', '.join(wrong)} changed since the build; delete {store}, build it again")
+            rows = [(name, "ok") for name in opened.manifest["outputs"]]
+    print_rows(rows)
 
 
 @app.command()
@@ -116,6 +142,11 @@ class _Clock:
         self._enter("")
         return self._changed - self._began
 
+    @property
+    def worked(self) -> bool:
+        """Whether any stage began: nothing is done for a finished store."""
+        return len(self.seconds) > 1
+
     def write(self, path: Path, store: Store, workers: int | None) -> None:
         """Everything, as JSON."""
         used = _resources()  # before what follows needs some of its own
@@ -159,16 +190,20 @@ def _show(store: Store, place: Path) -> None:
     """What there is to know, as rows."""
     from fledge.data.store import PARTS
 
-    index = {part: store.index(part) for part in PARTS if store.has(part)}
-    print_rows(
-        [
-            ("store", str(place)),
-            *((part, f"{len(one.tokens):,} tokens, {len(one):,} documents") for part, one in index.items()),
-            ("ids", f"{index['train'].dtype.name if index else '-'}, vocabulary of {store.vocab_size:,}"),
-            *([("sha256", store.sha256)] if store.manifest else []),
-            *([("report", str(place / "report.html"))] if store.manifest else []),
-        ]
-    )
+    index = {part: store.index(part) for part in PARTS if part == "train" or store.has(part)}
+    size = f"{store.vocab_size:,}"
+    vocabulary = f"vocabulary of {size}" if store.recorded else f"no vocabulary recorded, World's {size} taken for it"
+    facts = [
+        ("store", str(place)),
+        *((part, f"{len(one.tokens):,} tokens, {len(one):,} documents") for part, one in index.items()),
+        ("ids", f"{index['train'].dtype.name}, {vocabulary}"),
+    ]
+    if store.manifest:
+        facts += [("sha256", store.sha256), ("report", str(place / "report.html"))]
+        facts += [("note", line) for line in store.manifest.get("remarks", ())]
+    else:
+        facts[1] = ("holds", facts[1][1])  # any part of a store, or somebody else's
+    print_rows(facts)
     if not store.manifest:
         return
     from fledge.data.assembly import counts_of

@@ -1,6 +1,7 @@
 """The command `fledge`: a table of commands, and the one place where errors become a line and an exit code.
 
-Exit codes: 0 well; 1 an error (or, from `doctor`, a failed check); 2 a mistake in the arguments; 130 Ctrl-C.
+Exit codes: 0 well; 1 an error (or, from `doctor`, a failed check); 2 a mistake in the arguments; 130 Ctrl-C; 143
+SIGTERM, where a command has something to save first.
 No traceback is shown unless `--traceback` asks for it.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,10 +25,13 @@ from typer.main import get_command
 from fledge import __version__
 from fledge.cli.terminal import one_line
 from fledge.core.errors import FledgeError
+from fledge.core.files import FULL, disk_trouble
+from fledge.core.interrupts import Interrupted
 
 COMMANDS = {
     "generate": "fledge.cli.generate",
     "chat": "fledge.cli.chat",
+    "serve": "fledge.cli.serve",
     "info": "fledge.cli.info",
     "tokenize": "fledge.cli.tokenize",
     "convert": "fledge.cli.convert",
@@ -40,6 +45,8 @@ COMMANDS = {
 """Command -> the module with its `app`, in the order in which help lists them."""
 
 INTERRUPTED = 130
+NO_MEMORY = ("can't allocate memory", "out of memory", "Unable to allocate", "size calculation overflowed")
+"""As torch and numpy put it."""
 
 
 class Commands(TyperGroup):
@@ -52,6 +59,15 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, or None where the table has no such name."""
         return get_command(import_module(COMMANDS[cmd_name]).app) if cmd_name in COMMANDS else None
+
+    def invoke(self, ctx: Any) -> Any:
+        """The command. Here, because typer makes 130 and nothing else of an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except Interrupted as stopped:
+            if str(stopped):
+                _complain(str(stopped))
+            raise typer.Exit(stopped.exit_code) from None
 
 
 @dataclass
@@ -116,15 +132,21 @@ def main(arguments: Sequence[str]) -> int:
         if settings.traceback:
             raise
         message, code = _explain(error, arguments)
-        with suppress(BrokenPipeError):
-            print(f"error: {one_line(message)}", file=sys.stderr)
+        _complain(f"error: {message}")
         return code
+
+
+def _complain(message: str) -> None:
+    with suppress(BrokenPipeError):
+        print(one_line(message), file=sys.stderr)
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     """One line for people, and the exit code."""
     if isinstance(error, FledgeError):
         return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in FULL:
+        return disk_trouble(error, Path(error.filename or ".").parent), 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     # typer's own errors have click's base class, which later versions of typer bring along under a private name.
@@ -132,6 +154,8 @@ def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "fledge"
         return f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return "this needs more memory than there is; take a smaller model, batch or length, or a larger machine", 1
     again = shlex.join(["fledge", "--traceback", *arguments])
     kind = type(error).__name__
     return f"{kind}: {error} (a bug in Fledge; please report it together with what `{again}` prints)", 1

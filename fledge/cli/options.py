@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from fledge.cli.terminal import SlowBar
+from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
     from fledge.checkpoint import Adapter
@@ -107,10 +108,16 @@ class ModelOptions:
 
 
 def read_adapters(files: Sequence[str], alpha: float | None, any_base: bool) -> list[Adapter]:
-    """The adapters of a command line."""
+    """The adapters of a command line. Raises UsageError for an option that has no adapter to say something about."""
     from fledge.checkpoint import read_adapter
 
+    if not files and (alpha is not None or any_base):
+        raise UsageError(
+            f"{'--any-base' if alpha is None else '--alpha'} is about an adapter; give one with --adapter FILE"
+        )
     found = [read_adapter(file, alpha=alpha) for file in files]
+    if alpha is not None and all(adapter.kind == "state" for adapter in found):
+        raise UsageError(f"--alpha is about a LoRA, and {found[0].path} is a tuned state; leave it out")
     return [adapter.for_any_base() for adapter in found] if any_base else found
 
 

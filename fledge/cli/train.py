@@ -12,6 +12,7 @@ import typer
 
 from fledge.cli.options import spread
 from fledge.cli.terminal import messages, note, print_rows, visible
+from fledge.cli.train_view import as_text
 from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ class TrainOptions:
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change a setting; may be repeated.")] = (
         None
     )
-    start: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="Begin with these weights.")] = None
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Begin with these weights: a checkpoint, or tiny-finch."),
+    ] = None
     parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp. (default: ddp)")] = "ddp"
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. (default: the best that is there)")] = None
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files into the folder.")] = (
@@ -47,7 +51,8 @@ def train(
 ) -> None:
     """Train a model, or go on where an earlier call with the same folder has stopped.
 
-    Ctrl-C saves first. With several processes: torchrun --nproc-per-node 2 -m fledge train ...
+    Ctrl-C (also SIGTERM) ends the run after the present step, which is saved. With several processes:
+    torchrun --nproc-per-node 2 -m fledge train ...
     """
     from fledge.train.recipe import find_recipe
 
@@ -55,11 +60,13 @@ def train(
     if show:
         print_rows([(name, str(value)) for name, value in vars(chosen).items()])
         return
+    from fledge.engine.loading import locate
     from fledge.train.run import run
     from fledge.train.team import join
 
+    start = None if options.start is None else locate(options.start)
     with join(options.parallel, options.device) as team, _reports(chosen, options, team.leads) as report:
-        result = run(chosen, options.data, options.to, report, start=options.start, team=team, device=options.device)
+        result = run(chosen, options.data, options.to, report, start=start, team=team, device=options.device)
     if team.leads:
         _draw(options.to)
         print(visible(str(result)))
@@ -85,7 +92,7 @@ def _reports(recipe: Recipe, options: TrainOptions, leads: bool) -> Iterator[Cal
 
             sinks.append(stack.enter_context(View(recipe.steps)))
         else:
-            sinks.append(lambda line: note("  ".join(f"{name} {value:.4g}" for name, value in line.items())))
+            sinks.append(lambda line: note(as_text(line)))
         if options.tensorboard:
             sinks.append(_tensorboard(options.to, stack))
 

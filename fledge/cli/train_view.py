@@ -33,6 +33,8 @@ class View:
     def __call__(self, line: dict[str, float]) -> None:
         """A new line."""
         self.first = self.first or (line["step"], time.monotonic())
+        if line.keys() == {"step"}:
+            self.live.console.print(Text(as_text(line), style="dim"))
         self.latest |= line
         if "loss" in line:
             self.losses.append(line["loss"])
@@ -66,6 +68,13 @@ class View:
 
 
 SHOWN = ("loss", "norm", "rate", "tokens_per_s")
+
+
+def as_text(line: dict[str, float]) -> str:
+    """A line of metrics for people; the step alone is where an earlier run stopped."""
+    if line.keys() == {"step"}:
+        return f"goes on from step {line['step']:.0f}"
+    return "  ".join(f"{name} {value:.4g}" for name, value in line.items())
 
 
 def curve(values: list[float], width: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +36,10 @@ class RunOptions:
         Path | None, typer.Option(metavar="FOLDER", help="The run's folder; a run that is there goes on.")
     ] = None
     validate: Annotated[Path | None, typer.Option(metavar="FILE", help="Examples to measure on, never trained.")] = None
-    template: Annotated[str, typer.Option(help="How messages are written: world, instruct or qa.")] = "world"
+    template: Annotated[
+        str | None,
+        typer.Option(help="How messages are written: world, instruct or qa. (default: as BASE was tuned, else world)"),
+    ] = None
     length: Annotated[int, typer.Option(help="Tokens of an example that are read; the rest is cut.")] = 1024
     batch: Annotated[int, typer.Option(help="Examples at a time.")] = 4
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1
@@ -55,10 +58,10 @@ class RunOptions:
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do not.")] = False
 
     def settings(self, mode: str, **more: Any) -> TuneSettings:
-        """For the trainer."""
+        """For the trainer, but for the template, which the base may decide."""
         from fledge.train.tuning import TuneSettings
 
-        names = ("batch", "accumulate", "length", "epochs", "steps", "rate", "final_rate", "seed", "template")
+        names = ("batch", "accumulate", "length", "epochs", "steps", "rate", "final_rate", "seed")
         return TuneSettings(mode, **{name: getattr(self, name) for name in names}, **more)
 
 
@@ -114,6 +117,7 @@ def _run(base: str, data: Path, options: RunOptions, settings: TuneSettings) -> 
 
     with SlowBar("reading base and examples"):
         found = checkpoint.read(locate(base))
+        settings = replace(settings, template=options.template or found.template or settings.template)
         tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(found.path))
         validate, device, dtype = options.validate, options.device, options.dtype
         run = prepare(found, tokenizer, data, settings, validate=validate, device=device, dtype=dtype)
@@ -124,12 +128,7 @@ def _run(base: str, data: Path, options: RunOptions, settings: TuneSettings) -> 
         show_examples(run)
         return
     show_plan(run)
-    try:
-        done = run.start(options.to, show_line)
-    except KeyboardInterrupt:
-        note("stopped; the same command goes on from here")
-        raise
-    show_result(done, base)
+    show_result(run.start(options.to, show_line), base)
 
 
 @app.command()
@@ -171,9 +170,10 @@ def convert(
 ) -> None:
     """Write an adapter in the other form: .pth for RWKV-PEFT and rwkv, .safetensors with everything recorded."""
     from fledge import checkpoint
+    from fledge.cli.options import read_adapters
     from fledge.engine.loading import locate
 
-    adapter = checkpoint.read_adapter(source, alpha=alpha)
+    (adapter,) = read_adapters([source], alpha, any_base=False)
     found = None if base is None else checkpoint.read(locate(base))
     notes = checkpoint.convert_adapter(adapter, target, base=found, force=force)
     print(visible(f"{target}: {adapter.kind}, {target.stat().st_size:,} bytes"))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fledge.cli.terminal import note, print_heading, print_rows, visible
+from fledge.cli.train_view import as_text
 from fledge.data.examples import marked_text
 
 if TYPE_CHECKING:
@@ -28,23 +29,30 @@ LINES = 5
 
 def show_plan(run: Run, cost: Estimate | None = None) -> None:
     """What will be trained, on what, for how long."""
-    print_rows([*_data_rows(run.examples), *_run_rows(run), *(_cost_rows(run, cost) if cost else [])])
+    print_rows(
+        [*_data_rows(run.examples, run.settings.template), *_run_rows(run), *(_cost_rows(run, cost) if cost else [])]
+    )
 
 
-def _data_rows(data: Examples) -> list[tuple[str, str]]:
+def _data_rows(data: Examples, template: str) -> list[tuple[str, str]]:
     texts = len(data.items) - data.conversations
     lengths = sorted(len(example) for example in data.items)
     rows = [
         ("examples", f"{len(data.items):,} in {data.path}: conversations {data.conversations:,}, texts {texts:,}"),
+        *([("template", template)] if data.conversations else []),
         ("tokens", f"{data.tokens:,}, {data.counted_tokens:,} of them to be learnt"),
         ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to {lengths[len(lengths) // 2]:,}"),
     ]
     if data.cut:
-        rows.append(("cut short", f"{len(data.cut):,} examples, {data.cut_tokens:,} tokens: {_listed(data.cut)}"))
+        lost = f"{data.cut_tokens:,} tokens over --length: {_listed(data.cut)}"
+        rows.append(("cut short", f"{len(data.cut):,} examples, {lost}"))
     if data.dropped:
         rows.append(
             ("left out", f"{len(data.dropped):,} with nothing to learn in that length: {_listed(data.dropped)}")
         )
+    if data.joined:
+        count = f"taken out of {len(data.joined):,} messages, because they end a turn, here as in a chat"
+        rows.append(("blank lines", f"{count}: {_listed(tuple(dict.fromkeys(data.joined)))}"))
     return rows
 
 
@@ -108,7 +116,7 @@ def _show_example(example: Example, run: Run) -> None:
 
 def show_line(line: dict[str, float]) -> None:
     """One line of progress."""
-    print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+    print(as_text(line), flush=True)
 
 
 def show_result(done: Tuned, base: str) -> None:

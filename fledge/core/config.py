@@ -1,20 +1,22 @@
-"""Dataclass <-> plain dict, strictly: an unknown key is an error that lists the known ones."""
+"""TOML -> a plain dict -> a dataclass, strictly: an unknown key is an error that lists the known ones."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from fledge.core.errors import ConfigError
 
 T = TypeVar("T")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass instance as a plain dict (nested dataclasses become dicts)."""
-    return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -34,3 +36,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     if missing:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
     return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError where it cannot be read, with the line where it is no TOML."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None

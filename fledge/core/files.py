@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +14,49 @@ from pathlib import Path
 from typing import Any
 
 LOCK = "lock"  # the file that `exclusive` makes in a folder
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNNUMBERED = ("requested and", "unexpected pos", "PytorchStreamWriter failed")  # in what numpy and torch raise instead
+
+
+@contextmanager
+def naming(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Around writing `target`: an error for want of room is an OSError with a number and a file's name.
+
+    The system's own has no name where an open file is written to; numpy's has no number; torch's is a RuntimeError.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and any(words in str(error) for words in UNNUMBERED):
+            number = errno.ENOSPC
+        if number not in FULL or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(target)) from error
+
+
+def disk_trouble(error: OSError, where: Path, kept: str = "") -> str:
+    """An error of writing in or to `where`, as a sentence: which file, how much room there is, what to do.
+
+    kept: what is not lost, said to who gives the same command again.
+    """
+    again = f"give the same command again{f': {kept}' if kept else ''}"
+    if error.errno not in FULL:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or error}; {again}"
+    there = next(place for place in (where, *where.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    reason = "" if error.errno == errno.ENOSPC else f"; {error.strerror}"
+    name = f", {error.filename} cannot be written" if error.filename else ""
+    return f"the disk of {where} is full ({free:.1f} GB are free{reason}){name}; make room and {again}"
 
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `target` that replaces it when the block ends well, and vanishes when it does not.
 
-    A reader therefore sees the old file or the new one, never half of one.
+    A reader therefore sees the old file or the new one, never half of one. Where the disk is full, the error is as
+    `naming` has it.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -26,9 +64,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        with naming(target):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         # mkstemp makes files private to the user; a result should have the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)

@@ -19,21 +19,20 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fledge.core.device import usable_cores
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import LOCK, exclusive, read_json
+from fledge.core.files import LOCK, disk_trouble, exclusive, read_json
 from fledge.data import assembly
 from fledge.data.binidx import files_of
 from fledge.data.clean import steps
 from fledge.data.config import BuildConfig
-from fledge.data.counts import merged
+from fledge.data.counts import Count, merged
 from fledge.data.dedup import find_copies, find_near_copies, partitions
 from fledge.data.pieces import Job, discard, sweep
 from fledge.data.plan import Plan, make_plan
@@ -52,7 +51,7 @@ from fledge.tokenizer import Vocabulary
 Report = Callable[[str, int, int], None]
 WORK = "fledge-work"  # a folder of any other name is the user's
 RESULTS = (*(file.name for part in PARTS for file in files_of(Path(part))), SPANS, TOKENIZER, MANIFEST, REPORT)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def silent(_stage: str, _done: int, _total: int) -> None:
 def build(config: BuildConfig, base: Path, to: Path, options: Options | None = None, report: Report = silent) -> Store:
     """Build the store `to`, or go on building it. `base`: where the paths of the config start.
 
-    Raises UsageError where `to` holds something else, DataError where a file is damaged or the disk full.
+    A finished store is taken as it is, also where nothing can be written. Raises UsageError where `to` holds something
+    else or nothing would be left to train on, DataError where a file is damaged or the disk full.
     """
     options = options or Options()
     base, to = Path(os.path.abspath(base)), Path(os.path.abspath(to))
@@ -85,7 +85,9 @@ def build(config: BuildConfig, base: Path, to: Path, options: Options | None = N
         inputs, slices = survey(config, base, without=to)
         fingerprint = _fingerprint(config, inputs, base)
         _check_folder(to, fingerprint, options)
-        with exclusive(to / WORK) as alone:
+        with _locked(to, fingerprint) as alone:
+            if alone is None:
+                return open_store(to)
             if not alone:
                 raise UsageError(f"another build is at work in {to}; wait for it, or choose another folder")
             sweep(to / WORK, RESULTS)
@@ -95,8 +97,25 @@ def build(config: BuildConfig, base: Path, to: Path, options: Options | None = N
             if not options.keep_work:
                 discard(to / WORK)
     except OSError as error:
-        raise _explained(error, to) from None
+        raise DataError(disk_trouble(error, to, "finished pieces are kept")) from None
     return open_store(to)
+
+
+@contextmanager
+def _locked(to: Path, fingerprint: str) -> Iterator[bool | None]:
+    """Whether this build alone works in `to`; None: the store is finished, and its disk takes no lock."""
+    with ExitStack() as stack:
+        try:
+            alone: bool | None = stack.enter_context(exclusive(to / WORK))
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            if not _finished(to, fingerprint):
+                raise DataError(
+                    f"nothing can be written in {to}: {error.strerror}; choose another folder for the store"
+                ) from None
+            alone = None
+        yield alone
 
 
 class _Build:
@@ -116,7 +135,7 @@ class _Build:
         self._begin("read", _plain(reading), config.piece_bytes, config.on_error)
         self._stage("reading and cleaning", read_slice, slices, lambda piece: self._in("read", piece.name))
         if not shards(self.job):
-            raise UsageError(f"no document is left after cleaning; see the counts under `{WORK}`, and the config")
+            raise UsageError(f"no document is left after cleaning: {self._dropped()}; see `clean` in the config")
         bounds = self._deduplicate()
         self.report("choosing", 0, 1)
         plan = make_plan(self.job, bounds)
@@ -127,9 +146,16 @@ class _Build:
         about = assembly.assemble(
             self.job, self.to, spec, lambda done, total: self.report("writing the store", done, total)
         )
-        manifest = assembly.manifest(self.job, inputs, fingerprint, about)
+        manifest = assembly.manifest(self.job, inputs, fingerprint, {**about, "remarks": list(plan.remarks)})
         write_report(self.to, manifest)
         assembly.write_manifest(self.to, manifest)
+
+    def _dropped(self) -> str:
+        """What became of all documents that were read, when none is left."""
+        totals = merged(piece / "counts.json" for piece in self.job.pieces("read")).totals()
+        read = totals.pop("read", Count()).documents
+        why = [f"{stage.removeprefix('dropped: ')} {count.documents:,}" for stage, count in totals.items()]
+        return f"{read:,} were read" + (f", dropped: {', '.join(why)}" if why else ", the inputs are empty")
 
     def _deduplicate(self) -> dict[str, int]:
         """Both stages of it. Returns the limits under which documents may be validation documents."""
@@ -253,15 +279,3 @@ def _made_from(to: Path, fingerprint: str) -> bool:
         return bool(read_json(to / MANIFEST)["fingerprint"] == fingerprint)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-
-
-def _explained(error: OSError, to: Path) -> Exception:
-    """A full disk is the one error of the system that a user meets in a build and can do something about."""
-    if error.errno in FULL:
-        free = shutil.disk_usage(to if to.exists() else to.parent).free / 1e9
-        return DataError(
-            f"the disk of {to} is full ({free:.1f} GB are free); make room and run the same command again: finished "
-            "pieces are kept"
-        )
-    where = f"{error.filename}: " if error.filename else ""
-    return DataError(f"{where}{error.strerror or error}; finished pieces are kept: run the same command again")

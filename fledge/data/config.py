@@ -71,6 +71,9 @@ class Languages:
     identify: bool = True
     characters: int = 1000  # of a document that are looked at
 
+    def __post_init__(self) -> None:
+        _within("languages.characters", self.characters, 20, 10**6)
+
 
 @dataclass(frozen=True)
 class Dedup:
@@ -92,14 +95,19 @@ class Dedup:
 class Validation:
     """Documents kept aside, chosen by their own hash, language by language."""
 
-    share: float = 0.01  # of a language's documents
-    documents: int = 3  # but about so many at least
+    share: float = 0.01  # of a language's documents; 0: none at all
+    documents: int = 3  # but about so many at least, though not more than a quarter of them
     bytes: int = 100_000  # and no more than this a language; one document gives a quarter of it at most
 
     def __post_init__(self) -> None:
         _within("validation.share", self.share, 0.0, 0.9)
         _within("validation.documents", self.documents, 0, 10**9)
         _within("validation.bytes", self.bytes, 0, 10**12)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any document is to be kept aside."""
+        return self.share > 0 and self.bytes > 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,11 @@ class Group:
     def __post_init__(self) -> None:
         for name in ("weight", "epochs", "max_bytes"):
             _within(f"{name} of group {self.name}", getattr(self, name), 0, 10**15)
+        if self.weight and not self.epochs:
+            raise ConfigError(f"epochs of group {self.name} is 0, but it has a weight; leave one of them out")
+        for name in ("languages", "sources"):
+            if not getattr(self, name):
+                raise ConfigError(f'{name} of group {self.name} is empty, so no document fits it; ["*"] fits all')
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,13 @@ class Mixture:
         names = [group.name for group in self.groups]
         if len(set(names)) < len(names):
             raise ConfigError("two groups of the mixture have the same name")
+        _within("mixture.total_bytes", self.total_bytes, 0, 10**18)
+        for source, most in self.source_bytes.items():
+            _within(f"mixture.source_bytes of {source}", most, 1, 10**18)
+        if not self.groups:
+            raise ConfigError("mixture.groups is empty, so every document is left out; leave it out to take them all")
+        if not any(group.epochs for group in self.groups):
+            raise ConfigError("epochs is 0 in every group of the mixture, so every document is left out")
         if self.total_bytes and not any(group.weight for group in self.groups):
             raise ConfigError("mixture.total_bytes needs groups with a weight; use max_bytes for each group instead")
 
@@ -159,7 +179,8 @@ class BuildConfig:
         if self.dtype not in ("auto", "uint16", "int32"):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; it is auto, uint16 or int32")
         _within("piece_bytes", self.piece_bytes, 1, 10**12)
-        _within("cut_characters", self.cut_characters, 0, 10**12)
+        if self.cut_characters:
+            _within("cut_characters", self.cut_characters, 100, 10**9)
         if isinstance(self.vocabulary, int):
             _within("vocabulary", self.vocabulary, 257, 65536)
         elif self.vocabulary != "world" and not self.vocabulary.endswith(".json"):
@@ -175,8 +196,14 @@ def read_config(path: Path) -> BuildConfig:
         raise ConfigError(f"there is no config {path}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if path.suffix == ".toml":
+            raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(
+            f"{path} is no config: a config is a TOML file that names its data, path = {path.name!r} under [[sources]]"
+        ) from None
 
 
 def build_config(values: Mapping[str, Any]) -> BuildConfig:

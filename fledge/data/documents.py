@@ -19,6 +19,9 @@ Bad = Callable[[int, Exception], None]
 """What to do about line `number`, which is no document: raise, or count it."""
 
 
+ARRAY = ValueError('an array begins here; each line must be one object: {"text": ...}')
+
+
 @dataclass(frozen=True)
 class Document:
     """A text with where it came from. `language` is a plain code such as "de", or "code:python"."""
@@ -41,6 +44,8 @@ class Fields:
 
     def document(self, record: Mapping[str, Any]) -> Document:
         """Raises ValueError, KeyError, TypeError or AttributeError for a record that is none."""
+        if not isinstance(record, Mapping):
+            raise ValueError("it is JSON, but no object")
         text = self._filled(record) if self.template else record[self.text]
         language = record.get(self.language_field) or self.language
         source = record.get(self.source_field) or self.source
@@ -67,14 +72,14 @@ def parse_lines(lines: Iterable[bytes], fields: Fields, bad: Bad, first: int = 1
         try:
             document = fields.document(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            bad(number, error)
+            bad(number, ARRAY if line.lstrip().startswith(b"[") else error)
             continue
         yield document
 
 
 def bad_line(path: Path, number: int, error: Exception) -> UsageError:
     """The error for a line that is no document."""
-    reason = f"no {error}" if isinstance(error, KeyError) else error
+    reason = f"it has no field {error}" if isinstance(error, KeyError) else error
     return UsageError(f"{path}, line {number}: not a JSON object with a text: {reason}")
 
 
@@ -89,7 +94,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(lines, 1):
                 yield number, line
     except Damaged as error:
-        raise UsageError(f"{path}: cannot be read beyond line {number}: {error}") from None
+        where = f"cannot be read beyond line {number}" if number else "cannot be read"
+        raise UsageError(f"{path}: {where}: {error}") from None
 
 
 def read_jsonl(path: Path) -> Iterator[Document]:

@@ -28,7 +28,7 @@ from fledge.core.errors import TokenizerError, UsageError
 from fledge.data.batches import Batch
 from fledge.data.documents import numbered_lines
 from fledge.tokenizer import NO_EOS, Template, Tokenizer, template_named
-from fledge.tokenizer.chat import ASSISTANT, normalize
+from fledge.tokenizer.chat import ASSISTANT, SEPARATOR, normalize
 
 PAD = 0
 """What fills a row. Any id would do: it is read after everything that counts."""
@@ -62,6 +62,7 @@ class Examples:
     cut_tokens: int = 0
     dropped: tuple[int, ...] = ()  # numbers of the lines of which nothing that counts was left
     conversations: int = 0  # among `items`
+    joined: tuple[int, ...] = ()  # for each message with blank lines, which no turn can hold, the number of its line
 
     @property
     def tokens(self) -> int:
@@ -85,9 +86,11 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", 
     items: list[Example] = []
     cut: list[int] = []
     dropped: list[int] = []
+    joined: list[int] = []
     cut_tokens = conversations = 0
+    _check_there(path)
     for number, line in _lines(path):
-        whole, spoken = _example(line, number, tokenizer, form, f"{path}, line {number}")
+        whole, messages = _example(line, number, tokenizer, form, f"{path}, line {number}")
         if len(whole) > length + 1:
             cut.append(number)
             cut_tokens += len(whole) - length - 1
@@ -96,11 +99,26 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", 
             dropped.append(number)
             continue
         items.append(example)
-        conversations += spoken
+        conversations += bool(messages)
+        joined += [number for _, content in messages if _has_blank_lines(content)]
+    if dropped and not items:
+        what = f"cut to {length} tokens, none of its {len(dropped)} examples has anything to learn"
+        raise UsageError(f"{path}: {what}; raise --length, or give shorter questions")
     if not items:
-        what = f"none of its {len(dropped)} examples is left when cut to {length} tokens" if dropped else "no examples"
-        raise UsageError(f"{path}: {what}; give JSON lines with a text or with messages each")
-    return Examples(path, tuple(items), tuple(cut), cut_tokens, tuple(dropped), conversations)
+        raise UsageError(f"{path}: no examples; give JSON lines with a text or with messages each")
+    return Examples(path, tuple(items), tuple(cut), cut_tokens, tuple(dropped), conversations, tuple(joined))
+
+
+def _check_there(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give one file of JSON lines (.jsonl)")
+    if not path.exists():
+        raise UsageError(f"there is no file {path}; give one of JSON lines (.jsonl), a text or messages each")
+
+
+def _has_blank_lines(content: str) -> bool:
+    """Whether `normalize` takes blank lines out of the inside of a message."""
+    return SEPARATOR in content.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -111,27 +129,29 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
-def _example(line: bytes, number: int, tokenizer: Tokenizer, form: Template, where: str) -> tuple[Example, bool]:
-    """The whole example of a line, and whether it is a conversation."""
+Messages = list[tuple[str, str]]
+"""(role, content)."""
+
+
+def _example(line: bytes, number: int, tokenizer: Tokenizer, form: Template, where: str) -> tuple[Example, Messages]:
+    """The whole example of a line, and the messages it is made of; none for a text."""
     try:
         record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}") from None
+        raise UsageError(f"{where}: not JSON: {error}; each line needs one whole object") from None
     if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
         raise UsageError(f'{where}: needs an object with either "text" or "messages", found {_keys(record)}')
+    messages = _messages(record["messages"], form, where) if "messages" in record else []
     try:
-        if "text" in record:
-            pieces = _text_pieces(record["text"], tokenizer, where)
-        else:
-            pieces = _chat_pieces(_messages(record["messages"], form, where), tokenizer, form)
+        pieces = _chat_pieces(messages, tokenizer, form) if messages else _text_pieces(record["text"], tokenizer, where)
     except TokenizerError as error:
         raise UsageError(f"{where}: {error}") from None
     ids = np.array([token for piece, _ in pieces for token in piece], dtype=np.int32)
     counted = np.array([counts for piece, counts in pieces for _ in piece], dtype=np.bool_)
     counted[:1] = False
-    return Example(ids, counted, number), "messages" in record
+    return Example(ids, counted, number), messages
 
 
 def _keys(record: Any) -> str:
@@ -151,7 +171,7 @@ def _text_pieces(text: Any, tokenizer: Tokenizer, where: str) -> Pieces:
     return [(tokenizer.encode(text), True), (end, True)]
 
 
-def _messages(messages: Any, form: Template, where: str) -> list[tuple[str, str]]:
+def _messages(messages: Any, form: Template, where: str) -> Messages:
     """(role, content), checked, up to the last answer."""
     if not isinstance(messages, list) or not messages:
         raise UsageError(f'{where}: "messages" must be a list with at least one message')

@@ -25,7 +25,7 @@ from fledge.core.files import atomic_path
 from fledge.data.config import BuildConfig
 
 PART = ".part"
-LAYOUT = 1  # of everything in a work folder; another one takes nothing over
+LAYOUT = 2  # of everything in a work folder; another one takes nothing over
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ Here: the limits, and what they say about each part of a shard. Not here: readin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ import numpy.typing as npt
 from fledge.core.errors import UsageError
 from fledge.data.config import Group, Mixture
 from fledge.data.dedup import dropped
+from fledge.data.groups import Kind, group_of, remarks
 from fledge.data.pieces import Job
 from fledge.data.shards import Shard, shards
 from fledge.data.signature import mixed
-from fledge.data.split import candidates, order
+from fledge.data.split import candidates, most_aside, order
 
 BUCKET_BITS = 14
 BUCKETS = 1 << BUCKET_BITS
@@ -32,6 +33,13 @@ PART_STEP = np.uint64(0xD1342543DE82EF95)  # any odd number: parts of one docume
 
 VERDICTS = ("train", "copies", "near copies", "validation", "no group", "left out")
 TRAIN, COPY, NEAR, ASIDE, NO_GROUP, LEFT_OUT = range(len(VERDICTS))
+GONE = {
+    COPY: "copies of others",
+    NEAR: "near copies of others",
+    ASIDE: "kept aside for validation",
+    NO_GROUP: "in no group of the mixture",
+    LEFT_OUT: "left out by its limits",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Plan:
     aside: dict[int, dict[int, int]] = field(default_factory=dict)  # shard -> validation document -> bytes of it
     shares: tuple[Share, ...] = ()  # of each group; before they are known, everything is taken once
     source_limits: dict[tuple[int, str], int] = field(default_factory=dict)  # (group, source) -> limit
+    remarks: tuple[str, ...] = ()  # what whoever wrote the config should know
 
     def for_shard(self, shard: Shard) -> Plan:
         """What one shard's task needs of it."""
@@ -72,8 +81,8 @@ def judge(job: Job, shard: Shard, plan: Plan) -> Verdict:
     """Apply a plan."""
     parts = shard.parts
     of = parts["document"]
-    group_of = np.array([_group(plan.mixture, *kind) for kind in shard.kinds], dtype=np.int64)
-    groups = group_of[parts["kind"]]
+    of_kind = np.array([group_of(plan.mixture, *kind) for kind in shard.kinds], dtype=np.int64)
+    groups = of_kind[parts["kind"]]
     places = mixed(shard.documents["hash"][of] + parts["part"].astype(np.uint64) * PART_STEP, SALT + 2 * plan.seed)
     buckets = (places >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
     shares = plan.shares or (Share(),) * len(plan.mixture.groups)
@@ -81,7 +90,7 @@ def judge(job: Job, shard: Shard, plan: Plan) -> Verdict:
     limit = np.array([share.limit for share in shares] or [0])
     times = full[groups] + (buckets < limit[groups])
     source_limit = np.array(
-        [plan.source_limits.get((group, kind[1]), BUCKETS) for group, kind in zip(group_of, shard.kinds, strict=True)]
+        [plan.source_limits.get((group, kind[1]), BUCKETS) for group, kind in zip(of_kind, shard.kinds, strict=True)]
     )
     times[buckets >= source_limit[parts["kind"]]] = 0
     codes = np.where(times == 0, LEFT_OUT, TRAIN).astype(np.uint8)
@@ -94,17 +103,42 @@ def judge(job: Job, shard: Shard, plan: Plan) -> Verdict:
 
 
 def make_plan(job: Job, bounds: dict[str, int]) -> Plan:
-    """The plan of a corpus whose shards are there and deduplicated."""
+    """The plan of a corpus whose shards are there and deduplicated. Raises UsageError where it leaves nothing."""
     mixture = job.config.mixture
     plan = Plan(mixture, job.config.seed, _aside(job, bounds))
     if mixture.source_bytes:
         plan = Plan(mixture, plan.seed, plan.aside, source_limits=_source_limits(job, plan))
     sizes = np.zeros((len(mixture.groups), BUCKETS), dtype=np.int64)
+    documents = np.zeros(len(VERDICTS), dtype=np.int64)
+    kinds: set[Kind] = set()
     for shard, verdict in _judged(job, plan):
         taken = verdict.codes == TRAIN
         np.add.at(sizes, (verdict.groups[taken], verdict.buckets[taken]), shard.parts["size"][taken].astype(np.int64))
-    shares = tuple(_share(wanted, row) for wanted, row in zip(_wanted(mixture, sizes.sum(axis=1)), sizes, strict=True))
-    return Plan(mixture, plan.seed, plan.aside, shares, plan.source_limits)
+        documents += np.bincount(verdict.codes[shard.parts["part"] == 0], minlength=len(VERDICTS))
+        kinds.update(shard.kinds)
+    there = sizes.sum(axis=1)
+    said = tuple(remarks(mixture, sorted(kinds), there.tolist()))
+    _check_weights(mixture, there, said)
+    shares = tuple(_share(wanted, row) for wanted, row in zip(_wanted(mixture, there), sizes, strict=True))
+    if not any(share.full or share.limit for share in shares):
+        raise _nothing_left(documents, said)
+    if not plan.aside and job.config.validation.wanted:
+        said += ("no document is kept aside for validation: too few of each language; see validation.share",)
+    return Plan(mixture, plan.seed, plan.aside, shares, plan.source_limits, said)
+
+
+def _check_weights(mixture: Mixture, there: npt.NDArray[Any], said: tuple[str, ...]) -> None:
+    """Raises UsageError for a group with a weight and no document: all the others would be empty, too."""
+    for group, size in zip(mixture.groups, there, strict=True):
+        if group.weight and not size:
+            why = [line.partition(": ")[2] for line in said if line.startswith(f"group {group.name} of the mixture: ")]
+            raise UsageError(f"group {group.name} of the mixture has a weight, but no document: {why[0]}")
+
+
+def _nothing_left(documents: npt.NDArray[Any], said: tuple[str, ...]) -> UsageError:
+    documents[LEFT_OUT] += documents[TRAIN]  # of groups that take nothing
+    where = ", ".join(f"{documents[code]:,} are {words}" for code, words in GONE.items() if documents[code])
+    return UsageError("; ".join((f"no document is left for training: {where}", *said[:3])))
 
 
 def _judged(job: Job, plan: Plan) -> Iterator[tuple[Shard, Verdict]]:
@@ -112,41 +146,37 @@ def _judged(job: Job, plan: Plan) -> Iterator[tuple[Shard, Verdict]]:
         yield shard, judge(job, shard, plan)
 
 
-def _group(mixture: Mixture, language: str, source: str) -> int:
-    """The first group that fits, or -1."""
-    for number, group in enumerate(mixture.groups):
-        if _fits(language, group.languages) and _fits(source, group.sources):
-            return number
-    return -1
-
-
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _aside(job: Job, bounds: dict[str, int]) -> dict[int, dict[int, int]]:
-    """The validation documents: candidates in their order, as many as the limit of bytes allows a language."""
+    """The validation documents: candidates in their order, as many as the limit of bytes allows a language.
+
+    Most documents of a language and group stay for training, however few there are.
+    """
     settings = job.config.validation
-    found: dict[str, list[tuple[int, int, int, int]]] = {}
+    found: dict[str, list[tuple[int, int, int, int, int]]] = {}
+    there = Counter[tuple[str, int]]()  # (language, group) -> documents
     for shard in shards(job):
-        mask = candidates(shard, bounds, job.config.seed)
-        mask &= ~(dropped(job, "copies", shard) | dropped(job, "near", shard))
+        kept = ~(dropped(job, "copies", shard) | dropped(job, "near", shard))
         documents = shard.documents
-        kinds = shard.kinds
-        for number in np.flatnonzero(mask).tolist():
+        languages = [language for language, _ in shard.kinds]
+        groups = [group_of(job.config.mixture, *kind) for kind in shard.kinds]
+        for kind, number in enumerate(np.bincount(documents["kind"][kept], minlength=len(groups)).tolist()):
+            there[languages[kind], groups[kind]] += number
+        for number in np.flatnonzero(kept & candidates(shard, bounds, job.config.seed)).tolist():
             one = documents[number]
-            language, source = kinds[one["kind"]]
-            if _group(job.config.mixture, language, source) >= 0:
+            language, group = languages[one["kind"]], groups[one["kind"]]
+            if group >= 0:
                 place = int(order(one["hash"].reshape(1), job.config.seed)[0])
-                found.setdefault(language, []).append((place, shard.number, number, int(one["bytes"])))
+                found.setdefault(language, []).append((place, shard.number, number, int(one["bytes"]), group))
     chosen: dict[int, dict[int, int]] = {}
-    for _, in_language in sorted(found.items()):
+    for language, in_language in sorted(found.items()):
         room = settings.bytes
-        for _, shard_number, number, size in sorted(in_language):
+        left = {group: most_aside(there[language, group], settings) for *_, group in in_language}
+        for _, shard_number, number, size, group in sorted(in_language):
             taken = min(size, settings.bytes // 4, room)
-            if taken > 0:
+            if taken > 0 and left[group] > 0:
                 chosen.setdefault(shard_number, {})[number] = taken
                 room -= taken
+                left[group] -= 1
     return chosen
 
 
@@ -173,11 +203,6 @@ def _wanted(mixture: Mixture, there: npt.NDArray[Any]) -> list[float]:
     weights = sum(group.weight for group in mixture.groups)
     if not weights:
         return most
-    empty = [group.name for group, size in zip(mixture.groups, there, strict=True) if group.weight and not size]
-    if empty:
-        raise UsageError(
-            f"group {empty[0]} of the mixture has a weight, but no document: check its languages and sources"
-        )
     whole = min(one * weights / group.weight for one, group in zip(most, mixture.groups, strict=True) if group.weight)
     if mixture.total_bytes:
         whole = min(whole, mixture.total_bytes)

@@ -17,6 +17,8 @@ def config_path(name: str) -> Path:
     """A config file, or the packaged one of this name. Raises UsageError where there is neither."""
     if name in RECIPES and not Path(name).exists():
         return asset(f"{name}.toml")
+    if Path(name).is_dir():
+        raise UsageError(f"{name} is a folder; name the TOML file with the config")
     if not Path(name).is_file():
         known = ", ".join(RECIPES)
         raise UsageError(f"there is no config {name}; name a TOML file, or one that comes with Fledge: {known}")

@@ -67,6 +67,8 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
         ("vocabulary", f"{manifest['vocab_size']:,}"),
     )
     yield f"<p>Identity {manifest['sha256']}, seed {manifest['seed']}, ids as {manifest['dtype']}.</p>"
+    for line in manifest.get("remarks", ()):
+        yield f"<p><strong>Note:</strong> {escape(line)}</p>"
     yield "<h2>From what was read to what is stored</h2>"
     yield _table(("stage", "", "text", "documents", "of what was read"), _flow(totals))
     for title, column in (("Languages", "language"), ("Sources", "source")):

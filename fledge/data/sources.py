@@ -90,8 +90,20 @@ def _files(source: Source, base: Path, without: Path | None) -> list[Path]:
         paths = [place]
     files = sorted(path for path in paths if path.is_file() and not (without and _lies_in(path, without)))
     if not files:
-        raise UsageError(f"source {source.path}: there is no such file in {base}; paths start where the config file is")
+        raise UsageError(f"source {source.path}: {_absent(source, base, paths)}")
     return files
+
+
+def _absent(source: Source, base: Path, paths: list[Path]) -> str:
+    """Why a source has no file."""
+    if (base / source.path).is_dir():
+        return f"the folder {base / source.path} has no file in it that could be read"
+    if folders := [path for path in paths if path.is_dir()]:
+        name = os.path.relpath(folders[0], base)
+        return f"only folders fit it, {name} for one; name the folder itself, or end the pattern with /**/*"
+    if any(path.is_file() for path in paths):
+        return "only files of the token store fit it, into which this build writes"
+    return f"there is no such file in {base}; paths start where the config file is"
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

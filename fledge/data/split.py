@@ -27,11 +27,21 @@ def limits(counts: Counts, settings: Validation) -> dict[str, int]:
     """language -> the limit of hashes, of 2**64. The rest of a language's candidates go back to training."""
     found = {}
     for language, count in counts.by("language").get("clean", {}).items():
-        share = max(settings.share, settings.documents / count.documents) if settings.bytes and settings.share else 0
+        share = max(settings.share, settings.documents / count.documents) if settings.wanted else 0
         mean = min(count.bytes / count.documents, settings.bytes / 4)
         enough = max(settings.documents, ROOM * settings.bytes / max(mean, 1)) / count.documents
         found[language] = min(int(min(share, enough) * WHOLE), WHOLE - 1)
     return found
+
+
+def most_aside(documents: int, settings: Validation) -> int:
+    """How many of so many documents of a language, copies apart, may be kept aside. One is left in any case.
+
+    That is half of them, or the share where it is more: chance, or copies of what is aside, could ask for all. Where
+    the least number decides, as in small corpora, it is a quarter.
+    """
+    share = int(settings.share * documents)
+    return max(min(documents - 1, max(share, documents // (2 if share >= settings.documents else 4))), 0)
 
 
 def candidates(shard: Shard, bounds: dict[str, int], seed: int) -> npt.NDArray[np.bool_]:

@@ -8,15 +8,15 @@ A folder of `fledge data build` holds
     tokenizer.json                    the vocabulary's record
     manifest.json, report.html        where everything came from
 
-A bare pair X.bin, X.idx, made by other software, is a store without a validation part. Here: opening either. Not here:
-making one (build.py).
+A bare pair X.bin, X.idx, made by other software, is a store without a validation part, and without a vocabulary that
+anybody recorded. Here: opening either, and looking for damage. Not here: making one (build.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +25,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fledge.core.errors import DataError, UsageError
+from fledge.core.errors import ConfigError, DataError, TokenizerError, UsageError
 from fledge.core.files import read_json, sha256
 from fledge.data.binidx import BinIdx, files_of
-from fledge.tokenizer import Vocabulary, world_vocabulary
+from fledge.tokenizer import Vocabulary
 
 SEPARATOR = 0  # the end-of-text id of World and of every pruned vocabulary, behind every document
 PARTS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPANS = "validation.jsonl"
+WORLD = {"kind": "world"}
+READ = 1 << 24  # bytes of ids at a time
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,59 @@ class Span:
 class Store:
     """An open store. Ids are mapped, never read whole."""
 
-    def __init__(self, prefixes: Mapping[str, Path], spec: dict[str, Any], manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, prefixes: Mapping[str, Path], spec: dict[str, Any] | None, manifest: dict[str, Any], rows: int = 0
+    ) -> None:
         self._prefixes = prefixes
-        self.tokenizer_spec = spec
-        """The record of the vocabulary, for `fledge.tokenizer.tokenizer_for`."""
+        self.tokenizer_spec = WORLD if spec is None and not rows else spec
+        """The record of the vocabulary, for `fledge.tokenizer.tokenizer_for`; None where it is not known."""
+        self.recorded = spec is not None
+        """Whether the vocabulary is known, and not only taken to be World's."""
         self.manifest = manifest
         """What the build wrote down; empty for a bare pair of files."""
+        self._rows = rows
 
     @cached_property
     def vocab_size(self) -> int:
         """Rows a model needs: every id is below it."""
-        return Vocabulary.from_spec(self.tokenizer_spec).size
+        return Vocabulary.from_spec(self.tokenizer_spec).size if self.tokenizer_spec else self._rows
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest id of training. All of them are read, a block at a time. Raises DataError for one below 0."""
+        index = self.index("train")
+        least = most = 0
+        with open(index.bin, "rb") as file:
+            while len(ids := np.frombuffer(file.read(READ), dtype=index.dtype)):
+                least, most = min(least, int(ids.min())), max(most, int(ids.max()))
+        if least < 0:
+            raise DataError(f"{index.bin} has the id {least}; an id is never below 0. Is {index.dtype.name} its type?")
+        return most
+
+    def _most(self, rows: int) -> int:
+        """The largest id, or what it is at most where the type of ids has no room for `rows`."""
+        dtype = self.index("train").dtype
+        possible = int(np.iinfo(dtype).max)
+        return possible if dtype.kind == "u" and possible < rows else self.largest
+
+    def with_rows(self, rows: int) -> Store:
+        """This store for a model of so many rows; 0: as many as the vocabulary has.
+
+        What a pair of files does not say, its user can: without a recorded vocabulary, any number above all ids will
+        do, and unless that is World's, the store has no vocabulary then. Raises ConfigError for what cannot be.
+        """
+        size = self.vocab_size
+        rows = rows or size
+        if self.recorded and rows > size:
+            raise ConfigError(
+                f"vocab_size is {rows}, but the vocabulary of the data has {size} ids, and a model has one row "
+                "for each: leave vocab_size at 0, or build the store with another `vocabulary`"
+            )
+        most = size - 1 if self.recorded else self._most(rows)
+        if rows <= most:
+            advice = "leave it at 0" if self.recorded else f"set it to {most + 1} or more"
+            raise ConfigError(f"vocab_size is {rows}, but the data has ids up to {most}; {advice}")
+        return self if rows == size else Store(self._prefixes, None, self.manifest, rows)
 
     @cached_property
     def sha256(self) -> str:
@@ -105,8 +149,9 @@ class Store:
 
 
 def open_store(path: str | Path) -> Store:
-    """The store in a folder of `fledge data build`, or of a pair X.bin, X.idx (ids of World): X, X.bin or X.idx.
+    """The store in a folder of `fledge data build`, or of a pair X.bin, X.idx: X, X.bin or X.idx.
 
+    The ids of a pair are taken for World's, unless it lies in such a folder, which has their vocabulary.
     Raises UsageError where there is none, DataError for files that are damaged or do not fit each other.
     """
     path = Path(path)
@@ -114,7 +159,7 @@ def open_store(path: str | Path) -> Store:
         return _folder(path)
     for prefix in (path, path.with_name(f"{path.name}_text_document")):  # as json2binidx names its files
         if all(file.is_file() for file in files_of(prefix)):
-            store = Store({"train": prefix}, world_vocabulary().to_spec(), {})
+            store = Store({"train": prefix}, _spec_beside(prefix), {})
             store.index("train")
             return store
     raise UsageError(f"there is no token store {path}: no folder of `fledge data build`, and no pair .bin and .idx")
@@ -141,6 +186,30 @@ def _folder(path: Path) -> Store:
     return store
 
 
+def _spec_beside(prefix: Path) -> dict[str, Any] | None:
+    """The vocabulary of the finished store that a pair of files is a part of, if it is one."""
+    try:
+        if files_of(prefix)[0].name not in read_json(prefix.parent / MANIFEST)["outputs"]:
+            return None
+        return Vocabulary.from_spec(read_json(prefix.parent / TOKENIZER)).to_spec()
+    except (OSError, ValueError, KeyError, TypeError, TokenizerError):
+        return None  # a manifest of something else
+
+
+def damaged(path: Path, step: Callable[[int, int], None]) -> Iterator[str]:
+    """Names of the files in a store's folder whose content is not what the build wrote. Raises as `open_store` does.
+
+    step: is told how many bytes are read, of how many.
+    """
+    outputs = open_store(path).manifest["outputs"]
+    done, total = 0, sum(one["bytes"] for one in outputs.values())
+    for name, one in outputs.items():
+        step(done, total)
+        if sha256(path / name) != one["sha256"]:
+            yield name
+        done += one["bytes"]
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as lines:
@@ -151,7 +220,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def identity(parts: Mapping[str, str], spec: Mapping[str, Any]) -> str:
+def identity(parts: Mapping[str, str], spec: Mapping[str, Any] | None) -> str:
     """One hash of the hashes of all .bin files and of the vocabulary."""
     return hashlib.sha256(json.dumps([sorted(parts.items()), spec], sort_keys=True).encode()).hexdigest()
 

@@ -27,7 +27,7 @@ class Windows:
         self.tokens, self.length, self.batch, self.seed, self.borders = tokens, length, batch, seed, borders
         self.slots = (len(tokens) - 1) // length - 1  # one less leaves room for the random phase of an epoch
         if self.slots < batch:
-            raise UsageError(f"{len(tokens)} tokens are too few for batches of {batch} windows of {length} tokens")
+            raise _too_few(len(tokens), batch, length)
         self.per_epoch = self.slots // batch
         self._epoch = -1  # of which `_starts` holds the shuffled places
         self._starts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -55,13 +55,20 @@ class OfficialWindows:
         self._factor = int(self.prime * (math.sqrt(5) - 1) / 2)
         self.per_epoch = self.prime // batch
         if not self.per_epoch:
-            raise UsageError(f"{len(tokens)} tokens are too few for batches of {batch} windows of {length} tokens")
+            raise _too_few(len(tokens), batch, length)
 
     def __getitem__(self, number: int) -> Batch:
         """Batch `number` (0, 1, 2, ...)."""
         samples = range(1 + number * self.batch, 1 + (number + 1) * self.batch)
         slots = [self._factor * sample**3 % self.prime for sample in samples]
         return _cut(self.tokens, np.array(slots) * self.length, self.length, self.borders)
+
+
+def _too_few(tokens: int, batch: int, length: int) -> UsageError:
+    return UsageError(
+        f"{tokens} tokens are too few for batches of {batch} windows of {length} tokens; "
+        "set a smaller length or micro, or train on more text"
+    )
 
 
 def magic_prime(slots: int) -> int:

@@ -5,6 +5,7 @@ Here: what `fledge.load(adapter=...)` and `llm.adapted(...)` have in common. Not
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,13 +42,30 @@ def check_fit(adapters: tuple[checkpoint.Adapter, ...], llm: LLM) -> None:
 
 def with_changes(llm: LLM, changes: checkpoint.Changes) -> LLM:
     """`llm` with these changes, on the same weights. Raises UsageError where its model cannot have them unmerged."""
+    if changes.template:
+        llm = replace(llm, template=changes.template)
     if changes.state:
         llm = replace(llm, start=start_state(llm.config, changes.state))
     if not (changes.factors or changes.parts):
         return llm
+    llm = replace(llm, altered=fingerprint(changes, llm.altered))
     if not isinstance(llm.model, Trunk):
         raise UsageError(
             f"{llm.name} runs natively, where a LoRA can only be merged while loading: load it with adapter=..., or "
             "with pack=False to switch between adapters on the same weights"
         )
     return replace(llm, model=adapted(llm.model, changes.factors, changes.parts).eval())
+
+
+def fingerprint(changes: checkpoint.Changes, before: str = "") -> str:
+    """A hash of how the weights change, after what changed them before; nothing where they do not."""
+    if not (changes.factors or changes.parts):
+        return before
+    digest = hashlib.sha256(before.encode())
+    tensors = dict(changes.parts)
+    for name, factors in changes.factors.items():
+        tensors |= {f"{name} down": factors.down * factors.scale, f"{name} up": factors.up}
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

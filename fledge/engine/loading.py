@@ -21,7 +21,7 @@ from fledge import checkpoint
 from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.core.files import asset
-from fledge.engine.adapting import Adapters, adapter_list, with_changes
+from fledge.engine.adapting import Adapters, adapter_list, fingerprint, with_changes
 from fledge.engine.text import LLM
 from fledge.models.native import why_not_native
 from fledge.tokenizer import Tokenizer, byte_vocabulary, load_world, tokenizer_for
@@ -64,17 +64,18 @@ def load(
     chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, numbers)
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     name = found.path.stem if found.path.is_file() else Path(path).name
-    changes = checkpoint.combined(adapters)
+    changes, altered = checkpoint.combined(adapters), ""
     if pack and chosen_device.type == "cpu" and why_not_native(found.config) is None:
+        altered = fingerprint(changes)
         found = checkpoint.merged(found, replace(changes, state={}), chosen_dtype)
-        changes = checkpoint.Changes(state=changes.state)
+        changes = replace(changes, factors={}, parts={})
     stored = found.tensors["emb.weight"].dtype
     weights = checkpoint.Weights(found.tensors, found.quantised, spend=True)
     model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
     if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
         dtype_reason = "the file's float16, computed in float32"
-    llm = LLM(model, tokenizer, name, device_reason, dtype_reason, source=str(found.path))
-    return with_changes(llm, changes)
+    llm = LLM(model, tokenizer, name, device_reason, dtype_reason, source=str(found.path), template=found.template)
+    return with_changes(replace(llm, altered=altered), changes)
 
 
 def locate(name_or_path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from fledge.models.state import State
+from fledge.models.rows import Row
 
 
 class Mark(NamedTuple):
@@ -19,7 +19,7 @@ class Mark(NamedTuple):
     number: int  # tokens drawn before it
     start: int  # bytes generated before it
     data: bytes
-    before: State
+    before: Row
 
 
 class Cut(NamedTuple):
@@ -29,7 +29,7 @@ class Cut(NamedTuple):
     """
 
     kept: tuple[int, ...]
-    state: State
+    row: Row
     token: int | None
     rest: bytes
 
@@ -40,25 +40,33 @@ class Trail:
     Every method leaves the trail sound at each of its steps, so an interrupt at any moment does no harm.
     """
 
-    def __init__(self, state: State) -> None:
-        """`state` is that of the prompt."""
+    def __init__(self, row: Row) -> None:
+        """`row` is the state of the prompt."""
         self._ids: list[int] = []
         self._length = 0
-        self._marks = deque([Mark(None, 0, 0, b"", state)])
+        self._settled = 0
+        self._marks = deque([Mark(None, 0, 0, b"", row)])
 
-    def push(self, token: int, data: bytes, before: State) -> None:
-        """Add a drawn token, the bytes it stands for and the state that has not read it."""
+    def push(self, token: int, data: bytes, before: Row) -> None:
+        """Add a drawn token, the bytes it stands for and the state that has not read it.
+
+        The one before, if its text is still open, may stay so for long: it must not keep a whole batch alive.
+        """
         mark = Mark(token, len(self._ids), self._length, data, before)
         self._ids.append(token)
         self._marks.append(mark)
         self._length += len(data)
+        self.settle(self._settled)
+        if len(self._marks) > 1 and self._marks[-2].before.state.batch > 1:
+            self._marks[-2] = self._marks[-2]._replace(before=Row(self._marks[-2].before.alone()))
 
-    def close(self, state: State) -> None:
+    def close(self, row: Row) -> None:
         """Record the state after all tokens so far, where it is known anyway."""
-        self._marks.append(Mark(None, len(self._ids), self._length, b"", state))
+        self._marks.append(Mark(None, len(self._ids), self._length, b"", row))
 
     def settle(self, place: int) -> None:
         """Promise never to cut before byte `place`; lets go of the states that only such a cut would need."""
+        self._settled = place
         while len(self._marks) > 1 and self._marks[1].start <= place:
             self._marks.popleft()
 

@@ -89,15 +89,19 @@ class Sampler:
         self._places: dict[int, int] = {}  # of the tokens drawn so far in `_counts`
         self._counts: Floats = np.zeros(0)
 
-    def next(self, logits: Tensor) -> int:
+    def next(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> int:
         """The next token for logits (V,) float32 on any device; they are not changed.
 
+        allowed: (V,); no other token is drawn, as if it were banned (`Constraint.mask` gives it).
         Raises UsageError if no token may be drawn, FledgeError for logits that are not numbers.
         """
-        ids, weights = distribution(self._penalised(logits), self.params)
+        scores = self._penalised(logits)
+        among = None if allowed is None else _among(allowed, scores)
+        ids, weights = distribution(scores if among is None else scores[among], self.params)
         sums = weights.cumsum(0)
         place = torch.rand((), generator=self._random, dtype=torch.float64) * sums[-1]
-        token = int(ids[torch.searchsorted(sums, place, right=True)])
+        drawn = ids[torch.searchsorted(sums, place, right=True)]
+        token = int(drawn if among is None else among[drawn])
         self._remember(token)
         return token
 
@@ -125,6 +129,15 @@ class Sampler:
             self._counts[place] += 1.0
 
 
+def _among(allowed: npt.NDArray[np.bool_], scores: Tensor) -> Tensor:
+    """Ids (n,), rising, of the tokens among which to draw. Few, as most grammars leave, cost a draw less than all."""
+    assert allowed.shape == scores.shape, "one answer for each token"
+    ids = np.flatnonzero(allowed)
+    if not (scores.numpy()[ids] != -math.inf).any():
+        raise UsageError(f"no token may come here: the grammar allows {len(ids)}, and none of them can be drawn")
+    return torch.from_numpy(ids)
+
+
 def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn and their weights: softmax, top-p, top-k, then p^(1/T).
 
@@ -134,7 +147,10 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     scores = logits.numpy()  # numpy's comparisons and masks are several times as fast as torch's
     highest = float(scores.max())
     if math.isnan(highest) or highest == math.inf:
-        raise FledgeError(f"the model's logits hold {highest}; run it in float32 (dtype='float32')")
+        raise FledgeError(
+            f"the model predicts nothing, its logits hold {highest}: in float16 or bfloat16 it may have overflowed, "
+            "and float32 helps (--dtype float32); in float32 its weights are damaged, or its training has diverged"
+        )
     if highest == -math.inf:
         raise UsageError(f"ban leaves no token to draw ({len(params.ban)} ids of {len(logits)} are banned)")
     if params.temperature == 0.0:

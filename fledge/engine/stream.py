@@ -9,18 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 from torch import nn
 
 from fledge.engine.generation import Cursor, Progress, Step, chunks, feed, tokens
-from fledge.engine.rewind import Trail
 from fledge.engine.sampling import Sampler, SamplingParams
-from fledge.engine.stopping import StopMatcher
+from fledge.engine.writing import FinishReason, Writer
+from fledge.models.rows import Row
 from fledge.models.state import State
-from fledge.tokenizer import StreamDecoder, Tokenizer
-
-FinishReason = Literal["stop", "eos", "length", "interrupted"]
+from fledge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,6 @@ class Completion:
     timings: Timings
 
 
-class Outcome(NamedTuple):
-    """Why and where the text ended."""
-
-    reason: FinishReason
-    stop: str | None
-    place: int  # bytes of generated text that count
-
-
 class Stream(Iterator[str]):
     """The pieces of one generated text; afterwards, or after breaking off at any point, `completion` tells the rest.
 
@@ -85,23 +74,18 @@ class Stream(Iterator[str]):
         self.params = params
         self._model, self._tokenizer = model, tokenizer
         self._prompt, self._progress = prompt, progress
-        self._on_end, self._show_held = on_end, show_held
+        self._on_end = on_end
         self._sampler = Sampler(params)
-        self._matcher = StopMatcher(params.stop)
-        self._decoder = StreamDecoder(tokenizer)
         self._begin: Cursor | None = None
-        self._trail = Trail(start.state if isinstance(start, Cursor) else start)
+        known = Row(start.state if isinstance(start, Cursor) else start)
+        self._writer = Writer(tokenizer, params.stop, known, show_held=show_held)
         self._start = start
         self._steps: Iterator[Step] | None = None
-        self._read = 0  # tokens of the prompt
-        self._passed = 0  # bytes the matcher let through
-        self._shown: list[tuple[str, int]] = []  # pieces, each with the bytes of text up to its end
-        self._outcome: Outcome | None = None
         self._completion: Completion | None = None
         self._prefill_s = self._decode_s = 0.0
 
     def __next__(self) -> str:
-        if self._outcome is None:
+        if self._writer.outcome is None:
             piece = self._advance()
             if piece:
                 return piece
@@ -110,13 +94,13 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Stop here, if the text has not ended yet."""
-        self._interrupt()
+        self._writer.interrupt()
         self._complete()
 
     @property
     def completion(self) -> Completion:
         """The result. Asking for it before the text has ended stops it there, as "interrupted"."""
-        self._interrupt()
+        self._writer.interrupt()
         return self._complete()
 
     @property
@@ -134,7 +118,7 @@ class Stream(Iterator[str]):
             self._decode_s += time.perf_counter() - began
             return piece
         except BaseException:
-            self._interrupt()
+            self._writer.interrupt()
             raise
 
     def _open(self) -> Iterator[Step]:
@@ -144,7 +128,7 @@ class Stream(Iterator[str]):
             cursor = self._start
         else:
             for done, cursor in chunks(self._model, self._prompt, self._start):
-                self._read, self._trail = done, Trail(cursor.state)
+                self._writer.begin(Row(cursor.state), done)
                 if self._progress is not None:
                     self._progress(done, len(self._prompt))
         self._begin = cursor
@@ -154,56 +138,27 @@ class Stream(Iterator[str]):
     def _draw(self, steps: Iterator[Step]) -> str:
         """Draw tokens until there is text that may be shown."""
         for step in steps:
-            if step.id == self._tokenizer.eos_id:
-                self._trail.close(step.before)
-                return self._end("eos")
-            data = self._tokenizer.decode_bytes([step.id])
-            self._trail.push(step.id, data, step.before)
-            safe = self._matcher.push(data)
-            if self._matcher.found is not None:
-                return self._end("stop", safe)
-            piece = self._show(safe)
-            if piece:
+            piece = self._writer.push(step.id, Row(step.before))
+            if piece or self._writer.outcome is not None:
                 return piece
-        return self._end("length")
-
-    def _show(self, safe: bytes, final: bool = False) -> str:
-        """Decode what may be shown, and let go of the states that only going back before it would need."""
-        self._passed += len(safe)
-        piece = self._decoder.feed_bytes(safe) + (self._decoder.flush() if final else "")
-        if piece:
-            place = self._passed - len(self._decoder.pending)
-            self._shown.append((piece, place))
-            self._trail.settle(place)
-        return piece
-
-    def _end(self, reason: FinishReason, safe: bytes = b"") -> str:
-        """The last piece."""
-        if reason != "stop" and self._show_held:
-            safe = self._matcher.flush()
-        piece = self._show(safe, final=True)
-        self._outcome = Outcome(reason, self._matcher.found, self._passed)
-        return piece
-
-    def _interrupt(self) -> None:
-        if self._outcome is None:
-            self._outcome = Outcome("interrupted", None, self._shown[-1][1] if self._shown else 0)
+        return self._writer.end("length")
 
     def _complete(self) -> Completion:
         """Bring the state to the end of the text, once; if that is interrupted, the next call does it."""
         if self._completion is None:
-            assert self._outcome is not None
+            outcome = self._writer.outcome
+            assert outcome is not None
             began = time.perf_counter()
-            cut = self._trail.cut(self._outcome.place)
-            rest = self._tokenizer.encode(cut.rest) if cut.token is None else [cut.token]
+            cut = self._writer.cut()
+            rest = self._writer.rest(cut)
             completion = Completion(
-                text="".join(piece for piece, _ in self._shown),
+                text=self._writer.text,
                 ids=(*cut.kept, *rest),
-                finish_reason=self._outcome.reason,
-                stop=self._outcome.stop,
-                prompt_tokens=self._read,
+                finish_reason=outcome.reason,
+                stop=outcome.stop,
+                prompt_tokens=self._writer.read,
                 seed=self._sampler.seed,
-                state=feed(self._model, rest, cut.state),
+                state=feed(self._model, rest, cut.row.alone()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
             if self._on_end is not None:

@@ -42,6 +42,8 @@ class LLM:
     dtype_reason: str = ""
     start: State | None = None  # of one sequence: what texts begin from; None: the model's own initial state
     source: str = ""  # the checkpoint it came from
+    template: str | None = None  # of the chats it was tuned on, where its files tell
+    altered: str = ""  # by which adapters the weights differ from those of `source`: a hash, or nothing
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size != self.config.vocab_size:
@@ -133,15 +135,16 @@ class LLM:
     def chat(
         self,
         system: str | None = None,
-        template: str = "world",
+        template: str | None = None,
         params: SamplingParams | None = None,
         state: State | None = None,
     ) -> Chat:
         """A conversation, which may follow what `state` has read. params: None takes `fledge.engine.chat.CHAT_PARAMS`.
 
-        template: one of `fledge.tokenizer.TEMPLATES`. Raises UsageError for another name.
+        template: one of `fledge.tokenizer.TEMPLATES`; None takes the one the model was tuned with, else "world". Raises
+        UsageError for another name.
         """
-        start = self._start(state)
+        start, template = self._start(state), template or self.template or "world"
         return Chat(self.model, self.tokenizer, start, system=system, template=template, params=params)
 
     def adapted(self, adapter: Adapters) -> LLM:

@@ -55,7 +55,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fledge_model_check": (c_char_p, [c_void_p]),
     "fledge_model_forward": (
         c_int,
-        [c_void_p, c_void_p, c_int64, c_int64, c_void_p, POINTER(c_void_p), c_int32, c_void_p, c_int32],
+        [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int32, c_void_p, c_int32],
     ),
 }
 

@@ -12,7 +12,7 @@ Not here: reading files, and the arithmetic (native/model.cpp).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -24,6 +24,7 @@ from fledge.kernels.native import STORED, PackedMatrix, enough_memory, follow_to
 from fledge.kernels.quantised import Quantised
 from fledge.models.config import ModelConfig
 from fledge.models.recycled import Recycler
+from fledge.models.rows import Row
 from fledge.models.state import State, state_class, state_shapes, tuned_state, zero_state
 
 Release = Callable[[Tensor], None]
@@ -78,6 +79,7 @@ class NativeModel(nn.Module):
         super().__init__()
         self.config = config
         self.matrices: dict[str, PackedMatrix] = {}
+        self.time_decays: list[Tensor] = []  # of each layer, as the checkpoint has them: for whoever wants to see them
         self._matrix_dtype = matrix_dtype
         self._memory = Recycler()
         self._release = release or (lambda tensor: None)
@@ -154,13 +156,7 @@ class NativeModel(nn.Module):
             if lengths is None
             else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx.reshape(-1)])
         )
-        rows = B if last else ids.numel()
-        shape = (rows, self.config.vocab_size)
-        # Scores of every token of a text are kept or summed up, and of another size each time.
-        logits = self._memory.empty(shape) if last else torch.empty(shape, dtype=torch.float32)
-        after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
-        self._run(ids.contiguous(), counts, before, after, logits, LAST if last else ALL)
-        new_state = state_class(self.config)(**after)
+        logits, new_state = self._run(ids.contiguous(), [counts, [0] * B, range(B)], [before], LAST if last else ALL)
         if last or lengths is None:
             return logits.view(B, 1 if last else T, self.config.vocab_size), new_state
         padded = torch.zeros(B, T, self.config.vocab_size, dtype=torch.float32)
@@ -168,35 +164,73 @@ class NativeModel(nn.Module):
             padded[b, : counts[b]] = piece
         return padded, new_state
 
+    def read(self, pieces: Sequence[Sequence[int]], rows: Sequence[Row]) -> tuple[Tensor, State]:
+        """One call for sequences of any lengths, at least one token each, whose states are read where they lie.
+
+        Returns the logits after each piece (B, vocab_size) and the state of all, the first piece's in row 0.
+        """
+        assert len(pieces) == len(rows) and all(pieces), "every row needs at least one token"
+        states = list({id(row.state): row.state for row in rows}.values())
+        for state in states:
+            self._check_state(state, state.batch)
+        number = {id(state): place for place, state in enumerate(states)}
+        ids = torch.tensor([token for piece in pieces for token in piece], dtype=torch.long)
+        self._check_ids(ids)
+        counts = [len(piece) for piece in pieces]
+        places = [counts, [number[id(row.state)] for row in rows], [row.index for row in rows]]
+        return self._run(ids, places, states, LAST)
+
     def _run(
-        self, ids: Tensor, counts: list[int], before: State, after: dict[str, Tensor], logits: Tensor, want: int
-    ) -> None:
-        parts = len(after)
-        old = [tensor.detach().float().contiguous() for tensor in before.tensors().values()]
-        pointers = (ctypes.c_void_p * (2 * parts))(*(t.data_ptr() for t in (*old, *after.values())))
-        lengths = (ctypes.c_int64 * max(len(counts), 1))(*counts)
+        self, ids: Tensor, places: Sequence[Sequence[int]], states: Sequence[State], want: int
+    ) -> tuple[Tensor, State]:
+        """ids: of all sequences, one after the other. places: of each sequence its number of tokens, which of `states`
+        it begins from, and its row there. Returns logits (sequences or tokens, vocab_size) and the states after."""
+        counts, sources, lines = places
+        B = len(counts)
+        assert all(0 <= line < states[source].batch for source, line in zip(sources, lines, strict=True))
+        shape = (B if want == LAST else ids.numel(), self.config.vocab_size)
+        # Scores of every token of a text are kept or summed up, and of another size each time.
+        logits = self._memory.empty(shape) if want == LAST else torch.empty(shape, dtype=torch.float32)
+        after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
         follow_torch_threads()
+        old = [t.detach().float().contiguous() for state in states for t in state.tensors().values()]
         failed = functions().fledge_model_forward(
-            self._handle, ids.data_ptr(), ids.numel(), len(counts), lengths, pointers, parts, logits.data_ptr(), want
+            self._handle,
+            ids.data_ptr(),
+            ids.numel(),
+            B,
+            (ctypes.c_int64 * (3 * B + len(states)))(*counts, *sources, *lines, *(state.batch for state in states)),
+            (ctypes.c_void_p * len(old))(*(tensor.data_ptr() for tensor in old)),
+            (ctypes.c_void_p * len(after))(*(tensor.data_ptr() for tensor in after.values())),
+            len(after),
+            logits.data_ptr(),
+            want,
         )
         enough_memory(failed, f"{ids.numel()} tokens at once")
+        return logits, state_class(self.config)(**after)
 
     def _check(self, idx: Tensor, state: State | None) -> tuple[int, int]:
         if idx.dim() != 2:
             raise UsageError(f"idx has shape {tuple(idx.shape)}; the model needs (batch, time)")
         if idx.dtype != torch.long or idx.device.type != "cpu":
             raise UsageError(f"idx is {idx.dtype} on {idx.device}; the model needs int64 on the CPU")
-        if idx.numel():
-            low, high = int(idx.min()), int(idx.max())
+        self._check_ids(idx)
+        if state is not None:
+            self._check_state(state, idx.shape[0])
+        return idx.shape[0], idx.shape[1]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel():
+            low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise TokenizerError(f"token id {bad} is outside this model's vocabulary of {self.config.vocab_size}")
-        if state is not None:
-            if not isinstance(state, state_class(self.config)):
-                raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
-            state.check(self.config, idx.shape[0])
-            _check_readable(state)
-        return idx.shape[0], idx.shape[1]
+
+    def _check_state(self, state: State, batch: int) -> None:
+        if not isinstance(state, state_class(self.config)):
+            raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
+        state.check(self.config, batch)
+        _check_readable(state)
 
     def set_vector(self, layer: int, name: str, values: Tensor) -> None:
         """Hand a vector of parameters over; the library copies it."""
@@ -284,6 +318,7 @@ def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) ->
             model.set_vector(layer, f"att.mix_{letter}", 1 - of(f"att.time_mix_{letter}").float())
         for letter in "kr":
             model.set_vector(layer, f"ffn.mix_{letter}", 1 - of(f"ffn.time_mix_{letter}").float())
+    model.time_decays.append(of("att.time_decay").detach().float().clone())
     decay, bonus = _decay_and_bonus(config, of)
     model.set_vector(layer, "att.decay", decay)
     model.set_vector(layer, "att.bonus", bonus)

@@ -1,7 +1,7 @@
 """Text to token ids and back: vocabularies, the World tokenizer, streaming text, chat templates. Needs no torch."""
 
 from fledge.tokenizer.base import NO_EOS, Tokenizer
-from fledge.tokenizer.chat import TEMPLATES, Message, Template, render, template_named
+from fledge.tokenizer.chat import TEMPLATES, Message, Template, pieces, render, template_named
 from fledge.tokenizer.native import NativeTokenizer
 from fledge.tokenizer.stream import StreamDecoder
 from fledge.tokenizer.trie import TrieTokenizer
@@ -20,6 +20,7 @@ __all__ = [
     "Vocabulary",
     "byte_vocabulary",
     "load_world",
+    "pieces",
     "prune",
     "render",
     "template_named",

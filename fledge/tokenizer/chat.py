@@ -97,14 +97,37 @@ def render(messages: Iterable[Message], template: Template | str = "world", *, a
     """
     if isinstance(template, str):
         template = template_named(template)
+    return "".join(pieces(messages, template, answer=answer))
+
+
+def pieces(messages: Iterable[Message], template: Template | str = "world", *, answer: bool = True) -> list[str]:
+    """The text of `render`, as `Chat` reads it: cut where each answer begins, where it ends, and after its blank line.
+
+    Encoded one by one they give the tokens of a conversation that was written turn by turn, so what was read of one is
+    a beginning of the next.
+    """
+    if isinstance(template, str):
+        template = template_named(template)
     turns = [_role_and_content(message, at) for at, message in enumerate(messages)]
     if not turns:
         raise UsageError("a conversation needs at least one message")
     if answer and turns[-1][0] != ASSISTANT:
         turns.append((ASSISTANT, ""))
-    return SEPARATOR.join(
-        template.turn(role, content) for role, content in turns if role not in template.optional or normalize(content)
-    )
+    turns = [(role, content) for role, content in turns if role not in template.optional or normalize(content)]
+    found, text = list[str](), ""
+    for number, (role, content) in enumerate(turns):
+        last = number == len(turns) - 1
+        turn = template.turn(role, content)
+        if role == ASSISTANT:
+            label = template.turn(ASSISTANT, "")
+            found += [text + label, turn.removeprefix(label), "" if last else SEPARATOR]
+            text = ""
+        else:
+            text += turn + ("" if last else SEPARATOR)
+            if not last and turns[number + 1][0] != ASSISTANT:
+                found.append(text)
+                text = ""
+    return [piece for piece in [*found, text] if piece]
 
 
 def normalize(content: str) -> str:

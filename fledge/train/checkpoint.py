@@ -20,39 +20,79 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import CheckpointError, TrainingError
-from fledge.core.files import atomic_path
-from fledge.train.team import Team
+from fledge.core.files import atomic_path, disk_trouble, naming
+from fledge.train.team import Team, own_part
 
 FILE, FOLDER, WHOLE = "last.pt", "last", "whole"
 ADVICE = "move it away to start anew"
 
 
+class SaveError(TrainingError):
+    """A checkpoint cannot be written, or must not be. The one before is as it was."""
+
+
 class RunCheckpoint:
-    """The checkpoint of one run's folder. identity: plain values that must be the same when the run goes on."""
+    """The checkpoint of one run's folder. identity: plain values that must be the same when the run goes on.
+
+    `written` is the number of steps that it has: 0 while there is none.
+    """
 
     def __init__(self, folder: Path, team: Team, identity: Mapping[str, Any]) -> None:
         self.folder, self.team, self.identity = folder, team, dict(identity)
+        self.written = 0
         if team.leads:
             for left in folder.glob(f".{FILE}.*.part"):  # by a process that was killed while it wrote
                 left.unlink()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
-        """Write everything the run needs to go on after `step` steps. All processes call it."""
+        """Write everything the run needs to go on after `step` steps, unless that is there. All processes call it.
+
+        Raises SaveError where the weights are not finite, and where they cannot be written; what was there stays.
+        """
+        if step == self.written:
+            return
+        if not self._finite(model):
+            then = f"go on from step {self.written}, the last good one: give" if self.written else "begin again: give"
+            raise SaveError(
+                f"after step {step} the weights are not finite, so they are not saved; {then} the same command with a "
+                "lower learning rate, or see the published remedies for loss spikes (docs/guides/training.md)"
+            )
         facts = {"step": step, "identity": self.identity, "meter": meter}
-        if self.team.mode == "fsdp":
-            self._save_parts(model, optimizer, step, facts)
-        elif self.team.leads:
-            with _explained(self.folder), atomic_path(self.folder / FILE) as temporary:
-                torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
-        self.team.wait()
+        trouble: OSError | None = None
+        try:
+            if self.team.mode == "fsdp":
+                self._save_parts(model, optimizer, step, facts)
+            elif self.team.leads:
+                with atomic_path(self.folder / FILE) as temporary:
+                    torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
+        except OSError as error:
+            trouble = error
+        if self.team.largest(int(trouble is not None)):  # or the others would wait for one that has failed
+            raise self._unwritten(trouble)
+        self.written = step
+
+    def _unwritten(self, trouble: OSError | None) -> SaveError:
+        kept = f"the run goes on from the checkpoint before, of step {self.written}" if self.written else ""
+        why = "see the other processes" if trouble is None else disk_trouble(trouble, self.folder, kept)
+        return SaveError(f"the checkpoint in {self.folder} cannot be written: {why}")
+
+    def _finite(self, model: nn.Module) -> bool:
+        """Whether all that is trained is, in all processes."""
+        sound = [own_part(tensor).isfinite().all() for tensor in trained(model).values()]
+        return not self.team.largest(int(not torch.stack(sound).all()))
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
         """Load what `save` wrote. Returns the steps done (0 without a checkpoint) and what the meter held.
 
         Raises CheckpointError for a damaged one and for one of another run.
         """
-        if self.team.mode == "fsdp":
-            return self._resume_parts(model, optimizer)
+        step, meter = (self._resume_parts if self.team.mode == "fsdp" else self._resume_file)(model, optimizer)
+        if step and not self._finite(model):
+            raise CheckpointError(f"the checkpoint in {self.folder} holds weights that are not finite; {ADVICE}")
+        self.written = step
+        return step, meter
+
+    def _resume_file(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
         path = self.folder / FILE
         if not path.exists():
             self._refuse(self.folder / FOLDER, "was written by processes with fsdp")
@@ -66,18 +106,24 @@ class RunCheckpoint:
             return int(saved["step"]), saved["meter"]
         except CheckpointError:
             raise
-        except Exception as error:
-            raise CheckpointError(f"{path}: cannot resume from it ({error}); {ADVICE}") from error
+        except Exception as error:  # a damaged file can make torch stumble in any way, and say anything
+            raise _damaged(path) from error
 
     def _save_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, facts: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
         from torch.distributed.checkpoint.state_dict import get_state_dict
         from torch.distributed.checkpoint.state_dict_saver import save
 
         target = self.folder / FOLDER / f"step-{step:06}"
-        if (target / WHOLE).exists():
-            return
         weights, moments = get_state_dict(model, optimizer)
-        save({"model": weights, "optimizer": moments}, checkpoint_id=target)
+        with naming(target):
+            try:
+                save({"model": weights, "optimizer": moments}, checkpoint_id=target)
+            except CheckpointException as error:  # in every process, with what went wrong in each
+                self.team.wait()
+                if self.team.leads:
+                    shutil.rmtree(target, ignore_errors=True)
+                raise next(iter(error.failures.values()))[0] from None
         self.team.wait()
         if self.team.leads:
             with atomic_path(target / WHOLE) as temporary:  # last of all: it says that the rest is there
@@ -110,7 +156,7 @@ class RunCheckpoint:
         except CheckpointError:
             raise
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{path}: cannot resume from it ({error}); {ADVICE}") from error
+            raise _damaged(path) from error
 
     def _folders(self) -> list[Path]:
         found = (self.folder / FOLDER).glob("step-*")
@@ -132,18 +178,8 @@ class RunCheckpoint:
                 )
 
 
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """A checkpoint that cannot be written, told as what it most likely is. torch has no error of its own for it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
-        free = shutil.disk_usage(folder).free / 1e9
-        raise TrainingError(
-            f"the checkpoint in {folder} cannot be written: {reason} ({free:.1f} GB are free). Make room and give the "
-            "same command again: the run goes on from the checkpoint before"
-        ) from error
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged, so the run cannot go on from it; {ADVICE}")
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ checkpoint holds all the rest: a run that was killed goes on with the bits it wo
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fledge.core.errors import ConfigError, TrainingError
+from fledge.core.errors import ConfigError, TrainingError, UsageError
 from fledge.core.files import exclusive, write_json
-from fledge.core.interrupts import uninterrupted
+from fledge.core.interrupts import Interrupted, Stop, stoppable
 from fledge.data.batches import Batch, Batches
 from fledge.kernels import prepare_tracing
 from fledge.models import State
 from fledge.models.layers import set_compute_dtype
-from fledge.train.checkpoint import RunCheckpoint
+from fledge.train.checkpoint import RunCheckpoint, SaveError
 from fledge.train.loss import batch_loss
 from fledge.train.meter import Meter, Report
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
@@ -57,8 +58,12 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if not self.clip > 0:
-            raise ConfigError(f"clip is {self.clip}; it must be above 0")
+        if not 0 < self.clip < math.inf:
+            raise ConfigError(f"clip is {self.clip}; it must be a number above 0")
+
+
+class NotFinite(TrainingError):
+    """A gradient is not finite, and all processes see that at once."""
 
 
 Validate = Callable[[Any], dict[str, float]]
@@ -81,11 +86,16 @@ def train(
     """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
 
     Goes on from the checkpoint in `folder` if there is one. Every line of folder/metrics.jsonl is also given to
-    `report`, by the process that leads. An interrupt, or any other end of a process that is alone, saves the last whole
-    step first; in a team the last checkpoint is what remains. identity: plain values that must be the same when a run
-    goes on; folder/run.json tells them, and the settings. Raises TrainingError when a gradient is not finite, before it
-    touches the weights, and CheckpointError for a checkpoint that does not belong here.
+    `report`, by the process that leads; before them, where a run goes on, a line of nothing but the step. identity:
+    plain values that must be the same when a run goes on; folder/run.json tells them, and the settings.
+
+    SIGINT and SIGTERM end the run after the present step, which is saved, and raise Interrupted; a process that is
+    alone gives the step up at the second signal. Any other end saves the last whole step first, except where one
+    process of several fails by itself. Raises TrainingError when a gradient is not finite, before it touches the
+    weights, and CheckpointError for a checkpoint that does not belong here.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder) if team.leads else nullcontext(True) as alone:
         if not alone:
@@ -98,46 +108,94 @@ def train(
             write_json(folder / RECORD, {"settings": _plain(settings), **(identity or {})})
         meter = Meter(folder / "metrics.jsonl", report, writes=team.leads)
         meter.rewind(step, held)
-        tell = partial(_tell, meter, settings, partial(validate, called))
-        written = step  # steps that the checkpoint has
-        whole_step = True  # False while weights and step number do not belong together
+        if 0 < step < settings.schedule.steps and team.leads:
+            report({"step": step})
+        with stoppable(always_patient=team.world > 1) as stop:
+            now = _Progress(model, optimizer, saved, meter, stop, step)
+            tell = partial(_tell, meter, settings, partial(validate, called), stop)
+            with now.kept():
+                tell(now.step)  # what an interrupt has kept from being told
+                while now.step < settings.schedule.steps:
+                    parts = range(now.step * settings.accumulate, (now.step + 1) * settings.accumulate)
+                    loss, targets = gradients(called, [team.share(batches[part]) for part in parts], settings, team)
+                    norm = clip(model, settings.clip, now.step, loss)
+                    rate = settings.schedule.rate(now.step)
+                    set_learning_rate(optimizer, rate)
+                    with now.changing():
+                        optimizer.step()
+                        now.step += 1
+                        meter.add(loss, targets, norm=norm, rate=rate)
+                    if number := team.largest(stop.number):
+                        raise Interrupted(number)
+                    tell(now.step)
+                    if now.step % settings.save_every == 0 or now.step == settings.schedule.steps:
+                        now.save()
+
+
+@dataclass
+class _Progress:
+    """How far a run is, and that no end of it loses that."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    saved: RunCheckpoint
+    meter: Meter
+    stop: Stop
+    step: int  # steps that are done
+    whole: bool = True  # False while weights and number of steps do not belong together
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around what makes a step of the gradients."""
+        with self.stop.patient():
+            self.whole = False
+            yield
+            self.whole = True
+
+    def save(self) -> None:
+        """All processes call it."""
+        with self.stop.patient():
+            self.saved.save(self.model, self.optimizer, self.step, self.meter.pending())
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Save what the block has done when it ends by an error. One process of several that fails by itself does not:
+        it would wait for the others.
+        """
+        team = self.saved.team
         try:
-            tell(step)  # what an interrupt has kept from being told
-            while step < settings.schedule.steps:
-                parts = range(step * settings.accumulate, (step + 1) * settings.accumulate)
-                loss, targets = gradients(called, [team.share(batches[part]) for part in parts], settings, team)
-                norm = clip(model, settings.clip, step, loss)
-                rate = settings.schedule.rate(step)
-                set_learning_rate(optimizer, rate)
-                with uninterrupted():
-                    whole_step = False
-                    optimizer.step()
-                    step += 1
-                    meter.add(loss, targets, norm=norm, rate=rate)
-                    whole_step = True
-                tell(step)
-                if step % settings.save_every == 0:
-                    saved.save(model, optimizer, step, meter.pending())
-                    written = step
-        finally:
-            if whole_step and team.world == 1 and step > written:  # with others, one that fails would wait for them
-                saved.save(model, optimizer, step, meter.pending())
-        if team.world > 1 and step > written:
-            saved.save(model, optimizer, step, meter.pending())
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            together = team.world == 1 or isinstance(error, Interrupted | NotFinite)
+            if together and self.whole and not isinstance(error, SaveError):
+                self.save()
+            if isinstance(error, KeyboardInterrupt):
+                number = getattr(error, "number", signal.SIGINT)
+                raise Interrupted(number, _kept(self.saved.written) if team.leads else "") from None
+            raise
+
+
+def _kept(step: int) -> str:
+    if not step:
+        return "stopped before the first step was done; nothing is saved"
+    return f"saved at step {step}; the same command goes on from there"
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
     return {**asdict(settings), "compute_dtype": str(settings.compute_dtype or torch.float32).removeprefix("torch.")}
 
 
-def _tell(meter: Meter, settings: TrainSettings, validate: Callable[[], dict[str, float]], step: int) -> None:
+def _tell(
+    meter: Meter, settings: TrainSettings, validate: Callable[[], dict[str, float]], stop: Stop, step: int
+) -> None:
     """The lines that are due after a step, all or none of them, each once."""
     if step == meter.told:
         return
     validation: dict[str, float] = {}
     if step % settings.validate_every == 0 or step == settings.schedule.steps:
-        validation = validate()
-    with uninterrupted():
+        with stop.patient(0):  # nothing is lost with it: a run that goes on makes up for it
+            validation = validate()
+    with stop.patient():
         if step % settings.log_every == 0:
             meter.write(step, **meter.update)
         if validation:
@@ -214,7 +272,7 @@ def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
     if not math.isfinite(norm):
-        raise TrainingError(
+        raise NotFinite(
             f"step {step}: the gradient is not finite (loss {loss:.3g}); the last good weights are saved. "
             "Go on from them with the same command and a lower learning rate, or see the published remedies for loss "
             "spikes (docs/guides/training.md)"

@@ -10,7 +10,6 @@ Source: the x052 and x060 training code; the paper's appendix H has the same rat
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,9 @@ import torch
 from torch import nn
 
 from fledge.core.errors import ConfigError
+
+SMALLEST = 1e-30
+"""An eps that float32 still holds, with room."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class AdamSettings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        for name in ("eps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not SMALLEST <= self.eps <= 1:
+            raise ConfigError(f"eps is {self.eps:g}; it must be at least {SMALLEST:g}, or a step may divide 0 by 0")
+        if not 0 <= self.weight_decay <= 10:
+            raise ConfigError(f"weight_decay is {self.weight_decay:g}; it must be from 0 to 10")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

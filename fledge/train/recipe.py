@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from fledge.core.config import from_dict
-from fledge.core.errors import ConfigError, UsageError
+from fledge.core.errors import ConfigError, FledgeError, UsageError
 from fledge.data.batches import Batches
 from fledge.data.windows import OfficialWindows, Tokens, Windows
 from fledge.models import ModelConfig
@@ -32,6 +33,9 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
 }
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 ORDERS = ("shuffled", "official")
+SIZES = ("n_layer", "n_embd", "head_size", "vocab_size", "length", "batch", "micro", "steps", "validate_bytes")
+LARGEST = {"seed": 2**63 - 1, **dict.fromkeys(SIZES, 2**31 - 1), "n_layer": 1000, "n_embd": 2**16, "vocab_size": 2**20}
+"""What no run can mean: a slip of the finger, caught before it asks for all memory."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,10 @@ class Recipe:
         for name, known in (("family", FAMILIES), ("dtype", DTYPES), ("order", ORDERS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative")
-        for name in ("n_layer", "n_embd", "head_size", "length", "batch", "micro", "validate_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in LARGEST.items():
+            least = 0 if name in ("seed", "vocab_size") else 1
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if self.batch % self.micro:
             raise ConfigError(f"micro is {self.micro}; it must divide batch = {self.batch}")
         self.settings()
@@ -148,6 +151,15 @@ def _parse(name: str, text: str, kind: str) -> Any:
         raise ConfigError(f"{name} is {text!r}; it must be {kind.replace(' | None', ' or none')}") from None
 
 
+def settings_of(config: ModelConfig) -> dict[str, Any]:
+    """The settings of a recipe that say which model it is, but for the vocabulary; family None: no recipe has it."""
+    families = {"4": "rwkv4", "5.2": "eagle", "6.0": "finch", "llama": "transformer"}
+    sizes = {"n_layer": config.n_layer, "n_embd": config.n_embd}
+    if config.n_head:
+        sizes["head_size"] = config.head_size
+    return {"family": families.get(config.version), **sizes, "scaled_keys": config.scaled_keys}
+
+
 def find_recipe(name: str) -> Recipe:
     """The recipe of this name, or of `file.py:function`, whose file is run. Raises UsageError where there is none."""
     from fledge.train.recipes import RECIPES
@@ -157,8 +169,21 @@ def find_recipe(name: str) -> Recipe:
     file, colon, function = name.rpartition(":")
     if not colon or not Path(file).is_file():
         raise UsageError(f"there is no recipe {name!r}; choose from {', '.join(RECIPES)}, or give file.py:function")
-    found = runpy.run_path(file).get(function)
-    recipe = found() if callable(found) else None
+    try:
+        found = runpy.run_path(file).get(function)
+        recipe = found() if callable(found) else None
+    except (Exception, SystemExit) as error:
+        raise _failed(file, error) from error
     if not isinstance(recipe, Recipe):
         raise UsageError(f"{file} has no function {function} that returns a Recipe")
     return recipe
+
+
+def _failed(file: str, error: BaseException) -> UsageError:
+    """What went wrong in a recipe's file, and on which of its lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    where = f"{file}, line {lines[-1]}" if lines else file
+    what = str(error) if isinstance(error, FledgeError) else f"{type(error).__name__}: {error}"
+    return UsageError(f"{where}: the recipe failed: {what}")

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fledge import checkpoint
 from fledge.core.device import choose_device
-from fledge.core.errors import CheckpointError
-from fledge.data.store import Store, open_store
+from fledge.core.errors import CheckpointError, ConfigError, DataError, UsageError
+from fledge.data.batches import Batch
+from fledge.data.store import TOKENIZER, Store, open_store
 from fledge.models import ModelConfig, Trunk, build, init_weights
 from fledge.train.loop import train
 from fledge.train.memory import keep_freed_memory
 from fledge.train.meter import Report
-from fledge.train.recipe import Recipe
+from fledge.train.recipe import Recipe, settings_of
 from fledge.train.score import Text, Validation
 from fledge.train.team import Team, whole
 
@@ -46,15 +48,21 @@ def run(
     start: a checkpoint to begin from in place of fresh weights. Raises FledgeError's kinds as its parts do.
     """
     keep_freed_memory()
-    store = open_store(Path(data))
+    if recipe.micro % team.world:
+        raise ConfigError(
+            f"micro is {recipe.micro}, the rows that all {team.world} processes read at once; take a multiple of "
+            f"{team.world} that divides batch = {recipe.batch}"
+        )
+    store = open_store(Path(data)).with_rows(recipe.vocab_size)
     config = recipe.model(store.vocab_size)
+    batches = _Checked(recipe, store, str(data))
     where = _device(device, team)
-    model = _first_weights(config, recipe, start).to(where)
+    model = _first_weights(config, recipe, store, start).to(where)
     identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
-    texts = _texts(store)
+    texts = _texts(store, str(data))
     train(
         model,
-        recipe.batches(store.tokens("train")),
+        batches,
         recipe.settings(),
         folder,
         Validation(texts, recipe.validate_bytes),
@@ -85,23 +93,79 @@ def _device(device: str | None, team: Team) -> torch.device:
     return chosen
 
 
-def _first_weights(config: ModelConfig, recipe: Recipe, start: str | os.PathLike[str] | None) -> Trunk:
+def _first_weights(config: ModelConfig, recipe: Recipe, store: Store, start: str | os.PathLike[str] | None) -> Trunk:
     if start is None:
         model = build(config)
         init_weights(model, recipe.seed)
         return model
     found = checkpoint.load_model(start, dtype=torch.float32)
-    if found.config != config:
-        differ = [name for name, value in vars(config).items() if value != getattr(found.config, name)]
-        raise CheckpointError(
-            f"{start} is no model of this recipe: {differ[0]} is {getattr(found.config, differ[0])} there and "
-            f"{getattr(config, differ[0])} here"
-        )
+    _check_start(found, config, str(start))
+    checkpoint.check_same_vocabulary(found.tokenizer_spec, store.tokenizer_spec, str(start))
     assert isinstance(found.model, Trunk)
     return found.model.requires_grad_(True)
 
 
-def _texts(store: Store) -> list[Text]:
+def _check_start(found: checkpoint.LoadedModel, config: ModelConfig, start: str) -> None:
+    """Raise CheckpointError for a model of another shape, naming the settings that would give that."""
+    have, want = settings_of(found.config), settings_of(config)
+    if have["family"] is None:
+        raise CheckpointError(
+            f"{start} is of version {found.config.version}, which no recipe has; `fledge tune full` trains it"
+        )
+    differ = [name for name in have if have[name] != want.get(name)]
+    if differ:
+        changes = " ".join(f"--set {name}={str(have[name]).lower()}" for name in differ)
+        there, here = have[differ[0]], want.get(differ[0])
+        raise CheckpointError(
+            f"{start} is no model of this recipe: {differ[0]} is {there} there and {here} here; it would be with "
+            f"{changes}"
+        )
+    if found.config.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{start} has {found.config.vocab_size} token rows, the store a vocabulary of {config.vocab_size}; build "
+            f"the store with the {TOKENIZER} of the model's own (in the config, `vocabulary`)"
+        )
+    if found.config != config:
+        name = next(name for name, value in vars(config).items() if value != getattr(found.config, name))
+        raise CheckpointError(
+            f"{start} is no model that a recipe can describe: its {name} is {getattr(found.config, name)}, a recipe's "
+            f"{getattr(config, name)}; `fledge tune full` trains any model"
+        )
+
+
+class _Checked:
+    """The rows of a store, in whose ids the model's vocabulary is believed only after a look."""
+
+    def __init__(self, recipe: Recipe, store: Store, name: str) -> None:
+        self.name, self.size = name, store.vocab_size
+        try:
+            self.batches = recipe.batches(store.tokens("train"))
+        except UsageError as error:
+            raise UsageError(
+                f"{name}: {error}; take a smaller length (now {recipe.length}) or micro (now {recipe.micro}), or more "
+                "text"
+            ) from None
+
+    def __getitem__(self, number: int) -> Batch:
+        """Batch `number`."""
+        batch = self.batches[number]
+        _check_ids(batch.idx, self.size, self.name)
+        return batch
+
+
+def _check_ids(ids: Tensor, size: int, store: str) -> None:
+    """Raise DataError for ids that no model of this store has."""
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise DataError(f"{store} is damaged: it holds the token id {wrong}, and its vocabulary ends at {size - 1}")
+
+
+def _texts(store: Store, name: str) -> list[Text]:
     if not store.has("validation"):
         return []
-    return [Text(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
+    found = [Text(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
+    for text in found:
+        if text.ids:
+            _check_ids(torch.tensor(text.ids), store.vocab_size, name)
+    return found

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from fledge.core.errors import ConfigError
 
+HIGHEST = 10.0
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,8 +20,14 @@ class Schedule:
     steps: int
 
     def __post_init__(self) -> None:
-        if not (0 < self.final <= self.peak and 0 <= self.warmup < self.steps):
-            raise ConfigError(f"a schedule needs 0 < final <= peak and 0 <= warmup < steps, not {self}")
+        # Adam moves each number by about the rate: even a state, which holds tens, can learn nothing at a higher one.
+        if not 0 < self.final <= self.peak <= HIGHEST:
+            raise ConfigError(
+                f"the learning rate would fall from {self.peak:g} to {self.final:g}; it needs 0 < final <= peak <= "
+                f"{HIGHEST:g}"
+            )
+        if not 0 <= self.warmup < self.steps:
+            raise ConfigError(f"warmup is {self.warmup} and steps {self.steps}; a run needs 0 <= warmup < steps")
 
     def rate(self, step: int) -> float:
         """The learning rate of step number `step` (from 0); `final` from step `steps` on."""

@@ -94,11 +94,6 @@ def documents_nats(model: Any, documents: Sequence[Sequence[int]], *, start: int
     return found
 
 
-def document_nats(model: Any, ids: Sequence[int], *, start: int = 0, window: int = 512) -> float:
-    """`documents_nats` of one document."""
-    return documents_nats(model, [ids], start=start, window=window)[0] if ids else 0.0
-
-
 def bits_per_byte(nats: float, size: float) -> float:
     """Nats over a text of `size` bytes -> bits per byte."""
     return nats / math.log(2) / size

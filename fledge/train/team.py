@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -77,6 +78,14 @@ class Team:
         dist.all_reduce(found)
         return float(found)
 
+    def largest(self, value: int) -> int:
+        """The largest value that any process has: a question they answer together, 0 for no."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, device=_exchange_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
@@ -104,7 +113,10 @@ def join(mode: str = "ddp", device: str | None = None) -> Iterator[Team]:
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes that torchrun started cannot reach each other: {error}") from error
     try:
-        yield Team(dist.get_rank(), world, mode)
+        with warnings.catch_warnings():
+            # Of the last token's input, which a block hands on as part of the state. Nobody writes into a state.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield Team(dist.get_rank(), world, mode)
     finally:
         # gloo's threads may still hold tensors of the last exchange. One that lets go of them while Python is already
         # ending aborts the process, and nothing can be asked to wait for it.
@@ -116,6 +128,12 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor of which fsdp holds parts, put together; any other as it is."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
 
 
 def _exchange_device() -> torch.device:

@@ -31,6 +31,8 @@ from fledge.train.schedule import Schedule
 RATES = {"full": (1e-5, 1e-5), "lora": (2e-4, 2e-5), "state": (1.0, 0.01)}
 """Mode -> learning rate after the warm-up, and at the end."""
 
+LARGEST_RANK = 4096  # as wide as a model of 7 billion
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -40,6 +42,12 @@ class LoraSettings:
     alpha: float = 32.0
     targets: tuple[str, ...] = TARGETS
     parts: tuple[str, ...] = ()  # parameters whose name contains one of these; RWKV-PEFT's default is ("time", "ln")
+
+    def __post_init__(self) -> None:
+        if self.rank > LARGEST_RANK:
+            raise ConfigError(f"rank is {self.rank}; it must be from 1 to {LARGEST_RANK}, and 8 to 64 is usual")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"alpha is {self.alpha:g}; it must be a number above 0, and twice the rank is usual")
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,8 @@ class TuneSettings:
             raise ConfigError(f"mode {self.mode!r:.20} is unknown; choose {', '.join(RATES)}")
         if not 0 < self.epochs < math.inf or (self.steps is not None and self.steps < 1):
             raise ConfigError(f"epochs are {self.epochs:g} and steps {self.steps}; both must be above 0")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}")
         if self.batch < 1 or self.accumulate < 1:
             raise ConfigError(f"batch is {self.batch} and accumulate {self.accumulate}; both must be at least 1")
 

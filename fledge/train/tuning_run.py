@@ -86,9 +86,19 @@ class Run:
         keep_freed_memory()
         options = train_settings(self.settings, self.steps, self.compute_dtype)
         train(self.model, self.batches, options, folder, self._validate, report, identity=identity)
-        training = {"data": self.examples.path.name, "data_sha256": data, **settings, "steps": self.steps}
+        training = {"data": self.examples.path.name, "data_sha256": data, **settings, **self._chosen()}
+        if self.settings.mode != "lora":
+            del training["lora"]
+        if not self.examples.conversations:
+            del training["template"]  # none was learnt
         kind = "state" if self.settings.mode == "state" else "lora"
         return _write(self, folder, Adapter(kind, {}, None, base, folder, training))
+
+    def _chosen(self) -> dict[str, float]:
+        """What settings may leave to the mode and the data, as it was."""
+        schedule = self.settings.schedule(self.steps)
+        rates = {"rate": schedule.peak, "final_rate": schedule.final, "warmup": schedule.warmup}
+        return {"steps": self.steps, "epochs": self.epochs, **rates}
 
     def _validate(self, model: Trunk) -> dict[str, float]:
         if self.validation is None:
@@ -145,7 +155,8 @@ def _write(run: Run, folder: Path, adapter: Adapter) -> Tuned:
         assert adapter.base is not None
         path, facts = folder / "model.safetensors", {"from": adapter.base.identity, **adapter.training}
         kept = {name: _narrowed(tensor, found.tensors[name].dtype) for name, tensor in tensors.items()}
-        extra = {"base": found.extra, "tuned": facts}
+        template = adapter.template or found.template
+        extra = {"base": found.extra, "tuned": facts, **({"template": template} if template else {})}
         save(path, found.config, kept, tokenizer_spec=found.tokenizer_spec, extra=extra)
         return Tuned(path)
     if settings.mode == "lora":

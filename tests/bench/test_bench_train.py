@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from fledge.bench.counting import matrix_numbers, training_operations
 from fledge.bench.random_model import config_of
 from fledge.bench.train import Spec, available, cases_of, run
 from fledge.bench.train_figures import Case, utilisation
-from fledge.core.config import to_dict
 from fledge.core.errors import UsageError
 from fledge.kernels import dispatch
 from fledge.models import ModelConfig, build
@@ -70,7 +70,7 @@ def test_programs_of_one_length_take_turns(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls[kernels][0] == "fp32, 6 tokens, finch" and kept == [0, 0, 1, 2, 3, 4]
     steps = {job["program"]: job for job in fake.jobs if job["kind"] == "step" and job["length"] == 6}
     assert (steps["finch"]["rows"], steps["loop"]["rows"], steps["finch"]["steps"]) == (4, 1, 2)
-    assert steps["loop"]["config"] == steps["finch"]["config"] == to_dict(config_of("L2-D64", 50))
+    assert steps["loop"]["config"] == steps["finch"]["config"] == asdict(config_of("L2-D64", 50))
     assert ModelConfig(**steps["transformer"]["config"]) == ModelConfig.transformer(2, 64, 50)
     assert {job["threads"] for job in fake.jobs} == {1} and {job["device"] for job in fake.jobs} == {"cpu"}
 
@@ -151,7 +151,7 @@ def test_a_step_of_every_program(program: str, dtype: str, monkeypatch: pytest.M
     monkeypatch.setattr(train_worker, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(dispatch, "_preferred", None)
     config = Spec(**TINY, lengths=(6,), family="eagle" if program == "eagle" else "finch").configs[program]
-    job = {"kind": "step", "program": program, "config": to_dict(config), "dtype": dtype, "length": 6, "rows": 2}
+    job = {"kind": "step", "program": program, "config": asdict(config), "dtype": dtype, "length": 6, "rows": 2}
     found = train_worker.measure({**job, "steps": 3, "threads": torch.get_num_threads(), "device": "cpu"})
     assert len(found["cpu_s"]) == len(found["forward_s"]) == len(found["backward_s"]) == len(found["update_s"]) == 3
     assert min(found["forward_s"] + found["backward_s"]) > 0 and 0 < found["loss"] < 4.3  # ln 50 = 3.9, before training

@@ -19,6 +19,7 @@ from fledge.checkpoint import (
     combined,
     convert,
     convert_adapter,
+    inspect_adapter,
     load_model,
     load_tuned_state,
     merge_file,
@@ -97,6 +98,40 @@ def test_files_of_rwkv_peft(base: Path, tmp_path: Path) -> None:
     notes = save_adapter(tmp_path / "ours.pth", found)
     assert "alpha 6 is not in a .pth" in notes[0]
     assert same(torch.load(tmp_path / "ours.pth", weights_only=True), dict(found.tensors))
+
+
+def test_a_file_tells_what_it_is_without_its_weights(base: Path, tmp_path: Path) -> None:
+    lora, state = lora_of(base, parts=("ln_out.bias",)), state_of(base)
+    foreign = {f"model.{name}": tensor for name, tensor in lora.tensors.items()}
+    for path in (saved(tmp_path, foreign, "rwkv-0.pth"), tmp_path / "a.pth", tmp_path / "a.safetensors"):
+        if path.stem == "a":
+            save_adapter(path, lora)
+        told, found = path.suffix == ".safetensors", inspect_adapter(path)
+        assert found is not None and (found.kind, found.rank, list(found.parts)) == ("lora", 4, ["ln_out.bias"])
+        assert (found.alpha, found.base) == ((6.0, lora.base) if told else (None, None))
+        assert all(tensor.is_meta for tensor in found.tensors.values()) and found.nbytes == lora.nbytes
+    for path in (tmp_path / "s.pth", tmp_path / "s.safetensors"):
+        save_adapter(path, state)
+        found = inspect_adapter(path)
+        assert found is not None and found.kind == "state" and found.nbytes == state.nbytes
+    tuned = saved(tmp_path, make("6.0 tuned"), "tuned.pth")  # a whole model, though it has a tuned state
+    assert inspect_adapter(base) is inspect_adapter(tuned) is None
+    with pytest.raises(UnsupportedError, match="DiSHA"):
+        inspect_adapter(saved(tmp_path, {"blocks.0.att.key.disha": torch.zeros(4, 24)}, "disha.pth"))
+
+
+def test_the_chat_template_goes_where_the_adapter_goes(base: Path, tmp_path: Path) -> None:
+    qa, untold = replace(lora_of(base), training={"template": "qa"}), state_of(base)
+    save_adapter(tmp_path / "a.safetensors", qa)
+    assert read_adapter(tmp_path / "a.safetensors").template == "qa" and untold.template is None
+    assert "--template qa" in save_adapter(tmp_path / "a.pth", qa)[1]
+    assert combined([qa, untold]).template == "qa" and combined([untold]).template is None
+    assert combined([qa, replace(untold, training={"template": "instruct"})]).template == "instruct"
+    merge_file(base, [qa], tmp_path / "m.safetensors")
+    assert read(tmp_path / "m.safetensors").template == "qa" and read(base).template is None
+    merge_file(tmp_path / "m.safetensors", [untold.for_any_base()], tmp_path / "n.safetensors")
+    assert read(tmp_path / "n.safetensors").template == "qa"
+    assert "--template qa" in merge_file(base, [qa], tmp_path / "m.pth").notes[-1]
 
 
 def test_converting_records_a_base(base: Path, tmp_path: Path) -> None:

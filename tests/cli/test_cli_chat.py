@@ -27,8 +27,10 @@ def model_of(replies: Sequence[bytes] = REPLIES) -> FakeModel:
 def talk(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run `fledge chat ARGUMENTS` with these lines on standard input."""
 
-    def run(*lines: str, arguments: Sequence[str] = (), model: FakeModel | None = None) -> Any:
-        llm = LLM(model or model_of(), TOKENIZER, "fake")
+    def run(
+        *lines: str, arguments: Sequence[str] = (), model: FakeModel | None = None, tuned: str | None = None
+    ) -> Any:
+        llm = LLM(model or model_of(), TOKENIZER, "fake", template=tuned)
         monkeypatch.setattr(ModelOptions, "load", lambda _self: llm)
         return fledge("chat", *arguments, stdin="".join(f"{line}\n" for line in lines).encode())
 
@@ -67,6 +69,24 @@ def test_help_lists_every_command(talk: Any) -> None:
 def test_system_text_and_settings(talk: Any) -> None:
     result = talk("x", "/history", arguments=["--system", "Be brief.", "--max-tokens", "2"])
     assert result.text == "O\n" and result.messages.startswith("System: Be brief.\nUser: x\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tuned", "label", "words"),
+    [
+        ([], None, "User: x", "template world. "),
+        ([], "qa", "Question: x", "template qa. "),
+        (["--template", "world"], "qa", "User: x", "template world (tuned with qa). "),
+        (["--template", "qa"], None, "Question: x", "template qa. "),
+    ],
+)
+def test_the_template_is_the_one_of_the_tuning(
+    talk: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tuned: str | None, label: str, words: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("fledge.cli.chat.remark", said.append)
+    result = talk("x", "/history", arguments=arguments, tuned=tuned)
+    assert result.messages.startswith(f"{label}\n") and words in said[0]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +165,11 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
     assert "stopped" in shown and "Two." in shown
     places = [shown.index(text) for text in ("User: Hello", "Assistant: On\x1b", "User: And?", "Assistant: Two.")]
     assert places == sorted(places)
+
+
+def test_an_empty_answer_says_so(at_keyboard: Any) -> None:
+    assert "an empty answer" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
+    assert "an empty answer" not in at_keyboard(Person("Hello"))
 
 
 def test_a_cut_answer_says_so(at_keyboard: Any) -> None:

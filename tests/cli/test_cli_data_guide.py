@@ -34,7 +34,7 @@ def test_commands_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         output, messages = capsysbinary.readouterr()
         assert code == 0 and output, f"{shlex.join(line.arguments)}: {messages.decode()}"
         ran.append(line.arguments[1])
-    assert ran == ["build", "info", "info", "steps", "recipe", "build"]
+    assert ran == ["build", "info", "check", "info", "steps", "recipe", "build"]
     (code,) = blocks(page, "python")
     exec(code, {})
     assert b"code:python" in capsysbinary.readouterr().out

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from fledge.checkpoint import read, save
 from fledge.cli.train_view import View, curve
 from fledge.data.build import build
 from fledge.data.config import read_config
+from fledge.tokenizer import prune, world_vocabulary
 
 SMALL = {"steps": 4, "warmup": 1, "n_layer": 1, "n_embd": 64, "length": 16, "batch": 4, "micro": 2, "log_every": 2}
 
@@ -62,6 +64,19 @@ def test_begin_with_the_weights_of_a_model(fledge: Any, store: Path, tmp_path: P
     found.check_error(1, "is no model of this recipe: n_layer is 1 there and 2 here")
 
 
+def test_a_model_of_another_vocabulary_of_the_same_size_is_refused(fledge: Any, store: Path, tmp_path: Path) -> None:
+    assert fledge(*command(store, tmp_path / "first")).code == 0
+    found = read(tmp_path / "first" / "model.safetensors")
+    other, untold = tmp_path / "other.safetensors", tmp_path / "untold.pth"
+    vocabulary = prune(world_vocabulary(), range(40_000, 40_040), size=300)
+    save(other, found.config, found.tensors, tokenizer_spec=vocabulary.to_spec())
+    result = fledge(*command(store, tmp_path / "second", "--from", str(other)))
+    result.check_error(1, f"{other} has another vocabulary (pruned, 300 rows, ", "than the data (pruned, 300 rows, ")
+    assert not (tmp_path / "second").exists()
+    save(untold, found.config, found.tensors)
+    assert fledge(*command(store, tmp_path / "second", "--from", str(untold))).code == 0
+
+
 def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Path) -> None:
     result = fledge("train", "tiny", "--data", "none", "--to", tmp_path / "x", "--set", "peak=3e-4", "--show")
     assert result.code == 0 and not (tmp_path / "x").exists()
@@ -77,6 +92,7 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
         (["--set", "length=5000"], 2, ["are too few for batches of 2 windows of 5000 tokens"]),
         (["--parallel", "both"], 1, ["choose from ddp, fsdp"]),
         (["--set", "vocab_size=10"], 1, ["vocab_size is 10, but the data has ids up to 299"]),
+        (["--set", "vocab_size=512"], 1, ["vocab_size is 512, but the vocabulary of the data has 300 ids"]),
     ],
 )
 def test_mistakes(fledge: Any, store: Path, tmp_path: Path, more: list[str], code: int, words: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_checkpoints import random_checkpoint
 
-from fledge.checkpoint import read, read_adapter
+from fledge.checkpoint import base_of, read, read_adapter
 
 
 @pytest.fixture
@@ -84,6 +84,10 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     rest = ("--adapter", adapter, "--any-base", "--max-tokens", 2)
     assert fledge("generate", "hi", "-m", other, *rest).code == 0
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
+    last = tmp_path / "run" / "last.pt"
+    fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(
+        1, "not its result; give the model, adapter"
+    )
 
 
 def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
@@ -120,13 +124,15 @@ def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: P
     ("arguments", "code", "words"),
     [
         (["lora", "BASE", "DATA"], 2, ["--to FOLDER", "--dry-run"]),
-        (["lora", "BASE", "gone.jsonl", "--to", "x"], 2, ["gone.jsonl: cannot be read"]),
+        (["lora", "BASE", "gone.jsonl", "--to", "x"], 2, ["there is no file gone.jsonl"]),
+        (["lora", "BASE", "DATA", "--to", "x", "--length", "0"], 2, ["length is 0"]),
         (["lora", "BASE", "DATA", "--to", "x", "--targets", "query"], 2, ["'query' is unknown"]),
         (["lora", "BASE", "DATA", "--to", "x", "--rank", "0"], 2, ["a rank of at least 1"]),
         (["state", "BASE", "DATA", "--to", "x", "--template", "vicuna"], 2, ["template 'vicuna' is unknown"]),
         (["full", "BASE", "DATA", "--to", "x", "--rate", "-1"], 1, ["0 < final <= peak"]),
         (["half"], 2, ["No such command 'half'"]),
         (["merge", "BASE", "BASE", "--to", "m.pth"], 1, ["is a whole model, not an adapter"]),
+        (["convert", "BASE", "m.safetensors"], 1, ["is a whole model, not an adapter"]),
     ],
 )
 def test_mistakes(
@@ -143,6 +149,79 @@ def test_mistakes(
     names = {"BASE": str(byte_model), "DATA": str(data)}
     fledge("tune", *(names.get(word, word) for word in arguments)).check_error(code, *words)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "state"])
+def test_a_chat_takes_the_template_of_the_tuning(
+    fledge: Any, byte_model: Path, data: Path, tmp_path: Path, mode: str
+) -> None:
+    result = fledge("tune", mode, byte_model, data, "--to", tmp_path / "run", "--steps", 1, "--template", "qa")
+    assert ("template", "qa") in [tuple(line.split()) for line in result.text.splitlines()]
+    (line,) = [line for line in result.text.splitlines() if line.startswith("try it:")]
+    words = shlex.split(line.removeprefix("try it:"))[1:]
+    talk = b"hi\n/history\n"
+    assert fledge(*words, "--max-tokens", 2, stdin=talk).messages.startswith("Question: hi\nAnswer")
+    assert fledge(*words, "--template", "world", "--max-tokens", 2, stdin=talk).messages.startswith("User: hi\n")
+    if mode == "full":  # what is tuned further, is tuned in the same template
+        again = fledge("tune", "state", words[-1], data, "--dry-run")
+        assert ("template", "qa") in [tuple(line.split()) for line in again.text.splitlines()]
+    if mode == "state":
+        plain = ("-m", byte_model, "--adapter", tmp_path / "run" / "state.pth", "--max-tokens", 2)
+        assert fledge("chat", *plain, stdin=talk).messages.startswith("User: hi\n")
+
+
+def test_texts_alone_have_no_template(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "tweet"}\n')
+    fledge("tune", "state", byte_model, tmp_path / "texts.jsonl", "--to", tmp_path / "run", "--steps", 1)
+    adapter = read_adapter(tmp_path / "run" / "state.safetensors")
+    assert adapter.template is None and adapter.training["steps"] == 1 and "lora" not in adapter.training
+
+
+def test_info_tells_of_every_kind_what_its_file_tells(
+    fledge: Any, byte_model: Path, data: Path, tmp_path: Path
+) -> None:
+    identity = base_of(read(byte_model)).identity
+    for mode in ("full", "lora", "state"):
+        fledge("tune", mode, byte_model, data, "--to", tmp_path / mode, "--steps", 1, "--template", "qa")
+    ours = tmp_path / "lora" / "adapter.safetensors"
+    fledge("tune", "convert", ours, tmp_path / "lora.pth")
+    rows = {
+        path: dict(line.split(maxsplit=1) for line in fledge("info", path).text.splitlines())
+        for path in (
+            *(ours, tmp_path / "lora.pth", tmp_path / "full" / "model.safetensors"),
+            *(tmp_path / "state" / name for name in ("state.safetensors", "state.pth")),
+        )
+    }
+    lora, theirs, full, state, plain = rows.values()
+    assert [one["kind"] for one in rows.values()] == ["LoRA", "LoRA", "all weights tuned", *["tuned state"] * 2]
+    assert [one["template"] for one in rows.values()] == ["qa", "not recorded", "qa", "qa", "not recorded"]
+    assert identity in lora["base"] and identity in state["base"] and identity in full["tuned"]
+    assert theirs["base"] == plain["base"] == "not recorded" and "--alpha" in theirs["alpha"] and lora["alpha"] == "32"
+    assert lora["rank"] == theirs["rank"] == "16" and not {"rank", "alpha", "lora"} & {*state, *plain, *full}
+    assert (full["steps"], full["epochs"], full["rate"], lora["final"]) == ("1", "1", "1e-05", "rate   2e-05")
+    assert state["state"] == plain["state"] == "2 layers, 2 heads of 8 x 8"
+    assert state["numbers"] == plain["numbers"] == "256 in 1,024 bytes"
+    record = json.loads(fledge("info", tmp_path / "state" / "state.pth", "--json").text)
+    assert (record["kind"], record["rank"], record["state"], record["template"]) == ("state", None, [2, 2, 8, 8], None)
+
+
+def test_blank_lines_that_a_turn_cannot_hold_are_told(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c\n\n\nd"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(f'{{"text": "x"}}\n{json.dumps({"messages": talk})}\n')
+    text = fledge("tune", "lora", byte_model, data, "--dry-run").text
+    assert "blank lines  taken out of 2 messages" in text and "line 2\n" in text and "⟦ c\nd\n\n⟧" in text
+
+
+def test_alpha_and_any_base_are_about_an_adapter(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    fledge("tune", "state", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
+    state, model = tmp_path / "run" / "state.safetensors", ("hi", "-m", byte_model)
+    fledge("generate", *model, "--alpha", 32).check_error(2, "--alpha is about an adapter", "--adapter FILE")
+    fledge("generate", *model, "--any-base").check_error(2, "--any-base is about an adapter")
+    words = ("--alpha is about a LoRA", "state.safetensors is a tuned state")
+    fledge("generate", *model, "--alpha", 32, "--adapter", state).check_error(2, *words)
+    fledge("tune", "convert", state, tmp_path / "s.pth", "--alpha", 32).check_error(2, *words)
+    fledge("tune", "convert", state, state).check_error(1, "exists; to replace it give --force")
 
 
 def test_the_summary_of_a_full_run(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-"""Dataclasses to dicts and back, strictly."""
+"""Dicts to dataclasses, strictly."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 
-from fledge.core.config import from_dict, to_dict
+from fledge.core.config import from_dict
 from fledge.core.errors import ConfigError
 
 
@@ -20,8 +20,7 @@ class Settings:
 
 def test_there_and_back() -> None:
     settings = Settings(3, 4, tags=["a"])
-    assert to_dict(settings) == {"width": 3, "layers": 4, "name": "plain", "tags": ["a"]}
-    assert from_dict(Settings, to_dict(settings)) == settings
+    assert from_dict(Settings, asdict(settings)) == settings
     assert from_dict(Settings, {"width": 1, "layers": 2}) == Settings(1, 2)
 
 

@@ -1,32 +1,92 @@
-"""Ctrl-C waits for the end of a block."""
+"""Signals wait for a place where work can end."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from fledge.core.interrupts import uninterrupted
+from fledge.core.interrupts import Interrupted, stoppable
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 
 
-def test_a_signal_inside_comes_at_the_end() -> None:
-    before, reached = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Whatever a test does, both signals are handled after it as before it."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@BOTH
+def test_a_signal_is_noted_and_raised_at_the_end_if_nobody_has_looked(number: signal.Signals) -> None:
+    reached = []
+    with pytest.raises(Interrupted) as caught, stoppable() as stop:
+        signal.raise_signal(number)
+        reached.append(stop.number)
+    assert reached == [number] and caught.value.exit_code == 128 + number
+    with pytest.raises(Interrupted, match="kept"), stoppable() as stop:
+        signal.raise_signal(number)
+        raise Interrupted(stop.number, "kept")
+
+
+@BOTH
+def test_the_second_signal_is_raised_where_it_comes_but_not_in_a_patient_block(number: signal.Signals) -> None:
+    reached = []
+    with pytest.raises(Interrupted) as caught, stoppable() as stop:
+        with stop.patient():
+            for _ in range(3):
+                signal.raise_signal(number)
+            reached.append("the end of the save")
+        reached.append("the end of the step")
         signal.raise_signal(signal.SIGINT)
-        reached.append("the end")
-    assert reached == ["the end"] and signal.getsignal(signal.SIGINT) is before
+        reached.append("more")
+    assert reached == ["the end of the save", "the end of the step"] and caught.value.number == number
+
+
+def test_with_no_patience_the_first_signal_is_raised_also_one_that_came_before() -> None:
+    reached = []
+    with pytest.raises(Interrupted), stoppable() as stop, stop.patient(0):
+        signal.raise_signal(signal.SIGINT)
+        reached.append("more")
+    with pytest.raises(Interrupted), stoppable() as stop:
+        signal.raise_signal(signal.SIGINT)
+        with stop.patient(0):
+            reached.append("more")
+    assert reached == []
+
+
+def test_who_is_awaited_by_others_is_always_patient() -> None:
+    with pytest.raises(Interrupted), stoppable(always_patient=True) as stop:
+        with stop.patient(0):
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
 
 
 def test_nothing_happens_without_a_signal_and_in_other_threads() -> None:
     reached = []
 
     def block() -> None:
-        with uninterrupted():
-            reached.append(threading.current_thread().name)
+        before = signal.getsignal(signal.SIGINT)
+        with stoppable() as stop:
+            reached.append((stop.number, signal.getsignal(signal.SIGINT) is before))
 
     block()
-    thread = threading.Thread(target=block, name="other")
+    thread = threading.Thread(target=block)
     thread.start()
     thread.join()
-    assert reached == ["MainThread", "other"]
+    assert reached == [(0, False), (0, True)]
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -208,6 +208,23 @@ def test_work_is_removed_while_it_is_locked(base: Path, tmp_path: Path, monkeypa
     assert seen == [False, False]
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_in_which_nothing_can_be_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A finished store needs no lock; anything else needs another folder."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    before = sorted(base.rglob("*"))
+    monkeypatch.setattr(module, "exclusive", refuse)
+    assert build(config(), base, base / "whole", ONE).sha256 == open_store(base / "whole").sha256
+    assert sorted(base.rglob("*")) == before
+    with pytest.raises(DataError, match=r"nothing can be written in .*store: .*; choose another folder"):
+        build(config(), base, tmp_path / "store", ONE)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG])
 def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def full(*_: Any) -> None:
@@ -359,7 +376,7 @@ def test_a_damaged_store_is_built_again(base: Path, tmp_path: Path, name: str, d
     [
         ({"sources": [{"path": "none*.jsonl"}]}, "there is no such file"),
         ({"clean": ["no_step"]}, "is unknown"),
-        ({"clean": [{"min_characters": 10**6}]}, "no document is left after cleaning"),
+        ({"clean": [{"min_characters": 10**6}]}, "after cleaning: 121 were read, dropped: min_characters 121"),
         ({"vocabulary": "none.json"}, "vocabulary none.json cannot be used"),
     ],
 )

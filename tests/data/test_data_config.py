@@ -97,6 +97,18 @@ ONE = {"sources": [{"path": "x"}]}
         ({**ONE, "mixture": {"groups": [{"name": "a", "weight": -1}]}}, "weight of group a is -1"),
         ({**ONE, "mixture": {"total_bytes": "1GB"}}, "needs groups with a weight"),
         ({**ONE, "mixture": {"source_bytes": {"a": "x"}}}, "source_bytes of a must be a size"),
+        ({**ONE, "mixture": {"source_bytes": {"a": -1}}}, "mixture.source_bytes of a is -1"),
+        ({**ONE, "mixture": {"total_bytes": -1}}, "mixture.total_bytes is -1"),
+        ({**ONE, "mixture": {"groups": []}}, "mixture.groups is empty"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "epochs": 0}]}}, "epochs is 0 in every group"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "epochs": 0, "weight": 1}]}}, "epochs of group a is 0, but"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "sources": []}]}}, "sources of group a is empty"),
+        ({**ONE, "dedup": {"threshold": 1.5}}, "dedup.threshold is 1.5"),
+        ({**ONE, "validation": {"share": -0.1}}, "validation.share is -0.1"),
+        ({**ONE, "validation": {"documents": -1}}, "validation.documents is -1"),
+        ({**ONE, "languages": {"characters": 0}}, "languages.characters is 0"),
+        ({**ONE, "cut_characters": -5}, "cut_characters is -5; it must be from 100"),
+        ({**ONE, "cut_characters": 3}, "cut_characters is 3; it must be from 100"),
     ],
 )
 def test_mistakes(values: dict[str, Any], message: str) -> None:
@@ -111,6 +123,11 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     for name, message in (("a", r"a\.toml: Invalid"), ("b", r"b\.toml: "), ("c", r"c\.toml: .*needs sources")):
         with pytest.raises(ConfigError, match=message):
             read_config(tmp_path / f"{name}.toml")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1\xff")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}')
+    for name in ("x.parquet", "x.jsonl"):
+        with pytest.raises(ConfigError, match=rf"{name} is no config: a config is a TOML file .* path = '{name}'"):
+            read_config(tmp_path / name)
     with pytest.raises(ConfigError, match="there is no config"):
         read_config(tmp_path / "d.toml")
     with pytest.raises(ConfigError, match="cannot be read"):

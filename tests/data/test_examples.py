@@ -66,6 +66,18 @@ def test_the_answers_count_with_what_ends_them(tmp_path: Path) -> None:
     assert [counts for _, counts in marked_text(first, tokenizer)] == [False, True, False, True, False, True]
 
 
+def test_messages_that_lose_blank_lines_are_counted(tmp_path: Path) -> None:
+    """They are read as a chat reads them: test_a_conversation_is_what_chat_reads has one."""
+    answers = [
+        {"role": "assistant", "content": text} for text in ("One.\r\n\r\nTwo.", "\n\nOne.\nTwo.\n\n", "a\n\n\nb")
+    ]
+    late = {"role": "user", "content": "after\n\nthe last answer"}
+    path = written(tmp_path, {"messages": TALK}, {"text": "a\n\nb"}, {"messages": [TALK[1], *answers, late]})
+    found = read_examples(path, load_world())
+    assert found.joined == (1, 3, 3, 3) and found.conversations == 2
+    assert "One.\nTwo.\n\n" in marked_text(found.items[2], load_world())[1][0]
+
+
 def test_templates(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Add"}, {"role": "input", "content": "1 2"}, TALK[2]]
     example = only(tmp_path, {"messages": messages, "lang": "en"}, template="instruct")
@@ -95,7 +107,9 @@ def test_what_is_too_long_is_cut_and_counted(tmp_path: Path) -> None:
     assert found.cut == (2, 4) and found.dropped == (2,) and found.conversations == 1
     assert found.cut_tokens == (len("User: \n\nAssistant: A finch.\n\n") + len(("why " * 30).strip()) - 40) + 1
     assert found.tokens == 52 and found.counted_tokens == 7 + 3 + 10
-    with pytest.raises(UsageError, match="none of its 1 examples is left when cut to 5 tokens"):
+    with pytest.raises(
+        UsageError, match="cut to 5 tokens, none of its 1 examples has anything to learn; raise --length"
+    ):
         read_examples(written(tmp_path, {"messages": TALK}), load_world(), length=5)
 
 
@@ -118,7 +132,12 @@ def test_compressed_files_empty_lines_and_a_byte_order_mark(tmp_path: Path) -> N
         ('{"text": 3}', '"text" must be a text'),
         ('{"text": ""}', '"text" must be a text that is not empty'),
         ('{"text": "\\ud800"}', "line 2: .*surrogate"),
+        ("[", "not JSON: .*; each line needs one whole object"),
+        ("null", "needs an object .* found a JSON NoneType"),
         ('{"messages": []}', "at least one message"),
+        ('{"messages": {"role": "user"}}', '"messages" must be a list'),
+        ('{"messages": [["user", "x"]]}', 'message 0 needs a "role" and a "content"'),
+        ('{"messages": [{"role": "user", "content": null}]}', 'message 0 needs a "role" and a "content"'),
         ('{"messages": [{"role": "user"}]}', 'message 0 needs a "role" and a "content"'),
         ('{"messages": ["hello"]}', "message 0 needs"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "role 'bot' is unknown to template 'world'; roles: system"),
@@ -146,8 +165,11 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UsageError, match=r"empty\.jsonl: no examples"):
         read_examples(tmp_path / "empty.jsonl", load_world())
-    with pytest.raises(UsageError, match=r"gone\.jsonl: cannot be read"):
+    with pytest.raises(UsageError, match=r"there is no file .*gone\.jsonl; give one of JSON lines"):
         read_examples(tmp_path / "gone.jsonl", load_world())
+    with pytest.raises(UsageError, match="is a folder; give one file"):
+        read_examples(tmp_path, load_world())
+    (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(UsageError, match=r"cannot read '\.csv' files"):
         read_examples(tmp_path / "a.csv", load_world())
     with pytest.raises(UsageError, match="length is 0"):

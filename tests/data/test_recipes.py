@@ -9,7 +9,7 @@ import pytest
 from fledge.core.errors import UsageError
 from fledge.data.clean import steps
 from fledge.data.config import read_config
-from fledge.data.plan import _group
+from fledge.data.groups import group_of
 from fledge.data.recipes import RECIPES, config_path
 
 
@@ -26,7 +26,7 @@ def test_world_is_seventy_fifteen_fifteen() -> None:
     names = [group.name for group in config.mixture.groups]
     expected = {"en": "english", "zh": "multilingual", "code:c": "code", "code": "code", "": "multilingual"}
     for language, name in expected.items():
-        assert names[_group(config.mixture, language, "any")] == name
+        assert names[group_of(config.mixture, language, "any")] == name
     given = {source.language for source in config.sources}
     assert {"en", "zh", "ja", "code"} <= given
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fledge.core.errors import DataError, UsageError
 from fledge.data.compression import Damaged, open_plain
 from fledge.data.config import build_config
-from fledge.data.documents import Document
+from fledge.data.documents import Document, read_jsonl
 from fledge.data.reading import documents_of
 from fledge.data.sources import survey
 
@@ -137,6 +137,34 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
             path.write_bytes(data)
             with pytest.raises(DataError, match=rf"{name}\.txt{suffix}: cannot be read to its end"):
                 read(tmp_path, {"path": path.name})
+
+
+def test_sources_without_a_file_say_why(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        ("empty", "the folder .*empty has no file in it that could be read"),
+        ("em*", r"only folders fit it, empty for one; name the folder itself, or end the pattern with /\*\*/\*"),
+        ("absent.jsonl", "there is no such file in .*; paths start where the config file is"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read(tmp_path, {"path": path})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["a", "b"]', "an array begins here; each line must be one object"),
+        ("[", "an array begins here; each line must be one object"),
+        ('"text"', "it is JSON, but no object"),
+        ('{"body": "a"}', "it has no field 'text'"),
+    ],
+)
+def test_lines_that_are_no_object(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(UsageError, match=rf"x\.jsonl, line 2: not a JSON object with a text: {message}"):
+        read(tmp_path, {"path": "x.jsonl"})
+    with pytest.raises(UsageError, match=r"absent\.jsonl: cannot be read: No such file"):
+        list(read_jsonl(tmp_path / "absent.jsonl"))
 
 
 def test_a_small_file_that_becomes_a_large_one_is_never_held_whole(tmp_path: Path) -> None:

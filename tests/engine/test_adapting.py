@@ -135,6 +135,23 @@ def test_another_base_is_refused_and_can_be_forced(base: Path, tmp_path: Path) -
     fledge.load(other, device="cpu", adapter=checkpoint.read_adapter(lora).for_any_base())
 
 
+def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) -> None:
+    state = checkpoint.read_adapter(write_state(base, "state"))
+    qa, instruct = (replace(state, training={"template": name}) for name in ("qa", "instruct"))
+    plain = fledge.load(base, device="cpu")
+    assert plain.template is None and plain.chat().template.name == "world"
+    assert plain.adapted(qa).chat().template.name == fledge.load(base, device="cpu", adapter=qa).template == "qa"
+    assert plain.adapted(qa).adapted(state).template == "qa"  # the second does not tell
+    assert plain.adapted(qa).adapted(instruct).chat().template.name == "instruct"
+    assert plain.adapted(qa).chat(template="world").template.name == "world"
+    checkpoint.merge_file(base, [qa], tmp_path / "m.safetensors")
+    merged = fledge.load(tmp_path / "m.safetensors", device="cpu")
+    assert (
+        merged.chat().template.name == "qa"
+        and "".join(merged.chat().template.open_turn("x")) == "Question: x\n\nAnswer:"
+    )
+
+
 def test_two_states_at_once_are_refused(base: Path) -> None:
     with pytest.raises(UsageError, match="both bring a tuned state"):
         fledge.load(base, device="cpu", adapter=[write_state(base, "one"), write_state(base, "two")])

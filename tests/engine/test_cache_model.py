@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import NamedTuple
 
 import pytest
@@ -40,6 +39,12 @@ STEPS = st.lists(
 )
 
 
+def agreement(one: Ids, other: Ids) -> int:
+    """How many leading ids two prompts share."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 class Plain:
     """The cache without bounds, in the plainest words."""
 
@@ -54,7 +59,7 @@ class Plain:
             if owner == space and ids[: len(prefix)] == prefix and (len(prefix) < len(ids) or logits):
                 usable.append(len(prefix))
         length = max(usable)
-        shared = max((len(commonprefix([ids, path])) for owner, path in self.seen if owner == space), default=0)
+        shared = max((agreement(ids, path) for owner, path in self.seen if owner == space), default=0)
         return length, self.kept.get((space, ids[:length]), False), shared
 
     def do(self, step: Step) -> None:

@@ -219,7 +219,7 @@ def test_only_the_states_still_needed_are_kept() -> None:
     stream = stream_of(model, stop="abcd", max_tokens=600)
     for _ in range(100):
         next(stream)
-        assert len(stream._trail._marks) <= 5
+        assert len(stream._writer._trail._marks) <= 5
 
 
 @given(

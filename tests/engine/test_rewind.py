@@ -6,8 +6,9 @@ import pytest
 
 from fledge.engine.rewind import Cut, Trail
 from fledge.models import ModelConfig, zero_state
+from fledge.models.rows import Row
 
-STATES = [zero_state(ModelConfig.finch(1, 32, vocab_size=9, head_size=8), 1) for _ in range(4)]
+STATES = [Row(zero_state(ModelConfig.finch(1, 32, vocab_size=9, head_size=8), 1)) for _ in range(4)]
 
 
 def trail() -> Trail:
@@ -33,7 +34,7 @@ def test_every_place_has_a_way(place: int, kept: tuple[int, ...], state: int, to
         way = trail()
         way.settle(settled)
         cut = way.cut(place)
-        assert cut == Cut(kept, cut.state, token, rest) and cut.state is STATES[state]
+        assert cut == Cut(kept, cut.row, token, rest) and cut.row.state is STATES[state].state
 
 
 def test_before_the_first_token_and_after_a_known_end() -> None:
@@ -48,3 +49,14 @@ def test_what_is_settled_is_gone() -> None:
     way.settle(3)
     with pytest.raises(AssertionError, match="settled"):
         way.cut(1)
+
+
+def test_text_that_stays_open_keeps_no_batch_alive() -> None:
+    batch = zero_state(ModelConfig.finch(1, 32, vocab_size=9, head_size=8), 3)
+    way = Trail(Row(batch, 1))
+    for token in (5, 6, 7):
+        way.push(token, b"ab", Row(batch, 2))
+    assert [mark.before.state.batch for mark in way._marks] == [1, 1, 3]
+    way.settle(6)
+    way.push(8, b"", Row(batch, 0))
+    assert [mark.before.state.batch for mark in way._marks] == [3], "nothing is copied where nothing stays open"

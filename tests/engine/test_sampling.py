@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -224,6 +225,47 @@ def test_impossible_logits_are_refused() -> None:
         Sampler(SamplingParams(ban=(0, 1))).next(torch.zeros(2))
     with pytest.raises(UsageError, match="ban holds 9; this model's ids end at 4"):
         Sampler(SamplingParams(ban=(9,))).next(torch.zeros(5))
+
+
+@pytest.mark.parametrize("count", [1, 2, 40, 299])
+@pytest.mark.parametrize("temperature, top_p, top_k", [(0.0, 0.5, 0), (1.0, 1.0, 0), (0.7, 0.8, 0), (1.4, 0.9, 5)])
+def test_what_is_not_allowed_is_as_if_banned(count: int, temperature: float, top_p: float, top_k: int) -> None:
+    random = np.random.default_rng(count)
+    for seed in range(20):
+        logits, allowed = torch.randn(300), np.zeros(300, bool)
+        allowed[random.permutation(300)[:count]] = True
+        params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, presence_penalty=0.3, seed=seed)
+        banned = Sampler(params.with_overrides({"ban": tuple(np.flatnonzero(~allowed).tolist())}))
+        bound, kept = Sampler(params), allowed.copy()
+        for _ in range(3):
+            assert bound.next(logits, allowed) == banned.next(logits)
+        assert (allowed == kept).all()
+
+
+def test_a_draw_among_few_takes_one_number_of_the_stream() -> None:
+    logits, only = torch.randn(30), np.arange(30) == 17
+    free, bound = Sampler(SamplingParams(seed=4)), Sampler(SamplingParams(seed=4))
+    for place in range(20):
+        drawn = free.next(logits)
+        assert bound.next(logits, only if place % 2 else None) == (17 if place % 2 else drawn)
+
+
+def test_a_draw_among_few_does_not_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, exp = list[int](), sampling.np.exp
+    monkeypatch.setattr(sampling.np, "exp", lambda values: sizes.append(len(values)) or exp(values))
+    allowed = np.arange(20_000) % 400 == 7
+    Sampler(SamplingParams()).next(logits_of_shape("random"), allowed)
+    assert sizes == [50]
+
+
+def test_a_grammar_that_leaves_nothing_is_refused() -> None:
+    allowed = np.arange(5) == 3
+    with pytest.raises(UsageError, match="the grammar allows 0"):
+        Sampler(SamplingParams()).next(torch.zeros(5), np.zeros(5, bool))
+    with pytest.raises(UsageError, match="the grammar allows 1, and none of them can be drawn"):
+        Sampler(SamplingParams(ban=(3,))).next(torch.zeros(5), allowed)
+    with pytest.raises(FledgeError, match="nan"):
+        Sampler(SamplingParams()).next(torch.full((5,), math.nan), allowed)
 
 
 @pytest.mark.peer

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge.core.errors import UsageError
-from fledge.tokenizer import TEMPLATES, load_world, render, template_named
+from fledge.tokenizer import TEMPLATES, load_world, pieces, render, template_named
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,35 @@ def test_mistakes_are_named(messages: list[Any], template: str, message: str) ->
 def test_templates_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         TEMPLATES["mine"] = TEMPLATES["world"]  # type: ignore[index]
+
+
+def test_pieces_are_the_text_cut_as_a_chat_reads_it() -> None:
+    messages = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!\n\n there"), ("user", "Why?")]
+    assert pieces(messages) == [
+        "System: Be brief.\n\n",
+        "User: Hi\n\nAssistant:",
+        " Hello!\n there",
+        "\n\n",
+        "User: Why?\n\nAssistant:",
+    ]
+    assert pieces(messages[:3]) == ["System: Be brief.\n\n", "User: Hi\n\nAssistant:", " Hello!\n there"]
+    assert pieces([("user", "a"), ("user", "b")]) == ["User: a\n\n", "User: b\n\nAssistant:"]
+    assert pieces([("assistant", "")]) == ["Assistant:"]
+    assert pieces([("user", "a"), ("input", ""), ("assistant", "b"), ("assistant", "c")], "instruct") == [
+        "Instruction: a\n\nResponse:",
+        " b",
+        "\n\n",
+        "Response:",
+        " c",
+    ]
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_pieces_together_are_the_rendered_text(answer: bool) -> None:
+    roles = ["system", "user", "assistant"]
+    for number in range(3**4):
+        messages = [(roles[number // 3**place % 3], f"text {place}" * (place % 2)) for place in range(4)]
+        joined = "\n\n".join(TEMPLATES["world"].turn(*message) for message in messages)
+        if answer and messages[-1][0] != "assistant":
+            joined += "\n\nAssistant:"
+        assert render(messages, answer=answer) == joined

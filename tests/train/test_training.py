@@ -27,7 +27,7 @@ from fledge.train.loss import PULL, head_loss, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, parameter_groups, set_learning_rate
 from fledge.train.schedule import Schedule
-from fledge.train.score import Text, Validation, bits_per_byte, document_nats, documents_nats
+from fledge.train.score import Text, Validation, bits_per_byte, documents_nats
 from fledge.train.team import Team
 
 CONFIG = ModelConfig.finch(2, 32, vocab_size=40, head_size=8)
@@ -222,7 +222,7 @@ def test_impossible_settings_are_refused() -> None:
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     model = fresh()
-    with pytest.raises(CheckpointError, match=r"last\.pt: cannot resume.*move it away"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged, so the run cannot go on.*move it away"):
         RunCheckpoint(tmp_path, Team(), {}).resume(model, build_optimizer(model, AdamSettings()))
 
 
@@ -336,20 +336,20 @@ def test_l2wrap_pulls_only_the_largest_logit_and_leaves_the_loss() -> None:
     torch.testing.assert_close(with_pull - without, pull, rtol=1e-6, atol=1e-12)
 
 
-def test_document_nats_carries_the_state_over_windows() -> None:
+def test_the_score_of_a_document_carries_the_state_over_windows() -> None:
     model = fresh().eval()
     ids = [int(x) for x in TEXT[:50]]
     logits, _ = model(torch.tensor([[0, *ids[:-1]]]))
     expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids), reduction="sum").item()
     for window in (7, 50, 512):
-        assert document_nats(model, ids, window=window) == pytest.approx(expected, rel=1e-5)
+        assert documents_nats(model, [ids], window=window) == pytest.approx([expected], rel=1e-5)
     assert bits_per_byte(math.log(2) * 80, 10) == pytest.approx(8.0)
 
 
 def test_documents_of_different_lengths_are_scored_together() -> None:
     model = fresh().eval()
     texts = [[int(x) for x in TEXT[:size]] for size in (30, 3, 17)]
-    expected = [document_nats(model, ids) for ids in texts]
+    expected = [documents_nats(model, [ids])[0] for ids in texts]
     assert documents_nats(model, texts, window=8) == pytest.approx(expected, rel=1e-5)
     validate = Validation([Text("en", 60.0, texts[0]), Text("de", 6.0, texts[1]), Text("de", 34.0, texts[2])], rows=2)
     scores = validate(model)

@@ -1,14 +1,18 @@
-"""The transformer is trained with what trains the others: loss, optimiser groups, bfloat16 products."""
+"""The transformer is trained with what trains the others: the loop, optimiser groups, bfloat16 products."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
+from fledge.data.windows import Windows
 from fledge.models import ModelConfig, build, init_weights
-from fledge.models.layers import Linear
-from fledge.train.loss import next_token_loss
-from fledge.train.optim import AdamSettings, build_optimizer, parameter_groups, set_learning_rate
+from fledge.train.loop import TrainSettings, train
+from fledge.train.optim import AdamSettings, parameter_groups
+from fledge.train.schedule import Schedule
 
 CONFIG = ModelConfig.transformer(2, 32, vocab_size=40, head_size=8)
 
@@ -23,22 +27,13 @@ def test_matrices_decay_and_norms_do_not() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_loss_falls(dtype: torch.dtype | None) -> None:
+def test_the_loss_falls(tmp_path: Path, dtype: torch.dtype | None) -> None:
     model = build(CONFIG)
     init_weights(model, 0)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.compute_dtype = dtype
-    optimizer = build_optimizer(model, AdamSettings(eps=1e-8))
-    set_learning_rate(optimizer, 1e-2)
-    text = torch.arange(1, 38).repeat(4)
-    losses = []
-    for number in range(20):
-        batch = torch.stack([text[start : start + 33] for start in range(number, number + 6)])
-        loss = next_token_loss(model(batch[:, :-1])[0], batch[:, 1:])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert 3.4 < losses[0] < 4.0 and losses[-1] < 0.3 * losses[0]
+    settings = TrainSettings(Schedule(1e-2, 1e-2, 0, 20), AdamSettings(eps=1e-8), compute_dtype=dtype, log_every=1)
+    rows = Windows(np.tile(np.arange(1, 38, dtype=np.uint16), 40), length=32, batch=6, seed=0)
+    lines: list[dict[str, float]] = []
+    train(model, rows, settings, tmp_path, lambda model: {}, lines.append)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20 and 3.4 < losses[0] < 4.0 and losses[-1] < 0.3 * losses[0]
     assert all(parameter.isfinite().all() for parameter in model.parameters())

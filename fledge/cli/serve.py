@@ -1,0 +1,141 @@
+"""`fledge serve`: the model behind HTTP, with the chat page."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fledge.cli.options import ModelOptions, spread
+from fledge.cli.terminal import remark
+from fledge.core.errors import FledgeError, UsageError
+
+if TYPE_CHECKING:
+    from fledge.server.settings import Settings
+
+app = typer.Typer(name="serve", add_completion=False)
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the server listens, and what it keeps where."""
+
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="NUMBER", help="0 takes a free one.")] = 8000
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For kept states and the cache; without it nothing outlives the server."),
+    ] = None
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Who may ask (TOML, see docs/server.md).")] = None
+    secret: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Signs states. (default: one in FOLDER, made on first use)")
+    ] = None
+    origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A web page elsewhere that may call; several times.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the server does at once, and holds."""
+
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What the model is called. (default: its file)")] = (
+        None
+    )
+    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts computed at once.")] = 64
+    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests on their way at once.")] = 256
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of an answer, where the request names no number.")
+    ] = 1024
+    cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = 512
+    cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = 4096
+    drain: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="For requests under way when the server stops.")
+    ] = 30.0
+
+
+@app.command()
+@spread
+def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
+    """Serve a model to OpenAI's clients, and the chat page to browsers.
+
+    Listens on this machine only unless --host says otherwise; then give --keys too. Ctrl-C, or SIGTERM, ends it after
+    the requests under way; a second one ends it at once.
+    """
+    _installed()
+    if not _local(place.host) and place.keys is None:
+        remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
+    from fledge.server.settings import Settings
+
+    settings = Settings(
+        name=limits.name,
+        folder=place.folder,
+        keys=place.keys,
+        secret=place.secret,
+        slots=limits.slots,
+        queue=limits.queue,
+        max_tokens=limits.max_tokens,
+        cache_memory=limits.cache_memory * MB,
+        cache_disk=limits.cache_disk * MB,
+        origins=tuple(place.origin or ()),
+        drain=limits.drain,
+    )
+    _run(model, settings, place.host, place.port)
+
+
+def _run(model: ModelOptions, settings: Settings, host: str, port: int) -> None:
+    import socket
+    import sys
+
+    import uvicorn
+
+    from fledge.engine.statefile import identity_of
+    from fledge.server.app import create_app
+    from fledge.server.service import Service
+
+    llm = model.load()
+    service = Service(llm, settings, identity_of(llm))
+    # The engine's thread and the event loop's hand the interpreter to each other at every step; at Python's usual
+    # interval of 5 ms each would wait for longer than a step takes.
+    sys.setswitchinterval(0.0005)
+    config = uvicorn.Config(
+        create_app(service),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.drain) + 1,
+        server_header=False,
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise FledgeError(f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port") from None
+    shown = f"[{host}]" if ":" in host else host
+    remark(f"{llm.name} at http://{shown}:{listener.getsockname()[1]}  (the chat page; OpenAI's clients: …/v1)")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _local(host: str) -> bool:
+    """Whether only this machine reaches that address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f'the server needs {error.name}; install it with: pip install "fledge[serve]"') from None

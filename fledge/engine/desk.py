@@ -1,0 +1,215 @@
+"""The desk: the engine in a thread of its own, for callers who want text.
+
+    desk = Desk(Engine(llm.model, eos_id=llm.tokenizer.eos_id), llm.tokenizer, sink)
+    desk.start()
+    desk.submit(job)          # from any thread; events of all jobs arrive at `sink`, once for each step
+    desk.close(drain=30.0)
+
+The only thread that touches the engine, its cache and its states is the desk's; whoever needs something done there uses
+`call`. Not here: HTTP, templates, what the ids of a prompt are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from fledge.core.errors import FledgeError
+from fledge.engine.engine import Engine
+from fledge.engine.job import Choice, End, Event, Failure, Job
+from fledge.engine.request import Busy, Output, Request
+from fledge.models.state import State
+from fledge.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Sink = Callable[[Sequence[tuple[Job, Event]]], None]
+
+log = logging.getLogger("fledge")
+
+
+class Desk:
+    """Takes jobs from any thread and hands their events to one sink."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, sink: Sink) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self._sink = sink
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._jobs: dict[int, Job] = {}  # by the number of their request
+        self._endings: dict[int, tuple[Job, End]] = {}  # texts whose state is being brought to the end
+        self._events: list[tuple[Job, Event]] = []
+        self._thread = threading.Thread(target=self._run, name="fledge-desk", daemon=True)
+        self._closing: float | None = None  # the moment at which what still runs is given up
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Have a job done. Raises Busy where too many wait or the desk closes, and the errors of `Engine.check`."""
+        self.engine.check(job.request)
+        if self._closing is not None:
+            raise Busy("the server is shutting down; ask again when it is back")
+        if len(self._jobs) + len(self._inbox) >= self.engine.queue:
+            raise Busy(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
+        self._post(lambda: self._take(job))
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job; nothing more comes of it, but for events that are on their way."""
+        job.cancelled = True
+        self._post(lambda: self._drop(job))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Do something in the desk's thread, between two steps."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(work)
+        return future
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take nothing more in, finish what runs for up to `drain` seconds, then stop; returns when the thread has."""
+        with self._wake:
+            self._closing = time.monotonic() + drain
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being done."""
+        return self._thread.is_alive()
+
+    @property
+    def jobs(self) -> int:
+        """Jobs taken in and not ended."""
+        return len(self._jobs)
+
+    def _post(self, work: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(work)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while self._go_on():
+            while self._inbox:
+                self._inbox.popleft()()
+            try:
+                for output in self.engine.step():
+                    self._deliver(output)
+            except Exception as error:  # whatever it was, the others must not wait for ever
+                log.exception("the engine failed; all requests on their way have ended")
+                self._fail_all(error)
+            if self._events:
+                events, self._events = self._events, []
+                self._sink(events)
+
+    def _go_on(self) -> bool:
+        """Wait for something to do; False when the desk is to close."""
+        with self._wake:
+            while not self._inbox and not self.engine.busy and self._closing is None:
+                self._wake.wait()
+            if self._closing is None:
+                return True
+            return (self.engine.busy or bool(self._inbox)) and time.monotonic() < self._closing
+
+    def _take(self, job: Job) -> None:
+        if job.cancelled:
+            return
+        try:
+            self._jobs[self.engine.add(job.request)] = job
+        except FledgeError as error:
+            self._events.append((job, Failure(0, error)))
+
+    def _drop(self, job: Job) -> None:
+        for number in [number for number, known in self._jobs.items() if known is job]:
+            self.engine.abort(number)
+            del self._jobs[number]
+        for number in [number for number, (known, _) in self._endings.items() if known is job]:
+            self.engine.abort(number)
+            del self._endings[number]
+
+    def _deliver(self, output: Output) -> None:
+        if output.request in self._endings:
+            self._ended(*self._endings.pop(output.request), output.before.alone())
+            return
+        job = self._jobs.get(output.request)
+        if job is None:
+            return
+        if output.finish == "failed":
+            assert output.error is not None
+            self._events.append((job, Failure(output.choice, output.error)))
+            self._leave(job, output.request)
+            return
+        choice = job.choices.get(output.choice)
+        if choice is None:
+            choice = job.choices[output.choice] = Choice(job, self.tokenizer, output)
+        piece = choice.take(output)
+        if piece is not None:
+            self._events.append((job, piece))
+        if choice.writer.outcome is not None:
+            self.engine.abort_choice(output.request, output.choice)
+            self._finish(job, choice)
+            self._leave(job, output.request)
+
+    def _finish(self, job: Job, choice: Choice) -> None:
+        """Tell the end of a text, at once or when its state has read all of it."""
+        outcome = choice.writer.outcome
+        assert outcome is not None
+        cut = choice.writer.cut()
+        rest = (*choice.writer.rest(cut), *job.closing)
+        end = End(
+            choice.number,
+            outcome.reason,
+            outcome.stop,
+            (*cut.kept, *rest),
+            choice.drawn,
+            choice.seed,
+            choice.cached,
+        )
+        keeps = job.keeps and self.engine.cache is not None and job.request.space is not None
+        if not job.wants_state:
+            self._events.append((job, end))
+        if not (job.wants_state or keeps):
+            return
+        if rest:
+            request = Request(rest, start=cut.row.alone(), n=0, priority=job.request.priority)
+            self._endings[self.engine.add(request, extra=True)] = (job, end)
+        else:
+            self._ended(job, end, cut.row.alone())
+
+    def _ended(self, job: Job, end: End, state: State) -> None:
+        """The state of a text is there."""
+        space = job.request.space
+        if job.keeps and self.engine.cache is not None and space is not None:
+            self.engine.cache.put(space, (*job.request.ids, *end.ids), state)
+        if job.wants_state:
+            self._events.append((job, end._replace(state=state)))
+
+    def _leave(self, job: Job, number: int) -> None:
+        """A choice has ended, and with the last of them the job."""
+        job.open -= 1
+        if not job.open:
+            self._jobs.pop(number, None)
+
+    def _fail_all(self, error: Exception) -> None:
+        shown = error if isinstance(error, FledgeError) else FledgeError(f"the model failed: {error}")
+        for number, job in self._jobs.items():
+            self.engine.abort(number)
+            self._events.append((job, Failure(-1, shown)))
+        for number, (job, end) in self._endings.items():
+            self.engine.abort(number)
+            if job.wants_state:
+                self._events.append((job, Failure(end.choice, shown)))
+        self._jobs.clear()
+        self._endings.clear()

@@ -1,0 +1,64 @@
+"""What is asked of the engine and what it answers: token ids, states and reasons. No text.
+
+A request reads its ids once; its continuations (`n`) then go on from the same state, each with its own random numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from fledge.core.errors import FledgeError
+from fledge.engine.constraint import Constraint
+from fledge.engine.generation import Cursor
+from fledge.engine.sampling import SamplingParams
+from fledge.models.rows import Row
+from fledge.models.state import State
+
+Finish = Literal["eos", "length", "complete", "read", "deadline", "failed"]
+"""Why nothing more comes: the end-of-text id, `max_tokens`, a constraint that is complete, all ids of a request without
+continuations, a deadline that has passed, or an error of this request alone."""
+
+
+class Busy(FledgeError):
+    """As many requests as may wait are waiting."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Ids to be read, and what is to be drawn after them."""
+
+    ids: tuple[int, ...]  # at least one; none where `start` is a Cursor
+    params: SamplingParams = field(default_factory=SamplingParams)
+    start: State | Cursor | None = None  # what they follow; None: the model's own beginning
+    n: int = 1  # continuations; 0 reads only
+    priority: int = 0  # higher goes first: one step of it is worth `Scheduler.grace` seconds of waiting
+    deadline: float | None = None  # on the engine's clock
+    space: str | None = None  # of the state cache: texts of other spaces, or other starts, never meet; None: no cache
+    marks: tuple[int, ...] = ()  # places in `ids` at which others may begin to differ: ends of messages
+    constraint: Constraint | None = None
+    logprobs: int | None = None  # how many of the most probable ids are told with every token; None: not even its own
+
+
+class Likelihood(NamedTuple):
+    """How probable the model found a token, before bans, penalties and cuts; and the most probable ones beside it."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (id, log probability), falling
+
+
+class Output(NamedTuple):
+    """One event of one continuation: a token, an end, or both in one."""
+
+    request: int
+    choice: int  # of the n; 0 where nothing is drawn
+    before: Row  # the state that has not read `token`
+    token: int | None = None
+    finish: Finish | None = None
+    seed: int = 0  # gives this continuation again
+    cached: int = 0  # tokens of the prompt that the cache spared
+    likelihood: Likelihood | None = None
+    logits: Tensor | None = None  # (V,), with "read": of the token that would follow
+    error: FledgeError | None = None  # with "failed"

@@ -1,0 +1,247 @@
+"""The shelf: states that somebody keeps, each with its owner, and the conversations that stand at one of them.
+
+    lock            held while the shelf is open
+    shelf.sqlite    rows; owners only as SHA-256, since their names may be secrets
+    states/         st_<22 characters>.state: state files (statefile.py), unsigned, as nobody else writes here
+
+A file is complete and synced before its row is committed, and a row is gone before its file. So a state whose `put`
+has returned survives a kill at any moment, and what a crash leaves over is swept away at the next opening. Nothing
+goes by itself but for want of room: then the oldest states that have no name and are no conversation's place.
+
+Unlike the cache's snapshots, what is here cannot be computed again: a damaged index is an error, not a new beginning.
+All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import sqlite3
+import threading
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from fledge.core.errors import FledgeError, StateError, UsageError
+from fledge.core.files import atomic_path, disk_trouble, exclusive
+from fledge.engine.statefile import StateCard, dump, parse
+from fledge.models.state import State
+
+INDEX = "shelf.sqlite"
+VERSION = 1
+OURS = re.compile(r"st_[A-Za-z0-9_-]{22}\.state|\.st_[A-Za-z0-9_-]{22}\.state\..*\.part")
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS states (
+    owner BLOB NOT NULL, id TEXT PRIMARY KEY, number INTEGER NOT NULL, name TEXT, size INTEGER NOT NULL,
+    card TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_owner ON states (owner, number);
+CREATE INDEX IF NOT EXISTS by_number ON states (number);
+CREATE TABLE IF NOT EXISTS sessions (
+    owner BLOB NOT NULL, name TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (owner, name)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_state ON sessions (id);
+"""
+
+FREE = "name IS NULL AND id NOT IN (SELECT id FROM sessions)"
+"""What may go when there is no room: nobody has said that it should stay."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kept state, without the state."""
+
+    id: str
+    name: str | None
+    nbytes: int  # of its file
+    card: StateCard
+
+
+class Shelf:
+    """An open folder of states of one model."""
+
+    def __init__(self, folder: str | os.PathLike[str], identity: str, *, limit_bytes: int) -> None:
+        """identity: of the model's weights. limit_bytes: of all files together.
+
+        Raises UsageError where another process has the folder open, FledgeError where it cannot be used.
+        """
+        self.folder, self._identity, self._limit = Path(folder), identity, limit_bytes
+        self._lock = threading.RLock()
+        with ExitStack() as stack:
+            try:
+                if not stack.enter_context(exclusive(self.folder)):
+                    raise UsageError(f"{folder}: another process keeps its states there; give each a folder of its own")
+                (self.folder / "states").mkdir(exist_ok=True)
+                connection = sqlite3.connect(self.folder / INDEX, check_same_thread=False)
+                self._index = stack.enter_context(contextlib.closing(connection))
+                self._prepare()
+                self._sweep()
+            except OSError as error:
+                raise FledgeError(f"{folder} cannot hold states: {error.strerror}") from None
+            except sqlite3.Error as error:
+                raise FledgeError(
+                    f"{self.folder / INDEX} is damaged ({error}); bring back a copy of it, or move the folder away"
+                ) from None
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        with self._lock:
+            self._open.close()
+
+    @property
+    def count(self) -> int:
+        """States kept."""
+        with self._lock:
+            return int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their files."""
+        with self._lock:
+            return self._bytes
+
+    def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
+        """Keep a state; its id. Raises FledgeError where there is no room for it."""
+        data, id = dump(state, card), f"st_{secrets.token_urlsafe(16)}"
+        with self._lock:
+            self._make_room(len(data))
+            self._bytes += len(data)  # a promise, so that two threads do not take the same room
+        try:
+            with atomic_path(self._file(id)) as temporary:
+                temporary.write_bytes(data)
+            text = json.dumps(asdict(card), ensure_ascii=False)
+            with self._lock, self._index:
+                number = self._index.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM states").fetchone()[0]
+                row = (_hash(owner), id, number, name, len(data), text)
+                self._index.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?)", row)
+        except (OSError, sqlite3.Error) as error:
+            with self._lock:
+                self._bytes -= len(data)
+            self._file(id).unlink(missing_ok=True)
+            reason = disk_trouble(error, self.folder) if isinstance(error, OSError) else str(error)
+            raise FledgeError(f"the state could not be kept: {reason}") from None
+        return id
+
+    def get(self, owner: str, id: str) -> tuple[State, StateCard]:
+        """A kept state. Raises StateError where the owner has none of this id, or where its file is damaged."""
+        entry = self.describe(owner, id)
+        try:
+            state, _ = parse(self._file(id).read_bytes())
+        except OSError as error:
+            raise StateError(f"the file of {id} cannot be read: {error.strerror}") from None
+        except StateError as error:
+            raise StateError(f"the file of {id} is damaged: {error}") from None
+        return state, entry.card
+
+    def describe(self, owner: str, id: str) -> Entry:
+        """What is known of a kept state. Raises StateError where the owner has none of this id."""
+        with self._lock:
+            found = self._index.execute(
+                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, _hash(owner))
+            ).fetchone()
+        if found is None:
+            raise StateError(f"there is no state {id:.40}")
+        return _entry(*found)
+
+    def list(self, owner: str, most: int = 1000) -> list[Entry]:
+        """The owner's states, newest first."""
+        with self._lock:
+            rows = self._index.execute(
+                "SELECT id, name, size, card FROM states WHERE owner = ? ORDER BY number DESC LIMIT ?",
+                (_hash(owner), most),
+            ).fetchall()
+        return [_entry(*row) for row in rows]
+
+    def rename(self, owner: str, id: str, name: str | None) -> None:
+        """Give a state a name, or take it away. Raises StateError where the owner has none of this id."""
+        self.describe(owner, id)
+        with self._lock, self._index:
+            self._index.execute("UPDATE states SET name = ? WHERE id = ?", (name, id))
+
+    def delete(self, owner: str, id: str) -> None:
+        """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
+        entry = self.describe(owner, id)
+        with self._lock:
+            with self._index:
+                self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
+                self._index.execute("DELETE FROM states WHERE id = ?", (id,))
+            self._bytes -= entry.nbytes
+            self._file(id).unlink(missing_ok=True)
+
+    def head(self, owner: str, session: str) -> str | None:
+        """The id of the state that a conversation stands at; None where there is no such conversation."""
+        with self._lock:
+            found = self._index.execute(
+                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (_hash(owner), session)
+            ).fetchone()
+        return None if found is None else str(found[0])
+
+    def set_head(self, owner: str, session: str, id: str) -> None:
+        """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
+        self.describe(owner, id)
+        with self._lock, self._index:
+            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (_hash(owner), session, id))
+
+    def sessions(self, owner: str) -> dict[str, str]:
+        """The owner's conversations: name -> id."""
+        with self._lock:
+            rows = self._index.execute("SELECT name, id FROM sessions WHERE owner = ?", (_hash(owner),)).fetchall()
+        return dict(rows)
+
+    def drop(self, owner: str, session: str) -> None:
+        """Forget a conversation; its state stays."""
+        with self._lock, self._index:
+            self._index.execute("DELETE FROM sessions WHERE owner = ? AND name = ?", (_hash(owner), session))
+
+    def _file(self, id: str) -> Path:
+        return self.folder / "states" / f"{id}.state"
+
+    def _prepare(self) -> None:
+        # A commit waits for the disk: what was kept must be there after a power cut too.
+        self._index.execute("PRAGMA journal_mode = WAL")
+        self._index.execute("PRAGMA synchronous = FULL")
+        (version,) = self._index.execute("PRAGMA user_version").fetchone()
+        (found,) = self._index.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok" or version not in (0, VERSION):
+            raise sqlite3.DatabaseError(found if found != "ok" else f"version {version}, not {VERSION}")
+        with self._index:
+            for statement in TABLES.split(";"):
+                self._index.execute(statement)
+            self._index.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _sweep(self) -> None:
+        """Remove files of ours without a row; rows whose file is gone say so when they are asked for."""
+        known = {f"{id}.state" for (id,) in self._index.execute("SELECT id FROM states")}
+        with os.scandir(self.folder / "states") as entries:
+            for entry in entries:
+                if entry.name not in known and OURS.fullmatch(entry.name):
+                    os.unlink(entry.path)
+        self._bytes = int(self._index.execute("SELECT COALESCE(SUM(size), 0) FROM states").fetchone()[0])
+
+    def _make_room(self, size: int) -> None:
+        """Remove the oldest that nobody named until `size` bytes fit."""
+        while self._bytes + size > self._limit:
+            found = self._index.execute(f"SELECT id, size FROM states WHERE {FREE} ORDER BY number LIMIT 1").fetchone()
+            if found is None:
+                raise FledgeError(
+                    f"the shelf is full: {self._bytes / 1e6:.1f} of {self._limit / 1e6:.1f} MB, all of states with a "
+                    "name or a conversation; delete some"
+                )
+            with self._index:
+                self._index.execute("DELETE FROM states WHERE id = ?", (found[0],))
+            self._bytes -= found[1]
+            self._file(found[0]).unlink(missing_ok=True)
+
+
+def _hash(owner: str) -> bytes:
+    return sha256(owner.encode(errors="surrogatepass")).digest()
+
+
+def _entry(id: str, name: str | None, size: int, card: str) -> Entry:
+    return Entry(id, name, size, StateCard(**json.loads(card)))

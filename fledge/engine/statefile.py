@@ -1,0 +1,183 @@
+"""A state as a file: what a model has read, to be kept, sent, and gone on from by the same model.
+
+    safetensors, float32: the tensors of the state, as `State.save` writes them
+    metadata: fledge_state (its class), fledge_card (JSON: what it belongs to), and perhaps
+    fledge_signature (HMAC-SHA256, in hex, over the card and every tensor with its name, dtype and shape)
+
+A state of other weights is not refused by its sizes alone, which many models share, but by the hash of the weights that
+the card holds. Files come from anywhere: whatever is not sound is a StateError of one line, and nothing in them is run.
+Not here: where states are kept (shelf.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fledge import checkpoint
+from fledge.core.errors import StateError
+from fledge.core.files import atomic_path
+from fledge.engine.text import LLM
+from fledge.models.state import COUNTS, KIND, KINDS, State
+
+CARD, SIGNATURE = "fledge_card", "fledge_signature"
+LARGEST = 1 << 32
+"""Bytes of a file at most; the state of the largest model is a hundredth of that."""
+
+HEADER = 1 << 20
+TITLE = 200  # characters
+
+
+@dataclass(frozen=True)
+class StateCard:
+    """What a state belongs to, and what it has read."""
+
+    identity: str  # of the weights, see fledge.checkpoint.identity
+    model: str  # its name, for people
+    tokens: int  # read in all
+    template: str | None = None  # of the chat it is in the middle of; None: plain text
+    title: str = ""
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    source: str | None = None  # SHA-256 of the text that was read, where one text was
+
+    @classmethod
+    def of(cls, llm: LLM, identity: str, *, tokens: int, template: str | None = None, title: str = "") -> StateCard:
+        """The card of a state that `llm` has come to."""
+        return cls(identity, llm.name, tokens, template, title[:TITLE])
+
+    def check(self, identity: str, model: str) -> None:
+        """Raise StateError unless the state is one of the model with these weights."""
+        if self.identity != identity:
+            raise StateError(
+                f"the state was made by {self.model} ({checkpoint.short(self.identity)}), not by {model} "
+                f"({checkpoint.short(identity)}): only the same weights can go on from it"
+            )
+
+
+def identity_of(llm: LLM) -> str:
+    """The hash of the weights that `llm` computes with; adapters count, and a tuned initial state does not.
+
+    Reads the checkpoint again, as a native model keeps no weights as they were: seconds for a large one.
+    """
+    if llm.source:
+        found = checkpoint.read(llm.source)
+    else:
+        found = checkpoint.Checkpoint(Path(llm.name), "", llm.config, llm.model.state_dict(), ())
+    base = checkpoint.identity_of(found)
+    return hashlib.sha256(f"{base}\n{llm.altered}".encode()).hexdigest() if llm.altered else base
+
+
+def write_state(path: str | os.PathLike[str], state: State, card: StateCard) -> None:
+    """A state with its card, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(dump(state, card))
+
+
+def read_state(path: str | os.PathLike[str], secret: bytes | None = None) -> tuple[State, StateCard]:
+    """What `write_state` wrote. Raises StateError for any other file, naming it."""
+    try:
+        if os.path.getsize(path) > LARGEST:
+            raise StateError("it is too large to be a state")
+        return parse(Path(path).read_bytes(), secret)
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}") from None
+    except StateError as error:
+        raise StateError(f"{path} is no state that can be used: {error}") from None
+
+
+def dump(state: State, card: StateCard, secret: bytes | None = None) -> bytes:
+    """The file's content; signed where there is a secret."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
+    text = json.dumps(dataclasses.asdict(card), ensure_ascii=False, sort_keys=True)
+    metadata = {KIND: type(state).__name__, CARD: text}
+    if secret is not None:
+        metadata[SIGNATURE] = _signature(secret, metadata[KIND], text, tensors)
+    return safetensors.torch.save(tensors, metadata)
+
+
+def parse(data: bytes, secret: bytes | None = None) -> tuple[State, StateCard]:
+    """The state in a file's content, and its card. Raises StateError for what is not sound, and, with a secret, for
+    what was not signed with it."""
+    metadata = _metadata(data)
+    try:
+        kind, text = KINDS[metadata[KIND]], metadata[CARD]
+        tensors = safetensors.torch.load(data)
+    except (KeyError, TypeError):
+        raise StateError("it has no card of Fledge's that says what it is") from None
+    except SafetensorError as error:
+        raise StateError(f"it is damaged: {error}") from None
+    if secret is not None:
+        signature = _signature(secret, metadata[KIND], text, tensors)
+        if not hmac.compare_digest(signature, str(metadata.get(SIGNATURE, ""))):
+            raise StateError("it was not signed here, or changed since")
+    _check_tensors(kind, tensors)
+    return kind(**tensors), _card(text)
+
+
+def _metadata(data: bytes) -> Mapping[str, Any]:
+    """The texts in the header, which the library gives for files only."""
+    try:
+        (size,) = struct.unpack_from("<Q", data)
+        if size > min(HEADER, len(data) - 8):
+            raise StateError("it is no safetensors file, or cut off")
+        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+        raise StateError("it is no state file of Fledge's") from None
+    if not isinstance(metadata, dict):
+        raise StateError("it is no state file of Fledge's")
+    return metadata
+
+
+def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
+    names = [each.name for each in dataclasses.fields(kind)]
+    if sorted(tensors) != sorted(names):
+        raise StateError(f"it holds {', '.join(sorted(tensors))}, not {', '.join(names)}")
+    for name, tensor in tensors.items():
+        want = torch.long if name in COUNTS else torch.float32
+        if tensor.dtype != want or tensor.dim() < 2:
+            raise StateError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {want}")
+        if not bool(tensor.isfinite().all()):
+            raise StateError(f"{name} holds numbers that are not finite")
+
+
+def _card(text: Any) -> StateCard:
+    """A card, every value of the kind it must have."""
+    try:
+        values = json.loads(text)
+        card = StateCard(**values)
+    except (ValueError, TypeError, RecursionError):
+        raise StateError("its card cannot be read") from None
+    texts = (card.identity, card.model, card.title, card.created)
+    optional = (card.template, card.source)
+    if not (
+        all(isinstance(value, str) for value in texts)
+        and all(value is None or isinstance(value, str) for value in optional)
+        and type(card.tokens) is int
+        and card.tokens >= 0
+        and len(text) < HEADER
+    ):
+        raise StateError("its card holds values of a wrong kind")
+    return card
+
+
+def _signature(secret: bytes, kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hmac.new(secret, f"{kind}\n{text}\n".encode(), hashlib.sha256)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,59 @@
+"""A request on its way through the engine: what of it has been read, and the continuations being written."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from fledge.engine.constraint import Constraint
+from fledge.engine.request import Request
+from fledge.engine.sampling import Sampler
+from fledge.models.rows import Row
+
+
+@dataclass(eq=False)
+class Strand:
+    """One continuation. `token` has been drawn and not read yet."""
+
+    choice: int
+    row: Row
+    sampler: Sampler
+    left: int  # tokens that may still be drawn
+    constraint: Constraint | None
+    token: int
+
+
+@dataclass(eq=False)
+class Task:
+    """A request, its place in the line, and how far it is."""
+
+    number: int
+    request: Request
+    rank: float  # the lower goes first
+    row: Row  # of the ids read so far
+    done: int = 0  # how many of the ids have been read
+    cached: int = 0  # and how many of these were known
+    begun: bool = False
+    cuts: deque[int] = field(default_factory=deque)  # places where a snapshot is due
+    strands: list[Strand] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        """The sequences it takes in a batch."""
+        return len(self.strands) if self.strands else max(self.request.n, 1)
+
+    @property
+    def reading(self) -> bool:
+        """Whether ids are left to be read."""
+        return not self.strands
+
+    def ahead(self, most: int) -> tuple[int, ...]:
+        """The ids to be read next: up to `most`, and not beyond a place where a snapshot is due."""
+        end = min(self.done + most, len(self.request.ids))
+        return self.request.ids[self.done : min(end, self.cuts[0]) if self.cuts else end]
+
+    def park(self) -> None:
+        """Let go of the batch that its states lie in, as it may be a while until it goes on."""
+        self.row = Row(self.row.alone())
+        for strand in self.strands:
+            strand.row = Row(strand.row.alone())

@@ -1,0 +1,87 @@
+"""What a state looks like: how long each head remembers, how much it holds, and what changed it.
+
+Numbers for a picture, (L, H) each: layers down, heads across. RWKV-4 has no heads: its channels count as one a layer.
+Not here: drawing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fledge.engine.generation import feed
+from fledge.models.config import ModelConfig
+from fledge.models.native import NativeModel
+from fledge.models.state import KvState, Rwkv4State, State, WkvState
+
+Table = npt.NDArray[np.float64]
+
+
+def half_lives(model: nn.Module) -> Table | None:
+    """(L, H): the tokens after which half of what a head was told is forgotten, the median over its channels.
+
+    Eagle's decay is a constant; of Finch's, which each token shifts, it is the part that no token has a hand in. None
+    for a transformer, which forgets nothing.
+    """
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    if config.version == "llama":
+        return None
+    if isinstance(model, NativeModel):
+        raw = model.time_decays
+    else:
+        raw = [block.att.time_decay.detach().float().cpu() for block in cast(Any, model).blocks]
+    decays = torch.stack([_log_decay(one, config) for one in raw])
+    rates = decays.double().clamp(max=-1e-12)  # (L, H, N), below 0
+    return np.asarray((-math.log(2) / rates).median(dim=-1).values.numpy())
+
+
+def norms(state: State) -> Table | None:
+    """(L, H): the Frobenius norm of what each head holds, for the first sequence; None for a transformer."""
+    held = _held(state)
+    return None if held is None else np.asarray(held.flatten(2).norm(dim=-1).double().numpy())
+
+
+def changes(model: nn.Module, pieces: Sequence[Sequence[int]], start: State) -> list[Table | None]:
+    """For each piece of ids, read one after the other from `start`: (L, H), how much it changed what each head holds.
+
+    That is ||S_after - S_before|| / ||S_before||, and 1 where there was nothing before.
+    """
+    found: list[Table | None] = []
+    state = start
+    for ids in pieces:
+        after = feed(model, ids, state)
+        old, new = _held(state), _held(after)
+        if old is None or new is None:
+            found.append(None)
+        else:
+            before, moved = old.flatten(2).norm(dim=-1).double(), (new - old).flatten(2).norm(dim=-1).double()
+            ratio = torch.where(before > 0, moved / before.clamp_min(1e-30), (moved > 0).double())
+            found.append(np.asarray(ratio.numpy()))
+        state = after
+    return found
+
+
+def _held(state: State) -> torch.Tensor | None:
+    """(L, H, ...) of the first sequence."""
+    if isinstance(state, WkvState):
+        return state.wkv[:, 0].cpu()
+    if isinstance(state, Rwkv4State):
+        return (state.aa / state.bb.clamp_min(1e-30))[:, :1].cpu()  # its weighted mean of values
+    assert isinstance(state, KvState)
+    return None
+
+
+def _log_decay(raw: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """time_decay as a checkpoint has it -> the logarithm of the decay, -exp of it in every family; (H, N)."""
+    heads, channels = config.n_head or 1, config.dim_att
+    flat = raw.reshape(-1)
+    if flat.numel() != channels:  # 5.0 and 5.1: one number a head
+        flat = flat[:, None].expand(heads, channels // heads).reshape(-1)
+    return -torch.exp(flat).reshape(heads, channels // heads)

@@ -1,0 +1,152 @@
+"""What the desk's events look like to a client: bodies, and the pieces of a stream, in OpenAI's words."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fledge.engine.job import End, Piece, Token
+from fledge.engine.tools import parse_calls
+from fledge.tokenizer import Tokenizer
+
+REASONS = {"stop": "stop", "eos": "stop", "complete": "stop", "length": "length", "deadline": "length"}
+"""Why a text ended, in the protocol's words."""
+
+CALL = "<tool_call>"
+
+
+class Answer:
+    """One choice of a chat as it comes: no white space at either end, and calls apart from the text."""
+
+    def __init__(self, calls: bool = False) -> None:
+        """calls: whether the text may hold calls of functions; these are told once they are whole."""
+        self.text, self.calls = "", list[dict[str, Any]]()
+        self.tokens: list[Token] = []
+        self.end: End | None = None
+        self._looks = calls
+        self._open = ""  # the end of the text, where a call may be beginning
+        self._held = ""  # white space that may turn out to be the end
+        self._call = ""  # from where a call begins
+
+    def take(self, piece: Piece) -> str:
+        """The text to be shown now."""
+        self.tokens += piece.tokens
+        if not self._looks:
+            return self._show(piece.text)
+        if self._call:
+            self._call += piece.text
+            return ""
+        text = self._open + piece.text
+        place = text.find(CALL)
+        if place >= 0:
+            self._open, self._call = "", text[place:]
+        else:
+            place = len(text) - next(size for size in range(len(CALL) - 1, -1, -1) if text.endswith(CALL[:size]))
+            self._open = text[place:]
+        return self._show(text[:place])
+
+    def finish(self, end: End) -> str:
+        """The last text; `calls` and `reason` are known then."""
+        self.end = end
+        rest, calls = parse_calls(self._call or self._open)
+        self.calls = [
+            {
+                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in calls
+        ]
+        return self._show(rest)
+
+    @property
+    def reason(self) -> str:
+        """Why it ended."""
+        assert self.end is not None
+        return "tool_calls" if self.calls else REASONS[self.end.reason]
+
+    def _show(self, text: str) -> str:
+        text = self._held + text
+        if not self.text:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        self.text += shown
+        return shown
+
+
+@dataclass
+class Header:
+    """What every body and every piece of one answer begins with."""
+
+    kind: str  # "chat.completion" or "text_completion"
+    model: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, choices: list[dict[str, Any]], *, stream: bool = False, **more: Any) -> dict[str, Any]:
+        """The answer, or with `stream` a piece of it."""
+        chat = self.kind == "chat.completion"
+        return {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}",
+            "object": self.kind + (".chunk" if stream and chat else ""),
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **more,
+        }
+
+
+def usage(prompt: int, ends: Iterable[End], cached: int) -> dict[str, Any]:
+    """The tokens that were read and written."""
+    drawn = sum(end.drawn for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": drawn,
+        "total_tokens": prompt + drawn,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+WAITING = b": still reading\n\n"
+"""A comment, so that nobody between here and the client takes a long silence for the end."""
+
+
+def chat_logprobs(tokens: Iterable[Token], tokenizer: Tokenizer) -> dict[str, Any]:
+    """`logprobs` of a chat choice."""
+    found = []
+    for token in tokens:
+        assert token.likelihood is not None
+        top = [_likely(id, logprob, tokenizer) for id, logprob in token.likelihood.top]
+        found.append({**_likely(token.id, token.likelihood.logprob, tokenizer), "top_logprobs": top})
+    return {"content": found, "refusal": None}
+
+
+def _likely(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    data = tokenizer.decode_bytes([token])
+    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def text_logprobs(tokens: Iterable[Token], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
+    """`logprobs` of a completion choice; offset: the characters of text before."""
+    names, values, tops, offsets = list[str](), list[float | None](), list[dict[str, float] | None](), list[int]()
+    for token in tokens:
+        name = tokenizer.decode([token.id])
+        names.append(name)
+        offsets.append(offset)
+        offset += len(name)
+        likelihood = token.likelihood  # none for the first token of a prompt, which follows nothing
+        values.append(None if likelihood is None else likelihood.logprob)
+        top = None if likelihood is None else {tokenizer.decode([id]): value for id, value in likelihood.top}
+        tops.append(top)
+    return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -1,0 +1,139 @@
+"""The app: routes, errors, size limits, the page. `uvicorn` or anything else that speaks ASGI runs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import fledge
+from fledge.core.errors import FledgeError
+from fledge.server import chat, completions, plain, states
+from fledge.server.errors import ApiError, api_error
+from fledge.server.service import Service
+
+PAGE = Path(__file__).with_name("page")
+POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+
+log = logging.getLogger("fledge")
+
+
+def create_app(service: Service) -> FastAPI:
+    """The app of one service; it starts and stops the service with itself."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="Fledge", version=fledge.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    for module in (chat, completions, states, plain):
+        app.include_router(module.router)
+    app.add_exception_handler(ApiError, _api)
+    app.add_exception_handler(FledgeError, _fledge)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+    app.mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False), name="page")
+    app.add_middleware(Border, service=service)
+    if service.settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.origins),
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return app
+
+
+class Border:
+    """What every request passes: the limit of its size, headers that keep pages safe, the count of answers."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        most, size = self._service.settings.body, 0
+        status = 500
+
+        async def received() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > most:
+                raise ApiError(413, f"the request is larger than {most} bytes", code="too_large")
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *_headers(scope["path"])]
+            await send(message)
+
+        try:
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if not length.isdigit() or int(length) > most:
+                raise ApiError(413, f"the request is larger than {most} bytes", code="too_large")
+            await self._app(scope, received, sent)
+        except ApiError as error:
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, sent)
+        finally:
+            route = getattr(scope.get("route"), "path", "page")
+            self._service.metrics.requests.labels(route, str(status)).inc()
+
+
+def _headers(path: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+        (b"content-security-policy", POLICY.encode()),
+    ]
+
+
+async def _api(request: Request, error: Any) -> Response:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _fledge(request: Request, error: Any) -> Response:
+    return await _api(request, api_error(error))
+
+
+async def _http(request: Request, error: Any) -> Response:
+    return await _api(request, ApiError(error.status_code, str(error.detail)))
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    """A body of the wrong shape: the first fault, with its field."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
+    if first["type"] == "json_invalid":
+        return await _api(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
+    param = ".".join(place) or None
+    given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
+    text = "this field is not known" if first["type"] == "extra_forbidden" else first["msg"]
+    shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden") and place else ""
+    return await _api(request, ApiError(400, f"{param or 'the body'}: {text}{shown}", param=param))
+
+
+async def _unexpected(request: Request, error: Any) -> Response:
+    log.error("a request to %s failed", request.url.path, exc_info=error)
+    return JSONResponse(ApiError(500, "the server failed; its log says how").body, 500)

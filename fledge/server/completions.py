@@ -1,0 +1,212 @@
+"""POST /v1/completions: text or token ids, and their continuations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from fledge.core.errors import FledgeError
+from fledge.engine.constraint import regex
+from fledge.engine.job import End, Event, Piece, Token
+from fledge.server.access import service_of, tenant_of
+from fledge.server.answers import DONE, REASONS, WAITING, Header, event, text_logprobs, usage
+from fledge.server.errors import ApiError, api_error
+from fledge.server.exchange import LONG, Exchange, Order, unless_gone, with_limits
+from fledge.server.keys import Tenant
+from fledge.server.prompts import Prompt, completion_params
+from fledge.server.schema import CompletionRequest
+from fledge.server.scores import prompt_tokens
+from fledge.server.service import Service
+
+router = APIRouter()
+
+MOST_PROMPTS = 128
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """What follows each prompt, whole or in pieces; the prompts of a stream come one after the other."""
+    service, tenant = service_of(request), tenant_of(request)
+    service.check_model(body.model)
+    orders = [await order(service, tenant, body, prompt) for prompt in prompts_of(body)]
+    replies = [Reply(service, body, Exchange(service, tenant, each), number) for number, each in enumerate(orders)]
+    header = Header("text_completion", service.name)
+    if body.stream:
+        await unless_gone(request, replies[0].open())
+        stream = pieces(header, body, replies)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    await unless_gone(request, asyncio.gather(*(reply.whole() for reply in replies)))
+    choices = [choice for reply in replies for choice in reply.choices()]
+    fledge = [reply.exchange.summary() for reply in replies]
+    return JSONResponse(header.body(choices, usage=_usage(replies), fledge=fledge[0] if len(fledge) == 1 else fledge))
+
+
+def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
+    """The prompts in a body, whichever of the four shapes they have."""
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not 1 <= len(given) <= MOST_PROMPTS:
+        raise ApiError(400, f"{len(given)} prompts; give 1 to {MOST_PROMPTS}", param="prompt")
+    return list(given)
+
+
+async def order(service: Service, tenant: Tenant, body: CompletionRequest, prompt: str | list[int]) -> Order:
+    """What one prompt of a body asks for. Raises ApiError with the field at fault."""
+    if body.best_of not in (None, body.n):
+        raise ApiError(400, "best_of is not supported; it may only equal n", param="best_of")
+    if body.fledge.template is not None:
+        raise ApiError(400, "a completion has no template; use /v1/chat/completions", param="fledge.template")
+    tokenizer = service.llm.tokenizer
+    if isinstance(prompt, str):
+        encode = tokenizer.encode
+        ids = tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > LONG else encode(prompt))
+    else:
+        ids = tuple(prompt)
+    if not ids and tokenizer.eos_id >= 0:
+        ids = (tokenizer.eos_id,)  # the beginning of a document
+    for token in ids:
+        if not 0 <= token < service.llm.config.vocab_size:
+            message = f"token id {token} is outside this model's vocabulary of {service.llm.config.vocab_size}"
+            raise ApiError(400, message, param="prompt")
+    params = completion_params(body, service.settings.max_tokens, body.max_tokens or None)
+    try:
+        constraint = None if body.fledge.regex is None else regex(body.fledge.regex, service.vocabulary)
+    except FledgeError as error:
+        raise api_error(error, "fledge.regex") from None
+    return Order(
+        Prompt(ids, (len(ids),)),
+        with_limits(params, tenant, service, body.max_tokens),
+        body.fledge,
+        n=0 if body.max_tokens == 0 else body.n,
+        logprobs=body.logprobs,
+        constraint=constraint,
+    )
+
+
+@dataclass
+class Text:
+    """One choice."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    end: End | None = None
+
+
+class Reply:
+    """What follows one prompt."""
+
+    def __init__(self, service: Service, body: CompletionRequest, exchange: Exchange, number: int) -> None:
+        self.exchange, self.texts = exchange, [Text() for _ in range(body.n)]
+        self._service, self._body, self._number = service, body, number
+        self._first: list[Event] = []
+        self._echo = service.llm.tokenizer.decode(exchange.order.prompt.ids) if body.echo else ""
+        self._known: list[Token] = []  # of the prompt, where these are told too
+
+    async def whole(self) -> None:
+        """Have everything written."""
+        if self._body.echo and self._body.logprobs is not None:
+            self._known = await prompt_tokens(self._service, self.exchange, self._body.logprobs)
+        async with self.exchange as exchange:
+            async for events in exchange.events:
+                for found in events:
+                    self.take(found)
+
+    async def open(self) -> None:
+        """Wait for the first events, while an error can still be told by the status."""
+        if self._body.echo and self._body.logprobs is not None:
+            self._known = await prompt_tokens(self._service, self.exchange, self._body.logprobs)
+        await self.exchange.__aenter__()
+        try:
+            self._first = await anext(self.exchange.events)
+        except BaseException:
+            await self.exchange.__aexit__(None, None, None)
+            raise
+
+    async def stream(self) -> AsyncIterator[list[Event]]:
+        """All events, after `open`."""
+        try:
+            yield self._first
+            async for events in self.exchange.events:
+                yield events
+        finally:
+            await self.exchange.__aexit__(None, None, None)
+
+    def take(self, found: Event) -> Text:
+        """Add an event to the text it belongs to."""
+        assert isinstance(found, Piece | End)
+        text = self.texts[found.choice]
+        if isinstance(found, End):
+            text.end = found
+        else:
+            text.text += found.text
+            text.tokens += found.tokens
+        return text
+
+    def choices(self) -> list[dict[str, Any]]:
+        """The finished texts; of a prompt that was only read, the prompt."""
+        for text in self.texts:
+            text.end = text.end or self.texts[0].end
+        return [
+            self.choice(number, self._echo + text.text, [*self._known, *text.tokens], text.end)
+            for number, text in enumerate(self.texts)
+        ]
+
+    def choice(self, number: int, text: str, tokens: list[Token], end: End | None, offset: int = 0) -> dict[str, Any]:
+        """One choice, or a piece of it."""
+        wanted = self._body.logprobs is not None
+        return {
+            "index": self._number * self._body.n + number,
+            "text": text,
+            "logprobs": text_logprobs(tokens, self._service.llm.tokenizer, offset) if wanted else None,
+            "finish_reason": None if end is None else "length" if not end.drawn else REASONS[end.reason],
+        }
+
+    def pieces(self, found: Event) -> list[dict[str, Any]]:
+        """An event as choices of the stream."""
+        assert isinstance(found, Piece | End)
+        text = self.texts[found.choice]
+        offset = len(self._echo) + len(text.text)
+        self.take(found)
+        if isinstance(found, End):
+            return [self.choice(found.choice, "", [], found)]
+        return [self.choice(found.choice, found.text, list(found.tokens), None, offset)]
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The prompts of a stream, where they are to be repeated."""
+        count = len(self.texts) if self._body.echo else 0
+        return [self.choice(number, self._echo, self._known, None) for number in range(count)]
+
+
+async def pieces(header: Header, body: CompletionRequest, replies: list[Reply]) -> AsyncIterator[bytes]:
+    """The stream; the first reply has been opened."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    try:
+        for reply in replies:
+            if reply is not replies[0]:
+                await reply.open()
+            for choice in reply.opening():
+                yield event(header.body([choice], stream=True))
+            async for events in reply.stream():
+                bodies = [header.body([choice], stream=True) for found in events for choice in reply.pieces(found)]
+                if bodies and reply is replies[-1] and len(reply.exchange.ends) == body.n and not with_usage:
+                    bodies[-1]["fledge"] = reply.exchange.summary()
+                yield b"".join(map(event, bodies)) if events else WAITING
+        if with_usage:
+            rest = {"usage": _usage(replies), "fledge": replies[-1].exchange.summary()}
+            yield event(header.body([], stream=True, **rest))
+        yield DONE
+    except ApiError as error:
+        yield event(error.body)
+
+
+def _usage(replies: list[Reply]) -> dict[str, Any]:
+    prompt = sum(len(reply.exchange.order.prompt.ids) for reply in replies)
+    cached = sum(reply.exchange.cached for reply in replies)
+    return usage(prompt, [end for reply in replies for end in reply.exchange.ends], cached)

@@ -1,0 +1,218 @@
+"""One request for text from beginning to end: limits, the state it goes on from, the job, the state that is kept.
+
+Chat and completions differ in their prompts and bodies; everything in between is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from fledge.engine.constraint import Constraint
+from fledge.engine.job import End, Event, Job, Piece
+from fledge.engine.request import Request
+from fledge.engine.sampling import SamplingParams
+from fledge.engine.statefile import StateCard
+from fledge.models.state import State
+from fledge.server.errors import ApiError
+from fledge.server.keys import Tenant
+from fledge.server.prompts import Prompt
+from fledge.server.schema import Options
+from fledge.server.service import Service
+
+T = TypeVar("T")
+
+LONG = 20_000
+"""Characters from which on text is encoded beside the event loop, not in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What is to be written."""
+
+    prompt: Prompt
+    params: SamplingParams
+    options: Options
+    n: int = 1
+    logprobs: int | None = None
+    constraint: Constraint | None = None
+    closing: tuple[int, ...] = ()
+    template: str | None = None
+    show_held: bool = True
+
+
+@dataclass(eq=False)
+class Exchange:
+    """Used as `async with Exchange(...) as exchange: async for events in exchange.events: ...`."""
+
+    service: Service
+    tenant: Tenant
+    order: Order
+    ends: list[End] = field(default_factory=list)
+    states: dict[int, str] = field(default_factory=dict)  # of each choice: a handle, or the state itself
+    events: AsyncIterator[list[Event]] = field(init=False)
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False, repr=False)
+    _card: StateCard | None = field(default=None, init=False, repr=False)
+    _began: float = field(default_factory=time.monotonic, init=False)
+    _first: float | None = field(default=None, init=False)
+
+    async def __aenter__(self) -> Exchange:
+        self.tenant.enter()
+        try:
+            self._stack.callback(lambda: self.tenant.leave(self.cost))
+            self.events = self._watched(await self._stack.enter_async_context(self.service.events(await self._job())))
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stack.aclose()
+
+    @property
+    def cost(self) -> int:
+        """The tokens of the prompt and of all texts."""
+        return len(self.order.prompt.ids) + sum(end.drawn for end in self.ends)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were known."""
+        return max((end.cached for end in self.ends), default=0)
+
+    def summary(self) -> dict[str, Any]:
+        """The answer's field `fledge`."""
+        found: dict[str, Any] = {
+            "seeds": [end.seed for end in sorted(self.ends, key=lambda end: end.choice)],
+            "reasons": [end.reason for end in sorted(self.ends, key=lambda end: end.choice)],
+            "cached_tokens": self.cached,
+            "seconds_to_first_token": self._first and round(self._first - self._began, 6),
+            "seconds": round(time.monotonic() - self._began, 6),
+        }
+        if self.states:
+            found["states"] = [self.states[choice] for choice in sorted(self.states)]
+        return found
+
+    async def _job(self) -> Job:
+        options, settings = self.order.options, self.service.settings
+        if options.priority > self.tenant.max_priority:
+            message = f"priority is {options.priority}; this key may ask for up to {self.tenant.max_priority}"
+            raise ApiError(403, message, param="fledge.priority")
+        if self.order.n > settings.slots:
+            raise ApiError(400, f"n is {self.order.n}; this server writes up to {settings.slots} at once", param="n")
+        if len(self.order.prompt.ids) > settings.prompt_tokens:
+            message = f"the prompt has {len(self.order.prompt.ids)} tokens; at most {settings.prompt_tokens} are taken"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        start, origin = await self._start()
+        space = None
+        if options.cache and origin is not None:
+            space = f"{self.service.owner(self.tenant)}\0{origin}"
+        request = Request(
+            self.order.prompt.ids,
+            self.order.params,
+            start,
+            n=self.order.n,
+            priority=options.priority,
+            deadline=None if options.deadline is None else time.monotonic() + options.deadline,
+            space=space,
+            marks=self.order.prompt.marks,
+            constraint=self.order.constraint,
+            logprobs=self.order.logprobs,
+        )
+        keeps_state = options.return_state is not None or options.session is not None
+        return Job(
+            request,
+            closing=self.order.closing,
+            wants_state=keeps_state,
+            keeps=bool(self.order.closing),
+            show_held=self.order.show_held,
+        )
+
+    async def _start(self) -> tuple[State | None, str | None]:
+        """The state to go on from, and what the cache calls texts that do; None: nothing it could recognise."""
+        options = self.order.options
+        if options.session is None and options.branch is not None:
+            raise ApiError(400, "a branch needs the session that it leaves", param="fledge.branch")
+        if options.session is not None:
+            if options.state is not None or self.order.n > 1:
+                raise ApiError(400, "a session has its own state and one answer a time", param="fledge.session")
+            handle = await self._stack.enter_async_context(self.service.session(self.tenant, options.session))
+            if options.branch is not None:
+                taken = await self._stack.enter_async_context(self.service.session(self.tenant, options.branch))
+                if handle is None or taken is not None:
+                    what = (
+                        f"there is no session {options.session!r}"
+                        if handle is None
+                        else f"{options.branch!r} is there already"
+                    )
+                    raise ApiError(409, what, param="fledge.branch")
+        else:
+            handle = options.state
+        if handle is None:
+            return self.service.llm.start, ""
+        state, self._card = await self.service.known_state(self.tenant, handle)
+        return state, handle if handle.startswith("st_") else None
+
+    async def _watched(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+        async for found in events:
+            for event in found:
+                if isinstance(event, Piece) and self._first is None:
+                    self._first = time.monotonic()
+                    self.service.metrics.first.observe(self._first - self._began)
+                if isinstance(event, End):
+                    await self._ended(event)
+            yield found
+
+    async def _ended(self, end: End) -> None:
+        """Keep the state of a text that has ended, where that is wanted."""
+        self.ends.append(end)
+        if self._first is not None and end.drawn > 1:
+            self.service.metrics.gap.observe((time.monotonic() - self._first) / (end.drawn - 1))
+        options = self.order.options
+        if end.state is None:
+            return
+        before = 0 if self._card is None else self._card.tokens
+        card = self.service.card(before + len(self.order.prompt.ids) + len(end.ids), self.order.template)
+        if options.return_state == "inline":
+            self.states[end.choice] = await asyncio.to_thread(self.service.packed, end.state, card)
+        if options.return_state == "handle" or options.session is not None:
+            handle = await self.service.kept(self.tenant, end.state, card)
+            self.states.setdefault(end.choice, handle)
+            if options.session is not None:
+                await self.service.move(self.tenant, options.branch or options.session, handle)
+        position = next(place for place, known in enumerate(self.ends) if known is end)
+        self.ends[position] = end._replace(state=None)
+
+
+async def unless_gone(request: HttpRequest, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. The body must have been read."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+            raise ApiError(499, "the client has gone")
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+
+
+def with_limits(params: SamplingParams, tenant: Tenant, service: Service, wanted: int | None) -> SamplingParams:
+    """The settings with as many tokens as the key and the server allow. Raises ApiError where more are asked for."""
+    most = min(tenant.max_tokens, service.settings.most_tokens)
+    if wanted is not None and wanted > most:
+        raise ApiError(400, f"max_tokens is {wanted}; this key may ask for up to {most}", param="max_tokens")
+    return replace(params, max_tokens=min(params.max_tokens, most))

@@ -1,0 +1,150 @@
+"""The small routes: models, tokens, vectors, health, figures."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from fledge.engine.job import End, Job
+from fledge.engine.request import Request as EngineRequest
+from fledge.server.access import service_of, tenant_of
+from fledge.server.answers import usage
+from fledge.server.errors import ApiError
+from fledge.server.schema import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from fledge.server.service import Service
+from fledge.tokenizer import TEMPLATES
+
+router = APIRouter()
+
+MOST_TEXTS = 2048
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether requests are answered."""
+    alive = service_of(request).desk.alive
+    return JSONResponse({"status": "ok" if alive else "closing"}, status_code=200 if alive else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    service = service_of(request)
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The model being served."""
+    tenant_of(request)
+    return {"object": "list", "data": [_model(service_of(request))]}
+
+
+@router.get("/v1/models/{name}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """That model, or 404."""
+    tenant_of(request)
+    service_of(request).check_model(name)
+    return _model(service_of(request))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": service.began, "owned_by": "fledge"}
+
+
+@router.get("/v1/fledge/server")
+async def server(request: Request) -> dict[str, Any]:
+    """The model, its sizes, and what may be asked for."""
+    service, tenant = service_of(request), tenant_of(request)
+    config, settings = service.llm.config, service.settings
+    return {
+        "model": service.name,
+        "family": config.family,
+        "version": config.version,
+        "layers": config.n_layer,
+        "width": config.n_embd,
+        "heads": config.n_head,
+        "vocabulary": config.vocab_size,
+        "weights": service.llm.weights,
+        "device": str(service.llm.device),
+        "state_bytes": service.beginning.nbytes,
+        "template": service.template,
+        "templates": sorted(TEMPLATES),
+        "slots": settings.slots,
+        "max_tokens": min(settings.most_tokens, tenant.max_tokens),
+        "keeps_states": service.shelf is not None,
+    }
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """Text to ids."""
+    tenant_of(request)
+    tokens = await asyncio.to_thread(service_of(request).llm.tokenizer.encode, body.content)
+    return {"tokens": tokens, "count": len(tokens)}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+    """Ids to text."""
+    tenant_of(request)
+    tokenizer = service_of(request).llm.tokenizer
+    for token in body.tokens:
+        if not 0 <= token < tokenizer.vocab_size:
+            raise ApiError(400, f"token id {token} is outside the vocabulary of {tokenizer.vocab_size}", param="tokens")
+    return {"content": tokenizer.decode(body.tokens)}
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
+    """One vector a text: what the last layer made of it when it had been read to its end, of length one.
+
+    The model was trained to write and not for this: texts that go on alike are near, others about the same subject less
+    so than with a model made for search.
+    """
+    service, tenant = service_of(request), tenant_of(request)
+    service.check_model(body.model)
+    if body.dimensions not in (None, service.llm.config.n_embd):
+        message = f"the vectors have {service.llm.config.n_embd} dimensions, and no other number"
+        raise ApiError(400, message, param="dimensions")
+    given = body.input
+    texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    if not 1 <= len(texts) <= MOST_TEXTS:
+        raise ApiError(400, f"{len(texts)} texts; give 1 to {MOST_TEXTS}", param="input")
+    encode = service.llm.tokenizer.encode
+    ids = [tuple(encode(text) if isinstance(text, str) else text) for text in texts]  # type: ignore[arg-type]
+    tenant.enter()
+    try:
+        vectors = await asyncio.gather(*(_vector(service, each) for each in ids))
+    finally:
+        tenant.leave(sum(map(len, ids)))
+    data = [
+        {"object": "embedding", "index": number, "embedding": _packed(vector, body.encoding_format)}
+        for number, vector in enumerate(vectors)
+    ]
+    counts = usage(sum(map(len, ids)), [], 0)
+    counts.pop("completion_tokens")
+    return {"object": "list", "data": data, "model": service.name, "usage": counts}
+
+
+async def _vector(service: Service, ids: tuple[int, ...]) -> list[float]:
+    if not ids:
+        raise ApiError(400, "a text is empty", param="input")
+    job = Job(EngineRequest(ids, start=service.llm.start, n=0), wants_state=True)
+    async with service.events(job) as events:
+        async for found in events:
+            for each in found:
+                assert isinstance(each, End) and each.state is not None
+                last = next(reversed(each.state.tensors().values()))[-1, 0].float().cpu().flatten()
+                found_vector: list[float] = (last / last.norm().clamp_min(1e-12)).tolist()
+    return found_vector
+
+
+def _packed(vector: list[float], format: str) -> list[float] | str:
+    return vector if format == "float" else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

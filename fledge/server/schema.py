@@ -1,0 +1,188 @@
+"""The shape of requests. Strict: a field that is unknown, or of another type, is refused and never guessed at.
+
+Fields of OpenAI's protocol that change nothing here are listed all the same, so that its clients are not refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fledge.engine.sampling import LARGEST_SEED
+
+MOST_STOPS = 16
+MOST_CHOICES = 64
+MOST_TOKENS = 1 << 20
+
+Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Strict(BaseModel):
+    """Base of all: no coercion, nothing unknown."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Options(Strict):
+    """The field `fledge` of a request: what OpenAI's protocol has no words for."""
+
+    state: Annotated[str, Field(min_length=1)] | None = None
+    return_state: Literal["handle", "inline"] | None = None
+    session: Name | None = None
+    branch: Name | None = None
+    template: str | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    penalty_decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    ban: Annotated[list[int], Field(max_length=1024)] | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=10_000)] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    deadline: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    cache: bool = True
+
+
+class StreamOptions(Strict):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class Generation(Strict):
+    """What all requests for text have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
+    stop: Stop | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    fledge: Options = Field(default_factory=Options)
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Strict):
+    """A call as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call with the name by which its result is told."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Strict):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "input"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+
+class JsonSchema(Strict):
+    """A schema with its name."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """Free text, any JSON object, or one that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(Generation):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    # Of no effect here.
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    modalities: list[Literal["text"]] | None = None
+
+
+class CompletionRequest(Generation):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+
+class EmbeddingRequest(Strict):
+    """Body of /v1/embeddings."""
+
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+
+class TokenizeRequest(Strict):
+    """Body of /tokenize."""
+
+    content: str
+
+
+class DetokenizeRequest(Strict):
+    """Body of /detokenize."""
+
+    tokens: Annotated[list[int], Field(max_length=MOST_TOKENS)]
+
+
+class ReadRequest(Strict):
+    """Body of POST /v1/fledge/states: something to read and to remember."""
+
+    text: str | None = None
+    messages: list[Message] | None = None
+    state: str | None = None
+    name: Name | None = None
+    template: str | None = None
+
+
+class ViewRequest(Strict):
+    """Body of /v1/fledge/view and /v1/fledge/render."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    state: str | None = None
+    template: str | None = None

@@ -1,0 +1,276 @@
+"""What outlives a request: the model, the desk, the kept states, the figures; and the way from a job to its events.
+
+The desk's thread and the event loop meet here only: events arrive in the loop once for each step of the engine, each
+job's in a box of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import cached_property
+from pathlib import Path
+
+from fledge.core.errors import FledgeError
+from fledge.core.files import atomic_path
+from fledge.engine.cache import PrefixCache
+from fledge.engine.constraint import GrammarVocabulary
+from fledge.engine.desk import Desk
+from fledge.engine.engine import Engine
+from fledge.engine.generation import fresh_state
+from fledge.engine.job import End, Event, Failure, Job
+from fledge.engine.scheduler import Scheduler
+from fledge.engine.shelf import Shelf
+from fledge.engine.snapshots import Snapshots
+from fledge.engine.statefile import StateCard, dump, parse
+from fledge.engine.text import LLM
+from fledge.models.state import State
+from fledge.server.errors import ApiError, api_error
+from fledge.server.keys import Keys, Tenant
+from fledge.server.metrics import Metrics
+from fledge.server.settings import Settings
+
+KEEP_ALIVE = 15.0
+"""Seconds without an event after which a stream says that it still lives."""
+
+
+class Box:
+    """The events of one job that nobody has fetched yet."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._there = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Add one; in the event loop's thread."""
+        self._events.append(event)
+        self._there.set()
+
+    async def take(self) -> list[Event]:
+        """All there are, as soon as there is one; none where that takes too long."""
+        try:
+            await asyncio.wait_for(self._there.wait(), KEEP_ALIVE)
+        except asyncio.TimeoutError:
+            return []
+        self._there.clear()
+        events, self._events = self._events, []
+        return events
+
+
+class Service:
+    """One model, served."""
+
+    def __init__(self, llm: LLM, settings: Settings, identity: str) -> None:
+        """identity: of the model's weights; states of other ones are refused."""
+        self.llm, self.settings, self.identity = llm, settings, identity
+        self.keys = Keys() if settings.keys is None else Keys.read(settings.keys)
+        self.secret = _secret(settings)
+        self.metrics = Metrics(self)
+        self.began = int(time.time())
+        folder = settings.folder
+        disk = None
+        if folder is not None and settings.cache_disk:
+            disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
+        self.cache = (
+            PrefixCache(memory=settings.cache_memory, disk=disk, every=settings.cache_every)
+            if settings.cache_memory
+            else None
+        )
+        self.shelf = Shelf(folder / "states", identity, limit_bytes=settings.shelf) if folder is not None else None
+        scheduler = Scheduler(slots=settings.slots)
+        engine = Engine(
+            llm.model, eos_id=llm.tokenizer.eos_id, scheduler=scheduler, queue=settings.queue, cache=self.cache
+        )
+        self.desk = Desk(engine, llm.tokenizer, self._sink)
+        self._boxes: dict[Job, Box] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sessions = set[tuple[str, str]]()
+
+    @cached_property
+    def vocabulary(self) -> GrammarVocabulary:
+        """What grammars are made over; made on first use."""
+        return GrammarVocabulary(self.llm.tokenizer)
+
+    @cached_property
+    def beginning(self) -> State:
+        """What texts begin from."""
+        return fresh_state(self.llm.model) if self.llm.start is None else self.llm.start
+
+    @property
+    def name(self) -> str:
+        """What the model is called here."""
+        return self.settings.name or self.llm.name
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for a request that wants another model."""
+        if name is not None and name not in (self.name, "default"):
+            message = f"there is no model {name!r} here; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def card(self, tokens: int, template: str | None) -> StateCard:
+        """What a state that has read so much is described by."""
+        return StateCard.of(self.llm, self.identity, tokens=tokens, template=template)
+
+    @property
+    def template(self) -> str:
+        """The chat template of requests that name none."""
+        return self.llm.template or "world"
+
+    def start(self) -> None:
+        """Begin to serve, in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.desk.start()
+
+    async def stop(self) -> None:
+        """Finish what is under way, then save what is worth it."""
+        await asyncio.to_thread(self.desk.close, self.settings.drain)
+        if self.cache is not None:
+            await asyncio.to_thread(self.cache.flush)
+        if self.shelf is not None:
+            self.shelf.close()
+
+    @asynccontextmanager
+    async def events(self, job: Job) -> AsyncIterator[AsyncIterator[list[Event]]]:
+        """Have a job done: its events, some at a time (none: still waiting), until every choice has ended.
+
+        Leaving early, as when the client has gone, stops the job. Raises ApiError for what is refused or fails.
+        """
+        box = self._boxes[job] = Box()
+        try:
+            self.desk.submit(job)
+            yield self._each(job, box)
+        except FledgeError as error:
+            raise api_error(error, "prompt") from None
+        finally:
+            del self._boxes[job]
+            if job.open:
+                self.desk.cancel(job)
+
+    async def _each(self, job: Job, box: Box) -> AsyncIterator[list[Event]]:
+        left = max(job.request.n, 1)
+        while left:
+            events = await box.take()
+            for event in events:
+                if isinstance(event, Failure):
+                    raise api_error(event.error)
+                left -= isinstance(event, End)
+            yield events
+
+    def owner(self, tenant: Tenant) -> str:
+        """Whose states are whose."""
+        return tenant.name if self.keys.needed else ""
+
+    async def known_state(self, tenant: Tenant, text: str, param: str = "fledge.state") -> tuple[State, StateCard]:
+        """The state that a request names by its handle, or brings. Raises ApiError for one that is not theirs."""
+        try:
+            if text.startswith("st_"):
+                found = await asyncio.to_thread(
+                    self.shelf_for(param).get, self.owner(tenant), self.opened(tenant, text, param)
+                )
+            else:
+                found = parse(base64.b64decode(text, validate=True), self.secret)
+            found[1].check(self.identity, self.llm.name)
+            found[0].check(self.llm.config, 1)
+        except binascii.Error:
+            raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None
+        except FledgeError as error:
+            raise api_error(error, param) from None
+        return found
+
+    async def kept(self, tenant: Tenant, state: State, card: StateCard, name: str | None = None) -> str:
+        """Keep a state; its handle."""
+        owner = self.owner(tenant)
+        try:
+            return self.handle(tenant, await asyncio.to_thread(self.shelf_for("fledge").put, owner, state, card, name))
+        except FledgeError as error:
+            raise ApiError(507, str(error), code="no_space") from None
+
+    def packed(self, state: State, card: StateCard) -> str:
+        """A state for the client to keep, signed."""
+        return base64.b64encode(dump(state, card, self.secret)).decode()
+
+    def handle(self, tenant: Tenant, id: str) -> str:
+        """The name of a kept state, signed for its owner."""
+        return f"{id}.{self._signature(tenant, id)}"
+
+    def opened(self, tenant: Tenant, handle: str, param: str) -> str:
+        """The id in a handle. Raises ApiError for one that was not given to this owner."""
+        id, _, signature = handle.partition(".")
+        if not hmac.compare_digest(signature.encode(), self._signature(tenant, id).encode()):
+            raise ApiError(404, "there is no such state", param=param, code="state_not_found")
+        return id
+
+    def _signature(self, tenant: Tenant, id: str) -> str:
+        text = f"{self.owner(tenant)}\0{id}".encode()
+        digest = hmac.new(self.secret, text, hashlib.sha256).digest()[:12]
+        return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+    @property
+    def states(self) -> Shelf:
+        """Where states are kept. Raises ApiError where they are not."""
+        return self.shelf_for("fledge")
+
+    def shelf_for(self, param: str) -> Shelf:
+        """As `states`; the error names the field that asks for it."""
+        if self.shelf is None:
+            raise ApiError(400, "this server keeps no states: start it with --folder", param=param)
+        return self.shelf
+
+    @asynccontextmanager
+    async def session(self, tenant: Tenant, name: str) -> AsyncIterator[str | None]:
+        """The handle of a conversation's state, for one request at a time; None where it has not begun."""
+        key = (self.owner(tenant), name)
+        if key in self._sessions:
+            raise ApiError(409, f"session {name!r} is answering another request; wait for it", param="fledge.session")
+        self._sessions.add(key)
+        try:
+            id = await asyncio.to_thread(self.shelf_for("fledge.session").head, *key)
+            yield None if id is None else self.handle(tenant, id)
+        finally:
+            self._sessions.discard(key)
+
+    async def move(self, tenant: Tenant, session: str, handle: str) -> None:
+        """Let a conversation stand at a kept state."""
+        id = handle.partition(".")[0]
+        await asyncio.to_thread(self.shelf_for("fledge.session").set_head, self.owner(tenant), session, id)
+
+    def _sink(self, events: Sequence[tuple[Job, Event]]) -> None:
+        """From the desk's thread to the event loop."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._sort, events)
+        except RuntimeError:  # the loop has ended, and with it everybody who would listen
+            return
+
+    def _sort(self, events: Sequence[tuple[Job, Event]]) -> None:
+        for job, event in events:
+            box = self._boxes.get(job)
+            if box is not None:
+                box.put(event)
+
+
+def _secret(settings: Settings) -> bytes:
+    """What states are signed with: that of a file, made on first use; without any file, of this process."""
+    path = settings.secret or (settings.folder / "secret" if settings.folder is not None else None)
+    if path is None:
+        return secrets.token_bytes(32)
+    if not path.exists():
+        _new_secret(path)
+    found = path.read_bytes().strip()
+    if len(found) < 32:
+        raise FledgeError(f"{path} is no secret: it must hold at least 32 bytes; remove it to get a new one")
+    return found
+
+
+def _new_secret(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_text(secrets.token_hex(32))

@@ -1,0 +1,241 @@
+"""The desk against single streams: the same texts and states for every caller, and nobody is left waiting."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
+from torch import nn
+
+from fledge.core.errors import FledgeError, TokenizerError
+from fledge.engine.desk import Desk
+from fledge.engine.engine import Engine
+from fledge.engine.generation import fresh_state
+from fledge.engine.job import End, Event, Failure, Job, Piece
+from fledge.engine.request import Busy, Request
+from fledge.engine.sampling import SamplingParams
+from fledge.engine.scheduler import Scheduler
+from fledge.engine.stream import Completion, Stream
+
+TOKENIZER = ByteTokenizer("\n\n", "ab", "lo", b"\xe5\xa5")
+COLON = TOKENIZER.id_of(":")
+
+
+class Office:
+    """A desk whose events are sorted by job as they come."""
+
+    def __init__(self, model: nn.Module, **engine: object) -> None:
+        self.arrived: dict[Job, queue.SimpleQueue[Event]] = {}
+        self.steps = 0
+        self.desk = Desk(Engine(model, eos_id=TOKENIZER.eos_id, **engine), TOKENIZER, self.sort)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Office:
+        self.desk.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.desk.close()
+
+    def sort(self, events: Sequence[tuple[Job, Event]]) -> None:
+        self.steps += 1
+        for job, event in events:
+            self.arrived[job].put(event)
+
+    def submit(self, job: Job) -> Job:
+        self.arrived[job] = queue.SimpleQueue()
+        self.desk.submit(job)
+        return job
+
+    def result(self, job: Job) -> tuple[dict[int, str], dict[int, End]]:
+        """Wait until a job has ended: the text and the end of each choice."""
+        texts, ends = dict.fromkeys(range(max(job.request.n, 1)), ""), dict[int, End]()
+        while len(ends) < len(texts):
+            event = self.arrived[job].get(timeout=60)
+            if isinstance(event, Failure):
+                raise event.error
+            if isinstance(event, Piece):
+                texts[event.choice] += event.text
+            else:
+                ends[event.choice] = event
+        return texts, ends
+
+
+def fake(*replies: str) -> FakeModel:
+    return FakeModel([TOKENIZER.encode(reply) for reply in replies], COLON, TOKENIZER.vocab_size)
+
+
+def single(model: nn.Module, job: Job, choice: int = 0) -> Completion:
+    """The same text by itself."""
+    request = job.request
+    assert request.params.seed is not None
+    params = request.params.with_overrides({"seed": request.params.seed + choice})
+    stream = Stream(model, TOKENIZER, request.ids, fresh_state(model), params, show_held=job.show_held)
+    for _ in stream:
+        pass
+    return stream.completion
+
+
+def job(prompt: str, *, n: int = 1, logprobs: int | None = None, **rest: object) -> Job:
+    settings = {name: rest.pop(name) for name in list(rest) if name in SamplingParams.__dataclass_fields__}
+    params = SamplingParams(seed=3, max_tokens=40).with_overrides(settings)
+    return Job(Request(tuple(TOKENIZER.encode(prompt)), params, n=n, logprobs=logprobs), **rest)  # type: ignore[arg-type]
+
+
+def test_many_callers_get_the_texts_of_single_streams() -> None:
+    model, chooser = random_finch(TOKENIZER.vocab_size), random.Random(1)
+    jobs = [
+        job(
+            "x" * chooser.choice([1, 40, 200]),
+            n=chooser.choice([1, 2]),
+            seed=number,
+            max_tokens=chooser.choice([1, 9, 30]),
+            stop=chooser.choice([(), ("a",), ("b\n", "\u00e9")]),
+            wants_state=True,
+            show_held=chooser.random() < 0.5,
+        )
+        for number in range(12)
+    ]
+    with Office(model, scheduler=Scheduler(slots=5, chunk=64)) as office:
+        for each in jobs:
+            office.submit(each)
+        for each in jobs:
+            texts, ends = office.result(each)
+            for choice, end in ends.items():
+                expected = single(model, each, choice)
+                assert texts[choice] == expected.text
+                assert (end.reason, end.stop, end.ids) == (expected.finish_reason, expected.stop, expected.ids)
+                assert end.seed == expected.seed and end.state is not None
+                for name, tensor in end.state.tensors().items():
+                    assert torch.allclose(tensor, expected.state.tensors()[name], atol=1e-5)
+    assert office.desk.jobs == 0
+
+
+@pytest.mark.parametrize("reply", ["hello\n\nUser:", "hello", "", "h\u00e9\u597d\n"])
+def test_a_stop_text_is_never_shown_and_the_state_ends_before_it(reply: str) -> None:
+    model = fake(reply)
+    with Office(model) as office:
+        mine = office.submit(job("ask:", temperature=0.0, stop=("\n\n",), wants_state=True))
+        texts, ends = office.result(mine)
+    end, expected = ends[0], single(model, mine)
+    assert texts[0] == expected.text == reply.split("\n\n")[0]
+    assert (end.reason, end.stop) == (expected.finish_reason, expected.stop)
+    assert end.state is not None and equal_states(end.state, expected.state)
+
+
+def test_the_closing_is_read_after_the_text() -> None:
+    model = fake("hello\n\nUser:")
+    closing = tuple(TOKENIZER.encode("\n\n"))
+    with Office(model) as office:
+        asked = job("ask:", temperature=0.0, stop=("\n\n",), wants_state=True, closing=closing)
+        _, ends = office.result(office.submit(asked))
+    assert ends[0].ids == tuple(TOKENIZER.encode("hello\n\n"))
+    again = Stream(
+        model, TOKENIZER, [*asked.request.ids, *ends[0].ids], fresh_state(model), SamplingParams(max_tokens=1)
+    )
+    next(again, None)
+    assert again.begin is not None and ends[0].state is not None
+    assert equal_states(again.begin.state, ends[0].state)
+
+
+def test_a_job_without_a_state_ends_at_once() -> None:
+    with Office(fake("hello\n\nUser:")) as office:
+        _, ends = office.result(office.submit(job("ask:", temperature=0.0, stop=("\n\n",))))
+        assert ends[0].state is None and not office.desk.engine.busy
+        assert ends[0].drawn == 5, "the stop text was drawn too"
+
+
+def test_tokens_come_with_the_text_they_show() -> None:
+    model = fake("h\u597dlo ab\n\nUser:")
+    with Office(model) as office:
+        mine = office.submit(job("ask:", temperature=0.0, stop=("\n\n", "b "), logprobs=2))
+        shown = []
+        while not isinstance(event := office.arrived[mine].get(timeout=60), End):
+            assert isinstance(event, Piece)
+            shown.append((event.text, [token.id for token in event.tokens]))
+            assert all(token.likelihood is not None and len(token.likelihood.top) == 2 for token in event.tokens)
+    # The letter of two tokens is shown once both are there; the pieces say which tokens made them.
+    letter = TOKENIZER.encode("\u597d")
+    assert shown[:2] == [("h", [TOKENIZER.id_of("h")]), ("\u597d", letter)]
+    assert [token for _, ids in shown for token in ids] == TOKENIZER.encode("h\u597dlo ab")
+    assert "".join(text for text, _ in shown) == "h\u597dlo ab"
+
+
+def test_of_a_token_that_a_stop_text_cuts_the_part_before_it_counts() -> None:
+    with Office(fake("xab")) as office:
+        mine = office.submit(job("ask:", temperature=0.0, stop=("b",), logprobs=0))
+        text, ids = "", list[int]()
+        while not isinstance(event := office.arrived[mine].get(timeout=60), End):
+            assert isinstance(event, Piece)
+            text += event.text
+            ids += [token.id for token in event.tokens]
+    assert text == "xa" and ids == TOKENIZER.encode("xab")
+
+
+def test_what_is_cancelled_frees_its_place() -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    with Office(model, scheduler=Scheduler(slots=1), queue=3) as office:
+        endless = office.submit(job("x", max_tokens=10**9))
+        waits = office.submit(job("y", max_tokens=3))
+        assert isinstance(office.arrived[endless].get(timeout=60), Piece)
+        office.desk.cancel(endless)
+        office.result(waits)
+        assert office.desk.jobs == 0 and not office.desk.engine.busy
+
+
+def test_refusals_come_at_once_and_from_the_callers_thread() -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    with Office(model, scheduler=Scheduler(slots=1), queue=2) as office:
+        with pytest.raises(TokenizerError):
+            office.desk.submit(Job(Request((9999,))))
+        endless = [office.submit(job("x", max_tokens=10**9)) for _ in range(2)]
+        with pytest.raises(Busy, match="2 requests"):
+            office.submit(job("y"))
+        for each in endless:
+            office.desk.cancel(each)
+
+
+def test_one_failure_of_the_model_ends_its_jobs_and_the_desk_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    model = fake("hello")
+    broken = threading.Event()
+    broken.set()
+
+    def fail(*arguments: object) -> None:
+        if broken.is_set():
+            raise RuntimeError("out of memory")
+
+    model.register_forward_pre_hook(fail)
+    with Office(model) as office:
+        with pytest.raises(FledgeError, match="the model failed: out of memory"):
+            office.result(office.submit(job("ask:")))
+        broken.clear()
+        texts, _ = office.result(office.submit(job("ask:", temperature=0.0)))
+        assert texts[0] == "hello"
+    assert "the engine failed" in caplog.text
+
+
+def test_closing_finishes_what_runs_and_refuses_the_rest() -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    office = Office(model)
+    office.desk.start()
+    mine = office.submit(job("x", max_tokens=30))
+    closer = threading.Thread(target=office.desk.close, args=(60.0,))
+    closer.start()
+    while office.desk._closing is None:
+        pass
+    with pytest.raises(Busy, match="shutting down"):
+        office.desk.submit(job("y"))
+    office.result(mine)
+    closer.join(timeout=60)
+    assert not office.desk.alive
+
+
+def test_work_for_the_engines_thread() -> None:
+    with Office(fake("a")) as office:
+        assert office.desk.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-desk"
+        with pytest.raises(ZeroDivisionError):
+            office.desk.call(lambda: 1 // 0).result(timeout=60)

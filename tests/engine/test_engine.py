@@ -1,0 +1,226 @@
+"""The engine against the plain loop: the same tokens for every request, whatever runs beside it."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import EOS, equal_states, random_finch
+from native_library import needs_native
+from random_checkpoints import VERSIONS, random_checkpoint
+from torch import nn
+
+from fledge.checkpoint import assemble, detect
+from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.engine.engine import Engine
+from fledge.engine.generation import Cursor, fresh_state, prefill, tokens
+from fledge.engine.request import Busy, Output, Request
+from fledge.engine.sampling import Sampler, SamplingParams
+from fledge.engine.scheduler import Scheduler
+from fledge.models.state import State
+
+VOCAB = 77
+PARAMS = SamplingParams(top_p=0.95, temperature=1.3, presence_penalty=0.3, frequency_penalty=0.2, seed=5, max_tokens=12)
+
+
+def packed(version: str) -> nn.Module:
+    """A small random model of the native library."""
+    tensors = random_checkpoint(version, n_layer=2, n_embd=40, head_size=8, vocab_size=VOCAB, seed=3)
+    return assemble(detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors, pack=True)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(1, VOCAB), k=length))
+
+
+def plain(model: nn.Module, request: Request, choice: int = 0) -> list[tuple[int, State]]:
+    """The tokens of one continuation by the loop, each with the state before it."""
+    start = request.start
+    cursor = start if isinstance(start, Cursor) else prefill(model, request.ids, start or fresh_state(model))
+    assert request.params.seed is not None
+    sampler = Sampler(replace(request.params, seed=request.params.seed + choice))
+    found = []
+    for step in tokens(model, *cursor, sampler, request.params.max_tokens):
+        found.append((step.id, step.before))
+        if step.id == EOS:
+            break
+    return found
+
+
+def run(engine: Engine, numbers: list[int] | None = None) -> dict[tuple[int, int], list[Output]]:
+    """Step until nothing is left: the outputs of each continuation."""
+    found = defaultdict(list)
+    while engine.busy:
+        for output in engine.step():
+            found[output.request, output.choice].append(output)
+    return found
+
+
+def drawn(outputs: list[Output]) -> list[int]:
+    return [output.token for output in outputs if output.token is not None]
+
+
+def requests(count: int, seed: int) -> list[Request]:
+    """Of all sorts: short and long prompts, other seeds and lengths, several continuations, states to begin with."""
+    chooser = random.Random(seed)
+    found = []
+    for number in range(count):
+        params = replace(PARAMS, seed=chooser.randrange(1000), max_tokens=chooser.randrange(1, 14))
+        length = chooser.choice([1, 2, 17, 60, 300])
+        found.append(Request(prompt(length, number), params, n=chooser.choice([1, 1, 1, 3])))
+    return found
+
+
+@needs_native
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_request_gets_its_own_tokens_bit_for_bit(version: str, seed: int) -> None:
+    """Requests arrive and are aborted at random moments; who is left has the tokens and states of the plain loop."""
+    model, chooser = packed(version), random.Random(seed)
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=7, chunk=64))
+    waiting, asked, gone = requests(14, seed), dict[int, Request](), set[int]()
+    found = defaultdict(list)
+    while waiting or engine.busy:
+        if waiting and chooser.random() < 0.5:
+            request = waiting.pop()
+            asked[engine.add(request)] = request
+        if asked and chooser.random() < 0.05:
+            gone.add(number := chooser.choice(list(asked)))
+            engine.abort(number)
+        for output in engine.step():
+            assert output.request not in gone
+            found[output.request, output.choice].append(output)
+    assert len(asked) - len(gone) > 5
+    for number, request in asked.items():
+        for choice in range(request.n if number not in gone else 0):
+            outputs, expected = found[number, choice], plain(model, request, choice)
+            assert drawn(outputs) == [token for token, _ in expected]
+            for output, (_, before) in zip(outputs, expected, strict=True):
+                assert equal_states(output.before.alone(), before)
+            assert [output.finish for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+            assert outputs[-1].finish == ("eos" if outputs[-1].token == EOS else "length")
+
+
+def test_a_torch_model_writes_the_same_tokens() -> None:
+    """Its sums depend on the batch in the last bit, which these scores, far apart, do not show."""
+    model = random_finch(VOCAB)
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=4, chunk=32))
+    asked = {engine.add(request): request for request in requests(6, 1)}
+    found = run(engine)
+    for number, request in asked.items():
+        for choice in range(request.n):
+            assert drawn(found[number, choice]) == [token for token, _ in plain(model, request, choice)]
+
+
+def test_reading_only_gives_the_place_reached() -> None:
+    model = random_finch(VOCAB)
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(chunk=1000))
+    engine.add(Request(prompt(40, 1), n=0))
+    (output,) = run(engine)[0, 0]
+    cursor = prefill(model, prompt(40, 1), fresh_state(model))
+    assert (output.finish, output.token) == ("read", None)
+    assert output.logits is not None and torch.allclose(output.logits, cursor.logits)
+    assert torch.allclose(output.before.alone().tensors()["wkv"], cursor.state.tensors()["wkv"], atol=1e-6)
+
+
+def test_a_text_goes_on_from_a_state_or_from_a_place() -> None:
+    model = random_finch(VOCAB)
+    cursor = prefill(model, prompt(9, 1), fresh_state(model))
+    engine = Engine(model, eos_id=EOS)
+    after_state = Request(prompt(5, 2), PARAMS, start=cursor.state)
+    after_place = Request((), PARAMS, start=cursor, n=2)
+    numbers = [engine.add(after_state), engine.add(after_place)]
+    found = run(engine)
+    assert drawn(found[numbers[0], 0]) == [token for token, _ in plain(model, after_state)]
+    for choice in range(2):
+        assert drawn(found[numbers[1], choice]) == [token for token, _ in plain(model, after_place, choice)]
+
+
+def test_a_continuation_can_be_ended_without_the_others() -> None:
+    model = random_finch(VOCAB)
+    engine = Engine(model, scheduler=Scheduler(slots=3))
+    request = Request(prompt(5, 2), PARAMS, n=3)
+    number = engine.add(request)
+    engine.step()
+    engine.abort_choice(number, 1)
+    found = run(engine)
+    assert (number, 1) not in found
+    assert drawn(found[number, 2]) == [token for token, _ in plain(model, request, 2)][1:]
+    engine.abort_choice(number, 1)
+    assert not engine.busy
+
+
+def test_a_deadline_ends_what_is_late_and_nothing_else() -> None:
+    now = [0.0]
+    engine = Engine(random_finch(VOCAB), scheduler=Scheduler(slots=2), clock=lambda: now[0])
+    late = engine.add(Request(prompt(5, 2), replace(PARAMS, max_tokens=10**6), deadline=3.0))
+    never = engine.add(Request(prompt(5, 2), PARAMS, n=2, deadline=2.0))
+    fine = engine.add(Request(prompt(5, 3), PARAMS, priority=1))
+    outputs = []
+    while engine.busy:
+        outputs += engine.step()
+        now[0] += 0.1
+    ends = {(output.request, output.choice): output for output in outputs if output.finish}
+    assert ends[late, 0].finish == "deadline" and ends[late, 0].token is None
+    assert ends[never, 0].finish == ends[never, 1].finish == "deadline"
+    assert ends[fine, 0].finish in ("length", "eos")
+    assert engine.tally.finished["deadline"] == 3
+
+
+def test_what_cannot_be_run_is_refused_and_the_queue_has_an_end() -> None:
+    model = random_finch(VOCAB)
+    engine = Engine(model, scheduler=Scheduler(slots=4), queue=2)
+    with pytest.raises(UsageError, match="prompt is empty"):
+        engine.add(Request(()))
+    with pytest.raises(TokenizerError, match="77 is outside"):
+        engine.add(Request((1, VOCAB)))
+    with pytest.raises(UsageError, match="n is 5"):
+        engine.add(Request((1,), n=5))
+    with pytest.raises(StateError):
+        engine.add(Request((1,), start=fresh_state(packed("4"))))
+    assert not engine.busy
+    first = engine.add(Request((1,)))
+    engine.add(Request((1,)))
+    with pytest.raises(Busy, match="2 requests are on their way"):
+        engine.add(Request((1,)))
+    engine.abort(first)
+    engine.add(Request((1,)))
+
+
+def test_one_text_that_fails_leaves_the_others_alone() -> None:
+    model = random_finch(VOCAB)
+    engine = Engine(model, eos_id=EOS)
+    bad = engine.add(Request(prompt(5, 2), replace(PARAMS, ban=tuple(range(VOCAB)))))
+    good = engine.add(request := Request(prompt(5, 2), PARAMS))
+    found = run(engine)
+    assert found[bad, 0][-1].finish == "failed" and "no token" in str(found[bad, 0][-1].error)
+    assert drawn(found[good, 0]) == [token for token, _ in plain(model, request)]
+
+
+def test_likelihoods_are_those_of_the_model() -> None:
+    model = random_finch(VOCAB)
+    engine = Engine(model, eos_id=EOS)
+    number = engine.add(request := Request(prompt(5, 2), PARAMS, logprobs=3))
+    outputs = run(engine)[number, 0]
+    cursor = prefill(model, request.ids, fresh_state(model))
+    for output in outputs:
+        expected = torch.log_softmax(cursor.logits, -1)
+        assert output.likelihood is not None and output.token is not None
+        assert output.likelihood.logprob == pytest.approx(float(expected[output.token]), abs=1e-5)
+        assert [token for token, _ in output.likelihood.top] == expected.topk(3).indices.tolist()
+        cursor = prefill(model, [output.token], cursor.state)
+
+
+def test_the_tally_counts_what_was_done() -> None:
+    engine = Engine(random_finch(VOCAB), scheduler=Scheduler(slots=4))
+    engine.add(Request(prompt(30, 1), replace(PARAMS, max_tokens=4), n=2))
+    assert (engine.waiting, engine.running) == (1, 0)
+    engine.step()
+    assert (engine.waiting, engine.running) == (0, 2)
+    run(engine)
+    tally = engine.tally
+    assert (tally.read, tally.drawn, tally.requests, tally.calls) == (30, 8, 1, 4)
+    assert tally.finished == {"length": 2} and tally.seconds > 0

@@ -1,0 +1,89 @@
+"""Who takes part in a call: order, shares, no starvation, and calls that stay short for those who write."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import random_finch
+
+from fledge.engine.generation import fresh_state
+from fledge.engine.request import Request
+from fledge.engine.sampling import Sampler, SamplingParams
+from fledge.engine.scheduler import LEAST, Pace, Scheduler
+from fledge.engine.task import Strand, Task
+from fledge.models.rows import Row
+
+ROW = Row(fresh_state(random_finch(9)))
+
+
+def task(number: int, rank: float, *, length: int = 100, n: int = 1, writes: int = 0) -> Task:
+    """A request that is read, or one with `writes` continuations under way."""
+    made = Task(number, Request(tuple(range(length)), n=n), rank, ROW, begun=bool(writes))
+    made.strands = [Strand(choice, ROW, Sampler(SamplingParams()), 9, None, 7) for choice in range(writes)]
+    return made
+
+
+def even(pace: Pace) -> Pace:
+    """A model that takes 10 ms and 1 ms more for every token."""
+    for tokens in (1, 5, 30, 200):
+        pace.learn(tokens, 0.010 + 0.001 * tokens)
+    return pace
+
+
+def test_who_comes_first_goes_first_and_priority_is_a_lead_in_seconds() -> None:
+    scheduler = Scheduler(slots=2, grace=10)
+    early, late = task(0, scheduler.rank(100.0, 0)), task(1, scheduler.rank(105.0, 0))
+    urgent, aged = task(2, scheduler.rank(108.0, 1)), task(3, scheduler.rank(80.0, -1))
+    assert [found.number for found in scheduler.chosen([late, early, urgent, aged])] == [3, 2]
+
+
+def test_a_wide_request_is_not_passed_over_for_ever() -> None:
+    """Narrow ones that came later take the slots it cannot use, and give way as soon as it fits."""
+    scheduler = Scheduler(slots=4)
+    running = [task(number, number, writes=1) for number in range(2)]
+    wide, later = task(2, 2, n=3), [task(number, number) for number in range(3, 9)]
+    assert [found.number for found in scheduler.chosen([*running, wide, *later])] == [0, 1, 3, 4]
+    assert [found.number for found in scheduler.chosen([running[0], wide, *later])] == [0, 2]
+
+
+def test_prompts_share_half_of_the_budget_and_the_first_takes_the_rest() -> None:
+    scheduler = Scheduler(chunk=80)
+    pieces = scheduler.pieces([task(number, number) for number in range(4)], Pace())
+    assert [len(piece.ids) for piece in pieces] == [50, 10, 10, 10]
+    short = [task(0, 0, length=4), task(1, 1), task(2, 2)]
+    assert [len(piece.ids) for piece in scheduler.pieces(short, Pace())] == [4, 63, 13]
+    many = [task(number, number) for number in range(200)]
+    assert all(piece.ids for piece in scheduler.pieces(many, Pace())), "everybody comes forward in every call"
+
+
+def test_reading_stops_where_a_snapshot_is_due() -> None:
+    reader, other = task(0, 0), task(1, 1)
+    reader.cuts.extend((7, 20))
+    assert [len(piece.ids) for piece in Scheduler(chunk=64).pieces([reader, other], Pace())] == [7, 57]
+
+
+def test_calls_stay_short_while_somebody_writes() -> None:
+    scheduler, pace = Scheduler(chunk=512, patience=3.0), even(Pace())
+    assert pace.tokens(3.0) == pytest.approx(23)  # three times 11 ms
+    writer, reader = task(0, 0, writes=4), task(1, 1, length=600)
+    pieces = scheduler.pieces([writer, reader], pace)
+    assert [len(piece.ids) for piece in pieces] == [1, 1, 1, 1, 18]
+    assert all(piece.ids == (7,) for piece in pieces[:4])
+    assert len(scheduler.pieces([reader], pace)[0].ids) == 512, "nobody is kept waiting"
+    crowd = task(0, 0, writes=60)
+    assert len(scheduler.pieces([crowd, reader], pace)[-1].ids) == LEAST, "reading always comes forward"
+
+
+@pytest.mark.parametrize("calls", [[], [(1, 0.01)], [(1, 0.01)] * 50, [(4, 0.01), (1, 0.02)]])
+def test_a_pace_that_cannot_be_told_is_slow(calls: list[tuple[int, float]]) -> None:
+    pace = Pace()
+    for call in calls:
+        pace.learn(*call)
+    assert pace.tokens(3.0) == 0.0
+
+
+def test_the_pace_follows_what_changes() -> None:
+    pace = even(Pace())
+    for _ in range(100):
+        for tokens in (1, 30):
+            pace.learn(tokens, 0.02 + 0.001 * tokens)
+    assert pace.tokens(2.0) == pytest.approx(22.0, rel=0.02)

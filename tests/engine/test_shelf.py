@@ -1,0 +1,155 @@
+"""The shelf: what was kept is there, for its owner only, after a restart, a kill, and when room runs out."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prefixes import equal_bits, state_of
+
+from fledge.core.errors import FledgeError, StateError, UsageError
+from fledge.engine.shelf import INDEX, Shelf
+from fledge.engine.statefile import StateCard, dump
+from fledge.models.state import State, WkvState
+
+AMPLE = 1 << 24
+CARD = StateCard("0" * 64, "model", 3, "world", created="2026-01-01T00:00:00+00:00")
+
+
+def number(value: int) -> State:
+    """A state that tells which one it is (and is finite, unlike those of the cache's tests)."""
+    state = state_of([value])
+    assert isinstance(state, WkvState)
+    return WkvState(state.att_shift, state.wkv.nan_to_num(), state.ffn_shift)
+
+
+SIZE = len(dump(number(1), CARD))
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path, CARD.identity, limit_bytes=AMPLE)
+
+
+def test_a_state_is_there_for_its_owner_and_after_a_restart(shelf: Shelf) -> None:
+    mine, theirs = shelf.put("me", number(1), CARD, "first"), shelf.put("you", number(2), CARD)
+    again = shelf.put("me", number(3), CARD)
+    assert [entry.id for entry in shelf.list("me")] == [again, mine]
+    assert shelf.count == 3 and shelf.nbytes == sum(entry.nbytes for entry in [*shelf.list("me"), *shelf.list("you")])
+    shelf.close()
+    with_care = Shelf(shelf.folder, CARD.identity, limit_bytes=AMPLE)
+    state, card = with_care.get("me", mine)
+    assert equal_bits(state, number(1)) and card == CARD
+    entry = with_care.describe("me", mine)
+    assert (entry.name, entry.card) == ("first", CARD)
+    for foreign in (theirs, "st_nonsense", ""):
+        with pytest.raises(StateError, match="there is no state"):
+            with_care.get("me", foreign)
+        with pytest.raises(StateError, match="there is no state"):
+            with_care.delete("me", foreign)
+    with_care.delete("me", mine)
+    assert [entry.id for entry in with_care.list("me")] == [again]
+    assert len(list((with_care.folder / "states").iterdir())) == 2
+    with_care.close()
+
+
+def test_a_conversation_stands_at_a_state(shelf: Shelf) -> None:
+    one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
+    assert shelf.head("me", "chat") is None
+    shelf.set_head("me", "chat", one)
+    shelf.set_head("me", "branch", one)
+    shelf.set_head("me", "chat", two)
+    assert shelf.sessions("me") == {"chat": two, "branch": one} and shelf.sessions("you") == {}
+    with pytest.raises(StateError):
+        shelf.set_head("you", "chat", one)
+    shelf.drop("me", "branch")
+    shelf.delete("me", two)
+    assert shelf.sessions("me") == {} and shelf.count == 1
+    shelf.close()
+
+
+def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(3.5 * SIZE))
+    named = shelf.put("me", number(1), CARD, "keep")
+    standing = shelf.put("me", number(2), CARD)
+    shelf.set_head("me", "chat", standing)
+    loose = shelf.put("me", number(3), CARD)
+    newer = shelf.put("you", number(4), CARD)
+    assert shelf.nbytes <= 3.5 * SIZE
+    assert {entry.id for owner in ("me", "you") for entry in shelf.list(owner)} == {named, standing, newer}
+    with pytest.raises(StateError):
+        shelf.get("me", loose)
+    shelf.rename("you", newer, "mine")
+    with pytest.raises(FledgeError, match=r"the shelf is full: .* delete some"):
+        shelf.put("me", number(5), CARD)
+    assert shelf.count == 3
+    shelf.close()
+
+
+def test_what_is_damaged_says_so(shelf: Shelf) -> None:
+    one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
+    (shelf.folder / "states" / f"{one}.state").write_bytes(b"short")
+    (shelf.folder / "states" / f"{two}.state").unlink()
+    with pytest.raises(StateError, match=f"the file of {one} is damaged"):
+        shelf.get("me", one)
+    with pytest.raises(StateError, match=f"the file of {two} cannot be read"):
+        shelf.get("me", two)
+    shelf.close()
+    (shelf.folder / INDEX).write_bytes(b"no database" * 500)
+    with pytest.raises(FledgeError, match=r"is damaged .* bring back a copy"):
+        Shelf(shelf.folder, CARD.identity, limit_bytes=AMPLE)
+    assert (shelf.folder / "states" / f"{one}.state").exists(), "nothing is thrown away"
+
+
+def test_one_process_at_a_time(shelf: Shelf) -> None:
+    with pytest.raises(UsageError, match="another process keeps its states there"):
+        Shelf(shelf.folder, CARD.identity, limit_bytes=AMPLE)
+    shelf.close()
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_shelf import AMPLE, CARD, number
+from fledge.engine.shelf import Shelf
+shelf = Shelf({folder!r}, CARD.identity, limit_bytes=AMPLE)
+print("open", flush=True)
+for value in range({begin}, 10**9):
+    id = shelf.put("me", number(value), CARD)
+    shelf.set_head("me", "chat", id)
+    print(value, id, flush=True)
+"""
+
+
+def test_what_was_kept_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
+    chooser, promised = random.Random(2), dict[str, int]()
+    for attempt in range(5):
+        code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), begin=attempt * 1000)
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent.parent)]))
+        writer = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        assert writer.stdout is not None and writer.stdout.readline() == "open\n"
+        time.sleep(chooser.uniform(0.01, 0.2))
+        os.kill(writer.pid, signal.SIGKILL)
+        lines = writer.stdout.read().splitlines()
+        writer.wait()
+        writer.stdout.close()
+        for value, id in (line.split() for line in lines if len(line.split()) == 2 and len(line.split()[1]) == 25):
+            promised[id] = int(value)
+        shelf = Shelf(tmp_path, CARD.identity, limit_bytes=AMPLE)
+        kept = {entry.id for entry in shelf.list("me")}
+        assert kept >= promised.keys() and len(kept) <= len(promised) + attempt + 1
+        assert {f"{id}.state" for id in kept} == {path.name for path in (tmp_path / "states").iterdir()}
+        for id in kept:
+            state, _ = shelf.get("me", id)
+            assert id not in promised or equal_bits(state, number(promised[id]))
+        assert shelf.head("me", "chat") in kept
+        shelf.close()
+    assert len(promised) > 10, "the kills came too early to try anything"

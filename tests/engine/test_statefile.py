@@ -1,0 +1,107 @@
+"""State files: the same bits back, and nothing that is not sound, signed here, or of these weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from fakes import ByteTokenizer, equal_states, random_finch
+
+from fledge.core.errors import StateError
+from fledge.engine.generation import feed, fresh_state
+from fledge.engine.statefile import CARD, StateCard, dump, identity_of, parse, read_state, write_state
+from fledge.engine.text import LLM
+from fledge.models.state import KIND, State
+
+SECRET = b"x" * 32
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    tokenizer = ByteTokenizer("ab")
+    return LLM(random_finch(tokenizer.vocab_size), tokenizer, "mine")
+
+
+@pytest.fixture(scope="module")
+def made(llm: LLM) -> tuple[State, StateCard]:
+    state = feed(llm.model, [5, 6, 7], fresh_state(llm.model))
+    return state, StateCard.of(llm, identity_of(llm), tokens=3, template="world", title="\u597d")
+
+
+def test_a_state_comes_back_with_its_card(made: tuple[State, StateCard], tmp_path: Path) -> None:
+    write_state(tmp_path / "a.state", *made)
+    state, card = read_state(tmp_path / "a.state")
+    assert equal_states(state, made[0]) and card == made[1]
+    assert equal_states(State.load(tmp_path / "a.state"), made[0])
+
+
+def test_only_the_same_weights_go_on(llm: LLM, made: tuple[State, StateCard]) -> None:
+    made[1].check(identity_of(llm), llm.name)
+    model = random_finch(llm.tokenizer.vocab_size)
+    with torch.no_grad():
+        next(iter(model.parameters()))[0, 0] += 0.5
+    other = LLM(model, llm.tokenizer, "other")
+    with pytest.raises(StateError, match=r"made by mine \([0-9a-f]{12}\), not by other"):
+        made[1].check(identity_of(other), other.name)
+    assert identity_of(replace(llm, altered="00")) != identity_of(llm), "adapters make other weights"
+
+
+def test_a_signed_state_is_taken_only_as_it_was(made: tuple[State, StateCard]) -> None:
+    data = dump(*made, SECRET)
+    assert parse(data, SECRET)[1] == made[1]
+    assert parse(data)[1] == made[1]
+    for forged in (dump(*made), dump(*made, b"y" * 32), data[:-1] + bytes([data[-1] ^ 1])):
+        with pytest.raises(StateError, match=r"not signed here|finite"):
+            parse(forged, SECRET)
+    card = replace(made[1], tokens=4)
+    with pytest.raises(StateError, match="not signed here"):
+        signature = safetensors_metadata(data)["fledge_signature"]
+        parse(rewritten(made[0], {**card_metadata(card), "fledge_signature": signature}), SECRET)
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return found
+
+
+def card_metadata(card: StateCard) -> dict[str, str]:
+    return {KIND: "WkvState", CARD: json.dumps(vars(card))}
+
+
+def rewritten(state: State, metadata: dict[str, str]) -> bytes:
+    return safetensors.torch.save(state.tensors(), metadata)
+
+
+def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateCard], tmp_path: Path) -> None:
+    state, card = made
+    data, tensors = dump(state, card), state.tensors()
+    good = card_metadata(card)
+    infinite = {**tensors, "wkv": torch.full_like(tensors["wkv"], float("inf"))}
+    hostile = {
+        "nothing": b"",
+        "short": data[:40],
+        "cut": data[:-9],
+        "noise": b"\x00" * 200,
+        "huge header": b"\xff" * 7 + b"\x00" + data[8:],
+        "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5 + data,
+        "no card": safetensors.torch.save(tensors),
+        "no json": safetensors.torch.save(tensors, {**good, CARD: "{"}),
+        "other keys": safetensors.torch.save(tensors, {**good, CARD: '{"identity": "x", "exec": 1}'}),
+        "other kinds": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": "3"})}),
+        "another class": safetensors.torch.save(tensors, {**good, KIND: "object"}),
+        "lacking": safetensors.torch.save({"wkv": tensors["wkv"]}, good),
+        "integers": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].long()}, good),
+        "infinite": safetensors.torch.save(infinite, good),
+    }
+    for name, content in hostile.items():
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(StateError, match="x is no state that can be used: ") as caught:
+            read_state(tmp_path / "x")
+        assert "\n" not in str(caught.value), name
+    with pytest.raises(StateError, match="cannot be read: No such file"):
+        read_state(tmp_path / "missing")
