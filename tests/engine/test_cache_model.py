@@ -45,11 +45,6 @@ def agreement(one: Ids, other: Ids) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def agreed(one: Ids, other: Ids) -> int:
-    """Leading tokens that are the same."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 class Plain:
     """The cache without bounds, in the plainest words."""
 
