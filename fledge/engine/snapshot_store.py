@@ -42,6 +42,7 @@ INDEX = "index.sqlite"
 VERSION = 1  # of the table below; an index with another one is not read
 DTYPE = "float32"
 LOGITS = "logits"
+LAST = 1 << 62  # uses; a column holds no more than 63 bits
 OURS = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\..*\.part")  # all that a sweep may remove
 
 TABLE = """
@@ -121,7 +122,7 @@ class Store:
         try:
             with self._index:
                 self._index.execute(f"INSERT OR REPLACE INTO snapshots VALUES ({marks})", dataclasses.astuple(done))
-        except sqlite3.Error:
+        except BaseException:
             (self._states / done.file).unlink(missing_ok=True)
             raise
         if row.file:
@@ -181,8 +182,9 @@ def encoded(snapshot: Snapshot) -> bytes:
 
 
 def _sound(row: Row) -> bool:
-    """Whether the values, which a damaged page can turn into anything, are of the kinds the columns have."""
-    return row.dtype == DTYPE and all(type(getattr(row, field.name)).__name__ == field.type for field in FIELDS)
+    """Whether the values, which a damaged page can turn into anything, are such as were written."""
+    typed = all(type(getattr(row, field.name)).__name__ == field.type for field in FIELDS)
+    return typed and row.dtype == DTYPE and row.length > 0 and 0 <= row.used < LAST
 
 
 def _open_index(path: Path) -> tuple[sqlite3.Connection, list[Row]]:
