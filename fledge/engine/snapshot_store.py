@@ -1,8 +1,9 @@
 """Snapshots in a folder: one file each and a SQLite index, sound after a kill at any moment.
 
-A file is complete and synced before its row is committed, and a row is gone before its file, so a crash leaves at most
-a file without a row, which the next opening removes. Each row has a checksum of its file. A damaged index is set aside
-and begun anew: what it led to can be computed again. Who has the store open has the folder alone.
+A file is complete and synced before its row is committed, and a row is gone before its file, so a kill leaves at most
+a file without a row. The next opening removes it, and any row whose file is gone, as a full disk may leave one. Each
+row has a checksum of its file. A damaged index is set aside and begun anew: what it led to can be computed again. Who
+has the store open has the folder alone.
 
     lock           held while the store is open
     index.sqlite   rows; spaces and token ids only as SHA-256, since both may be secrets
@@ -142,12 +143,14 @@ class Store:
             return None
 
     def remove(self, rows: Iterable[Row]) -> None:
-        """Forget rows, then their files."""
+        """Forget rows, then their files; the files also where a full disk takes no change of the index."""
         rows = list(rows)
-        self._forget(rows)
-        for row in rows:
-            if row.file:
-                (self._states / row.file).unlink(missing_ok=True)
+        try:
+            self._forget(rows)
+        finally:  # a row that has lost its file is a miss, and goes at the next opening
+            for row in rows:
+                if row.file:
+                    (self._states / row.file).unlink(missing_ok=True)
 
     def touch(self, rows: Iterable[Row]) -> None:
         """Write down when rows were last used."""
