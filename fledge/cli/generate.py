@@ -50,10 +50,10 @@ def generate(
 
     with SlowBar("reading the prompt", "tokens") as bar:
         stream = llm.stream(data, params=sampling.applied_to(SamplingParams()), progress=bar.update)
-        first = _first(stream)
+        first = first_piece(stream)
     if first is not None and not as_json:
         _show_prompt(data)
-    _run(stream, first, show=not as_json)
+    take_rest(stream, first, show=not as_json)
     done = stream.completion
     if as_json:
         print(json.dumps(record(llm, done, load_s), ensure_ascii=False))
@@ -64,7 +64,7 @@ def generate(
         raise KeyboardInterrupt
 
 
-def _first(stream: Stream) -> str | None:
+def first_piece(stream: Stream) -> str | None:
     """The first piece; None after Ctrl-C."""
     try:
         return next(stream, "")
@@ -72,7 +72,7 @@ def _first(stream: Stream) -> str | None:
         return None
 
 
-def _run(stream: Stream, first: str | None, *, show: bool) -> None:
+def take_rest(stream: Stream, first: str | None, *, show: bool) -> None:
     """Take the text to its end, or to Ctrl-C."""
     if first is None:
         return

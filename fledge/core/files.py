@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,3 +124,11 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def asset(name: str) -> Path:
     """Path of a file that ships inside the package (the World vocabulary, the bundled model)."""
     return Path(__file__).resolve().parent.parent / "assets" / name
+
+
+def cache_folder() -> Path:
+    """Where Fledge keeps what it could make again, for this user. Not made here."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    if not base:
+        base = os.path.join("~", *(("Library", "Caches") if sys.platform == "darwin" else (".cache",)))
+    return Path(os.path.expanduser(base)) / "fledge"

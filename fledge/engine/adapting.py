@@ -33,11 +33,14 @@ def adapter_list(given: Adapters) -> tuple[checkpoint.Adapter, ...]:
 
 def check_fit(adapters: tuple[checkpoint.Adapter, ...], llm: LLM) -> None:
     """Raise CheckpointError unless the adapters belong to the weights of `llm`: its file's, or those in memory."""
+    checkpoint.check_base(adapters, weights_of(llm))
+
+
+def weights_of(llm: LLM) -> checkpoint.Checkpoint:
+    """What `llm` was made from: its file, or the weights in memory, of which a native or adapted model lacks some."""
     if llm.source:
-        found = checkpoint.read(llm.source)
-    else:
-        found = checkpoint.Checkpoint(Path(llm.name), "", llm.config, llm.model.state_dict(), ())
-    checkpoint.check_base(adapters, found)
+        return checkpoint.read(llm.source)
+    return checkpoint.Checkpoint(Path(llm.name), "", llm.config, llm.model.state_dict(), ())
 
 
 def with_changes(llm: LLM, changes: checkpoint.Changes) -> LLM:

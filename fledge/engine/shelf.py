@@ -7,6 +7,7 @@
 A file is complete and synced before its row is committed, and a row is gone before its file. So a state whose `put`
 has returned survives a kill at any moment, and what a crash leaves over is swept away at the next opening. Nothing
 goes by itself but for want of room: then the oldest states that have no name and are no conversation's place.
+States of other weights are kept, listed and counted like the rest, and handed out by a shelf of their own model only.
 
 Unlike the cache's snapshots, what is here cannot be computed again: a damaged index is an error, not a new beginning.
 All methods may be called from any thread.
@@ -33,6 +34,7 @@ from fledge.models.state import State
 
 INDEX = "shelf.sqlite"
 VERSION = 1
+LONGEST_NAME = 200
 OURS = re.compile(r"st_[A-Za-z0-9_-]{22}\.state|\.st_[A-Za-z0-9_-]{22}\.state\..*\.part")
 
 TABLES = """
@@ -108,6 +110,7 @@ class Shelf:
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
+        _check_name(name)
         data, id = dump(state, card), f"st_{secrets.token_urlsafe(16)}"
         with self._lock:
             self._make_room(len(data))
@@ -115,6 +118,7 @@ class Shelf:
         try:
             with atomic_path(self._file(id)) as temporary:
                 temporary.write_bytes(data)
+            _sync(self.folder / "states")  # or a power cut could leave the row without its file
             text = json.dumps(asdict(card), ensure_ascii=False)
             with self._lock, self._index:
                 number = self._index.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM states").fetchone()[0]
@@ -129,11 +133,13 @@ class Shelf:
         return id
 
     def get(self, owner: str, id: str) -> tuple[State, StateCard]:
-        """A kept state. Raises StateError where the owner has none of this id, or where its file is damaged."""
+        """A kept state. Raises StateError where the owner has none of this id, it is of other weights, or damaged."""
         entry = self.describe(owner, id)
+        entry.card.check(self._identity, "the model that runs here")
         try:
             state, _ = parse(self._file(id).read_bytes())
         except OSError as error:
+            self.describe(owner, id)  # it may have been deleted just now, which is no damage
             raise StateError(f"the file of {id} cannot be read: {error.strerror}") from None
         except StateError as error:
             raise StateError(f"the file of {id} is damaged: {error}") from None
@@ -160,14 +166,15 @@ class Shelf:
 
     def rename(self, owner: str, id: str, name: str | None) -> None:
         """Give a state a name, or take it away. Raises StateError where the owner has none of this id."""
-        self.describe(owner, id)
+        _check_name(name)
         with self._lock, self._index:
+            self.describe(owner, id)
             self._index.execute("UPDATE states SET name = ? WHERE id = ?", (name, id))
 
     def delete(self, owner: str, id: str) -> None:
         """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
-        entry = self.describe(owner, id)
         with self._lock:
+            entry = self.describe(owner, id)
             with self._index:
                 self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
                 self._index.execute("DELETE FROM states WHERE id = ?", (id,))
@@ -184,8 +191,9 @@ class Shelf:
 
     def set_head(self, owner: str, session: str, id: str) -> None:
         """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
-        self.describe(owner, id)
+        _check_name(session)
         with self._lock, self._index:
+            self.describe(owner, id)
             self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (_hash(owner), session, id))
 
     def sessions(self, owner: str) -> dict[str, str]:
@@ -226,17 +234,39 @@ class Shelf:
 
     def _make_room(self, size: int) -> None:
         """Remove the oldest that nobody named until `size` bytes fit."""
-        while self._bytes + size > self._limit:
-            found = self._index.execute(f"SELECT id, size FROM states WHERE {FREE} ORDER BY number LIMIT 1").fetchone()
-            if found is None:
-                raise FledgeError(
-                    f"the shelf is full: {self._bytes / 1e6:.1f} of {self._limit / 1e6:.1f} MB, all of states with a "
-                    "name or a conversation; delete some"
-                )
-            with self._index:
-                self._index.execute("DELETE FROM states WHERE id = ?", (found[0],))
-            self._bytes -= found[1]
-            self._file(found[0]).unlink(missing_ok=True)
+        excess, freed, victims = self._bytes + size - self._limit, 0, []
+        rows = self._index.execute(f"SELECT id, size FROM states WHERE {FREE} ORDER BY number") if excess > 0 else ()
+        for id, length in rows:
+            victims.append((id,))
+            freed += length
+            if freed >= excess:
+                break
+        if freed < excess:  # and then nothing has gone in vain
+            raise FledgeError(
+                f"the shelf is full: of its {self._limit / 1e6:.1f} MB {self._bytes / 1e6:.1f} are taken, and without "
+                f"the states that have a name or a conversation there is no room for {size / 1e6:.1f} more; delete some"
+            )
+        with self._index:
+            self._index.executemany("DELETE FROM states WHERE id = ?", victims)
+        self._bytes -= freed
+        for (id,) in victims:
+            self._file(id).unlink(missing_ok=True)
+
+
+def _check_name(name: str | None) -> None:
+    """Raise UsageError for a name that cannot be stored: it came out of JSON, say, with half a character."""
+    if name is not None and (len(name) > LONGEST_NAME or not name.isprintable()):
+        raise UsageError(f"{name!r:.60} is no name for a state: at most {LONGEST_NAME} characters that can be printed")
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where folders can be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _hash(owner: str) -> bytes:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import safetensors.torch
 import torch
@@ -31,7 +32,9 @@ from torch import Tensor
 from fledge import checkpoint
 from fledge.core.errors import StateError
 from fledge.core.files import atomic_path
+from fledge.engine.adapting import weights_of
 from fledge.engine.text import LLM
+from fledge.models.native import NativeModel
 from fledge.models.state import COUNTS, KIND, KINDS, State
 
 CARD, SIGNATURE = "fledge_card", "fledge_signature"
@@ -40,6 +43,10 @@ LARGEST = 1 << 32
 
 HEADER = 1 << 20
 TITLE = 200  # characters
+RANKS = {"wkv": 5, "keys": 5, "values": 5, "begin": 2, "end": 2}  # of all others 3
+MOST_TOKENS = 1 << 62
+
+_identities: WeakKeyDictionary[LLM, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,15 @@ class StateCard:
     template: str | None = None  # of the chat it is in the middle of; None: plain text
     title: str = ""
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    source: str | None = None  # SHA-256 of the text that was read, where one text was
+    source: str | None = None  # SHA-256 of all it has read, see reading.py; None: not told
+    family: str = ""  # of the model, with its version
 
     @classmethod
     def of(cls, llm: LLM, identity: str, *, tokens: int, template: str | None = None, title: str = "") -> StateCard:
         """The card of a state that `llm` has come to."""
-        return cls(identity, llm.name, tokens, template, title[:TITLE])
+        return cls(
+            identity, llm.name, tokens, template, title[:TITLE], family=f"{llm.config.family}, {llm.config.version}"
+        )
 
     def check(self, identity: str, model: str) -> None:
         """Raise StateError unless the state is one of the model with these weights."""
@@ -71,14 +81,26 @@ class StateCard:
 def identity_of(llm: LLM) -> str:
     """The hash of the weights that `llm` computes with; adapters count, and a tuned initial state does not.
 
-    Reads the checkpoint again, as a native model keeps no weights as they were: seconds for a large one.
+    So does rounding while loading. Reads the checkpoint again, as a native model keeps no weights as they were: seconds
+    for a large one, and once for each LLM. Raises StateError for a model whose weights are nowhere to be read.
     """
-    if llm.source:
-        found = checkpoint.read(llm.source)
-    else:
-        found = checkpoint.Checkpoint(Path(llm.name), "", llm.config, llm.model.state_dict(), ())
+    known = _identities.get(llm)
+    if known is None:
+        known = _identities[llm] = _identity_of(llm)
+    return known
+
+
+def _identity_of(llm: LLM) -> str:
+    found = weights_of(llm)
+    if not found.tensors.keys() | found.quantised.keys() >= checkpoint.expected_shapes(found.config).keys():
+        raise StateError(
+            f"{llm.name} was made in memory and keeps no weights as they were, so nothing tells which states are its "
+            "own; load it from a checkpoint"
+        )
     base = checkpoint.identity_of(found)
-    return hashlib.sha256(f"{base}\n{llm.altered}".encode()).hexdigest() if llm.altered else base
+    rounded = isinstance(llm.model, NativeModel) and llm.model.quantised and not found.quantised
+    changes = [llm.altered, *([llm.weights] if rounded else [])]
+    return hashlib.sha256("\n".join([base, *changes]).encode()).hexdigest() if any(changes) else base
 
 
 def write_state(path: str | os.PathLike[str], state: State, card: StateCard) -> None:
@@ -134,41 +156,52 @@ def _metadata(data: bytes) -> Mapping[str, Any]:
         (size,) = struct.unpack_from("<Q", data)
         if size > min(HEADER, len(data) - 8):
             raise StateError("it is no safetensors file, or cut off")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+        metadata = json.loads(data[8 : 8 + size], object_pairs_hook=_without_repeats)["__metadata__"]
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
         raise StateError("it is no state file of Fledge's") from None
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not metadata.keys() <= {KIND, CARD, SIGNATURE}:
         raise StateError("it is no state file of Fledge's")
     return metadata
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name appears twice")
+    return found
 
 
 def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
     names = [each.name for each in dataclasses.fields(kind)]
     if sorted(tensors) != sorted(names):
-        raise StateError(f"it holds {', '.join(sorted(tensors))}, not {', '.join(names)}")
+        raise StateError(f"it holds {', '.join(sorted(tensors))!r:.200}, not {', '.join(names)}")
     for name, tensor in tensors.items():
         want = torch.long if name in COUNTS else torch.float32
-        if tensor.dtype != want or tensor.dim() < 2:
+        if tensor.dtype != want or tensor.dim() != RANKS.get(name, 3):
             raise StateError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {want}")
         if not bool(tensor.isfinite().all()):
             raise StateError(f"{name} holds numbers that are not finite")
+    if len({tensor.shape[1] for tensor in tensors.values()}) > 1:
+        raise StateError("its tensors are of different numbers of texts")
+    if len({tensor.shape[0] for name, tensor in tensors.items() if name not in COUNTS}) > 1:
+        raise StateError("its tensors are of different numbers of layers")
 
 
 def _card(text: Any) -> StateCard:
     """A card, every value of the kind it must have."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_without_repeats)
         card = StateCard(**values)
+        json.dumps(values, ensure_ascii=False).encode()  # fails for a lone surrogate, which nothing could write again
     except (ValueError, TypeError, RecursionError):
         raise StateError("its card cannot be read") from None
-    texts = (card.identity, card.model, card.title, card.created)
+    texts = (card.identity, card.model, card.title, card.created, card.family)
     optional = (card.template, card.source)
     if not (
         all(isinstance(value, str) for value in texts)
         and all(value is None or isinstance(value, str) for value in optional)
         and type(card.tokens) is int
-        and card.tokens >= 0
-        and len(text) < HEADER
+        and 0 <= card.tokens < MOST_TOKENS
     ):
         raise StateError("its card holds values of a wrong kind")
     return card

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fledge.core.errors import StateError
 from fledge.engine.generation import feed
 from fledge.models.config import ModelConfig
 from fledge.models.native import NativeModel
@@ -66,6 +67,31 @@ def changes(model: nn.Module, pieces: Sequence[Sequence[int]], start: State) -> 
             found.append(np.asarray(ratio.numpy()))
         state = after
     return found
+
+
+def distances(one: State, other: State) -> dict[str, Table]:
+    """How far two states are apart in each layer: field -> (L,), ||A - B|| / max(||A||, ||B||), so 0 where they agree.
+
+    The first sequence of each. Raises StateError for states that cannot be compared.
+    """
+    mine, theirs = _fields(one), _fields(other)
+    if {name: x.shape for name, x in mine.items()} != {name: x.shape for name, x in theirs.items()}:
+        raise StateError("the states are of models of different sizes and have nothing to compare")
+    found: dict[str, Table] = {}
+    for name, a in mine.items():
+        a, b = a.flatten(1).double(), theirs[name].flatten(1).double()
+        larger = torch.maximum(a.norm(dim=-1), b.norm(dim=-1))
+        found[name] = np.asarray(((a - b).norm(dim=-1) / larger.clamp_min(1e-30)).numpy())
+    return found
+
+
+def _fields(state: State) -> dict[str, torch.Tensor]:
+    """Name -> (L, ...) of the first sequence."""
+    held = _held(state)
+    if held is None:
+        raise StateError("a transformer's state holds the text itself and cannot be compared layer by layer")
+    shifts = {name: state.tensors()[name][:, 0].cpu() for name in ("att_shift", "ffn_shift")}
+    return {"att_shift": shifts["att_shift"], "memory": held, "ffn_shift": shifts["ffn_shift"]}
 
 
 def _held(state: State) -> torch.Tensor | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import secrets
@@ -75,11 +74,11 @@ class Service:
         self.metrics = Metrics(self)
         self.began = int(time.time())
         folder = settings.folder
-        disk = None
-        if folder is not None and settings.cache_disk:
-            disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
+        self.disk = None
+        if folder is not None and settings.cache_disk and settings.cache_memory:
+            self.disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
         self.cache = (
-            PrefixCache(memory=settings.cache_memory, disk=disk, every=settings.cache_every)
+            PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory
             else None
         )
@@ -133,6 +132,8 @@ class Service:
         await asyncio.to_thread(self.desk.close, self.settings.drain)
         if self.cache is not None:
             await asyncio.to_thread(self.cache.flush)
+        if self.disk is not None:
+            await asyncio.to_thread(self.disk.close)
         if self.shelf is not None:
             self.shelf.close()
 
@@ -178,7 +179,7 @@ class Service:
                 found = parse(base64.b64decode(text, validate=True), self.secret)
             found[1].check(self.identity, self.llm.name)
             found[0].check(self.llm.config, 1)
-        except binascii.Error:
+        except ValueError:  # binascii's kind too
             raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None
         except FledgeError as error:
             raise api_error(error, param) from None

@@ -87,7 +87,7 @@ def broken(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         (CheckpointError("m.pth is odd\n  in two\r\nlines \x1b[31m"), 1, ["m.pth is odd in two lines ␛[31m"]),
         (UsageError("top_p is 2"), 2, ["top_p is 2"]),
         (PermissionError(13, "Permission denied", "m.pth"), 1, ["m.pth: Permission denied"]),
-        (OSError(28, "No space left on device"), 1, ["the disk of . is full", "make room"]),
+        (OSError(28, "No space left on device"), 1, ["No space left on device; make room and give"]),
         (OSError(28, "No space left on device", "a/b.pth"), 1, ["the disk of a is full", "a/b.pth cannot be written"]),
         (MemoryError(), 1, ["more memory than there is"]),
         (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"), 1, ["more memory than there is"]),

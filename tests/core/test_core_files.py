@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from fledge.core.files import asset, atomic_path, disk_trouble, exclusive, read_json, sha256, write_json
+from fledge.core.files import (
+    asset,
+    atomic_path,
+    cache_folder,
+    disk_trouble,
+    exclusive,
+    read_json,
+    sha256,
+    write_json,
+)
 
 
 def test_a_file_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -77,6 +86,16 @@ def test_sha256_of_more_than_one_block(tmp_path: Path) -> None:
 
 def test_assets_lie_in_the_package() -> None:
     assert asset("world-vocabulary.xz").is_file()
+
+
+def test_the_cache_is_where_the_user_wants_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fledge" and not cache_folder().exists()
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if os.name == "posix":
+        assert tmp_path in cache_folder().parents
 
 
 def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:

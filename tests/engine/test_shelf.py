@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,65 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     with pytest.raises(FledgeError, match=r"the shelf is full: .* delete some"):
         shelf.put("me", number(5), CARD)
     assert shelf.count == 3
+    shelf.close()
+
+
+def test_what_can_have_no_room_drives_nothing_out(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(2.5 * SIZE))
+    named, loose = shelf.put("me", number(1), CARD, "keep"), shelf.put("me", number(2), CARD)
+    with pytest.raises(FledgeError, match="the shelf is full"):
+        shelf.put("me", State.stack([number(value) for value in range(3)]), CARD)
+    assert [entry.id for entry in shelf.list("me")] == [loose, named] and shelf.nbytes <= 2 * SIZE + 10
+    shelf.close()
+
+
+def test_a_state_of_other_weights_is_kept_and_not_handed_out(shelf: Shelf) -> None:
+    mine = shelf.put("me", number(1), CARD)
+    shelf.close()
+    other = Shelf(shelf.folder, "1" * 64, limit_bytes=AMPLE)
+    assert [entry.id for entry in other.list("me")] == [mine]
+    with pytest.raises(StateError, match=r"was made by model \(0{12}\), not by the model that runs here \(1{12}\)"):
+        other.get("me", mine)
+    other.close()
+    again = Shelf(shelf.folder, CARD.identity, limit_bytes=AMPLE)
+    assert equal_bits(again.get("me", mine)[0], number(1))
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["\ud800", "two\nlines", "x" * 201])
+def test_a_name_that_cannot_be_shown_is_refused(shelf: Shelf, name: str) -> None:
+    id = shelf.put("me", number(1), CARD)
+    for attempt in (
+        lambda: shelf.put("me", number(2), CARD, name),
+        lambda: shelf.rename("me", id, name),
+        lambda: shelf.set_head("me", name, id),
+    ):
+        with pytest.raises(UsageError, match="no name for a state"):
+            attempt()
+    assert shelf.count == 1 and len(list((shelf.folder / "states").iterdir())) == 1
+    shelf.close()
+
+
+def test_threads_may_share_a_shelf(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(20.5 * SIZE))
+
+    def work(owner: str) -> None:
+        for value in range(10):
+            id = shelf.put(owner, number(value), CARD, "kept" if value == 5 else None)
+            if value == 5:
+                shelf.set_head(owner, "chat", id)
+                shelf.rename(owner, id, None)
+            assert value != 5 or equal_bits(shelf.get(owner, id)[0], number(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, "abcd"))
+    assert shelf.count == 20 and shelf.nbytes <= 20.5 * SIZE
+    assert {path.stem for path in (tmp_path / "states").iterdir()} == {
+        entry.id for owner in "abcd" for entry in shelf.list(owner)
+    }
+    for owner in "abcd":
+        head = shelf.head(owner, "chat")
+        assert head is not None and equal_bits(shelf.get(owner, head)[0], number(5))
     shelf.close()
 
 

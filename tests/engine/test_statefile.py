@@ -10,9 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from fakes import ByteTokenizer, equal_states, random_finch
+from native_library import needs_native
+from random_checkpoints import random_checkpoint
 
 from fledge.core.errors import StateError
 from fledge.engine.generation import feed, fresh_state
+from fledge.engine.loading import load
 from fledge.engine.statefile import CARD, StateCard, dump, identity_of, parse, read_state, write_state
 from fledge.engine.text import LLM
 from fledge.models.state import KIND, State
@@ -50,6 +53,19 @@ def test_only_the_same_weights_go_on(llm: LLM, made: tuple[State, StateCard]) ->
     assert identity_of(replace(llm, altered="00")) != identity_of(llm), "adapters make other weights"
 
 
+@needs_native
+def test_rounding_while_loading_makes_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    torch.save(random_checkpoint("6.0", n_layer=1, n_embd=64, head_size=32, vocab_size=256, dim_ffn=96), path)
+    plain, packed, rounded = load(path, pack=False), load(path), load(path, quant="int8")
+    assert identity_of(plain) == identity_of(packed) != identity_of(rounded)
+    assert identity_of(replace(plain, source="")) == identity_of(plain)
+    with pytest.raises(StateError, match="m was made in memory and keeps no weights"):
+        identity_of(replace(packed, source=""))
+    path.unlink()
+    assert identity_of(packed) == identity_of(plain), "it is computed once"
+
+
 def test_a_signed_state_is_taken_only_as_it_was(made: tuple[State, StateCard]) -> None:
     data = dump(*made, SECRET)
     assert parse(data, SECRET)[1] == made[1]
@@ -73,6 +89,13 @@ def card_metadata(card: StateCard) -> dict[str, str]:
     return {KIND: "WkvState", CARD: json.dumps(vars(card))}
 
 
+def twice(data: bytes) -> bytes:
+    """The same file with two metadata in its header."""
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()[:-1] + b', "__metadata__": {}}'
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 def rewritten(state: State, metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(state.tensors(), metadata)
 
@@ -93,6 +116,16 @@ def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateCard],
         "no json": safetensors.torch.save(tensors, {**good, CARD: "{"}),
         "other keys": safetensors.torch.save(tensors, {**good, CARD: '{"identity": "x", "exec": 1}'}),
         "other kinds": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": "3"})}),
+        "a name twice": safetensors.torch.save(tensors, {**good, CARD: '{"tokens": 1, ' + good[CARD][1:]}),
+        "half a character": safetensors.torch.save(
+            tensors, {**good, CARD: json.dumps({**vars(card), "title": "\ud800"})}
+        ),
+        "a huge count": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": 10**99})}),
+        "header keys": safetensors.torch.save(tensors, {**good, "more": ""}),
+        "header twice": twice(data),
+        "flat": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].flatten(2)}, good),
+        "layers": safetensors.torch.save({**tensors, "wkv": tensors["wkv"][:1]}, good),
+        "texts": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].repeat(1, 2, 1, 1, 1)}, good),
         "another class": safetensors.torch.save(tensors, {**good, KIND: "object"}),
         "lacking": safetensors.torch.save({"wkv": tensors["wkv"]}, good),
         "integers": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].long()}, good),

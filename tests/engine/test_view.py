@@ -11,8 +11,10 @@ from native_library import needs_native
 from random_checkpoints import VERSIONS, random_checkpoint
 
 from fledge.checkpoint import assemble, detect
+from fledge.core.errors import StateError
 from fledge.engine.generation import feed, fresh_state
-from fledge.engine.view import changes, half_lives, norms
+from fledge.engine.view import changes, distances, half_lives, norms
+from fledge.models import ModelConfig, WkvState, zero_state
 
 
 def model_of(version: str, pack: bool = False) -> torch.nn.Module:
@@ -50,3 +52,23 @@ def test_changes_are_told_piece_by_piece(version: str) -> None:
         assert second[1, 2] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
     held = norms(feed(model, [5, 6, 7], fresh_state(model)))
     assert held is not None and held.shape == (3, heads) and (held > 0).all()
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) -> None:
+    model = model_of(version)
+    state, other = (feed(model, ids, fresh_state(model)) for ids in ([5, 6, 7], [5, 6, 8]))
+    same, apart, whole = (distances(state, each) for each in (state, other, fresh_state(model)))
+    assert list(same) == ["att_shift", "memory", "ffn_shift"]
+    assert all((table == 0).all() and table.shape == (3,) for table in same.values())
+    assert all(0 < value < 2 for table in apart.values() for value in table)
+    assert all(np.allclose(table, 1) for table in whole.values())
+
+
+def test_what_has_nothing_in_common_has_no_distance() -> None:
+    state = fresh_state(model_of("5.2"))
+    with pytest.raises(StateError, match="different sizes"):
+        distances(state, WkvState(state.att_shift[:2], state.wkv[:2], state.ffn_shift[:2]))
+    llama = zero_state(ModelConfig.transformer(n_layer=1, n_embd=64, vocab_size=10), 1)
+    with pytest.raises(StateError, match="a transformer's state"):
+        distances(llama, llama)

@@ -45,7 +45,7 @@ class Server:
 
     def __init__(self, service: Service, url: str) -> None:
         self.service, self.url = service, url
-        self.http = httpx.Client(base_url=url, timeout=60)
+        self.http = httpx.Client(base_url=url, timeout=20)
 
     def post(self, path: str, body: Any, key: str | None = None) -> Any:
         """The answer to a POST; its JSON, whatever its status."""
@@ -87,7 +87,9 @@ def serving(llm: LLM, folder: Path | None = None, **settings: Any) -> Iterator[S
         while not server.started:
             assert thread.is_alive(), "the server did not start"
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Server(service, f"http://127.0.0.1:{port}")
+        running = Server(service, f"http://127.0.0.1:{port}")
+        with running.http:
+            yield running
     finally:
         server.should_exit = True
         thread.join(timeout=30)
