@@ -148,7 +148,9 @@ def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, FledgeError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in FULL:
-        return disk_trouble(error, Path(error.filename or ".").parent), 1
+        if not error.filename:  # whose disk it is nobody knows
+            return f"{error.strerror}; make room and give the same command again", 1
+        return disk_trouble(error, Path(error.filename).parent), 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     # typer's own errors have click's base class, which later versions of typer bring along under a private name.

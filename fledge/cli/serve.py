@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,9 @@ class Place:
         Path | None,
         typer.Option(metavar="FOLDER", help="For kept states and the cache; without it nothing outlives the server."),
     ] = None
+    shared: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For kept states, together with other servers.")
+    ] = None
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Who may ask (TOML, see docs/server.md).")] = None
     secret: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Signs states. (default: one in FOLDER, made on first use)")
@@ -57,6 +61,9 @@ class Limits:
     drain: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="For requests under way when the server stops.")
     ] = 30.0
+    replicas: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Copies on a Ray cluster; 0: one server, here, without Ray.")
+    ] = 0
 
 
 @app.command()
@@ -75,6 +82,7 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
     settings = Settings(
         name=limits.name,
         folder=place.folder,
+        shared=place.shared,
         keys=place.keys,
         secret=place.secret,
         slots=limits.slots,
@@ -85,13 +93,13 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
         origins=tuple(place.origin or ()),
         drain=limits.drain,
     )
-    _run(model, settings, place.host, place.port)
+    if limits.replicas:
+        _spread(model, settings, place, limits.replicas)
+    else:
+        _run(model, settings, place)
 
 
-def _run(model: ModelOptions, settings: Settings, host: str, port: int) -> None:
-    import socket
-    import sys
-
+def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
     import uvicorn
 
     from fledge.engine.statefile import identity_of
@@ -100,28 +108,47 @@ def _run(model: ModelOptions, settings: Settings, host: str, port: int) -> None:
 
     llm = model.load()
     service = Service(llm, settings, identity_of(llm))
-    # The engine's thread and the event loop's hand the interpreter to each other at every step; at Python's usual
-    # interval of 5 ms each would wait for longer than a step takes.
-    sys.setswitchinterval(0.0005)
     config = uvicorn.Config(
         create_app(service),
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=round(settings.drain) + 1,
         server_header=False,
     )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = _listening(place.host, place.port)
+    _announce(llm.name, place.host, listener.getsockname()[1])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _spread(model: ModelOptions, settings: Settings, place: Place, count: int) -> None:
+    if settings.folder is not None or settings.shared is None:
+        raise UsageError("copies keep states where all of them see them: give --shared FOLDER and no --folder")
+    from fledge.server.replicas import run
+
+    arguments = {
+        "name_or_path": model.model,
+        "device": model.device,
+        "dtype": model.dtype,
+        "quant": model.quant,
+        "adapter": tuple(model.adapter or ()),
+    }
+    run(arguments, settings, count, place.host, place.port, lambda name: _announce(name, place.host, place.port))
+
+
+def _listening(host: str, port: int) -> socket.socket:
     try:
-        listener = socket.socket(family)
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
         raise FledgeError(f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port") from None
+    return listener
+
+
+def _announce(name: str, host: str, port: int) -> None:
+    """One line that programs can read too: it is written whether or not somebody looks at a terminal."""
     shown = f"[{host}]" if ":" in host else host
-    remark(f"{llm.name} at http://{shown}:{listener.getsockname()[1]}  (the chat page; OpenAI's clients: …/v1)")
-    uvicorn.Server(config).run(sockets=[listener])
+    typer.echo(f"{name} at http://{shown}:{port}  (the chat page; for OpenAI's clients add /v1)", err=True)
 
 
 def _local(host: str) -> bool:

@@ -5,11 +5,11 @@ For each prompt the engine asks, in this order: `find`, where to go on from; `pl
 way; `learn`, so that the next prompt sees how far it shares this one; then `put` for each place. Asked in another
 order, `places` would find the prompt in the tree already and miss where it leaves known ground.
 
-Snapshots, paths and nodes together stay within `memory` bytes; what waits to be written is counted by the disk. What
-goes first: a snapshot at a multiple of `every` that the same prompt has passed, so one long prompt displaces little;
-then the least recently used, paths that were only learned among them. A hit refreshes what was hit and nothing before
-it: what lies behind is of use only to prompts that part there, and those refresh it themselves. What has to go moves to
-the disk, if there is one.
+Snapshots, paths and nodes together stay within `memory` bytes; what waits to be written is for the disk to bound. What
+goes first: a snapshot at a multiple of `every` that the same prompt has passed, so that one long prompt displaces
+little; then the least recently used, paths that were only learned among them. A hit refreshes what was hit and nothing
+before it: what lies behind is of use only to prompts that part there, and those refresh it themselves. What has to go
+moves to the disk, if there is one.
 
 Spaces are separate trees: nothing of one is seen from another. Called from one thread; nothing raises because of a
 disk. A state is kept on the device it comes from, and comes back from the disk on the CPU. Not here: the tree

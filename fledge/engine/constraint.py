@@ -36,7 +36,7 @@ PATTERN_CHARACTERS = 8_192
 
 SCHEMA_LEVELS = 600
 """JSON brackets around the innermost value, those of everything that `$ref` names put together. On a stack of 8 MB
-llguidance ends the process from about 1600 such levels."""
+llguidance ends the process from about 2000 such levels."""
 
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How JSON is written. More white space than this a small model may go on writing for ever."""
@@ -247,6 +247,7 @@ def _short(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()] or [""]
     line = next((line[7:] for line in lines if line.startswith("error: ")), lines[0])
     line = re.sub(r"^(at )?\d+\(\d+\): (invalid regex .* \(in regex\): |failed to compile JSON schema: )?", "", line)
+    line = line.partition("; either increase")[0]  # what follows is advice about limits that are ours to set
     return line if len(line) <= MESSAGE_CHARACTERS else line[:MESSAGE_CHARACTERS] + "..."
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fledge.core.errors import FledgeError, TokenizerError, UsageError
 from fledge.engine.batch import read
 from fledge.engine.cache import PrefixCache
-from fledge.engine.generation import Cursor, fresh_state
+from fledge.engine.generation import Cursor, device_of, fresh_state
 from fledge.engine.request import Busy, Finish, Likelihood, Output, Request
 from fledge.engine.sampling import LARGEST_SEED, Sampler
 from fledge.engine.scheduler import Pace, Piece, Scheduler
@@ -67,7 +67,7 @@ class Engine:
         self._clock = clock
         self._pace = Pace()
         self._tasks: dict[int, Task] = {}
-        self._fresh = fresh_state(model)
+        self._fresh, self._device = fresh_state(model), device_of(model)
         self._next = 0
 
     @property
@@ -103,7 +103,7 @@ class Engine:
         number, self._next = self._next, self._next + 1
         rank = self.scheduler.rank(self._clock(), request.priority)
         start = request.start.state if isinstance(request.start, Cursor) else request.start or self._fresh
-        self._tasks[number] = Task(number, request, rank, Row(start))
+        self._tasks[number] = Task(number, request, rank, Row(start.to(self._device)))
         self.tally.requests += 1
         return number
 
@@ -170,7 +170,8 @@ class Engine:
         elif self.cache is not None and request.space is not None:
             hit = self.cache.find(request.space, request.ids)
             if hit.state is not None:
-                task.row, task.done, task.cached = Row(hit.state), hit.length, hit.length
+                # From the disk it comes on the CPU.
+                task.row, task.done, task.cached = Row(hit.state.to(self._device)), hit.length, hit.length
                 self.tally.cached += hit.length
             if hit.logits is not None and hit.length == len(request.ids):
                 self._write(task, hit.logits, outputs)

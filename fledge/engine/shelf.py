@@ -110,7 +110,7 @@ class Shelf:
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
-        _check_name(name)
+        check_name(name)
         data, id = dump(state, card), f"st_{secrets.token_urlsafe(16)}"
         with self._lock:
             self._make_room(len(data))
@@ -166,7 +166,7 @@ class Shelf:
 
     def rename(self, owner: str, id: str, name: str | None) -> None:
         """Give a state a name, or take it away. Raises StateError where the owner has none of this id."""
-        _check_name(name)
+        check_name(name)
         with self._lock, self._index:
             self.describe(owner, id)
             self._index.execute("UPDATE states SET name = ? WHERE id = ?", (name, id))
@@ -191,7 +191,7 @@ class Shelf:
 
     def set_head(self, owner: str, session: str, id: str) -> None:
         """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
-        _check_name(session)
+        check_name(session)
         with self._lock, self._index:
             self.describe(owner, id)
             self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (_hash(owner), session, id))
@@ -253,7 +253,7 @@ class Shelf:
             self._file(id).unlink(missing_ok=True)
 
 
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
     """Raise UsageError for a name that cannot be stored: it came out of JSON, say, with half a character."""
     if name is not None and (len(name) > LONGEST_NAME or not name.isprintable()):
         raise UsageError(f"{name!r:.60} is no name for a state: at most {LONGEST_NAME} characters that can be printed")

@@ -1,8 +1,9 @@
 """Snapshots in a folder: one file each and a SQLite index, sound after a kill at any moment.
 
-A file is complete and synced before its row is committed, and a row is gone before its file, so a crash leaves at most
-a file without a row, which the next opening removes. Each row has a checksum of its file. A damaged index is set aside
-and begun anew: what it led to can be computed again. Who has the store open has the folder alone.
+A file is complete and synced before its row is committed, and a row is gone before its file, so a kill leaves at most
+a file without a row. The next opening removes it, and any row whose file is gone, as a full disk may leave one. Each
+row has a checksum of its file. A damaged index is set aside and begun anew: what it led to can be computed again. Who
+has the store open has the folder alone.
 
     lock           held while the store is open
     index.sqlite   rows; spaces and token ids only as SHA-256, since both may be secrets
@@ -42,6 +43,7 @@ INDEX = "index.sqlite"
 VERSION = 1  # of the table below; an index with another one is not read
 DTYPE = "float32"
 LOGITS = "logits"
+LAST = 1 << 62  # uses; a column holds no more than 63 bits
 OURS = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\..*\.part")  # all that a sweep may remove
 
 TABLE = """
@@ -121,7 +123,7 @@ class Store:
         try:
             with self._index:
                 self._index.execute(f"INSERT OR REPLACE INTO snapshots VALUES ({marks})", dataclasses.astuple(done))
-        except sqlite3.Error:
+        except BaseException:
             (self._states / done.file).unlink(missing_ok=True)
             raise
         if row.file:
@@ -141,12 +143,14 @@ class Store:
             return None
 
     def remove(self, rows: Iterable[Row]) -> None:
-        """Forget rows, then their files."""
+        """Forget rows, then their files; the files also where a full disk takes no change of the index."""
         rows = list(rows)
-        self._forget(rows)
-        for row in rows:
-            if row.file:
-                (self._states / row.file).unlink(missing_ok=True)
+        try:
+            self._forget(rows)
+        finally:  # a row that has lost its file is a miss, and goes at the next opening
+            for row in rows:
+                if row.file:
+                    (self._states / row.file).unlink(missing_ok=True)
 
     def touch(self, rows: Iterable[Row]) -> None:
         """Write down when rows were last used."""
@@ -181,8 +185,9 @@ def encoded(snapshot: Snapshot) -> bytes:
 
 
 def _sound(row: Row) -> bool:
-    """Whether the values, which a damaged page can turn into anything, are of the kinds the columns have."""
-    return row.dtype == DTYPE and all(type(getattr(row, field.name)).__name__ == field.type for field in FIELDS)
+    """Whether the values, which a damaged page can turn into anything, are such as were written."""
+    typed = all(type(getattr(row, field.name)).__name__ == field.type for field in FIELDS)
+    return typed and row.dtype == DTYPE and row.length > 0 and 0 <= row.used < LAST
 
 
 def _open_index(path: Path) -> tuple[sqlite3.Connection, list[Row]]:

@@ -148,6 +148,17 @@ def parse(data: bytes, secret: bytes | None = None) -> tuple[State, StateCard]:
     return kind(**tensors), _card(text)
 
 
+def peek(path: str | os.PathLike[str]) -> StateCard:
+    """The card of a file, without its tensors and without a look at its signature. Raises StateError, OSError."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > HEADER:
+            raise StateError(f"{path} is no state file of Fledge's")
+        file.seek(0)
+        metadata = _metadata(file.read(8 + size))
+    return _card(metadata.get(CARD))
+
+
 def _metadata(data: bytes) -> Mapping[str, Any]:
     """The texts in the header, which the library gives for files only."""
     try:

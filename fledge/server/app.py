@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import fledge
 from fledge.core.errors import FledgeError
 from fledge.server import chat, completions, plain, states
 from fledge.server.errors import ApiError, api_error
@@ -26,6 +26,11 @@ from fledge.server.service import Service
 
 PAGE = Path(__file__).with_name("page")
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", POLICY.encode()),
+)
 
 log = logging.getLogger("fledge")
 
@@ -39,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(title="Fledge", version=fledge.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Fledge", version=version("fledge"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     for module in (chat, completions, states, plain):
         app.include_router(module.router)
@@ -71,42 +76,39 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most, size = self._service.settings.body, 0
-        status = 500
+        most, size, status, over = self._service.settings.body, 0, 500, False
 
         async def received() -> Message:
-            nonlocal size
+            nonlocal size, over
             message = await receive()
             size += len(message.get("body", b""))
-            if size > most:
-                raise ApiError(413, f"the request is larger than {most} bytes", code="too_large")
-            return message
+            over = over or size > most
+            # What reads the body would answer an error of its own, so it is told that the client has gone.
+            return {"type": "http.disconnect"} if over else message
 
         async def sent(message: Message) -> None:
             nonlocal status
+            if over:
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *_headers(scope["path"])]
+                message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        over = not length.isdigit() or int(length) > most
         try:
-            length = dict(scope["headers"]).get(b"content-length", b"0")
-            if not length.isdigit() or int(length) > most:
-                raise ApiError(413, f"the request is larger than {most} bytes", code="too_large")
-            await self._app(scope, received, sent)
-        except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, sent)
+            if not over:
+                await self._app(scope, received, sent)
+        except ClientDisconnect:
+            status = 499
         finally:
+            if over:
+                error = ApiError(413, f"the request is larger than {most} bytes", code="too_large")
+                status = error.status
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             route = getattr(scope.get("route"), "path", "page")
             self._service.metrics.requests.labels(route, str(status)).inc()
-
-
-def _headers(path: str) -> list[tuple[bytes, bytes]]:
-    return [
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"content-security-policy", POLICY.encode()),
-    ]
 
 
 async def _api(request: Request, error: Any) -> Response:

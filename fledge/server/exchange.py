@@ -108,6 +108,8 @@ class Exchange:
         if len(self.order.prompt.ids) > settings.prompt_tokens:
             message = f"the prompt has {len(self.order.prompt.ids)} tokens; at most {settings.prompt_tokens} are taken"
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        if options.return_state == "handle":
+            self.service.shelf_for("fledge.return_state")
         start, origin = await self._start()
         space = None
         if options.cache and origin is not None:
@@ -215,4 +217,9 @@ def with_limits(params: SamplingParams, tenant: Tenant, service: Service, wanted
     most = min(tenant.max_tokens, service.settings.most_tokens)
     if wanted is not None and wanted > most:
         raise ApiError(400, f"max_tokens is {wanted}; this key may ask for up to {most}", param="max_tokens")
+    size = service.llm.config.vocab_size
+    for token in params.ban:
+        if token >= size:
+            message = f"token id {token} is outside this model's vocabulary of {size}"
+            raise ApiError(400, message, param="fledge.ban")
     return replace(params, max_tokens=min(params.max_tokens, most))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +21,7 @@ from pathlib import Path
 from fledge.core.errors import FledgeError
 from fledge.core.files import atomic_path
 from fledge.engine.cache import PrefixCache
+from fledge.engine.commons import Commons
 from fledge.engine.constraint import GrammarVocabulary
 from fledge.engine.desk import Desk
 from fledge.engine.engine import Engine
@@ -71,19 +72,19 @@ class Service:
         """identity: of the model's weights; states of other ones are refused."""
         self.llm, self.settings, self.identity = llm, settings, identity
         self.keys = Keys() if settings.keys is None else Keys.read(settings.keys)
-        self.secret = _secret(settings)
+        self.secret = read_secret(settings)
         self.metrics = Metrics(self)
         self.began = int(time.time())
         folder = settings.folder
-        disk = None
-        if folder is not None and settings.cache_disk:
-            disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
+        self.disk = None
+        if folder is not None and settings.cache_disk and settings.cache_memory:
+            self.disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
         self.cache = (
-            PrefixCache(memory=settings.cache_memory, disk=disk, every=settings.cache_every)
+            PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory
             else None
         )
-        self.shelf = Shelf(folder / "states", identity, limit_bytes=settings.shelf) if folder is not None else None
+        self.shelf = self._states()
         scheduler = Scheduler(slots=settings.slots)
         engine = Engine(
             llm.model, eos_id=llm.tokenizer.eos_id, scheduler=scheduler, queue=settings.queue, cache=self.cache
@@ -92,6 +93,14 @@ class Service:
         self._boxes: dict[Job, Box] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions = set[tuple[str, str]]()
+
+    def _states(self) -> Shelf | Commons | None:
+        settings = self.settings
+        if settings.shared is not None:
+            return Commons(settings.shared, self.identity, self.secret, limit_bytes=settings.shelf)
+        if settings.folder is not None:
+            return Shelf(settings.folder / "states", self.identity, limit_bytes=settings.shelf)
+        return None
 
     @cached_property
     def vocabulary(self) -> GrammarVocabulary:
@@ -125,6 +134,9 @@ class Service:
 
     def start(self) -> None:
         """Begin to serve, in the running event loop."""
+        # The engine's thread and the event loop's hand the interpreter to each other at every step; at Python's usual
+        # interval of 5 ms each would wait for longer than a step takes.
+        sys.setswitchinterval(0.0005)
         self._loop = asyncio.get_running_loop()
         self.desk.start()
 
@@ -133,6 +145,8 @@ class Service:
         await asyncio.to_thread(self.desk.close, self.settings.drain)
         if self.cache is not None:
             await asyncio.to_thread(self.cache.flush)
+        if self.disk is not None:
+            await asyncio.to_thread(self.disk.close)
         if self.shelf is not None:
             self.shelf.close()
 
@@ -178,7 +192,7 @@ class Service:
                 found = parse(base64.b64decode(text, validate=True), self.secret)
             found[1].check(self.identity, self.llm.name)
             found[0].check(self.llm.config, 1)
-        except binascii.Error:
+        except ValueError:  # binascii's kind too
             raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None
         except FledgeError as error:
             raise api_error(error, param) from None
@@ -213,11 +227,11 @@ class Service:
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
     @property
-    def states(self) -> Shelf:
+    def states(self) -> Shelf | Commons:
         """Where states are kept. Raises ApiError where they are not."""
         return self.shelf_for("fledge")
 
-    def shelf_for(self, param: str) -> Shelf:
+    def shelf_for(self, param: str) -> Shelf | Commons:
         """As `states`; the error names the field that asks for it."""
         if self.shelf is None:
             raise ApiError(400, "this server keeps no states: start it with --folder", param=param)
@@ -256,9 +270,13 @@ class Service:
                 box.put(event)
 
 
-def _secret(settings: Settings) -> bytes:
+def read_secret(settings: Settings) -> bytes:
     """What states are signed with: that of a file, made on first use; without any file, of this process."""
-    path = settings.secret or (settings.folder / "secret" if settings.folder is not None else None)
+    path = (
+        settings.secret
+        or (settings.shared and settings.shared / "secret")
+        or (settings.folder / "secret" if settings.folder is not None else None)
+    )
     if path is None:
         return secrets.token_bytes(32)
     if not path.exists():

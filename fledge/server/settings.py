@@ -14,6 +14,7 @@ class Settings:
 
     name: str | None = None  # what the model is called; None: as its file
     folder: Path | None = None  # for states and the cache's second half; None: nothing outlives the process
+    shared: Path | None = None  # for kept states in place of `folder`, with other servers; they need one `secret`
     keys: Path | None = None  # who may ask; None: whoever reaches the port
     secret: Path | None = None  # signs states and handles; None: one in `folder`, else one of this process
     slots: int = 64  # sequences computed at once

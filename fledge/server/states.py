@@ -87,6 +87,7 @@ async def forget(handle: str, request: Request) -> dict[str, Any]:
 async def fetched(handle: str, request: Request) -> Response:
     """One as a file, signed."""
     service, tenant = service_of(request), tenant_of(request)
+    service.opened(tenant, handle, "handle")
     state, card = await service.known_state(tenant, handle, "handle")
     data = await asyncio.to_thread(dump, state, card, service.secret)
     name = handle.partition(".")[0]
@@ -113,6 +114,7 @@ async def brought(request: Request) -> Response:
 async def looked(handle: str, request: Request) -> dict[str, Any]:
     """How much each head holds."""
     service, tenant = service_of(request), tenant_of(request)
+    service.opened(tenant, handle, "handle")
     state, _ = await service.known_state(tenant, handle, "handle")
     config = service.llm.config
     return {

@@ -45,7 +45,7 @@ class Server:
 
     def __init__(self, service: Service, url: str) -> None:
         self.service, self.url = service, url
-        self.http = httpx.Client(base_url=url, timeout=60)
+        self.http = httpx.Client(base_url=url, timeout=20)
 
     def post(self, path: str, body: Any, key: str | None = None) -> Any:
         """The answer to a POST; its JSON, whatever its status."""
@@ -75,10 +75,10 @@ def _headers(key: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def serving(llm: LLM, folder: Path | None = None, **settings: Any) -> Iterator[Server]:
+def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **settings: Any) -> Iterator[Server]:
     """A server for one model; it has stopped when this is left."""
     wanted = replace(Settings(folder=folder, drain=5.0, cache_memory=1 << 24, cache_every=16), **settings)
-    service = Service(llm, wanted, IDENTITY)
+    service = Service(llm, wanted, identity)
     config = uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -87,7 +87,9 @@ def serving(llm: LLM, folder: Path | None = None, **settings: Any) -> Iterator[S
         while not server.started:
             assert thread.is_alive(), "the server did not start"
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Server(service, f"http://127.0.0.1:{port}")
+        running = Server(service, f"http://127.0.0.1:{port}")
+        with running.http:
+            yield running
     finally:
         server.should_exit = True
         thread.join(timeout=30)

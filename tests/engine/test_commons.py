@@ -1,0 +1,65 @@
+"""A shelf in a folder that several servers see: each answers for the other, and takes only what was signed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prefixes import equal_bits
+from test_shelf import AMPLE, CARD, SIZE, number
+
+from fledge.core.errors import FledgeError, StateError
+from fledge.engine.commons import Commons
+from fledge.engine.statefile import dump
+
+SECRET = b"s" * 32
+
+
+def commons(folder: Path, limit: int = AMPLE) -> Commons:
+    return Commons(folder, CARD.identity, SECRET, limit_bytes=limit)
+
+
+def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
+    one, two = commons(tmp_path), commons(tmp_path)
+    mine, theirs = one.put("me", number(1), CARD, "first"), one.put("you", number(2), CARD)
+    again = two.put("me", number(3), CARD)
+    state, card = two.get("me", mine)
+    assert equal_bits(state, number(1)) and (card.tokens, card.title) == (CARD.tokens, "first")
+    assert {entry.id for entry in two.list("me")} == {mine, again} and two.count == 3
+    assert two.describe("me", mine).name == "first" and two.nbytes >= 3 * SIZE - 100
+    for foreign in (theirs, "st_nonsense", "../../x", "st_" + "/" * 22):
+        for attempt in (two.get, two.describe, two.delete):
+            with pytest.raises(StateError, match="there is no state"):
+                attempt("me", foreign)
+    one.set_head("me", "chat", mine)
+    assert two.head("me", "chat") == mine and two.head("you", "chat") is None
+    two.delete("me", mine)
+    assert one.head("me", "chat") is None
+    with pytest.raises(StateError):
+        one.get("me", mine)
+
+
+def test_what_was_not_signed_is_not_handed_out(tmp_path: Path) -> None:
+    shelf = commons(tmp_path)
+    id = shelf.put("me", number(1), CARD)
+    (file,) = tmp_path.glob("*/states/*.state")
+    file.write_bytes(dump(number(2), CARD))
+    with pytest.raises(StateError, match="damaged: it was not signed here"):
+        shelf.get("me", id)
+    file.write_bytes(b"")
+    with pytest.raises(StateError, match="damaged"):
+        shelf.get("me", id)
+    assert shelf.list("me") == []
+
+
+def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
+    shelf = commons(tmp_path, limit=int(3.5 * SIZE))
+    named, standing, loose = (
+        shelf.put("me", number(1), CARD, "keep"),
+        *(shelf.put("me", number(n), CARD) for n in (2, 3)),
+    )
+    shelf.set_head("me", "chat", standing)
+    newer = shelf.put("me", number(4), CARD, "too")
+    assert {entry.id for entry in shelf.list("me")} == {named, standing, newer} and loose not in (named, standing)
+    with pytest.raises(FledgeError, match="the shelf is full"):
+        shelf.put("me", number(5), CARD)

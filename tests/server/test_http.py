@@ -1,0 +1,274 @@
+"""What surrounds the answers: keys and limits, bad requests, clients that go away, health and figures."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import Server, fake, random_model, serving
+
+from fledge.core.errors import ConfigError
+from fledge.server.keys import Bucket, Keys
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+ENDLESS = {"prompt": "Hi", "max_tokens": 60_000, "fledge": {"ban": [0]}}  # no text ends by itself without id 0
+HI: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(random_model(), queue=8, slots=8, body=100_000, origins=("https://page.example",)) as running:
+        yield running
+
+
+def eventually(what: Any) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content",
+        ),
+        ({"messages": [{"role": "input", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}, {"role": "user", "x": 1}]}, "messages.1.x"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("1e999")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 9}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**19}, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"logit_bias": {"x": -100}}, "logit_bias"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [], "tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}},
+            "response_format",
+        ),
+        ({"fledge": {"regex": "("}}, "fledge.regex"),
+        ({"fledge": {"regex": "a"}, "response_format": {"type": "json_object"}}, "fledge.regex"),
+        ({"fledge": {"template": "pirate"}}, "fledge.template"),
+        ({"fledge": {"template": "qa"}, "messages": [{"role": "system", "content": "x"}]}, "messages.0.role"),
+        ({"fledge": {"ban": [10**9]}}, "fledge.ban"),
+        ({"fledge": {"unknown": 1}}, "fledge.unknown"),
+        ({"model": "gpt-5"}, "model"),
+        ({"modalities": ["audio"]}, "modalities.0"),
+        ({"store": True}, "store"),
+        ({"audio": {}}, "audio"),
+    ],
+)
+def test_a_bad_request_is_told_which_field(server: Server, change: dict[str, Any], param: str) -> None:
+    body = json.dumps({"messages": HI, "max_tokens": 3, **change})
+    answer = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert 400 <= answer.status_code < 500 and error["param"] is not None and error["param"].startswith(param), error
+    assert error["message"] and "\n" not in error["message"] and len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": NaN}', b"[" * 90_000])
+def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
+    answer = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_sizes_have_limits(server: Server) -> None:
+    long = {"messages": [{"role": "user", "content": "x" * 200_000}]}
+    assert server.post(CHAT, long).json()["error"]["code"] == "too_large"
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(200):
+            yield b" " * 1000
+
+    answer = server.http.post(CHAT, content=pieces(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    with serving(random_model(), prompt_tokens=30) as small:
+        answer = small.post(CHAT, {"messages": [{"role": "user", "content": "x" * 100}]})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_paths_and_methods_that_are_not_there(server: Server) -> None:
+    assert server.http.get("/v1/nothing").status_code == 404
+    assert server.http.get(CHAT).status_code in (404, 405)
+    assert server.http.get("/../pyproject.toml").status_code == 404
+    assert server.http.get("/%2e%2e/app.py").status_code == 404
+
+
+def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
+    endless = {
+        "messages": HI,
+        "max_tokens": 60_000,
+        "temperature": 5.0,
+        "top_p": 1.0,
+        "fledge": {"ban": [0], "template": "world"},
+    }
+    body = {**endless, "stop": []}
+    stream = server.stream(CHAT, body)
+    next(stream)
+    next(stream)
+    stream.close()
+    eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+    data = json.dumps(ENDLESS).encode()
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    for when in ("reading", "writing"):
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+            connection.sendall(f"{head}{len(data)}\r\n\r\n".encode() + (data if when == "writing" else data[:20]))
+            if when == "writing":
+                eventually(lambda: server.service.desk.jobs == 1)
+        eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+    assert server.service._boxes == {}
+
+
+def test_more_than_the_queue_holds_is_turned_away(server: Server) -> None:
+    streams = [server.stream(TEXT, {**ENDLESS, "seed": number}) for number in range(8)]
+    for stream in streams:
+        next(stream)
+    answer = server.post(CHAT, {"messages": HI})
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    for stream in streams:
+        stream.close()
+    eventually(lambda: server.service.desk.jobs == 0)
+    assert server.post(CHAT, {"messages": HI, "max_tokens": 2}).status_code == 200
+
+
+def test_health_figures_and_headers(server: Server) -> None:
+    assert server.http.get("/health").json() == {"status": "ok"}
+    server.ask("Hi", max_tokens=3)
+    text = server.http.get("/metrics").text
+    values = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line and line[0] != "#"}
+    assert values["fledge_tokens_drawn_total"] > 0 and values["fledge_running"] == 0
+    assert values['fledge_requests_total{path="/v1/chat/completions",status="200"}'] >= 1
+    answer = server.http.get("/health", headers={"origin": "https://page.example"})
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
+    assert "access-control-allow-origin" not in server.http.get("/health", headers={"origin": "https://e.vil"}).headers
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    about = server.http.get("/v1/fledge/server").json()
+    assert about["model"] == "random" and about["layers"] == 2 and about["state_bytes"] > 0
+
+
+def test_tokens(server: Server) -> None:
+    tokens = server.post("/tokenize", {"content": "hello \u597d"}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json() == {"content": "hello \u597d"}
+    assert server.post("/detokenize", {"tokens": [-1]}).json()["error"]["param"] == "tokens"
+
+
+KEYS = """
+[[keys]]
+name = "alice"
+key = "alice-0123456789abcdef"
+parallel = 1
+max_tokens = 5
+requests_per_minute = 4
+[[keys]]
+name = "bob"
+sha256 = "8d70d691c822d55638b6e7fd54cd94170c87d19eb1f628b757506ede5688d297"
+max_priority = 3
+tokens_per_minute = 60
+"""
+
+
+def test_keys_and_their_limits(tmp_path: Path) -> None:
+    (tmp_path / "keys.toml").write_text(KEYS, encoding="utf-8")
+    alice, bob = "alice-0123456789abcdef", "bob-0123456789abcdefgh"
+    import hashlib
+
+    text = KEYS.replace(
+        "8d70d691c822d55638b6e7fd54cd94170c87d19eb1f628b757506ede5688d297", hashlib.sha256(bob.encode()).hexdigest()
+    )
+    (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
+    with serving(random_model(), keys=tmp_path / "keys.toml") as server:
+        for key in (None, "wrong", alice + "x"):
+            answer = server.post(CHAT, {"messages": HI}, key)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert server.http.get("/v1/models").status_code == 401 and server.http.get("/health").status_code == 200
+        assert server.post(CHAT, {"messages": HI, "max_tokens": 6}, alice).json()["error"]["param"] == "max_tokens"
+        assert server.ask("Hi", alice)["usage"]["completion_tokens"] <= 5
+        answer = server.post(CHAT, {"messages": HI, "fledge": {"priority": 1}}, alice)
+        assert answer.status_code == 403 and answer.json()["error"]["param"] == "fledge.priority"
+        assert server.ask("Hi", bob, fledge={"priority": 3}, max_tokens=2)
+        statuses = [server.post(CHAT, {"messages": HI, "max_tokens": 1}, alice).status_code for _ in range(4)]
+        assert statuses[-1] == 429 and statuses[0] == 200
+        while server.post(CHAT, {"messages": HI, "max_tokens": 40}, bob).status_code == 200:
+            pass
+        answer = server.post(CHAT, {"messages": HI, "max_tokens": 40}, bob)
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        for tenant in server.service.keys._tenants.values():  # type: ignore[union-attr]
+            assert tenant.running == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no \\[\\[keys\\]\\] table"),
+        ("[[keys]]\nname = 'a'", "either a key or its sha256"),
+        ("[[keys]]\nname = 'a'\nkey = 'short'", "at least 16 characters"),
+        ("[[keys]]\nname = 'a'\nsha256 = 'zz'", "64 hexadecimal"),
+        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\nlimit = 3", "has limit; known"),
+        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\nparallel = 0", "parallel is 0"),
+        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\n" * 2, "an earlier one"),
+        ("[[keys]", "is not TOML"),
+    ],
+)
+def test_a_bad_file_of_keys_says_where(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=words):
+        Keys.read(tmp_path / "keys.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Keys.read(tmp_path / "none.toml")
+
+
+def test_an_allowance_refills_evenly() -> None:
+    now = [0.0]
+    bucket = Bucket(60, clock=lambda: now[0])
+    assert [bucket.take(30) for _ in range(2)] == [0, 0] and bucket.take(1) == 1
+    bucket.spend(30)
+    assert bucket.wait() == 31
+    now[0] = 31.0
+    assert bucket.take(1) == 0 and bucket.take(1) == 1
+    now[0] = 1000.0
+    assert bucket.take(60) == 0 and bucket.take(1) == 1
+
+
+def test_stopping_finishes_what_is_under_way() -> None:
+    with serving(fake(" hello there\n\n")) as server:
+        found: list[Any] = []
+        body = {"messages": HI, "temperature": 0}
+
+        def ask() -> None:
+            found.extend(server.stream(CHAT, body))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        eventually(lambda: server.service.desk.engine.tally.requests == 1)
+        thread.join(timeout=20)
+    assert found[-1]["choices"][0]["finish_reason"] == "stop"
