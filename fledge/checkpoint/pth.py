@@ -160,8 +160,8 @@ def _tensors_of(found: Any, path: Path) -> dict[str, Tensor]:
         )
     if found.keys() >= {"step", "identity", "optimizer"}:
         raise CheckpointError(
-            f"{path} is the checkpoint of a training run, to go on from with the command that began it (`fledge train` "
-            "or `fledge tune`); what can be used is the .safetensors beside it, at the end of the run"
+            f"{path} is what a run of `fledge train` or `fledge tune` goes on from, by the command that began it, not "
+            "its result; give the model, adapter or state (.safetensors) that it leaves beside this when it ends"
         )
     for name, value in found.items():
         if isinstance(value, dict) and value:

@@ -41,6 +41,7 @@ class Desk:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._jobs: dict[int, Job] = {}  # by the number of their request
+        self._admitted = set[Job]()  # those and the ones in the inbox
         self._endings: dict[int, tuple[Job, End]] = {}  # texts whose state is being brought to the end
         self._events: list[tuple[Job, Event]] = []
         self._thread = threading.Thread(target=self._run, name="fledge-desk", daemon=True)
@@ -55,8 +56,9 @@ class Desk:
         self.engine.check(job.request)
         if self._closing is not None:
             raise Busy("the server is shutting down; ask again when it is back")
-        if len(self._jobs) + len(self._inbox) >= self.engine.queue:
+        if len(self._admitted) >= self.engine.queue:
             raise Busy(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
+        self._admitted.add(job)
         self._post(lambda: self._take(job))
 
     def cancel(self, job: Job) -> None:
@@ -93,7 +95,7 @@ class Desk:
     @property
     def jobs(self) -> int:
         """Jobs taken in and not ended."""
-        return len(self._jobs)
+        return len(self._admitted)
 
     def _post(self, work: Callable[[], None]) -> None:
         with self._wake:
@@ -127,11 +129,14 @@ class Desk:
         if job.cancelled:
             return
         try:
-            self._jobs[self.engine.add(job.request)] = job
+            # Who is admitted has a place: the engine's own count may still hold texts that have ended.
+            self._jobs[self.engine.add(job.request, extra=True)] = job
         except FledgeError as error:
+            self._admitted.discard(job)
             self._events.append((job, Failure(0, error)))
 
     def _drop(self, job: Job) -> None:
+        self._admitted.discard(job)
         for number in [number for number, known in self._jobs.items() if known is job]:
             self.engine.abort(number)
             del self._jobs[number]
@@ -201,6 +206,7 @@ class Desk:
         job.open -= 1
         if not job.open:
             self._jobs.pop(number, None)
+            self._admitted.discard(job)
 
     def _fail_all(self, error: Exception) -> None:
         shown = error if isinstance(error, FledgeError) else FledgeError(f"the model failed: {error}")
@@ -212,4 +218,5 @@ class Desk:
             if job.wants_state:
                 self._events.append((job, Failure(end.choice, shown)))
         self._jobs.clear()
+        self._admitted.clear()
         self._endings.clear()

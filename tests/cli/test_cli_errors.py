@@ -72,6 +72,12 @@ def text_file(folder: Path) -> Path:
     return folder / "model.pth"
 
 
+def training_checkpoint(folder: Path) -> Path:
+    facts = {"step": 3, "identity": {"seed": 1}, "meter": {"losses": [2.0]}}
+    torch.save({**facts, "model": _model(), "optimizer": {"state": {}, "param_groups": []}}, folder / "last.pt")
+    return folder / "last.pt"
+
+
 BAD: dict[Callable[[Path], Path], tuple[str, ...]] = {
     missing: ("there is no",),
     truncated: ("model.pth", "truncated"),
@@ -81,6 +87,7 @@ BAD: dict[Callable[[Path], Path], tuple[str, ...]] = {
     version_7: ("RWKV-7",),
     two_vocabulary_sizes: ("emb.weight has 256 rows", "head.weight has 200"),
     text_file: ("neither a .pth",),
+    training_checkpoint: ("last.pt is what a run of `fledge train`", "goes on from", "not its result; give the model"),
 }
 
 

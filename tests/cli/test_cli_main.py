@@ -15,6 +15,7 @@ import pytest
 from fledge import __version__
 from fledge.cli.main import COMMANDS
 from fledge.core.errors import CheckpointError, UsageError
+from fledge.core.interrupts import Interrupted
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -86,7 +87,10 @@ def broken(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         (CheckpointError("m.pth is odd\n  in two\r\nlines \x1b[31m"), 1, ["m.pth is odd in two lines ␛[31m"]),
         (UsageError("top_p is 2"), 2, ["top_p is 2"]),
         (PermissionError(13, "Permission denied", "m.pth"), 1, ["m.pth: Permission denied"]),
-        (OSError(28, "No space left on device"), 1, ["No space left on device"]),
+        (OSError(28, "No space left on device"), 1, ["No space left on device; make room and give"]),
+        (OSError(28, "No space left on device", "a/b.pth"), 1, ["the disk of a is full", "a/b.pth cannot be written"]),
+        (MemoryError(), 1, ["more memory than there is"]),
+        (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"), 1, ["more memory than there is"]),
         (ValueError("odd"), 1, ["ValueError: odd", "a bug", "`fledge --traceback tokenize 'a b'`"]),
         (OSError("odd"), 1, ["OSError: odd", "a bug"]),
     ],
@@ -103,6 +107,12 @@ def test_traceback_shows_where(broken: Any) -> None:
 def test_interrupts_and_readers_that_leave_are_quiet(broken: Any) -> None:
     result = broken(KeyboardInterrupt())
     assert (result.code, result.output, result.messages) == (130, b"", "")
+
+
+def test_a_signal_that_found_something_to_save(broken: Any) -> None:
+    result = broken(Interrupted(15, "saved at step 3"))
+    assert (result.code, result.output, result.messages) == (143, b"", "saved at step 3\n")
+    assert broken(Interrupted(2)).messages == ""
 
 
 def test_a_reader_that_leaves(byte_model: Path) -> None:

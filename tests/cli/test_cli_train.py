@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fledge.checkpoint import read, save
-from fledge.cli.train_view import View, curve
+from fledge.cli.train_view import View, as_text, curve
+from fledge.core.files import asset
 from fledge.data.build import build
 from fledge.data.config import read_config
 from fledge.tokenizer import prune, world_vocabulary
@@ -77,6 +81,53 @@ def test_a_model_of_another_vocabulary_of_the_same_size_is_refused(fledge: Any, 
     assert fledge(*command(store, tmp_path / "second", "--from", str(untold))).code == 0
 
 
+def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
+    spec = read(asset("tiny-finch.safetensors")).tokenizer_spec
+    (tmp_path / "words.json").write_text(json.dumps(spec), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "The ferry leaves at seven.", "lang": "en"}\n' * 40, encoding="utf-8")
+    (tmp_path / "c.toml").write_text(
+        'vocabulary = "words.json"\n[[sources]]\npath = "a.jsonl"\n[dedup]\nexact = false\nnear = false\n'
+        "[validation]\nshare = 0.0\n"
+    )
+    build(read_config(tmp_path / "c.toml"), tmp_path, tmp_path / "store")
+    start = command(tmp_path / "store", tmp_path / "run", "--from", "tiny-finch", "--set", "steps=2")
+    fledge(*start).check_error(1, "n_layer is 6 there and 1 here", "with --set n_layer=6 --set n_embd=192")
+    fledge(*start, "--set", "n_layer=6", "--set", "n_embd=192", "--set", "family=eagle").check_error(
+        1, "family is finch there and eagle here", "with --set family=finch"
+    )
+    result = fledge(*start, "--set", "n_layer=6", "--set", "n_embd=192")
+    assert result.code == 0, result.messages
+
+
+def test_a_store_that_was_damaged_is_named(fledge: Any, store: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(store, damaged)
+    ids = np.fromfile(damaged / "train.bin", np.uint16)
+    ids[:] = 5000
+    ids.tofile(damaged / "train.bin")
+    words = f"{damaged} is damaged: it holds the token id 5000, and its vocabulary ends at 299"
+    fledge(*command(damaged, tmp_path / "run")).check_error(1, words)
+
+
+def test_tensorboard_is_given_every_line(fledge: Any, store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = fledge(*command(store, tmp_path / "run", "--tensorboard"))
+    assert result.code == 0, result.messages
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "rate", "bpb_en"):
+        expected = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines if name in line]
+        assert [(scalar.step, scalar.value) for scalar in found.Scalars(name)] == expected
+
+
+def test_without_tensorboard(fledge: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = fledge(*command(store, tmp_path / "run", "--tensorboard"))
+    result.check_error(2, "TensorBoard is not installed", 'pip install "fledge[train]"')
+
+
 def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Path) -> None:
     result = fledge("train", "tiny", "--data", "none", "--to", tmp_path / "x", "--set", "peak=3e-4", "--show")
     assert result.code == 0 and not (tmp_path / "x").exists()
@@ -89,7 +140,13 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
     [
         (["--set", "step=3"], 1, ["did you mean 'steps'"]),
         (["--set", "steps"], 2, ["--set takes NAME=VALUE"]),
-        (["--set", "length=5000"], 2, ["are too few for batches of 2 windows of 5000 tokens"]),
+        (
+            ["--set", "length=5000"],
+            2,
+            ["store: ", "are too few for batches of 2", "length (now 5000)", "micro (now 2)"],
+        ),
+        (["--set", "peak=inf"], 1, ["the learning rate would fall from inf"]),
+        (["--set", "n_embd=65536"], 1, ["more memory than there is"]),
         (["--parallel", "both"], 1, ["choose from ddp, fsdp"]),
         (["--set", "vocab_size=10"], 1, ["vocab_size is 10, but the data has ids up to 299"]),
         (["--set", "vocab_size=512"], 1, ["vocab_size is 512, but the vocabulary of the data has 300 ids"]),
@@ -105,10 +162,16 @@ def test_what_is_not_there(fledge: Any, tmp_path: Path) -> None:
     fledge("train", "tiny", "--data", tmp_path / "no", "--to", tmp_path).check_error(2, "there is no token store")
 
 
+def test_a_line_of_nothing_but_the_step_is_where_a_run_goes_on() -> None:
+    assert as_text({"step": 1200}) == "goes on from step 1200"
+    assert as_text({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
+
+
 def test_the_view_draws_what_it_was_told() -> None:
     assert curve([], 5) == "" and curve([1.0], 5) == "▁"
     assert curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
     assert len(curve([float(number) for number in range(1000)], 60)) == 60
     with View(10) as view:
         view({"step": 5, "loss": 3.0, "tokens_per_s": 100.0, "bpb_en": 1.5})
+        view({"step": 6})
         assert view.losses == [3.0] and view.latest["bpb_en"] == 1.5

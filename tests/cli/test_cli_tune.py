@@ -85,7 +85,9 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     assert fledge("generate", "hi", "-m", other, *rest).code == 0
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
     last = tmp_path / "run" / "last.pt"
-    fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(1, "is the checkpoint of a training run")
+    fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(
+        1, "not its result; give the model, adapter"
+    )
 
 
 def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
@@ -118,6 +120,19 @@ def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: P
     assert all(torch.equal(first.tensors[name], last.tensors[name]) for name in last.tensors)
 
 
+def test_converting_onto_a_full_disk(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        result = fledge("tune", "convert", tmp_path / "run" / "adapter.safetensors", tmp_path / "lora.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    result.check_error(1, f"the disk of {tmp_path} is full", "lora.pth cannot be written; make room")
+    assert not (tmp_path / "lora.pth").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -128,6 +143,11 @@ def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: P
         (["lora", "BASE", "DATA", "--to", "x", "--rank", "0"], 2, ["a rank of at least 1"]),
         (["state", "BASE", "DATA", "--to", "x", "--template", "vicuna"], 2, ["template 'vicuna' is unknown"]),
         (["full", "BASE", "DATA", "--to", "x", "--rate", "-1"], 1, ["0 < final <= peak"]),
+        (["full", "BASE", "DATA", "--to", "x", "--rate", "0"], 1, ["learning rate would fall from 0 to 0; it needs"]),
+        (["full", "BASE", "DATA", "--to", "x", "--rate", "1e38"], 1, ["0 < final <= peak <= 10"]),
+        (["lora", "BASE", "DATA", "--to", "x", "--rank", "100000000000"], 1, ["rank is 100000000000; it must be from"]),
+        (["lora", "BASE", "DATA", "--to", "x", "--alpha", "inf"], 1, ["alpha is inf"]),
+        (["full", "BASE", "DATA", "--to", "x", "--seed", "99999999999999999999"], 1, ["seed is 99999999999999999999"]),
         (["half"], 2, ["No such command 'half'"]),
         (["merge", "BASE", "BASE", "--to", "m.pth"], 1, ["is a whole model, not an adapter"]),
         (["convert", "BASE", "m.safetensors"], 1, ["is a whole model, not an adapter"]),

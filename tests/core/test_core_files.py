@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from fledge.core.files import asset, atomic_path, cache_folder, exclusive, read_json, sha256, write_json
+from fledge.core.files import (
+    asset,
+    atomic_path,
+    cache_folder,
+    disk_trouble,
+    exclusive,
+    read_json,
+    sha256,
+    write_json,
+)
 
 
 def test_a_file_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -25,6 +36,37 @@ def test_a_file_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Pat
         raise RuntimeError
     assert target.read_bytes() == b"one"
     assert list(target.parent.iterdir()) == [target], "a temporary file was left behind"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("5632 requested and 5109 written"),  # numpy's
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch's
+    ],
+    ids=["the system's", "numpy's", "torch's"],
+)
+def test_an_error_for_want_of_room_names_the_file(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "file.bin"
+    with pytest.raises(OSError, match="file") as caught, atomic_path(target):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(target))
+    told = disk_trouble(caught.value, tmp_path / "run", "two pieces are kept")
+    free = rf"the disk of {tmp_path}/run is full \(\d+\.\d GB are free\), {target} cannot be written; make room and "
+    assert re.fullmatch(free + "give the same command again: two pieces are kept", told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_writing_stay_as_they_are(tmp_path: Path) -> None:
+    for error in (PermissionError(errno.EACCES, "Permission denied", "x"), RuntimeError("odd"), OSError("odd")):
+        with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "file.bin"):
+            raise error
+        assert caught.value is error
+    denied = PermissionError(errno.EACCES, "Permission denied", "x")
+    assert disk_trouble(denied, tmp_path) == "x: Permission denied; give the same command again"
+    large = OSError(errno.EFBIG, "File too large", "x")
+    assert "GB are free; File too large), x cannot be written; make room" in disk_trouble(large, tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

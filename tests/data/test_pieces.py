@@ -19,7 +19,7 @@ def test_an_array_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         file.write(b"half")
         raise OSError(errno.ENOSPC, "full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device.*a.npy"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device.*a\.npy"):
         patch.setattr(np, "save", full)
         save_array(tmp_path / "a.npy", np.arange(6))
     assert load_array(tmp_path / "a.npy").tolist() == [0, 1, 2, 3, 4]

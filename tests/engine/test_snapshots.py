@@ -144,6 +144,25 @@ def test_what_waits_is_found_and_what_does_not_fit_the_queue_is_dropped(
         assert (len(snapshots), snapshots.nbytes) == (2, 2 * SIZE)
 
 
+def test_what_waits_does_not_give_way_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Snapshots(tmp_path, "one", limit=2 * SIZE) as snapshots:
+        put(snapshots, (1, 9))
+        put(snapshots, (2, 9))
+        snapshots.drain()
+        going = threading.Event()
+
+        def slow(snapshot: Snapshot) -> bytes:
+            going.wait()
+            return encoded(snapshot)
+
+        monkeypatch.setattr("fledge.engine.snapshots.encoded", slow)
+        put(snapshots, (3, 9))
+        assert longest(snapshots, (1, 9, 9)) is not None and longest(snapshots, (2, 9, 9)) is not None
+        going.set()
+        snapshots.drain()
+        assert [first for first in (1, 2, 3) if longest(snapshots, (first, 9, 9)) is not None] == [2, 3]
+
+
 def test_logits_that_come_later_are_added(tmp_path: Path) -> None:
     with Snapshots(tmp_path, "one", limit=LIMIT) as snapshots:
         put(snapshots, IDS)

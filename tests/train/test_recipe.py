@@ -41,6 +41,12 @@ def test_changes_are_read_by_the_type_of_the_setting() -> None:
         ({"micro": "5"}, "micro is 5; it must divide batch = 16"),
         ({"warmup": "1000"}, "warmup < steps"),
         ({"length": "0"}, "length is 0"),
+        ({"seed": "99999999999999999999"}, "seed is 99999999999999999999; it must be from 0 to"),
+        ({"seed": "-1"}, "seed is -1; it must be from 0 to"),
+        ({"vocab_size": "1000000000"}, "vocab_size is 1000000000; it must be from 0 to 1048576"),
+        ({"n_embd": "100000000"}, "n_embd is 100000000; it must be from 1 to 65536"),
+        ({"peak": "inf"}, "learning rate would fall from inf to 0.0001; it needs 0 < final <= peak <= 10"),
+        ({"eps": "0"}, "eps is 0; it must be at least 1e-30"),
     ],
 )
 def test_mistakes(changes: dict[str, str], words: str) -> None:
@@ -61,6 +67,40 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             find_recipe(wrong)
+
+
+FAILING = """
+from fledge.train.recipe import Recipe
+def late():
+    return helper()
+def unknown():
+    return Recipe(n_layr=3)
+def rate():
+    return Recipe(
+        peak=3e9)
+def out():
+    raise SystemExit("no")
+def helper():
+    return 1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("late", r"mine\.py, line 13: the recipe failed: ZeroDivisionError: division by zero"),
+        ("unknown", r"mine\.py, line 6: the recipe failed: TypeError: .*'n_layr'"),
+        ("rate", r"mine\.py, line \d: the recipe failed: the learning rate would fall from 3e\+09"),
+        ("out", r"mine\.py, line 11: the recipe failed: SystemExit: no"),
+    ],
+)
+def test_an_error_of_a_recipe_names_its_line(tmp_path: Path, function: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(FAILING)
+    with pytest.raises(UsageError, match=words):
+        find_recipe(f"{tmp_path / 'mine.py'}:{function}")
+    (tmp_path / "mine.py").write_text("x = 1\ndef late(:\n")
+    with pytest.raises(UsageError, match=r"mine\.py, line 2: the recipe failed: SyntaxError"):
+        find_recipe(f"{tmp_path / 'mine.py'}:{function}")
 
 
 def test_a_vocabulary_smaller_than_the_data_is_refused() -> None:

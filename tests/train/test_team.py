@@ -11,6 +11,8 @@ from processes import finish, lines, weights
 
 from fledge.core.errors import ConfigError
 from fledge.data.batches import Batch
+from fledge.train.recipe import Recipe
+from fledge.train.run import run
 from fledge.train.team import Team, join
 
 # With a tiny eps, Adam makes a whole step out of the rounding of a gradient that is almost zero.
@@ -56,11 +58,17 @@ def test_rows_go_round() -> None:
         Team(0, 4, "ddp").share(batch)
 
 
+def test_micro_must_be_a_multiple_of_the_processes(tmp_path: Path) -> None:
+    words = "micro is 3, the rows that all 2 processes read at once; take a multiple of 2 that divides batch = 6"
+    with pytest.raises(ConfigError, match=words):
+        run(Recipe(batch=6, micro=3), "no store", tmp_path, team=Team(0, 2, "ddp"))
+
+
 def test_a_team_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with join() as team:
-        assert team == Team() and team.leads and team.total(2.5) == 2.5
+        assert team == Team() and team.leads and team.total(2.5) == 2.5 and team.largest(3) == 3
     with pytest.raises(ConfigError, match="choose from ddp, fsdp"), join("tensor"):
         pass
     with pytest.raises(ConfigError, match="start them with `torchrun"), join("fsdp"):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from fledge.core.errors import CheckpointError, ConfigError, TrainingError
+from fledge.core.errors import CheckpointError, ConfigError, TrainingError, UsageError
 from fledge.core.files import exclusive
+from fledge.core.interrupts import Interrupted
 from fledge.data.batches import Batch
 from fledge.data.windows import Windows
 from fledge.models import ModelConfig, Trunk, build, init_weights
@@ -25,6 +26,7 @@ from fledge.train.checkpoint import RunCheckpoint
 from fledge.train.loop import TrainSettings, gradients, prepare, train, windows
 from fledge.train.loss import PULL, head_loss, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory
+from fledge.train.meter import Meter
 from fledge.train.optim import AdamSettings, build_optimizer, parameter_groups, set_learning_rate
 from fledge.train.schedule import Schedule
 from fledge.train.score import Text, Validation, bits_per_byte, documents_nats
@@ -202,6 +204,86 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_signals_inside_a_save_do_not_harm_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 5)
+    save, saves = torch.save, []
+
+    def interrupted(*arguments: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        save(*arguments)
+        saves.append(arguments)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(Interrupted, match="saved at step 11; the same command goes on from there") as caught:
+        train(fresh(), Windows(TEXT, 16, 3, 0), TrainSettings(Schedule(5e-3, 1e-4, 2, 30), save_every=10), tmp_path)
+    assert caught.value.exit_code == 143 and len(saves) == 2
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 11
+
+
+def test_a_second_signal_gives_up_the_step(tmp_path: Path) -> None:
+    class Slow(Windows):
+        def __getitem__(self, number: int) -> Batch:
+            for _ in range(2 if number == 4 else 0):
+                signal.raise_signal(signal.SIGINT)
+            assert number < 5, "one more step was made"
+            return super().__getitem__(number)
+
+    with pytest.raises(Interrupted, match="saved at step 4"):
+        train(fresh(), Slow(TEXT, 16, 3, 0), TrainSettings(Schedule(5e-3, 1e-4, 2, 30)), tmp_path)
+    with pytest.raises(Interrupted, match="stopped before the first step"):
+        train(fresh(), Slow(TEXT, 16, 3, 0), TrainSettings(Schedule(5e-3, 1e-4, 2, 30), accumulate=5), tmp_path / "b")
+
+
+@pytest.mark.parametrize(("broken", "kept"), [(3, None), (7, 5), (10, 5), (30, 25)])
+def test_weights_that_are_not_finite_are_never_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int, kept: int | None
+) -> None:
+    update, updates = torch.optim.AdamW.step, []
+
+    def diverged(self: torch.optim.AdamW) -> None:
+        update(self)
+        updates.append(1)
+        if len(updates) == broken:
+            self.param_groups[1]["params"][0].data[7, 0] = math.inf  # of a token that is read
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
+    then = "begin again" if kept is None else f"go on from step {kept}, the last good one"
+    with pytest.raises(TrainingError, match=f"after step {broken} the weights are not finite.*not saved; {then}"):
+        run(tmp_path, 30)
+    assert (tmp_path / "last.pt").exists() == (kept is not None)
+    if kept is not None:
+        found = torch.load(tmp_path / "last.pt", weights_only=True)
+        assert found["step"] == kept and all(tensor.isfinite().all() for tensor in found["model"].values())
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path) -> None:
+    run(tmp_path, 5)
+    found = torch.load(tmp_path / "last.pt", weights_only=True)
+    found["model"]["emb.weight"][2, 3] = math.nan
+    torch.save(found, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="holds weights that are not finite; move it away"):
+        run(tmp_path, 30)
+
+
+def test_a_metrics_file_without_room_is_named(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    meter = Meter(tmp_path / "metrics.jsonl", lambda line: None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            meter.write(1, loss=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UsageError, match="run is a file; name a folder for the run"):
+        run(tmp_path / "run", 5)
+
+
 def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
     run(tmp_path, 5)
     model = fresh()
@@ -217,6 +299,12 @@ def test_impossible_settings_are_refused() -> None:
         TrainSettings(Schedule(1.0, 0.1, 1, 5), log_every=0)
     with pytest.raises(ConfigError, match="clip is 0"):
         TrainSettings(Schedule(1.0, 0.1, 1, 5), clip=0)
+    for peak in (math.inf, math.nan, 11.0, 0.0):
+        with pytest.raises(ConfigError, match=f"learning rate would fall from {peak:g} to .*0 < final <= peak <= 10"):
+            Schedule(peak, min(peak, 0.1), 1, 5)
+    for name, value in (("eps", 0.0), ("eps", 1e-50), ("eps", math.nan), ("weight_decay", math.inf), ("beta2", 1.5)):
+        with pytest.raises(ConfigError, match=f"{name} is {value:g}; it must be"):
+            AdamSettings(**{name: value})
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
