@@ -28,7 +28,7 @@ export class Branches {
     Object.assign(this, { at, running });
     const onPath = new Set(this.tree.path(at).map((turn) => turn.id));
     const hadFocus = this.place.contains(document.activeElement);
-    this.rows = this.order();
+    this.rows = this.order(onPath);
     if (!this.rows.some((row) => row.id === this.focus)) this.focus = at ?? ROOT;
     this.place.replaceChildren(...this.rows.map((row) => this.row(row, onPath)));
     const current = this.item(at ?? ROOT);
@@ -36,8 +36,8 @@ export class Branches {
     else current?.scrollIntoView({ block: "nearest" });
   }
 
-  /** The rows from top to bottom: id, level, lane, the lanes that go on below, place among the siblings. */
-  order() {
+  /** The rows from top to bottom: id, level, lane, the lanes that pass by, place among the siblings. */
+  order(onPath) {
     const rows = [];
     const waiting = [{ id: ROOT, level: 1, lane: 0, through: [], position: 1, size: 1, joins: false }];
     while (waiting.length) {
@@ -46,6 +46,8 @@ export class Branches {
       row.forks = children.length > 1;
       row.folded = row.forks && this.folded.has(row.id);
       row.goesOn = children.length > 0 && !row.folded;
+      const ahead = children.findIndex((turn) => onPath.has(turn.id));
+      row.leads = ahead >= 0;
       rows.push(row);
       if (row.folded) continue;
       const below = children.map((turn, n) => ({
@@ -53,7 +55,7 @@ export class Branches {
         level: row.level + 1,
         lane: row.lane + (row.forks ? 1 : 0),
         joins: row.forks,
-        through: row.forks && n < children.length - 1 ? [...row.through, row.lane] : row.through,
+        through: row.forks && n < children.length - 1 ? [...row.through, { lane: row.lane, on: ahead > n }] : row.through,
         position: n + 1,
         size: children.length,
       }));
@@ -65,38 +67,41 @@ export class Branches {
   row(row, onPath) {
     const turn = this.tree.get(row.id);
     const isHere = row.id === (this.at ?? ROOT);
+    const on = onPath.has(row.id) || row.id === ROOT;
     const label = this.label(turn);
     const fold = row.forks && h("span.fold", { "aria-hidden": "true" }, row.folded ? `+${this.tree.following(row.id || null)}` : "–");
-    return h(`div.branch${isHere ? ".here" : ""}${onPath.has(row.id) || row.id === ROOT ? ".on" : ""}`, {
+    return h(`div.branch${isHere ? ".here" : ""}${on ? ".on" : ""}`, {
       role: "treeitem", "data-id": row.id, "aria-level": row.level, "aria-posinset": row.position,
       "aria-setsize": row.size, "aria-selected": isHere ? "true" : "false", "aria-expanded": row.forks ? String(!row.folded) : null,
       "aria-label": label + (this.running.has(turn) ? ", being written" : ""), tabindex: row.id === this.focus ? 0 : -1,
       title: turn ? excerpt(turn.user || label, 300) : null,
-    }, this.twig(row, turn), h("span.label", { dir: "auto" }, label), fold);
+    }, this.twig(row, turn, on), h("span.label", { dir: "auto" }, label), fold);
   }
 
   label(turn) {
     if (!turn) return "Beginning";
     if (turn.kind === "state") return `State: ${turn.name || "from a file"}`;
     const alike = this.tree.siblings(turn).filter((each) => each.user === turn.user);
-    if (alike.length > 1 && turn.answer) return `↻ ${excerpt(turn.answer, 60)}`;
+    if (alike.length > 1 && turn.answer) return `↻ ${excerpt(turn.answer.slice(0, 500).replace(/[*_`#>]+/g, ""), 60)}`;
     return excerpt(turn.user, 60) + (turn.status === "failed" ? " (no answer)" : "");
   }
 
   /** The lines left of a row. */
-  twig(row, turn) {
+  twig(row, turn, on) {
     const x = (lane) => STEP * lane + 9;
     const here = x(row.lane);
-    const lines = row.through.map((lane) => `M${x(lane)} 0V${ROW}`);
-    if (row.joins) lines.push(`M${x(row.lane - 1)} 0C${x(row.lane - 1)} ${MIDDLE} ${here - 6} ${MIDDLE} ${here} ${MIDDLE}`);
-    else if (row.id) lines.push(`M${here} 0V${MIDDLE}`);
-    if (row.goesOn) lines.push(`M${here} ${MIDDLE}V${ROW}`);
+    const lines = row.through.map(({ lane, on }) => [`M${x(lane)} 0V${ROW}`, on]);
+    const from = x(row.lane - 1);
+    if (row.joins) lines.push([`M${from} 0C${from} ${MIDDLE} ${here - 6} ${MIDDLE} ${here} ${MIDDLE}`, on]);
+    else if (row.id) lines.push([`M${here} 0V${MIDDLE}`, on]);
+    if (row.goesOn) lines.push([`M${here} ${MIDDLE}V${ROW}`, row.leads]);
+    lines.sort((one, other) => one[1] - other[1]);
     const width = here + 9;
     const dot = turn?.kind === "state" || !turn ? s("rect", { x: here - 4, y: MIDDLE - 4, width: 8, height: 8, rx: 1.5 })
       : s("circle", { cx: here, cy: MIDDLE, r: 4.5 });
     if (this.running.has(turn)) dot.classList.add("running");
     return s("svg", { class: "twig", width, height: ROW, viewBox: `0 0 ${width} ${ROW}`, "aria-hidden": "true" },
-      s("path", { d: lines.join("") }), dot);
+      ...lines.map(([d, led]) => s("path", led ? { d, class: "led" } : { d })), dot);
   }
 
   item(id) {

@@ -9,9 +9,14 @@ export class Failure extends Error {
     Object.assign(this, { status, code, param });
   }
 
-  /** Whether a state that was asked for is not there (any more). */
-  get unknownState() {
-    return this.status === 404 && this.code === "state_not_found";
+  /** Whether the state to go on from is of no use there (any more): forgotten, somebody else's, another model's. */
+  get uselessState() {
+    return this.code === "state_not_found" || (this.status === 400 && this.param === "fledge.state");
+  }
+
+  /** Whether the server, which once did, keeps no states. */
+  get keepsNone() {
+    return this.status === 400 && this.param === "fledge.return_state";
   }
 }
 

@@ -10,11 +10,15 @@ const NEAR = 60; // pixels from the end within which a reader counts as being th
 export class Conversation {
   /** actions: what buttons do; each takes a turn. */
   constructor(tree, actions) {
-    Object.assign(this, { tree, actions, views: new Map(), follows: true });
+    Object.assign(this, { tree, actions, views: new Map(), follows: true, top: 0 });
     this.log = by("log");
     this.place = by("turns");
     this.log.addEventListener("scroll", () => {
-      this.follows = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < NEAR;
+      // Only going up lets go of the end: text that grows faster than it is scrolled to is no wish of the reader's.
+      const { scrollTop, scrollHeight, clientHeight } = this.log;
+      if (scrollHeight - scrollTop - clientHeight < NEAR) this.follows = true;
+      else if (scrollTop < this.top - 1) this.follows = false;
+      this.top = scrollTop;
       by("down").hidden = this.follows;
     }, { passive: true });
     by("down").addEventListener("click", () => this.end());
@@ -132,7 +136,7 @@ class Answer {
     this.figures = h("p.figures");
     this.buttons = h("div.actions");
     this.node = h("div.answer", {}, this.text, this.waiting, this.error,
-      h("div.foot", {}, this.figures, this.buttons));
+      h("div.foot", {}, this.buttons, this.figures));
   }
 
   update() {

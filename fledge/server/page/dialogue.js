@@ -55,8 +55,10 @@ export class Dialogue {
       try {
         return await this.stream(turns, this.body(turns), signal);
       } catch (error) {
+        if (error.keepsNone && this.keeps) this.server.keeps_states = false;
         const { from } = this.tree.request(parent, "", this.keeps);
-        if (!error.unknownState || !from || !patience) throw error;
+        if (error.keepsNone && patience) continue;
+        if (!error.uselessState || !from || !patience) throw error;
         this.tree.forgetStates(parent, from.kind !== "state");
         this.said("The server no longer has this conversation's state, so it reads the messages again.");
       }

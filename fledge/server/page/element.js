@@ -47,6 +47,7 @@ export function number(value, digits = 3) {
 
 /** Bytes as people read them. */
 export function bytes(value) {
+  if (value < 1000) return `${value} bytes`;
   if (value < 1e6) return `${number(value / 1e3, 2)} kB`;
   return value < 1e9 ? `${number(value / 1e6, 3)} MB` : `${number(value / 1e9, 3)} GB`;
 }

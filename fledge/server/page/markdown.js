@@ -1,5 +1,5 @@
-// A small part of Markdown as DOM nodes: paragraphs, headings, lists, quotes, code, emphasis, links. Never innerHTML, no
-// pictures (they would call other hosts), and whatever is not understood stays as it was written.
+// A small part of Markdown as DOM nodes: paragraphs, headings, lists, quotes, code, emphasis, links. Text is never
+// taken for markup; no pictures (they would call other hosts), and whatever is not understood stays as it was written.
 
 import { h } from "./element.js";
 

@@ -58,7 +58,7 @@ function range(lives) {
 /** Cells on a canvas: a large model has thousands. */
 function heatmap(rows, share, kind) {
   const [height, width] = [rows.length, rows[0].length];
-  const cell = Math.max(3, Math.min(16, Math.floor(288 / width)));
+  const cell = Math.max(3, Math.min(22, Math.floor(300 / width)));
   const gap = cell > 5 ? 1 : 0;
   const canvas = h("canvas.map", { width: width * cell * 2, height: height * cell * 2, role: "img",
     "aria-label": `Heat map of ${kind}: ${height} layers with ${width} heads each. The table below has the numbers.` });
