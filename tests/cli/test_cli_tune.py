@@ -85,9 +85,7 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     assert fledge("generate", "hi", "-m", other, *rest).code == 0
     fledge("generate", "hi", "-m", adapter).check_error(1, "is a LoRA adapter", "--adapter")
     last = tmp_path / "run" / "last.pt"
-    fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(
-        1, "is the checkpoint of a training run"
-    )
+    fledge("generate", "hi", "-m", byte_model, "--adapter", last).check_error(1, "is the checkpoint of a training run")
 
 
 def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
