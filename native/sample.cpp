@@ -21,8 +21,10 @@ int64_t lay_out(const Draw& wanted, int64_t vocabulary, Desk& desk) {
     float* scores = desk.scores;
     std::memcpy(scores, wanted.logits, static_cast<size_t>(vocabulary) * sizeof(float));
     for (int64_t i = 0; i < wanted.banned_count; i++) scores[wanted.banned[i]] = BELOW_ALL;
-    for (int64_t i = 0; i < wanted.known_count; i++)
-        scores[wanted.known[i]] -= static_cast<float>(wanted.presence + wanted.frequency * wanted.times[i]);
+    for (int64_t i = 0; i < wanted.known_count; i++) {
+        const auto penalty = static_cast<float>(wanted.presence + wanted.frequency * wanted.times[i]);
+        if (penalty != 0) scores[wanted.known[i]] -= penalty;  // or a score too small for a normal float would become 0
+    }
     int64_t count = vocabulary;
     if (wanted.allowed) {
         count = 0;
@@ -92,7 +94,7 @@ float top_p(const Draw& wanted, int64_t n, const Extremes& found, double total, 
 float top_k(int64_t count, int64_t n, float least, float most, Desk& desk) {
     least = cutoff(desk.scores, nullptr, n, least, most, static_cast<double>(count), desk);
     for (int64_t i = 0; i < n; i++) count -= desk.scores[i] >= least;
-    for (int64_t i = n - 1; count < 0; i--)
+    for (int64_t i = n - 1; i >= 0 && count < 0; i--)
         if (desk.scores[i] == least) desk.scores[i] = BELOW_ALL, count++;
     return least;
 }

@@ -53,12 +53,19 @@ INLINE vd exp_down(vd x) {
     return only((vl)(x >= splat(-FARTHEST)), (vd)scaled);
 }
 
+// By its bits, as an addition would make zero of a number too small for a normal float.
+INLINE vf bound(float x) {
+    int32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return (vf)splat(bits);
+}
+
 // Whether any score of a block lies between two, both included.
 INLINE bool any_between(const float* x, float least, float most) {
     vi found = {};
     for (int i = 0; i < SCORES; i += W) {
         const vf now = load(x + i);
-        found |= (vi)(now >= splat(least)) & (vi)(now <= splat(most));
+        found |= (vi)(now >= bound(least)) & (vi)(now <= bound(most));
     }
     return any(found);
 }
