@@ -189,9 +189,10 @@ class Service:
         """The state that a request names by its handle, or brings. Raises ApiError for one that is not theirs."""
         try:
             if text.startswith("st_"):
-                found = await asyncio.to_thread(
-                    self.shelf_for(param).get, self.owner(tenant), self.opened(tenant, text, param)
-                )
+                owner, id = self.owner(tenant), self.opened(tenant, text, param)
+                shelf = self.shelf_for(param)
+                self._there(shelf, owner, id, param)
+                found = await asyncio.to_thread(shelf.get, owner, id)
             else:
                 found = parse(base64.b64decode(text, validate=True), self.secret)
             found[1].check(self.identity, self.llm.name)
@@ -201,6 +202,14 @@ class Service:
         except FledgeError as error:
             raise api_error(error, param) from None
         return found
+
+    @staticmethod
+    def _there(shelf: Shelf | Commons, owner: str, id: str, param: str) -> None:
+        """Raise ApiError 404 for a state that has been forgotten."""
+        try:
+            shelf.describe(owner, id)
+        except FledgeError as error:
+            raise ApiError(404, str(error), param=param, code="state_not_found") from None
 
     async def kept(self, tenant: Tenant, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its handle."""
