@@ -176,6 +176,14 @@ def test_a_stopped_answer_stays_and_is_read_with_the_next_message(page: Page, mo
     model.release()
     expect(turn(page, 0).locator(".figures")).to_contain_text("stopped")
     kept = turn(page, 0).locator(".text").inner_text()
+    with page.expect_download():  # the server makes a state of it where one is wanted
+        page.get_by_role("button", name="Save state").click()
+    assert stored(page)[0]["state"].startswith("st_")
+    page.evaluate(
+        "for (const name in localStorage) if (name.startsWith('fledge.turn.')) { "
+        "const turn = JSON.parse(localStorage[name]); turn.state = null; localStorage[name] = JSON.stringify(turn); }"
+    )
+    page.reload()
     sent = say(page, "And now?")
     assert [message["content"] for message in sent["messages"]] == ["Who are you?", kept, "And now?"]
     assert "state" not in sent["fledge"]
@@ -517,6 +525,8 @@ def test_the_state_has_a_picture_and_a_table(browser: Browser, real: Server) -> 
         expect(page.get_by_role("img", name="Heat map of half-lives: 2 layers with 4 heads")).to_be_visible()
         page.get_by_text("As a table").first.click()
         expect(page.get_by_role("table", name="Half-lives").get_by_role("cell")).to_have_count(9)
+        page.reload()
+        expect(page.get_by_role("img", name="Heat map of half-lives")).to_be_visible()
         expect(page.locator(".pieces li").first).to_contain_text("User: One")
         expect(page.get_by_role("meter").first).to_be_visible()
 
@@ -552,5 +562,7 @@ def test_nothing_is_inaccessible(browser: Browser, real: Server, scheme: str) ->
 
 
 def accessible(page: Page) -> None:
-    results = Axe().run(page)
+    """No violation of any rule; in the dark only colours are another matter than in the light."""
+    dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    results = Axe().run(page, options={"runOnly": ["color-contrast"]} if dark else None)
     assert results.violations_count == 0, results.generate_report()

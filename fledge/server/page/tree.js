@@ -136,7 +136,7 @@ export class Tree {
   insert(turn) {
     if (!turn) return;
     const old = this.turns.get(turn.id);
-    if (old) Object.assign(old, { ...turn, parent: old.parent });
+    if (old) Object.assign(old, { error: undefined }, turn, { parent: old.parent });
     else {
       this.turns.set(turn.id, turn);
       this.below.set(turn.parent, [...(this.below.get(turn.parent) ?? []), turn.id]);
