@@ -325,6 +325,30 @@ def test_a_reload_comes_back_to_the_same_place_with_what_was_being_written(page:
     page.keyboard.press("Escape")
 
 
+def test_two_tabs_write_to_one_tree(page: Page, server: Server) -> None:
+    other = page.context.new_page()
+    other.goto(server.url)
+    say(page, "One")
+    say(other, "Uno")
+    for tab in (page, other):
+        expect(rows(tab)).to_have_count(3)
+    page.reload()
+    expect(turn(page, 0).locator(".question")).to_have_text("One")
+    assert labels(page) == ["Beginning", "One", "Uno"]
+
+
+def test_a_full_storage_is_told_and_the_page_works_on(page: Page) -> None:
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
+    say(page, "One")
+    say(page, "Two")
+    expect(turn(page, 1).locator(".text")).to_have_text(SECOND)
+    expect(page.locator("#notice")).to_contain_text("save the conversation")
+    with page.expect_download() as tree:
+        page.get_by_role("button", name="Save as JSON").click()
+    saved = json.loads(Path(tree.value.path()).read_text(encoding="utf-8"))
+    assert [each["user"] for each in saved["turns"]] == ["One", "Two"]
+
+
 def test_a_branch_is_removed_after_a_question(page: Page, server: Server) -> None:
     say(page, "One")
     say(page, "Two")

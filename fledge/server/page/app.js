@@ -86,8 +86,9 @@ function ask(parent, text) {
   return true;
 }
 
-/** Have a question answered that got no answer. */
+/** Have a question answered that got no answer, or part of one; what has been built on that part stays. */
 function again(turn) {
+  if (tree.children(turn.id).length) return ask(turn.parent, turn.user);
   if (dialogue.running) return notice("An answer is being written. Stop it first, or wait.");
   notice("");
   const others = turn.group ? tree.siblings(turn).filter((each) => each.group === turn.group && each.status === "failed") : [];

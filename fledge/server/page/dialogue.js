@@ -10,7 +10,8 @@ export class Dialogue {
   constructor(tree, connection, settings, { changed, ended, said }) {
     Object.assign(this, { tree, connection, settings, changed, ended, said });
     this.server = null; // GET /v1/fledge/server, once it is known
-    this.running = null;
+    this.running = null; // {turns, controller}
+    this.failed = null; // what the last answer came to instead
   }
 
   /** Whether states are kept there, so that nothing is read twice. */

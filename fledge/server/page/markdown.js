@@ -15,6 +15,8 @@ const WORD = /[\p{L}\p{N}_]/u;
 
 /** Show `text` in `place`. Blocks that are there already stay as they are, so that a growing text costs its end only. */
 export function show(place, text) {
+  if (place.source === text) return;
+  place.source = text;
   const wanted = blocks(text);
   const shown = place.shown ?? [];
   let same = 0;

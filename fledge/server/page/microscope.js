@@ -54,6 +54,7 @@ function changed(piece, after, lives, n) {
   const figures = `${number(piece.tokens)} tokens · change ${number(mean, 2)} · ${holding} of ${heads.length} heads hold it`;
   return h("li", {}, h("p.said", { dir: "auto" }, excerpt(piece.text, 90)), bar, h("p.figures", {}, figures),
     piece.change && h("details", {}, h("summary", {}, "By head"),
+      h("p.aside", {}, "Amber: left as it was. Green: changed by as much as it held."),
       heatmap(piece.change, (value) => Math.min(value ?? 0, 1), "change"),
       table(`Change by piece ${n + 1}`, piece.change, (value) => number(value ?? 0, 2))));
 }

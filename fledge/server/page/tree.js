@@ -25,7 +25,7 @@ export class Tree {
     return (this.below.get(id) ?? []).map((each) => this.turns.get(each)).sort(older);
   }
 
-  /** The turns that answer the same question at the same place as this one, itself among them. */
+  /** The turns that follow the same turn as this one, itself among them, oldest first. */
   siblings(turn) {
     return this.children(turn.parent);
   }
