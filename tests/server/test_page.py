@@ -33,6 +33,7 @@ RICH = (
     "# Title\n**bold** and <img src=x onerror=alert(1)>\n- one\n- two\n\n```py\nx = 1 < 2\n```\n"
     "[good](https://example.org) [bad](javascript:alert(1)) " + "long" * 60
 )
+PATIENCE = 20_000  # milliseconds, for a machine that is busy
 KEY = "alice-0123456789abcdef"
 
 
@@ -99,7 +100,8 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 def opened(browser: Browser, server: Server, **how: Any) -> Iterator[Page]:
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | how))
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
     page = context.new_page()
     faults = list[str]()
     page.on("pageerror", lambda error: faults.append(str(error)))
