@@ -4,8 +4,8 @@ Every step frees and asks for the same tensors. By default glibc hands large blo
 faulting the pages in again took about a quarter of a step's time where this was measured. Elsewhere than on glibc
 nothing happens.
 
-Validation reads texts of every length, and what it frees lies between blocks that no step asks for again: kept, it would
-let a long run grow by gigabytes. So after it everything free goes back, once.
+Validation reads texts of every length, and what it frees lies between blocks that no step asks for again: kept, it
+would let a long run grow by gigabytes. So after it everything free goes back, once.
 """
 
 from __future__ import annotations

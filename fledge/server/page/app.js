@@ -5,25 +5,26 @@ import { Composer, notice } from "./composer.js";
 import { Connection } from "./connection.js";
 import { Conversation } from "./conversation.js";
 import { Dialogue } from "./dialogue.js";
-import { by, bytes, excerpt, h, number } from "./element.js";
-import { asks, give, take, today } from "./files.js";
-import { picture } from "./microscope.js";
+import { by, bytes, h } from "./element.js";
+import { files } from "./files.js";
+import { inspect } from "./microscope.js";
 import { Panels, themes } from "./panels.js";
 import { Settings } from "./settings.js";
 import { lasting, passing } from "./storage.js";
 import { restored, settle, Tree } from "./tree.js";
 
 const SPOKEN = 2000; // characters of an answer that are read out
+const AGAIN = 5000; // milliseconds until the server is looked for again
 
 const tree = new Tree();
 const connection = new Connection();
 const settings = new Settings();
-const place = { at: null, group: null }; // the turn one is at, and the answers after it among which to choose
+const place = { at: null, group: null, looked: null }; // the turn one is at, and the answers to choose from after it
 
 const dialogue = new Dialogue(tree, connection, settings, { changed, ended, said: notice });
 const conversation = new Conversation(tree, {
   edit: (turn, text) => ask(turn.parent, text),
-  retry: (turn) => ask(turn.parent, turn.user),
+  retry: (turn) => ask(turn.parent, turn.user) && composer.focus(),
   again,
   choose: (turn) => {
     go(turn.id);
@@ -31,7 +32,7 @@ const conversation = new Conversation(tree, {
   },
   sibling: (turn) => go(tree.newest(turn.id)),
 });
-const branches = new Branches(tree, (id) => go(id));
+const branches = new Branches(tree, goOut);
 const composer = new Composer({ send: (text) => send(text), stop: () => dialogue.stop() });
 const panels = new Panels((name) => {
   if (name === "state") look();
@@ -41,8 +42,8 @@ const panels = new Panels((name) => {
 /** Go to a turn (null: the beginning). Nothing is sent: the next question starts from that turn's state. */
 function go(at, group = null) {
   Object.assign(place, { at, group });
-  passing.put("place", place);
-  lasting.put("place", place);
+  passing.put("place", { at, group });
+  lasting.put("place", { at, group });
   draw();
   conversation.end();
 }
@@ -59,6 +60,7 @@ function draw() {
     const jump = h("button.quiet", { type: "button", onclick: () => go(tree.newest(place.at)) }, "Go to the newest");
     by("onward").replaceChildren(`${count === 1 ? "One turn follows" : `${count} turns follow`} here. What you write now begins a branch. `, jump);
   }
+  by("look").classList.toggle("primary", place.looked !== here());
   by("remove").disabled = by("save-state").disabled = place.at === null;
 }
 
@@ -84,8 +86,9 @@ function ask(parent, text) {
   return true;
 }
 
-/** Have a question answered that got no answer. */
+/** Have a question answered that got no answer, or part of one; what has been built on that part stays. */
 function again(turn) {
+  if (tree.children(turn.id).length) return ask(turn.parent, turn.user);
   if (dialogue.running) return notice("An answer is being written. Stop it first, or wait.");
   notice("");
   const others = turn.group ? tree.siblings(turn).filter((each) => each.group === turn.group && each.status === "failed") : [];
@@ -155,29 +158,22 @@ async function meet() {
     return true;
   } catch (error) {
     if (error.status === 401) askForKey();
+    else setTimeout(meet, AGAIN);
     notice(error.message);
     return false;
   }
 }
 
 /** Look at the state here. */
-async function look() {
-  const { state, messages, from } = path();
-  const shown = (...nodes) => by("picture").replaceChildren(...nodes);
-  if (!messages.length && !from) return shown(h("p.aside", {}, "Nothing has been read here yet."));
-  if (!messages.length) return shown(h("p.aside", {}, "Say something after this state to see what it changes."));
-  shown(h("p.aside", {}, "Looking…"));
-  try {
-    const body = { messages, ...(state && { state }), template: settings.values.template };
-    return shown(...picture(await connection.json("v1/fledge/view", { method: "POST", body })));
-  } catch (error) {
-    return shown(h("div.error", { role: "alert" }, h("p", {}, error.message), h("button.quiet", { type: "button", onclick: look }, "Retry")));
-  }
+function look() {
+  place.looked = here();
+  by("look").classList.remove("primary");
+  inspect(by("picture"), tree.request(place.at, "", false), connection, settings.values.template);
 }
 
-/** All messages up to here; a state only where it came as a file. */
-function path() {
-  return tree.request(place.at, "", false).lost ? { messages: [], from: true } : tree.request(place.at, "", false);
+/** What the picture of the state is a picture of. */
+function here() {
+  return `${place.at} ${tree.get(place.at)?.status}`;
 }
 
 async function tried(work) {
@@ -190,38 +186,16 @@ async function tried(work) {
   }
 }
 
-by("save-tree").addEventListener("click", () => {
-  give(new Blob([JSON.stringify(tree, null, 1)], { type: "application/json" }), `fledge-${today()}.json`);
-});
-by("save-state").addEventListener("click", () => tried(async () => {
-  const turn = tree.get(place.at);
-  if (!turn.state) return notice("The server has no state of this turn: its answer was stopped, or the state is forgotten.");
-  const response = await connection.call(`v1/fledge/states/${encodeURIComponent(turn.state)}/file`);
-  return give(await response.blob(), `${excerpt(turn.user || turn.name, 40).replace(/[^\p{L}\p{N}]+/gu, "-") || "fledge"}.state`);
-}));
-asks((file) => tried(async () => {
-  const turn = await take(file, tree, connection);
-  if (!turn) return notice("Everything in this file is here already.");
-  return go(turn.id);
-}));
+/** Go to a turn that was chosen in a drawer, which then has done its work. */
+function goOut(at) {
+  panels.close();
+  go(at);
+}
+
+files({ tree, connection, dialogue, tried, go: goOut, at: () => place.at });
 by("begin").addEventListener("click", () => {
-  go(null);
+  goOut(null);
   composer.focus();
-});
-by("remove").addEventListener("click", () => {
-  const count = tree.following(place.at);
-  by("sure-text").textContent = `“${excerpt(tree.get(place.at).user || "This state", 80)}”` +
-    (count ? ` and ${number(count)} ${count === 1 ? "turn" : "turns"} after it will be forgotten, here and on the server.` : " will be forgotten, here and on the server.");
-  by("sure").showModal();
-});
-by("keep").addEventListener("click", () => by("sure").close());
-by("really").addEventListener("click", () => {
-  by("sure").close();
-  const { parent } = tree.get(place.at);
-  if (dialogue.running) dialogue.stop();
-  const gone = tree.remove(place.at);
-  go(parent);
-  for (const { state } of gone) if (state) connection.call(`v1/fledge/states/${encodeURIComponent(state)}`, { method: "DELETE" }).catch(() => {});
 });
 by("look").addEventListener("click", look);
 by("ask-help").addEventListener("click", () => by("help").showModal());
@@ -252,4 +226,5 @@ const groupThere = tree.children(there).some((turn) => turn.group === remembered
 themes();
 go(there, groupThere ? remembered.group : null);
 meet();
+if (!by("state").hidden) look();
 composer.focus();

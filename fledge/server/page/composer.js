@@ -58,8 +58,9 @@ export class Composer {
     if (hadFocus) by(is ? "stop" : "send").focus();
   }
 
+  /** Not where a finger points: that would bring up a keyboard nobody asked for. */
   focus() {
-    this.area.focus({ preventScroll: true });
+    if (window.matchMedia("(pointer: fine)").matches) this.area.focus({ preventScroll: true });
   }
 }
 

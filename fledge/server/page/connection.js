@@ -2,6 +2,8 @@
 
 import { passing } from "./storage.js";
 
+const STATE_FIELDS = ["fledge.state", "state", "handle"];
+
 /** What a request came to instead of an answer; `code` and `status` as the server gave them. */
 export class Failure extends Error {
   constructor(message, { status = 0, code = null, param = null } = {}) {
@@ -11,7 +13,7 @@ export class Failure extends Error {
 
   /** Whether the state to go on from is of no use there (any more): forgotten, somebody else's, another model's. */
   get uselessState() {
-    return this.code === "state_not_found" || (this.status === 400 && this.param === "fledge.state");
+    return this.code === "state_not_found" || (this.status === 400 && STATE_FIELDS.includes(this.param));
   }
 
   /** Whether the server, which once did, keeps no states. */

@@ -1,7 +1,7 @@
 // The turns from the beginning to where one is, as one reads them.
 
 import { writable } from "./composer.js";
-import { by, h, number } from "./element.js";
+import { by, copier, h, number } from "./element.js";
 import { show } from "./markdown.js";
 import { passing } from "./storage.js";
 
@@ -178,8 +178,8 @@ class Answer {
         h("span", {}, `${at + 1}/${siblings.length}`), step(1, "›", "Next branch")));
     }
     if (turn.status !== "failed") found.push(button("Retry", () => actions.retry(turn)));
-    if (turn.answer && navigator.clipboard) found.push(button("Copy", () => navigator.clipboard.writeText(turn.answer)));
-    return found;
+    if (turn.answer) found.push(copier(() => turn.answer));
+    return found.filter(Boolean);
   }
 }
 

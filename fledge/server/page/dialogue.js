@@ -10,7 +10,8 @@ export class Dialogue {
   constructor(tree, connection, settings, { changed, ended, said }) {
     Object.assign(this, { tree, connection, settings, changed, ended, said });
     this.server = null; // GET /v1/fledge/server, once it is known
-    this.running = null;
+    this.running = null; // {turns, controller}
+    this.failed = null; // what the last answer came to instead
   }
 
   /** Whether states are kept there, so that nothing is read twice. */
@@ -49,6 +50,16 @@ export class Dialogue {
     this.running?.controller.abort();
   }
 
+  /** Have the server make a state of a turn that has none: its answer was stopped, or the state is forgotten. */
+  async read(turn) {
+    const before = this.tree.request(turn.id, "", this.keeps);
+    if (before.lost) throw lost(before.lost);
+    const body = { messages: before.messages, ...(before.state && { state: before.state }) };
+    if (this.settings.values.template) body.template = this.settings.values.template;
+    turn.state = (await this.connection.json("v1/fledge/states", { method: "POST", body })).id;
+    this.tree.save(turn);
+  }
+
   async answered(turns, signal) {
     const { parent } = turns[0];
     for (let patience = 2; ; patience -= 1) {
@@ -71,7 +82,7 @@ export class Dialogue {
     const again = this.tree.siblings(turn).filter((each) => each.user === turn.user).indexOf(turn);
     const { body, own } = this.settings.request(again, this.settings.values.template);
     const before = this.tree.request(turn.parent, turn.system, this.keeps);
-    if (before.lost) throw new Failure(`The server no longer has the state ${before.lost.name ?? ""}. Open its file again.`);
+    if (before.lost) throw lost(before.lost);
     const fledge = { ...own };
     if (before.state) fledge.state = before.state;
     if (this.keeps) fledge.return_state = "handle";
@@ -96,6 +107,10 @@ export class Dialogue {
     }
     for (const turn of turns) turn.status = "done";
   }
+}
+
+function lost(turn) {
+  return new Failure(`The server no longer has the state ${turn.name ?? ""}. Open its file again.`);
 }
 
 function finish(turns, { fledge, usage }) {

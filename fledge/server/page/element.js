@@ -29,6 +29,17 @@ export function icon(name) {
   return s("svg", { class: "icon", "aria-hidden": "true" }, s("use", { href: `#icon-${name}` }));
 }
 
+/** A button that copies a text; null where the browser does not let pages copy (outside of secure contexts). */
+export function copier(text) {
+  if (!navigator.clipboard) return null;
+  const button = h("button.quiet", { type: "button" }, "Copy");
+  button.addEventListener("click", async () => {
+    button.textContent = await navigator.clipboard.writeText(text()).then(() => "Copied", () => "Not copied");
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  });
+  return button;
+}
+
 /** The element with this id. */
 export const by = (id) => document.getElementById(id);
 

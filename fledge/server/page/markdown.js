@@ -1,7 +1,7 @@
 // A small part of Markdown as DOM nodes: paragraphs, headings, lists, quotes, code, emphasis, links. Text is never
 // taken for markup; no pictures (they would call other hosts), and whatever is not understood stays as it was written.
 
-import { h } from "./element.js";
+import { copier, h } from "./element.js";
 
 const DEEPEST = 6;
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;
@@ -15,6 +15,8 @@ const WORD = /[\p{L}\p{N}_]/u;
 
 /** Show `text` in `place`. Blocks that are there already stay as they are, so that a growing text costs its end only. */
 export function show(place, text) {
+  if (place.source === text) return;
+  place.source = text;
   const wanted = blocks(text);
   const shown = place.shown ?? [];
   let same = 0;
@@ -122,9 +124,8 @@ function drawn(block) {
 
 function code(block) {
   const name = block.language ? `Code, ${block.language}` : "Code";
-  const copy = h("button.copy", { type: "button", onclick: () => navigator.clipboard?.writeText(block.text) }, "Copy");
   const text = h("pre", { tabindex: 0, role: "group", "aria-label": name, dir: "ltr" }, h("code", {}, block.text));
-  return h("div.code", {}, h("div.bar", {}, h("span", {}, block.language || "code"), copy), text);
+  return h("div.code", {}, h("div.bar", {}, h("span", {}, block.language || "code"), copier(() => block.text)), text);
 }
 
 /** The nodes of one stretch of text. */

@@ -6,8 +6,24 @@ import { excerpt, h, number } from "./element.js";
 const FORGOTTEN = "#d9a441";
 const KEPT = "#2f6b4f";
 
+/** Have the server look at what has been said up to here, and show it in `place`. */
+export async function inspect(place, { state, messages, lost }, connection, template) {
+  const show = (...nodes) => place.replaceChildren(...nodes);
+  if (lost || (state && !messages.length)) return show(h("p.aside", {}, "Say something after this state to see what changes it."));
+  if (!messages.length) return show(h("p.aside", {}, "Nothing has been read here yet."));
+  show(h("p.aside", {}, "Looking…"));
+  try {
+    const body = { messages, ...(state && { state }), ...(template && { template }) };
+    return show(...picture(await connection.json("v1/fledge/view", { method: "POST", body })));
+  } catch (error) {
+    const again = () => inspect(place, { state, messages }, connection, template);
+    const retry = h("button.quiet", { type: "button", onclick: again }, "Retry");
+    return show(h("div.error", { role: "alert" }, h("p", {}, error.message), retry));
+  }
+}
+
 /** Draw what POST /v1/fledge/view has found. */
-export function picture(view) {
+function picture(view) {
   const pieces = view.pieces.filter((piece) => piece.text.trim());
   const lives = view.half_lives;
   if (!lives) return [h("p", {}, "This model keeps the text itself and forgets nothing, so there is no picture of it.")];
@@ -38,6 +54,7 @@ function changed(piece, after, lives, n) {
   const figures = `${number(piece.tokens)} tokens · change ${number(mean, 2)} · ${holding} of ${heads.length} heads hold it`;
   return h("li", {}, h("p.said", { dir: "auto" }, excerpt(piece.text, 90)), bar, h("p.figures", {}, figures),
     piece.change && h("details", {}, h("summary", {}, "By head"),
+      h("p.aside", {}, "Amber: left as it was. Green: changed by as much as it held."),
       heatmap(piece.change, (value) => Math.min(value ?? 0, 1), "change"),
       table(`Change by piece ${n + 1}`, piece.change, (value) => number(value ?? 0, 2))));
 }

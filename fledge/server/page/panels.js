@@ -15,7 +15,7 @@ export class Panels {
       this.button(name).addEventListener("click", () => this.show(name, by(name).hidden));
       by(name).querySelector(".close").addEventListener("click", () => this.show(name, false));
     }
-    by("main").addEventListener("pointerdown", () => NARROW.matches && this.close());
+    by("room").addEventListener("pointerdown", (event) => !event.target.closest(".panel") && this.close());
     NARROW.addEventListener("change", () => this.arrange());
     const open = lasting.get("panels") ?? ["tree"];
     if (!NARROW.matches) for (const name of NAMES) if (open.includes(name)) this.show(name, true, false);
@@ -52,11 +52,12 @@ export class Panels {
     return open !== undefined;
   }
 
-  /** Behind a drawer nothing can be reached by accident. */
+  /** What is behind a drawer cannot be reached. */
   arrange() {
     const open = NAMES.filter((name) => !by(name).hidden);
     if (NARROW.matches) for (const name of open.slice(1)) this.set(name, false);
-    document.body.classList.toggle("drawer", NARROW.matches && open.length > 0);
+    by("main").inert = NARROW.matches && open.length > 0;
+    document.body.classList.toggle("drawer", by("main").inert);
   }
 }
 

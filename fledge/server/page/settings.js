@@ -8,12 +8,12 @@ const FIELDS = [
   { name: "template", label: "Template", choices: [], about: "How messages are laid out for the model. Take the one it was tuned with." },
   { name: "temperature", label: "Temperature", min: 0, max: 100, step: 0.05, about: "0: always the likeliest word. 1: as the model weighs them. Above: wilder." },
   { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05, about: "Draw only from the likeliest words that together have this share. Small models need a small one." },
-  { name: "top_k", label: "Top k", min: 0, step: 1, whole: true, about: "Draw only from so many of the likeliest words. 0: from all." },
+  { name: "top_k", label: "Top k", min: 0, step: 1, about: "Draw only from so many of the likeliest words. 0: from all." },
   { name: "presence_penalty", label: "Presence penalty", min: -100, max: 100, step: 0.1, about: "Makes words that have been used less likely, however often." },
   { name: "frequency_penalty", label: "Frequency penalty", min: -100, max: 100, step: 0.1, about: "The same, for each time they have been used." },
   { name: "penalty_decay", label: "Penalty decay", min: 0, max: 1, step: 0.001, about: "How much of the penalties is left after each further word. 1: all of it." },
-  { name: "max_tokens", label: "Longest answer", min: 1, step: 1, whole: true, about: "In tokens. An answer that reaches it stops in the middle." },
-  { name: "seed", label: "Seed", min: 0, step: 1, whole: true, about: "The same seed gives the same answer again. Empty: another one each time. Retry counts it up." },
+  { name: "max_tokens", label: "Longest answer", min: 1, step: 1, about: "In tokens. An answer that reaches it stops in the middle." },
+  { name: "seed", label: "Seed", min: 0, step: 1, about: "The same seed gives the same answer again. Empty: another one each time. Retry counts it up." },
   { name: "stop", label: "Stop texts", area: 2, about: "One a line. The answer ends before the first of them." },
 ];
 const OWN = ["top_k", "penalty_decay", "template"]; // in the request's field fledge, not among OpenAI's
@@ -53,8 +53,7 @@ export class Settings {
       return area;
     }
     const { min, max, step } = field;
-    const input = h("input", { ...given, type: "number", min, max, step: field.whole ? 1 : "any", inputmode: "decimal",
-      "data-step": step, placeholder: "the server's choice", autocomplete: "off" });
+    const input = h("input", { ...given, type: "number", min, max, step, inputmode: "decimal", placeholder: "the server's choice", autocomplete: "off" });
     input.value = value;
     return input;
   }

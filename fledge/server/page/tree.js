@@ -25,7 +25,7 @@ export class Tree {
     return (this.below.get(id) ?? []).map((each) => this.turns.get(each)).sort(older);
   }
 
-  /** The turns that answer the same question at the same place as this one, itself among them. */
+  /** The turns that follow the same turn as this one, itself among them, oldest first. */
   siblings(turn) {
     return this.children(turn.parent);
   }
@@ -136,7 +136,7 @@ export class Tree {
   insert(turn) {
     if (!turn) return;
     const old = this.turns.get(turn.id);
-    if (old) Object.assign(old, { ...turn, parent: old.parent });
+    if (old) Object.assign(old, { error: undefined }, turn, { parent: old.parent });
     else {
       this.turns.set(turn.id, turn);
       this.below.set(turn.parent, [...(this.below.get(turn.parent) ?? []), turn.id]);
