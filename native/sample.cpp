@@ -49,9 +49,12 @@ float last_of_few(float* scores, double* weights, int64_t count, double sum, dou
     return scores[place];
 }
 
-// The score with which the running sum of the weights (null: ones), largest score first, reaches the goal; the lowest of
-// the span, should it not. Whole groups of neighbouring scores are summed, then the one where it happens is looked into.
+// The score with which the running sum of the weights (null: ones), largest score first, reaches the goal; the lowest
+// of the span, should it not. Whole groups of neighbours are summed, then the one where it happens is looked into.
 float cutoff(const float* scores, const double* weights, int64_t n, float least, float most, double goal, Desk& desk) {
+    // Most tokens have low scores: where the goal lies in the upper half of the span, they need no closer look.
+    const auto middle = static_cast<float>(most - (static_cast<double>(most) - least) / 2);
+    if (kernels().above(scores, weights, n, middle) >= goal) least = std::max(least, middle);
     double sum = 0;
     while (least < most) {
         const Span span{least, most, (GROUPS - 1) / (static_cast<double>(most) - least)};
@@ -122,7 +125,7 @@ int64_t chosen(double number, int64_t n, const Desk& desk) {
 }  // namespace
 
 void Desk::reset(int64_t vocabulary) {
-    room = round_up(vocabulary, SCORES);
+    const int64_t room = round_up(vocabulary, SCORES);
     const int64_t doubles = 2 * room + room / SCORES + GROUPS + LANES;
     weights = static_cast<double*>(
         memory_.bytes(static_cast<size_t>(doubles) * sizeof(double) + static_cast<size_t>(3 * room) * sizeof(float)));

@@ -28,8 +28,7 @@ class Desk {
    public:
     void reset(int64_t vocabulary);
 
-    int64_t room;     // scores, filled up to whole blocks
-    float* scores;    // (room)
+    float* scores;    // (room): the vocabulary, filled up to whole blocks
     double* weights;  // (room)
     double* sums;     // (room / SCORES) of the blocks
     float* few;       // (room), with the next: the scores among which a cutoff is looked for

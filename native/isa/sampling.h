@@ -9,6 +9,7 @@ namespace {
 using namespace fledge;
 
 constexpr int D = W / 2;  // doubles in a vector
+constexpr int ROW_SUMS = 4;  // vectors of a pass that go side by side, so that no sum waits for itself
 typedef double vd __attribute__((vector_size(D * 8), aligned(8), may_alias));
 typedef int64_t vl __attribute__((vector_size(D * 8), aligned(8), may_alias));
 typedef uint64_t vu64 __attribute__((vector_size(D * 8), aligned(8), may_alias));
@@ -71,18 +72,23 @@ INLINE bool any_between(const float* x, float least, float most) {
 }
 
 Extremes extremes(const float* x, int64_t n) {
-    vf high = splat(-__builtin_inff()), low = splat(__builtin_inff());
-    vi nan = {};
-    for (int64_t i = 0; i < n; i += W) {
-        const vf now = load(x + i);
-        nan |= (vi)(now != now);
-        high = select((vi)(now > high), now, high);
-        low = select((vi)(now < low) & (vi)(now > splat(-__builtin_inff())), now, low);
-    }
-    Extremes found{high[0], low[0], any(nan)};
-    for (int i = 1; i < W; i++) {
-        if (high[i] > found.highest) found.highest = high[i];
-        if (low[i] < found.lowest) found.lowest = low[i];
+    vf high[ROW_SUMS], low[ROW_SUMS];
+    vi nan[ROW_SUMS] = {};
+    for (int j = 0; j < ROW_SUMS; j++) high[j] = splat(-__builtin_inff()), low[j] = splat(__builtin_inff());
+    for (int64_t i = 0; i < n; i += ROW_SUMS * W)
+        for (int j = 0; j < ROW_SUMS; j++) {
+            const vf now = load(x + i + j * W);
+            nan[j] |= (vi)(now != now);
+            high[j] = select((vi)(now > high[j]), now, high[j]);
+            low[j] = select((vi)(now < low[j]) & (vi)(now > splat(-__builtin_inff())), now, low[j]);
+        }
+    Extremes found{high[0][0], low[0][0], false};
+    for (int j = 0; j < ROW_SUMS; j++) {
+        found.nan |= any(nan[j]);
+        for (int i = 0; i < W; i++) {
+            if (high[j][i] > found.highest) found.highest = high[j][i];
+            if (low[j][i] < found.lowest) found.lowest = low[j][i];
+        }
     }
     return found;
 }
@@ -94,12 +100,22 @@ INLINE double sum(vd x) {
 }
 
 double weigh(const float* x, int64_t n, float highest, double* weights) {
-    vd total[4] = {};
-    for (int64_t i = 0; i < n; i += 4 * D)
-        for (int j = 0; j < 4; j++) {
+    vd total[ROW_SUMS] = {};
+    for (int64_t i = 0; i < n; i += ROW_SUMS * D)
+        for (int j = 0; j < ROW_SUMS; j++) {
             const vd weight = exp_down(widen(x + i + j * D) - (double)highest);
             store(weights + i + j * D, weight);
             total[j] += weight;
+        }
+    return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+double above(const float* x, const double* weights, int64_t n, float least) {
+    vd total[ROW_SUMS] = {};
+    for (int64_t i = 0; i < n; i += ROW_SUMS * D)
+        for (int j = 0; j < ROW_SUMS; j++) {
+            const vl mask = (vl)(widen(x + i + j * D) >= splat((double)least));
+            total[j] += only(mask, weights ? load_doubles(weights + i + j * D) : splat(1.0));
         }
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }

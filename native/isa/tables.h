@@ -157,7 +157,9 @@ struct Kernels {
     // Of the draw of a token, n being a multiple of SCORES; see sampling.h and native/sample.cpp.
     Extremes (*extremes)(const float* x, int64_t n);
     double (*weigh)(const float* x, int64_t n, float highest, double* weights);  // e^(x - highest); returns their sum
-    // Adds the weights (null: ones) of a span to the sums of their groups; behind these is room for LANES others.
+    // The sum of the weights (null: ones) of the scores from `least` up.
+    double (*above)(const float* x, const double* weights, int64_t n, float least);
+    // Adds the weights (null: ones) of a span to the sums of its groups, behind which is room for LANES others.
     void (*spread)(const float* x, const double* weights, int64_t n, const Span& span, double* sums);
     // The scores of one group and their weights, in their order; returns how many. May write over what it reads.
     int64_t (*gather)(const float* x, const double* weights, int64_t n, const Span& span, int32_t wanted, float* scores,
