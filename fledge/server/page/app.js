@@ -23,8 +23,8 @@ const place = { at: null, group: null, looked: null }; // the turn one is at, an
 
 const dialogue = new Dialogue(tree, connection, settings, { changed, ended, said: notice });
 const conversation = new Conversation(tree, {
-  edit: (turn, text) => ask(turn.parent, text),
-  retry: (turn) => ask(turn.parent, turn.user) && composer.focus(),
+  edit: (turn, text) => ask(turn.parent, text, turn),
+  retry: (turn) => ask(turn.parent, turn.user, turn) && composer.focus(),
   again,
   choose: (turn) => {
     go(turn.id);
@@ -75,20 +75,20 @@ function send(text) {
   return ask(here?.status === "failed" ? here.parent : place.at, text);
 }
 
-function ask(parent, text) {
+function ask(parent, text, like) {
   if (dialogue.running) {
     notice("An answer is being written. Stop it first, or wait.");
     return false;
   }
   notice("");
-  const turns = dialogue.begin(parent, text, composer.answers);
+  const turns = dialogue.begin(parent, text, composer.answers, like);
   answer(turns);
   return true;
 }
 
 /** Have a question answered that got no answer, or part of one; what has been built on that part stays. */
 function again(turn) {
-  if (tree.children(turn.id).length) return ask(turn.parent, turn.user);
+  if (tree.children(turn.id).length) return ask(turn.parent, turn.user, turn);
   if (dialogue.running) return notice("An answer is being written. Stop it first, or wait.");
   notice("");
   const others = turn.group ? tree.siblings(turn).filter((each) => each.group === turn.group && each.status === "failed") : [];
@@ -168,7 +168,7 @@ async function meet() {
 function look() {
   place.looked = here();
   by("look").classList.remove("primary");
-  inspect(by("picture"), tree.request(place.at, "", false), connection, settings.values.template);
+  inspect(by("picture"), tree.request(place.at, "", false), connection, dialogue.template(place.at));
 }
 
 /** What the picture of the state is a picture of. */

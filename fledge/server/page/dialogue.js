@@ -19,12 +19,18 @@ export class Dialogue {
     return this.server?.keeps_states ?? false;
   }
 
-  /** Turns that follow `parent`, all with this question; `run` has them answered. */
-  begin(parent, user, count) {
+  /** Turns that follow `parent`, all with this question; `run` has them answered. like: another turn at that place. */
+  begin(parent, user, count, like = null) {
     const group = count > 1 ? `${Date.now()}-${Math.floor(Math.random() * 1e9)}` : undefined;
-    const first = parent === null ? { system: this.settings.system } : {};
+    const { system, template } = like ?? { system: this.settings.system, template: this.template(null) };
+    const first = parent === null ? { system, template } : {};
     return Array.from({ length: count }, (_, number) =>
       this.tree.add({ parent, user, status: "open", state: null, group, number, ...first }));
+  }
+
+  /** The template of the conversation that a turn is in; of one that begins now, that of the settings. */
+  template(id) {
+    return this.tree.template(id) || this.settings.values.template || this.server?.template || "";
   }
 
   /** Have turns answered that ask the same at the same place. */
@@ -55,7 +61,8 @@ export class Dialogue {
     const before = this.tree.request(turn.id, "", this.keeps);
     if (before.lost) throw lost(before.lost);
     const body = { messages: before.messages, ...(before.state && { state: before.state }) };
-    if (this.settings.values.template) body.template = this.settings.values.template;
+    const template = this.template(turn.id);
+    if (template) body.template = template;
     turn.state = (await this.connection.json("v1/fledge/states", { method: "POST", body })).id;
     this.tree.save(turn);
   }
@@ -80,7 +87,7 @@ export class Dialogue {
   body(turns) {
     const [turn] = turns;
     const again = this.tree.siblings(turn).filter((each) => each.user === turn.user).indexOf(turn);
-    const { body, own } = this.settings.request(again, this.settings.values.template);
+    const { body, own } = this.settings.request(again, this.template(turn.id));
     const before = this.tree.request(turn.parent, turn.system, this.keeps);
     if (before.lost) throw lost(before.lost);
     const fledge = { ...own };

@@ -86,6 +86,11 @@ export class Tree {
     return gone;
   }
 
+  /** The template that the conversation of a turn began with; a state's is that which it was read in. */
+  template(id) {
+    return this.path(id)[0]?.template ?? "";
+  }
+
   /** What to send so that the server goes on after `parent`: the nearest state, and the messages since. */
   request(parent, system, states) {
     const messages = [];
