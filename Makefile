@@ -14,6 +14,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.1
 VENV_STAMP := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.developing
+BROWSING := $(VENV)/.browsing
 NATIVE_TESTS := $(wildcard tests/*/test_native_*.py tests/*/test_rounding.py)
 NATIVE := $(shell find native -type f)
 SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
@@ -31,7 +32,7 @@ help: ## list these commands
 demo: $(INSTALLED) ## install into .venv and generate text with the bundled model
 	$(BIN)/fledge generate "$(PROMPT)" --top-p 0.6 --max-tokens 150
 
-test: check ## install for development, check everything, run the tests
+test: check $(BROWSING) ## install for development, check everything, run the tests
 	$(BIN)/python -m pytest
 
 check: $(DEVELOPING) ## formatting, lint and types, without changing a file
@@ -79,6 +80,15 @@ $(DEVELOPING): $(VENV_STAMP) pyproject.toml $(NATIVE)
 	@echo "Installing fledge for development into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@rm -rf build/native
+	@touch $@
+
+# The chat page is tested in Chromium. Where none can be had, those tests are skipped and say so.
+$(BROWSING): $(DEVELOPING)
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+		echo "Installing a browser to test the chat page in"; \
+		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq -y install chromium; } >/dev/null 2>&1 || \
+		$(BIN)/python -m playwright install chromium >/dev/null 2>&1 || \
+		echo "None could be had: the tests of the chat page will be skipped"
 	@touch $@
 
 native: ## build only the native library, for work on it: found in build/native until the next installation

@@ -86,4 +86,4 @@ FLEDGE_API int fledge_choose(const char* name) {
     return -1;
 }
 
-FLEDGE_API int fledge_abi() { return 5; }
+FLEDGE_API int fledge_abi() { return 6; }

@@ -45,9 +45,9 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out `slow` and `browser` unless -m chooses for itself; skip `gpu` where there is none."""
+    """Leave out `slow` unless -m chooses for itself; skip `gpu` where there is none."""
     if not config.option.markexpr:
-        left_out = [item for item in items if any(item.get_closest_marker(name) for name in ("slow", "browser"))]
+        left_out = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
     if not torch.cuda.is_available():

@@ -14,7 +14,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 5
+ABI = 6
 """What `fledge_abi()` of a library that fits this code answers."""
 
 NAME = {"win32": "fledge_native.dll", "darwin": "libfledge_native.dylib"}.get(sys.platform, "libfledge_native.so")

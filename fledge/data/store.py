@@ -56,7 +56,7 @@ class Store:
         self, prefixes: Mapping[str, Path], spec: dict[str, Any] | None, manifest: dict[str, Any], rows: int = 0
     ) -> None:
         self._prefixes = prefixes
-        self.tokenizer_spec = WORLD if spec is None and not rows else spec
+        self.tokenizer_spec = dict(WORLD) if spec is None and not rows else spec
         """The record of the vocabulary, for `fledge.tokenizer.tokenizer_for`; None where it is not known."""
         self.recorded = spec is not None
         """Whether the vocabulary is known, and not only taken to be World's."""

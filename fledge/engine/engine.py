@@ -26,7 +26,7 @@ from fledge.engine.generation import Cursor, device_of, fresh_state
 from fledge.engine.request import Busy, Finish, Likelihood, Output, Request
 from fledge.engine.sampling import LARGEST_SEED, Sampler
 from fledge.engine.scheduler import Pace, Piece, Scheduler
-from fledge.engine.task import Strand, Task
+from fledge.engine.task import Due, Strand, Task, next_tokens
 from fledge.models.config import ModelConfig
 from fledge.models.rows import Row
 from fledge.tokenizer import NO_EOS
@@ -123,9 +123,8 @@ class Engine:
         """One call of the model and what came of it; nothing where there is nothing to do."""
         outputs = self._expired()
         chosen = self.scheduler.chosen(list(self._tasks.values()))
-        for task in chosen:
-            if not task.begun:
-                self._begin(task, outputs)
+        due = [place for task in chosen if not task.begun for place in self._begin(task, outputs)]
+        self._draw(due, outputs)
         for task in self._tasks.values():
             if task.begun and task not in chosen:
                 task.park()
@@ -161,23 +160,23 @@ class Engine:
                 self.abort(task.number)
         return outputs
 
-    def _begin(self, task: Task, outputs: list[Output]) -> None:
-        """Look up what is known of a prompt."""
+    def _begin(self, task: Task, outputs: list[Output]) -> list[Due]:
+        """Look up what is known of a prompt. Returns what is to be drawn where that is all of it."""
         task.begun = True
         request = task.request
         if isinstance(request.start, Cursor):
-            self._write(task, request.start.logits.float().cpu(), outputs)
-        elif self.cache is not None and request.space is not None:
+            return self._write(task, request.start.logits.float().cpu(), outputs)
+        if self.cache is not None and request.space is not None:
             hit = self.cache.find(request.space, request.ids)
             if hit.state is not None:
                 # From the disk it comes on the CPU.
                 task.row, task.done, task.cached = Row(hit.state.to(self._device)), hit.length, hit.length
                 self.tally.cached += hit.length
             if hit.logits is not None and hit.length == len(request.ids):
-                self._write(task, hit.logits, outputs)
-                return
+                return self._write(task, hit.logits, outputs)
             task.cuts.extend(self.cache.places(request.space, request.ids, task.done, request.marks))
             self.cache.learn(request.space, request.ids)
+        return []
 
     def _call(self, pieces: list[Piece], outputs: list[Output]) -> None:
         began = time.perf_counter()
@@ -189,23 +188,24 @@ class Engine:
         self.tally.batch = len(pieces)
         self.tally.seconds += seconds
         self.tally.read += sum(len(piece.ids) for piece in pieces if piece.strand is None)
+        due = list[Due]()
         for piece, scores, row in zip(pieces, logits, after, strict=True):
             if piece.strand is None:
-                self._advance(piece, scores, row, outputs)
+                due += self._advance(piece, scores, row, outputs)
             else:
                 piece.strand.row = row
-                self._draw(piece.task, piece.strand, scores, outputs)
+                due.append(Due(piece.task, piece.strand, scores))
+        self._draw(due, outputs)
 
-    def _advance(self, piece: Piece, scores: Tensor, row: Row, outputs: list[Output]) -> None:
-        """A prompt has been read a little further."""
+    def _advance(self, piece: Piece, scores: Tensor, row: Row, outputs: list[Output]) -> list[Due]:
+        """A prompt has been read a little further. Returns what is to be drawn where that was the end of it."""
         task = piece.task
         task.row, task.done = row, task.done + len(piece.ids)
         complete = task.done == len(task.request.ids)
         if task.cuts and task.cuts[0] == task.done:
             task.cuts.popleft()
             self._keep(task, scores if complete else None)
-        if complete:
-            self._write(task, scores, outputs)
+        return self._write(task, scores, outputs) if complete else []
 
     def _keep(self, task: Task, scores: Tensor | None) -> None:
         """Give the cache the state at this place of the prompt."""
@@ -215,44 +215,39 @@ class Engine:
         known = task.request.ids[: task.done]
         self.cache.put(task.request.space, known, state, None if scores is None else scores.clone())
 
-    def _write(self, task: Task, scores: Tensor, outputs: list[Output]) -> None:
-        """All has been read: begin the continuations."""
+    def _write(self, task: Task, scores: Tensor, outputs: list[Output]) -> list[Due]:
+        """All has been read: begin the continuations, whose first tokens are due then."""
         request = task.request
         if request.n == 0:
             output = Output(task.number, 0, task.row, logits=scores.clone(), cached=task.cached)
             outputs.append(self._end(output, None, "read"))
             self.abort(task.number)
-            return
+            return []
         for choice in range(request.n):
             params = request.params
             if params.seed is not None and choice:
                 params = params.with_overrides({"seed": (params.seed + choice) % (LARGEST_SEED + 1)})
             constraint = request.constraint.fork() if request.constraint is not None else None
             task.strands.append(Strand(choice, task.row, Sampler(params), params.max_tokens, constraint, -1))
-        for strand in list(task.strands):
-            self._draw(task, strand, scores, outputs)
+        return [Due(task, strand, scores) for strand in task.strands]
 
-    def _draw(self, task: Task, strand: Strand, scores: Tensor, outputs: list[Output]) -> None:
-        """The next token of one continuation."""
-        output = Output(task.number, strand.choice, strand.row, cached=task.cached)
-        try:
-            allowed = None if strand.constraint is None else strand.constraint.mask()
-            token = strand.sampler.next(scores, allowed)
-            if strand.constraint is not None:
-                strand.constraint.accept(token)
-        except FledgeError as error:
-            outputs.append(self._end(output._replace(error=error), strand, "failed"))
-            self.abort_choice(task.number, strand.choice)
-            return
-        strand.token, strand.left = token, strand.left - 1
-        self.tally.drawn += 1
-        if task.request.logprobs is not None:
-            output = output._replace(likelihood=likelihood(scores, token, task.request.logprobs))
-        output = output._replace(token=token, seed=strand.sampler.seed)
-        reason = self._reason(strand)
-        outputs.append(output if reason is None else self._end(output, strand, reason))
-        if reason is not None:
-            self.abort_choice(task.number, strand.choice)
+    def _draw(self, due: list[Due], outputs: list[Output]) -> None:
+        """The next token of each of these continuations."""
+        for (task, strand, scores), token in zip(due, next_tokens(due), strict=True):
+            output = Output(task.number, strand.choice, strand.row, cached=task.cached)
+            if isinstance(token, FledgeError):
+                outputs.append(self._end(output._replace(error=token), strand, "failed"))
+                self.abort_choice(task.number, strand.choice)
+                continue
+            strand.token, strand.left = token, strand.left - 1
+            self.tally.drawn += 1
+            if task.request.logprobs is not None:
+                output = output._replace(likelihood=likelihood(scores, token, task.request.logprobs))
+            output = output._replace(token=token, seed=strand.sampler.seed)
+            reason = self._reason(strand)
+            outputs.append(output if reason is None else self._end(output, strand, reason))
+            if reason is not None:
+                self.abort_choice(task.number, strand.choice)
 
     def _reason(self, strand: Strand) -> Finish | None:
         """Why the token just drawn is the last one, if it is."""

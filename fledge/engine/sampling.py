@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import FledgeError, UsageError
+from fledge.core.native import library
+from fledge.engine import native_sampling
 
 LARGEST_SEED = 2**63 - 1
 
@@ -27,6 +30,10 @@ WIDEST = 32.0
 """The top-p cutoff is looked for among tokens grouped by logit: the gaps to the highest logit, up to WIDEST, in equal
 parts. Sorting 65536 tokens takes a CPU 5 ms, counting them into groups and sorting one group 0.2 ms."""
 
+FARTHEST = 708.0
+"""A token whose logit is this far below the highest is never drawn: e to the power of less is no normal number."""
+
+Scores = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
@@ -86,55 +93,155 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self._random = torch.Generator().manual_seed(self.seed)
-        self._places: dict[int, int] = {}  # of the tokens drawn so far in `_counts`
-        self._counts: Floats = np.zeros(0)
+        self._numbers: list[
+            float
+        ] = []  # of the stream, the next one last; taken many at a time, as that costs the same
+        self._banned = np.array([min(token, LARGEST_SEED) for token in params.ban], np.int64)
+        self._places: dict[int, int] = {}  # of the tokens drawn so far in the next two, which are longer than needed
+        self._known, self._times = np.zeros(16, np.int64), np.zeros(16)
 
     def next(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> int:
-        """The next token for logits (V,) float32 on any device; they are not changed.
+        """The next token for logits (V,) on any device; they are not changed.
 
         allowed: (V,); no other token is drawn, as if it were banned (`Constraint.mask` gives it).
         Raises UsageError if no token may be drawn, FledgeError for logits that are not numbers.
         """
-        scores = self._penalised(logits)
-        among = None if allowed is None else _among(allowed, scores)
-        ids, weights = distribution(scores if among is None else scores[among], self.params)
-        sums = weights.cumsum(0)
-        place = torch.rand((), generator=self._random, dtype=torch.float64) * sums[-1]
-        drawn = ids[torch.searchsorted(sums, place, right=True)]
-        token = int(drawn if among is None else among[drawn])
-        self._remember(token)
-        return token
+        (drawn,) = draw_all([self], [logits], [allowed])
+        if isinstance(drawn, FledgeError):
+            raise drawn
+        return drawn
 
-    def _penalised(self, logits: Tensor) -> Tensor:
-        # Copied by numpy: torch would copy with several threads, and those then wait in a loop for more of such work,
-        # on the very cores that the next token needs.
-        logits = torch.from_numpy(logits.detach().to("cpu", torch.float32).numpy().copy())  # (V,)
-        if self.params.ban:
-            if max(self.params.ban) >= len(logits):
-                raise UsageError(f"ban holds {max(self.params.ban)}; this model's ids end at {len(logits) - 1}")
-            logits[list(self.params.ban)] = -math.inf
-        if self._places:
-            counts = torch.from_numpy(self._counts).float()
-            penalty = self.params.presence_penalty + self.params.frequency_penalty * counts
-            logits[torch.tensor(list(self._places))] -= penalty
-        return logits
+    def chance(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> Chance:
+        """The draw that is next. Takes its number off the stream."""
+        if not self._numbers:
+            self._numbers = torch.rand(64, generator=self._random, dtype=torch.float64).tolist()[::-1]
+        logits = logits.detach().to("cpu", torch.float32).contiguous()
+        if allowed is not None:
+            assert allowed.shape == logits.shape and allowed.dtype == np.bool_, "one answer for each token"
+            allowed = np.ascontiguousarray(allowed)
+        count = len(self._places)
+        known, times = self._known[:count], self._times[:count]
+        return Chance(self.params, logits, allowed, self._banned, known, times, self._numbers.pop())
 
-    def _remember(self, token: int) -> None:
+    def remember(self, token: int) -> None:
+        """Count a token that was drawn."""
         params = self.params
         if params.presence_penalty or params.frequency_penalty:
-            self._counts *= params.penalty_decay
             place = self._places.setdefault(token, len(self._places))
-            if place == len(self._counts):
-                self._counts = np.append(self._counts, 0.0)
-            self._counts[place] += 1.0
+            if place == len(self._known):
+                self._known, self._times = np.resize(self._known, 2 * place), np.resize(self._times, 2 * place)
+                self._times[place:] = 0.0
+            self._times *= params.penalty_decay
+            self._times[place] += 1.0
+            self._known[place] = token
+
+
+class Chance(NamedTuple):
+    """One draw: all that decides which token it gives."""
+
+    params: SamplingParams
+    logits: Tensor  # (V,) float32 on the CPU, contiguous
+    allowed: npt.NDArray[np.bool_] | None  # (V,)
+    banned: Ids
+    known: Ids  # tokens that came before, and how often each did
+    times: Floats
+    number: float  # from 0 to below 1
+
+
+def draw_all(
+    samplers: Sequence[Sampler], logits: Sequence[Tensor] | Tensor, allowed: Sequence[npt.NDArray[np.bool_] | None]
+) -> list[int | FledgeError]:
+    """The next token of each sampler, or the error that `next` raises; no row knows of the others.
+
+    In the native library where that is there, side by side. Its sums are not those of numpy to the last bit, so without
+    it a token may differ where the random number falls on a border between two.
+    """
+    chances = [sampler.chance(*given) for sampler, *given in zip(samplers, logits, allowed, strict=True)]
+    found = draw_reference(chances) if library() is None else draw_native(chances)
+    for sampler, token in zip(samplers, found, strict=True):
+        if not isinstance(token, FledgeError):
+            sampler.remember(token)
+    return found
+
+
+def draw_native(chances: Sequence[Chance]) -> list[int | FledgeError]:
+    """As `draw_reference`, in the native library."""
+    if not chances:
+        return []
+    vocab_size = len(chances[0].logits)
+    assert all(len(chance.logits) == vocab_size for chance in chances), "rows of one model"
+    found = native_sampling.draw([_row(chance) for chance in chances], vocab_size)
+    return [token if token >= 0 else _refusal(token, chance) for token, chance in zip(found, chances, strict=True)]
+
+
+def _row(chance: Chance) -> native_sampling.Row:
+    params, allowed = chance.params, chance.allowed
+    return native_sampling.Row(
+        chance.logits.data_ptr(),
+        None if allowed is None else allowed.ctypes.data,
+        *_array(chance.banned),
+        *_array(chance.known),
+        chance.times.ctypes.data,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.temperature,
+        params.top_p,
+        min(params.top_k, len(chance.logits)),
+        chance.number,
+    )
+
+
+def _array(ids: Ids) -> tuple[int, int]:
+    return ids.ctypes.data, len(ids)
+
+
+def _refusal(code: int, chance: Chance) -> FledgeError:
+    if code == native_sampling.BEYOND:
+        return _unknown_ban(chance)
+    if code != native_sampling.NOTHING:
+        return _not_numbers(math.nan if code == native_sampling.NOT_NUMBERS else math.inf)
+    if chance.allowed is None:
+        return _all_banned(chance.params, len(chance.logits))
+    return _none_allowed(int(chance.allowed.sum()))
+
+
+def draw_reference(chances: Sequence[Chance]) -> list[int | FledgeError]:
+    """The token of each chance, or the error in its way. This is the specification."""
+    found = list[int | FledgeError]()
+    for chance in chances:
+        try:
+            found.append(_drawn(chance))
+        except FledgeError as error:
+            found.append(error)
+    return found
+
+
+def _drawn(chance: Chance) -> int:
+    scores = _penalised(chance)
+    among = None if chance.allowed is None else _among(chance.allowed, scores)
+    ids, weights = distribution(scores if among is None else scores[among], chance.params)
+    sums = weights.cumsum(0)
+    drawn = ids[torch.searchsorted(sums, chance.number * sums[-1], right=True)]
+    return int(drawn if among is None else among[drawn])
+
+
+def _penalised(chance: Chance) -> Tensor:
+    if len(chance.banned) and chance.banned.max() >= len(chance.logits):
+        raise _unknown_ban(chance)
+    # Copied by numpy: torch would copy with several threads, and those then wait in a loop for more of such work,
+    # on the very cores that the next token needs.
+    logits = torch.from_numpy(chance.logits.numpy().copy())  # (V,)
+    logits[torch.from_numpy(chance.banned)] = -math.inf
+    penalty = chance.params.presence_penalty + chance.params.frequency_penalty * torch.from_numpy(chance.times)
+    logits[torch.from_numpy(chance.known)] -= penalty.float()
+    return logits
 
 
 def _among(allowed: npt.NDArray[np.bool_], scores: Tensor) -> Tensor:
     """Ids (n,), rising, of the tokens among which to draw. Few, as most grammars leave, cost a draw less than all."""
-    assert allowed.shape == scores.shape, "one answer for each token"
     ids = np.flatnonzero(allowed)
     if not (scores.numpy()[ids] != -math.inf).any():
-        raise UsageError(f"no token may come here: the grammar allows {len(ids)}, and none of them can be drawn")
+        raise _none_allowed(len(ids))
     return torch.from_numpy(ids)
 
 
@@ -147,56 +254,73 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     scores = logits.numpy()  # numpy's comparisons and masks are several times as fast as torch's
     highest = float(scores.max())
     if math.isnan(highest) or highest == math.inf:
-        raise FledgeError(
-            f"the model predicts nothing, its logits hold {highest}: in float16 or bfloat16 it may have overflowed, "
-            "and float32 helps (--dtype float32); in float32 its weights are damaged, or its training has diverged"
-        )
+        raise _not_numbers(highest)
     if highest == -math.inf:
-        raise UsageError(f"ban leaves no token to draw ({len(params.ban)} ids of {len(logits)} are banned)")
+        raise _all_banned(params, len(logits))
     if params.temperature == 0.0:
         return torch.tensor([int(scores.argmax())]), torch.ones(1, dtype=torch.float64)
     gaps = highest - scores.astype(np.float64)
     weights = np.exp(-gaps)  # the probabilities, times the same number
-    ids = _top_p(gaps, weights, params.top_p)
+    ids = _top_p(scores, gaps, weights, params.top_p)
     if 0 < params.top_k < len(ids):
-        ids = ids[_top_k(weights[ids], params.top_k)]
+        ids = ids[_top_k(scores[ids], params.top_k)]
     if params.temperature == 1.0:
         return torch.from_numpy(ids), torch.from_numpy(weights[ids])
     # The temperature acts on logarithms: p^(1/T) itself would underflow to nothing at a low T.
     return torch.from_numpy(ids), (torch.from_numpy(gaps[ids]) / -params.temperature).exp()
 
 
-def _top_p(gaps: Floats, weights: Floats, top_p: float) -> Ids:
+def _top_p(scores: Scores, gaps: Floats, weights: Floats, top_p: float) -> Ids:
     """Ids (n,) of what stays: all tokens at least as probable as the first rank whose running sum reaches top_p."""
     if top_p == 1.0:
-        return np.flatnonzero(weights > 0)
+        return np.flatnonzero(gaps <= FARTHEST)
     total = weights.sum()
     # Tokens below this bound hold less than half of 1 - top_p even all together, so the sum is reached before them.
     ids = np.flatnonzero(weights > (1.0 - top_p) * total / (2 * len(weights)))
-    return np.flatnonzero(weights >= _cutoff(gaps[ids], weights[ids], top_p * total))
+    return np.flatnonzero(scores >= _cutoff(scores[ids], gaps[ids], weights[ids], top_p * total))
 
 
-def _cutoff(gaps: Floats, weights: Floats, goal: float) -> float:
-    """The weight at which the running sum of the weights, largest first, reaches `goal` (the last, should it not).
+def _cutoff(scores: Scores, gaps: Floats, weights: Floats, goal: float) -> float:
+    """The score at which the running sum of the weights, largest first, reaches `goal` (the last, should it not).
 
-    gaps (n,): of the logits to the highest. Sums whole groups of neighbours, and sorts only the one where it happens.
+    gaps (n,): to the highest score. Sums whole groups of neighbours, and sorts only the one where it happens.
     """
     width = min(float(gaps.max()), WIDEST) / (GROUPS - 1) or 1.0
     group = np.minimum(gaps / width, GROUPS - 1).astype(np.int64)
     sums = np.bincount(group, weights).cumsum()
     reached = min(int(np.searchsorted(sums, goal)), len(sums) - 1)
-    ranked = np.sort(weights[group == reached])[::-1]
+    inside = np.flatnonzero(group == reached)
+    ranked = inside[np.argsort(-scores[inside])]
     before = sums[reached - 1] if reached else 0.0
-    place = int(np.searchsorted(before + ranked.cumsum(), goal))
-    return float(ranked[min(place, len(ranked) - 1)])
+    place = int(np.searchsorted(before + weights[ranked].cumsum(), goal))
+    return float(scores[ranked[min(place, len(ranked) - 1)]])
 
 
-def _top_k(weights: Floats, top_k: int) -> Ids:
-    """Places (top_k,), rising, of the largest weights; among equals the first ones."""
-    least = float(torch.from_numpy(weights).topk(top_k).values[-1])
-    above = np.flatnonzero(weights > least)
-    level = np.flatnonzero(weights == least)
+def _top_k(scores: Scores, top_k: int) -> Ids:
+    """Places (top_k,), rising, of the highest scores; among equals the first ones."""
+    least = float(torch.from_numpy(scores).topk(top_k).values[-1])
+    above = np.flatnonzero(scores > least)
+    level = np.flatnonzero(scores == least)
     return np.sort(np.concatenate([above, level[: top_k - len(above)]]))
+
+
+def _unknown_ban(chance: Chance) -> UsageError:
+    return UsageError(f"ban holds {max(chance.params.ban)}; this model's ids end at {len(chance.logits) - 1}")
+
+
+def _none_allowed(count: int) -> UsageError:
+    return UsageError(f"no token may come here: the grammar allows {count}, and none of them can be drawn")
+
+
+def _all_banned(params: SamplingParams, count: int) -> UsageError:
+    return UsageError(f"ban leaves no token to draw ({len(params.ban)} ids of {count} are banned)")
+
+
+def _not_numbers(highest: float) -> FledgeError:
+    return FledgeError(
+        f"the model predicts nothing, its logits hold {highest}: in float16 or bfloat16 it may have overflowed, "
+        "and float32 helps (--dtype float32); in float32 its weights are damaged, or its training has diverged"
+    )
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

@@ -1,13 +1,21 @@
-"""A request on its way through the engine: what of it has been read, and the continuations being written."""
+"""A request on its way through the engine: what of it has been read, and the continuations being written.
+
+And what both lead to: the tokens that are due, drawn for all continuations at once.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from fledge.engine.constraint import Constraint
+from torch import Tensor
+
+from fledge.core.errors import FledgeError
+from fledge.engine.constraint import Constraint, Mask
 from fledge.engine.request import Request
-from fledge.engine.sampling import Sampler
+from fledge.engine.sampling import Sampler, draw_all
 from fledge.models.rows import Row
 
 
@@ -57,3 +65,35 @@ class Task:
         self.row = Row(self.row.alone())
         for strand in self.strands:
             strand.row = Row(strand.row.alone())
+
+
+class Due(NamedTuple):
+    """A continuation that is to get its next token, and the scores (V,) from which it is drawn."""
+
+    task: Task
+    strand: Strand
+    scores: Tensor
+
+
+def next_tokens(due: Sequence[Due]) -> list[int | FledgeError]:
+    """For each a token that its constraint has accepted, or the error in its way."""
+    found: dict[int, int | FledgeError] = {}
+    masks: dict[int, Mask | None] = {}
+    for place, (_, strand, _) in enumerate(due):
+        try:
+            masks[place] = None if strand.constraint is None else strand.constraint.mask()
+        except FledgeError as error:
+            found[place] = error
+    samplers, scores = [due[place].strand.sampler for place in masks], [due[place].scores for place in masks]
+    for place, token in zip(masks, draw_all(samplers, scores, list(masks.values())), strict=True):
+        found[place] = _accepted(due[place].strand.constraint, token)
+    return [found[place] for place in range(len(due))]
+
+
+def _accepted(constraint: Constraint | None, token: int | FledgeError) -> int | FledgeError:
+    try:
+        if constraint is not None and not isinstance(token, FledgeError):
+            constraint.accept(token)
+    except FledgeError as error:
+        return error
+    return token

@@ -47,6 +47,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "fledge_wkv": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
     "fledge_wkv_gradient": (c_int, [POINTER(c_int64), *[c_void_p] * 14]),
     "fledge_wkv4": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
+    "fledge_sample": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
     "fledge_model_new": (c_void_p, [POINTER(c_int64), c_float, c_float]),
     "fledge_model_free": (None, [c_void_p]),
     "fledge_model_vector": (c_int, [c_void_p, c_int64, c_char_p, c_void_p, c_int64]),

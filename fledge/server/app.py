@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import mimetypes
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -53,7 +54,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
-    app.mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False), name="page")
+    mimetypes.add_type("text/javascript", ".js")  # whatever the machine's own table says: browsers insist on it
+    app.mount("/", Page(directory=PAGE, html=True), name="page")
     app.add_middleware(Border, service=service)
     if service.settings.origins:
         app.add_middleware(
@@ -63,6 +65,16 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["authorization", "content-type"],
         )
     return app
+
+
+class Page(StaticFiles):
+    """The page's files, asked for anew each time: a browser must not mix those of two versions."""
+
+    def file_response(self, *arguments: Any, **more: Any) -> Response:
+        """A file, or that it has not changed."""
+        answer = super().file_response(*arguments, **more)
+        answer.headers["cache-control"] = "no-cache"
+        return answer
 
 
 class Border:

@@ -18,7 +18,9 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 
-from fledge.core.errors import FledgeError
+import torch
+
+from fledge.core.errors import FledgeError, UsageError
 from fledge.core.files import atomic_path
 from fledge.engine.cache import PrefixCache
 from fledge.engine.commons import Commons
@@ -32,6 +34,8 @@ from fledge.engine.shelf import Shelf
 from fledge.engine.snapshots import Snapshots
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.engine.text import LLM
+from fledge.kernels.native import instruction_set
+from fledge.models.native import NativeModel
 from fledge.models.state import State
 from fledge.server.errors import ApiError, api_error
 from fledge.server.keys import Keys, Tenant
@@ -78,7 +82,7 @@ class Service:
         folder = settings.folder
         self.disk = None
         if folder is not None and settings.cache_disk and settings.cache_memory:
-            self.disk = Snapshots(folder / "cache", identity, limit=settings.cache_disk)
+            self.disk = Snapshots(folder / "cache", f"{identity} {_arithmetic(llm)}", limit=settings.cache_disk)
         self.cache = (
             PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory
@@ -173,7 +177,7 @@ class Service:
             events = await box.take()
             for event in events:
                 if isinstance(event, Failure):
-                    raise api_error(event.error)
+                    raise ApiError(500, str(event.error)) if event.choice < 0 else api_error(event.error)
                 left -= isinstance(event, End)
             yield events
 
@@ -185,9 +189,10 @@ class Service:
         """The state that a request names by its handle, or brings. Raises ApiError for one that is not theirs."""
         try:
             if text.startswith("st_"):
-                found = await asyncio.to_thread(
-                    self.shelf_for(param).get, self.owner(tenant), self.opened(tenant, text, param)
-                )
+                owner, id = self.owner(tenant), self.opened(tenant, text, param)
+                shelf = self.shelf_for(param)
+                self._there(shelf, owner, id, param)
+                found = await asyncio.to_thread(shelf.get, owner, id)
             else:
                 found = parse(base64.b64decode(text, validate=True), self.secret)
             found[1].check(self.identity, self.llm.name)
@@ -198,11 +203,21 @@ class Service:
             raise api_error(error, param) from None
         return found
 
+    @staticmethod
+    def _there(shelf: Shelf | Commons, owner: str, id: str, param: str) -> None:
+        """Raise ApiError 404 for a state that has been forgotten."""
+        try:
+            shelf.describe(owner, id)
+        except FledgeError as error:
+            raise ApiError(404, str(error), param=param, code="state_not_found") from None
+
     async def kept(self, tenant: Tenant, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its handle."""
         owner = self.owner(tenant)
         try:
             return self.handle(tenant, await asyncio.to_thread(self.shelf_for("fledge").put, owner, state, card, name))
+        except UsageError as error:
+            raise api_error(error, "name") from None
         except FledgeError as error:
             raise ApiError(507, str(error), code="no_space") from None
 
@@ -268,6 +283,12 @@ class Service:
             box = self._boxes.get(job)
             if box is not None:
                 box.put(event)
+
+
+def _arithmetic(llm: LLM) -> str:
+    """What the last bits of a state depend on beside the weights: what was cached by another arithmetic is not used."""
+    native = f"native {instruction_set()}" if isinstance(llm.model, NativeModel) else f"torch {torch.__version__}"
+    return f"{llm.weights} {llm.device.type} {native}"
 
 
 def read_secret(settings: Settings) -> bytes:

@@ -30,6 +30,7 @@ from fledge.models import State
 from fledge.models.layers import set_compute_dtype
 from fledge.train.checkpoint import RunCheckpoint, SaveError
 from fledge.train.loss import batch_loss
+from fledge.train.memory import return_freed_memory
 from fledge.train.meter import Meter, Report
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
 from fledge.train.schedule import Schedule
@@ -195,6 +196,7 @@ def _tell(
     if step % settings.validate_every == 0 or step == settings.schedule.steps:
         with stop.patient(0):  # nothing is lost with it: a run that goes on makes up for it
             validation = validate()
+            return_freed_memory()
     with stop.patient():
         if step % settings.log_every == 0:
             meter.write(step, **meter.update)

@@ -113,6 +113,25 @@ struct Wkv4 {  // some channels of one sequence of RWKV-4
     float* y;
 };
 
+constexpr int SCORES = 64;          // the scores of a row come in blocks of so many
+constexpr int GROUPS = 512;         // in which a span of scores is looked through; see sample.cpp
+constexpr double FARTHEST = 708.0;  // e^-708 is the last whole number of e that is a normal double
+
+struct Extremes {
+    float highest, lowest;  // lowest: of those above minus infinity
+    bool nan;               // any is none; the others then say nothing
+};
+
+struct Span {  // scores from `least` to `most`, in groups from the highest down
+    float least, most;
+    double scale;  // groups for each unit of a score
+};
+
+struct Heat {
+    float least, highest;  // which scores stay
+    double temperature;
+};
+
 struct Kernels {
     const char* name;
     int64_t tile_rows, vector_floats;
@@ -135,6 +154,18 @@ struct Kernels {
     void (*gated_add)(float* x, const float* r, const float* v, int64_t n);    // x += sigmoid(r) v
     void (*multiply)(float* x, const float* y, int64_t n);
     double (*quantise)(int32_t format, const float* rows, const float* importance, uint8_t* block);
+    // Of the draw of a token, n being a multiple of SCORES; see sampling.h and native/sample.cpp.
+    Extremes (*extremes)(const float* x, int64_t n);
+    double (*weigh)(const float* x, int64_t n, float highest, double* weights);  // e^(x - highest); returns their sum
+    // The sum of the weights (null: ones) of the scores from `least` up.
+    double (*above)(const float* x, const double* weights, int64_t n, float least);
+    // Adds the weights (null: ones) of a span to the sums of its groups, behind which is room for LANES others.
+    void (*spread)(const float* x, const double* weights, int64_t n, const Span& span, double* sums);
+    // The scores of one group and their weights, in their order; returns how many. May write over what it reads.
+    int64_t (*gather)(const float* x, const double* weights, int64_t n, const Span& span, int32_t wanted, float* scores,
+                      double* kept);
+    // Weights to 1 / temperature, 0 below `least`; a block without any keeps its weights and has the sum 0.
+    void (*heat)(const float* x, int64_t n, const Heat& heat, double* weights, double* sums);
     double (*read)(const void* data, int64_t bytes);  // touches every byte: for measuring the memory
     void (*burn)(int64_t turns, int32_t kind);        // products of registers: for measuring the arithmetic
 };

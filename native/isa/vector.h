@@ -97,6 +97,21 @@ INLINE int32_t largest(vi x) {
 #endif
 }
 
+// Whether any lane of a comparison holds.
+INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE2__)
+    return _mm_movemask_epi8((__m128i)mask);
+#else
+    int32_t found = 0;
+    for (int i = 0; i < W; i++) found |= mask[i];
+    return found;
+#endif
+}
+
 // The two bf16 numbers of each lane, as floats.
 INLINE vf low_half(vi x) { return (vf)(x << 16); }
 INLINE vf high_half(vi x) { return (vf)(x & splat((int32_t)0xffff0000)); }

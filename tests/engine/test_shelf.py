@@ -178,7 +178,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from test_shelf import AMPLE, CARD, number
 from fledge.engine.shelf import Shelf
-shelf = Shelf({folder!r}, CARD.identity, limit_bytes=AMPLE)
+shelf = Shelf({folder!r}, CARD.identity, limit_bytes={limit})
 print("open", flush=True)
 for value in range({begin}, 10**9):
     id = shelf.put("me", number(value), CARD)
@@ -187,10 +187,12 @@ for value in range({begin}, 10**9):
 """
 
 
-def test_what_was_kept_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [AMPLE, 10 * SIZE], ids=["ample", "full"])
+def test_what_was_kept_survives_a_kill_at_any_moment(tmp_path: Path, limit: int) -> None:
     chooser, promised = random.Random(2), dict[str, int]()
     for attempt in range(5):
-        code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), begin=attempt * 1000)
+        begin = attempt * 1000
+        code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), begin=begin, limit=limit)
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent.parent)]))
         writer = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -203,9 +205,10 @@ def test_what_was_kept_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
         writer.stdout.close()
         for value, id in (line.split() for line in lines if len(line.split()) == 2 and len(line.split()[1]) == 25):
             promised[id] = int(value)
-        shelf = Shelf(tmp_path, CARD.identity, limit_bytes=AMPLE)
+        shelf = Shelf(tmp_path, CARD.identity, limit_bytes=limit)
         kept = {entry.id for entry in shelf.list("me")}
-        assert kept >= promised.keys() and len(kept) <= len(promised) + attempt + 1
+        newest = list(promised)[-1:] if limit < AMPLE else list(promised)
+        assert kept >= set(newest) and len(kept) <= len(promised) + attempt + 1 and shelf.nbytes <= limit
         assert {f"{id}.state" for id in kept} == {path.name for path in (tmp_path / "states").iterdir()}
         for id in kept:
             state, _ = shelf.get("me", id)

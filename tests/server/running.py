@@ -45,7 +45,7 @@ class Server:
 
     def __init__(self, service: Service, url: str) -> None:
         self.service, self.url = service, url
-        self.http = httpx.Client(base_url=url, timeout=20)
+        self.http = httpx.Client(base_url=url, timeout=60)
 
     def post(self, path: str, body: Any, key: str | None = None) -> Any:
         """The answer to a POST; its JSON, whatever its status."""

@@ -164,6 +164,7 @@ def test_more_than_the_queue_holds_is_turned_away(server: Server) -> None:
 def test_health_figures_and_headers(server: Server) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
     server.ask("Hi", max_tokens=3)
+    eventually(lambda: not server.service.desk.engine.busy)
     text = server.http.get("/metrics").text
     values = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line and line[0] != "#"}
     assert values["fledge_tokens_drawn_total"] > 0 and values["fledge_running"] == 0
@@ -269,6 +270,6 @@ def test_stopping_finishes_what_is_under_way() -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        eventually(lambda: server.service.desk.engine.tally.requests == 1)
+        eventually(lambda: server.service.desk.engine.tally.requests >= 1)
         thread.join(timeout=20)
     assert found[-1]["choices"][0]["finish_reason"] == "stop"

@@ -124,6 +124,8 @@ def test_documents_are_read_once_and_asked_often(server: Server) -> None:
     assert len(view["norms"]) == view["layers"] and len(view["norms"][0]) == view["heads"]
     gone = server.http.delete(f"/v1/fledge/states/{made['id']}")
     assert gone.json()["deleted"] is True
+    forgotten = server.post("/v1/chat/completions", {"messages": chat("x"), "fledge": {"state": made["id"]}})
+    assert forgotten.status_code == 404 and forgotten.json()["error"]["code"] == "state_not_found"
     missing = server.http.get(f"/v1/fledge/states/{made['id']}")
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "state_not_found"
 
