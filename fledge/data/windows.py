@@ -65,10 +65,7 @@ class OfficialWindows:
 
 
 def _too_few(tokens: int, batch: int, length: int) -> UsageError:
-    return UsageError(
-        f"{tokens} tokens are too few for batches of {batch} windows of {length} tokens; "
-        "set a smaller length or micro, or train on more text"
-    )
+    return UsageError(f"{tokens} tokens are too few for batches of {batch} windows of {length} tokens")
 
 
 def magic_prime(slots: int) -> int:

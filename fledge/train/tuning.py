@@ -32,6 +32,8 @@ RATES = {"full": (1e-5, 1e-5), "lora": (2e-4, 2e-5), "state": (1.0, 0.01)}
 """Mode -> learning rate after the warm-up, and at the end."""
 
 LARGEST_RANK = 4096  # as wide as a model of 7 billion
+LARGEST = 2**31 - 1  # of what is counted: more is a slip of the finger, and a run that would never end
+MOST_EPOCHS = 1e6
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class TuneSettings:
             raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}")
         if self.batch < 1 or self.accumulate < 1:
             raise ConfigError(f"batch is {self.batch} and accumulate {self.accumulate}; both must be at least 1")
+        for name in ("batch", "accumulate", "length", "steps"):
+            if (getattr(self, name) or 0) > LARGEST:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 1 to {LARGEST}")
+        if self.epochs > MOST_EPOCHS:
+            raise ConfigError(f"epochs are {self.epochs:g}; they must be at most {MOST_EPOCHS:g}")
 
     def count_steps(self, per_epoch: int) -> int:
         """Steps of the run, where an epoch has so many micro-batches."""

@@ -143,7 +143,10 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
         (
             ["--set", "length=5000"],
             2,
-            ["store: ", "are too few for batches of 2", "length (now 5000)", "micro (now 2)"],
+            [
+                "store: ",
+                "are too few for batches of 2 windows of 5000 tokens; take a smaller length (now 5000) or micro",
+            ],
         ),
         (["--set", "peak=inf"], 1, ["the learning rate would fall from inf"]),
         (["--set", "n_embd=65536"], 1, ["more memory than there is"]),
