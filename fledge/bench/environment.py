@@ -59,7 +59,11 @@ EXTRAS = (
         ("rensa", "py3langid", "pyarrow", "zstandard"),
         "near copies, languages, Parquet and .zst in `fledge data`",
     ),
-    Extra("serve", ("fastapi", "uvicorn", "llguidance", "prometheus_client"), "`fledge serve`, and answers bound to a form"),
+    Extra(
+        "serve",
+        ("fastapi", "uvicorn", "llguidance", "prometheus_client"),
+        "`fledge serve`, and answers bound to a form",
+    ),
     Extra("ray", ("ray",), "`fledge data build --ray` and `fledge serve --replicas`: many machines"),
 )
 

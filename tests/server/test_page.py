@@ -431,8 +431,23 @@ def test_a_server_without_states_gets_all_messages(browser: Browser) -> None:
             say(page, "One")
             sent = say(page, "Two")
             assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
-            assert sent["fledge"] == {}
+            assert sent["fledge"] == {"template": "world"}
             expect(turn(page, 1).locator(".text")).to_have_text(SECOND)
+
+
+def test_a_conversation_keeps_the_template_and_the_system_text_it_began_with(page: Page) -> None:
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System text").fill("Be short.")
+    assert say(page, "One")["fledge"]["template"] == "world"
+    page.get_by_label("Template").select_option("qa")
+    page.get_by_label("System text").fill("Be long.")
+    assert say(page, "Two")["fledge"]["template"] == "world"
+    page.get_by_role("treeitem").nth(1).click()
+    with page.expect_request(ENDPOINT) as request:
+        turn(page, 0).get_by_role("button", name="Retry").click()
+    done(page)
+    sent = request.value.post_data_json
+    assert sent["messages"][0] == {"role": "system", "content": "Be short."} and sent["fledge"]["template"] == "world"
 
 
 def streams(page: Page, *events: dict[str, Any], ends: bool = True) -> None:
