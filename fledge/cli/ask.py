@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fledge.cli.options import ModelOptions, SamplingOptions, spread
-from fledge.cli.terminal import SlowBar, note, remark, visible, write
+from fledge.cli.terminal import SlowBar, note, remark_end, visible, write, write_answer
 from fledge.core.errors import UsageError
 from fledge.core.files import cache_folder
 
@@ -80,21 +80,11 @@ def turn_ids(llm: LLM, data: bytes, template: str) -> list[int]:
 
 def show_answer(stream: Stream) -> None:
     """Write an answer as it comes, without the space before it. Raises KeyboardInterrupt after Ctrl-C."""
-    begun = False
     try:
-        with SlowBar("reading the question"):
-            piece = next(stream, "")
-        while piece:
-            piece = piece if begun else piece.lstrip()
-            begun = begun or bool(piece)
-            write(piece)
-            piece = next(stream, "")
+        begun = write_answer(stream, "reading the question")
     finally:
         write("\n")
-    if not begun:
-        remark("an empty answer")
-    if stream.completion.finish_reason == "length":
-        remark("cut off by --max-tokens")
+    remark_end(begun, stream.completion.finish_reason)
 
 
 def _read(llm: LLM, data: bytes, template: str, book: str) -> Reading:

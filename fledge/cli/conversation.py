@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from fledge.cli.terminal import SlowBar, note, remark, write
+from fledge.cli.terminal import note, remark, remark_end, write, write_answer
 from fledge.core.errors import FledgeError, UsageError
 from fledge.engine import Chat, Stream
 
@@ -121,15 +121,9 @@ class Conversation:
         if self._answers and not self._interactive:
             write("\n")
         self._answers += 1
-        begun, turns = False, len(self._chat.turns)
+        turns = len(self._chat.turns)
         try:
-            with SlowBar("reading"):
-                piece = next(stream, "")
-            while piece:
-                piece = piece if begun else piece.lstrip()
-                begun = begun or bool(piece)
-                write(piece)
-                piece = next(stream, "")
+            begun = write_answer(stream, "reading")
         except KeyboardInterrupt:
             with suppress(KeyboardInterrupt):  # pressed again: then the chat closes the answer when it goes on
                 stream.close()
@@ -140,10 +134,7 @@ class Conversation:
             remark("stopped; the answer ends here" if kept else "stopped while reading; this was not said")
             return
         write("\n")
-        if not begun:
-            remark("an empty answer")
-        if stream.completion.finish_reason == "length":
-            remark("cut off by --max-tokens")
+        remark_end(begun, stream.completion.finish_reason)
         if self._interactive:
             write("\n")
 

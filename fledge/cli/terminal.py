@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from threading import Timer
 from types import TracebackType
 from typing import Literal
@@ -138,3 +138,24 @@ class SlowBar:
             self._timer.cancel()
             self._timer.join()  # a bar that is just being shown is stopped after that, not before
             self._progress.stop()
+
+
+def write_answer(pieces: Iterator[str], waiting: str) -> bool:
+    """Write an answer as it comes, without the white space before it; whether there was one. waiting: for the bar."""
+    begun = False
+    with SlowBar(waiting):
+        piece = next(pieces, "")
+    while piece:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        write(piece)
+        piece = next(pieces, "")
+    return begun
+
+
+def remark_end(begun: bool, reason: str) -> None:
+    """Say what cannot be seen of an answer that has ended."""
+    if not begun:
+        remark("an empty answer")
+    if reason == "length":
+        remark("cut off by --max-tokens")

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fledge.core.errors import FledgeError, TokenizerError, UsageError
+from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.batch import read
 from fledge.engine.cache import PrefixCache
-from fledge.engine.generation import Cursor, device_of, fresh_state
+from fledge.engine.generation import Cursor, check_ids, config_of, device_of, fresh_state
 from fledge.engine.request import Busy, Finish, Likelihood, Output, Request
 from fledge.engine.sampling import LARGEST_SEED, Sampler
 from fledge.engine.scheduler import Pace, Piece, Scheduler
@@ -73,9 +73,7 @@ class Engine:
     @property
     def config(self) -> ModelConfig:
         """The model's sizes."""
-        config = self.model.config
-        assert isinstance(config, ModelConfig)
-        return config
+        return config_of(self.model)
 
     @property
     def busy(self) -> bool:
@@ -140,9 +138,7 @@ class Engine:
         if not request.ids and not known:
             raise UsageError("the prompt is empty; give at least one token")
         assert not (request.ids and known), "a Cursor has read its prompt"
-        for token in request.ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise TokenizerError(f"token id {token} is outside this model's vocabulary of {self.config.vocab_size}")
+        check_ids(request.ids, self.config.vocab_size)
         if not 0 <= request.n <= self.scheduler.slots:
             raise UsageError(f"n is {request.n}; this engine writes up to {self.scheduler.slots} texts at once")
         if request.start is not None:

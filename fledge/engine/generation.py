@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fledge.core.errors import UsageError
+from fledge.core.errors import TokenizerError, UsageError
 from fledge.engine.sampling import Sampler
+from fledge.models.config import ModelConfig
 from fledge.models.state import State
 
 Progress = Callable[[int, int], None]
@@ -95,6 +96,20 @@ def tokens(model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max
         yield Step(token, state)
         if left > 1:
             logits, state = forward(model, [token], state)
+
+
+def config_of(model: nn.Module) -> ModelConfig:
+    """The sizes of `model`."""
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise TokenizerError for an id that no token has."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise TokenizerError(f"token id {token} is outside this model's vocabulary of {vocab_size}")
 
 
 def device_of(model: nn.Module) -> torch.device:

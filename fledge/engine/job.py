@@ -88,9 +88,8 @@ class Choice:
         self.writer = Writer(tokenizer, job.request.params.stop, first.before, show_held=job.show_held)
         self._tokenizer = tokenizer
         self._wanted = job.request.logprobs is not None
-        self._open: deque[tuple[int, int, Token]] = (
-            deque()
-        )  # tokens not shown yet, with the bytes they begin and end at
+        # Tokens not shown yet, with the bytes they begin and end at.
+        self._open = deque[tuple[int, int, Token]]()
         self._length = 0
 
     def take(self, output: Output) -> Piece | None:

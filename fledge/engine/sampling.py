@@ -93,9 +93,8 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self._random = torch.Generator().manual_seed(self.seed)
-        self._numbers: list[
-            float
-        ] = []  # of the stream, the next one last; taken many at a time, as that costs the same
+        # Of the stream, the next one last; taken many at a time, as that costs the same.
+        self._numbers = list[float]()
         self._banned = np.array([min(token, LARGEST_SEED) for token in params.ban], np.int64)
         self._places: dict[int, int] = {}  # of the tokens drawn so far in the next two, which are longer than needed
         self._known, self._times = np.zeros(16, np.int64), np.zeros(16)

@@ -18,7 +18,7 @@ from fledge import checkpoint
 from fledge.core.errors import TokenizerError, UsageError
 from fledge.engine.adapting import Adapters, adapter_list, check_fit, with_changes
 from fledge.engine.chat import Chat
-from fledge.engine.generation import Progress, device_of, fresh_state, prefill
+from fledge.engine.generation import Progress, check_ids, config_of, device_of, fresh_state, prefill
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.scoring import Score, Scores, score
 from fledge.engine.stream import Completion, Stream
@@ -57,9 +57,7 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         """The model's sizes."""
-        config = self.model.config
-        assert isinstance(config, ModelConfig)
-        return config
+        return config_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -172,9 +170,7 @@ class LLM:
             ids = [operator.index(token) for token in prompt]
         except TypeError:
             raise UsageError(f"a prompt is text, bytes or token ids, not {prompt!r:.60}") from None
-        for token in ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise TokenizerError(f"token id {token} is outside this model's vocabulary of {self.config.vocab_size}")
+        check_ids(ids, self.config.vocab_size)
         return ids
 
     def _advice(self, state: State | None) -> str:

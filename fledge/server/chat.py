@@ -8,13 +8,13 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from fledge.engine.job import End, Event, Piece
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import DONE, WAITING, Answer, Header, chat_logprobs, event, usage
 from fledge.server.errors import ApiError
-from fledge.server.exchange import LONG, Exchange, Order, unless_gone, with_limits
+from fledge.server.exchange import LONG, EventStream, Exchange, Order, unless_gone, with_limits
 from fledge.server.keys import Tenant
 from fledge.server.prompts import NO_TOOLS, chat_params, closing, constraint_of, prompt, template_of, turns
 from fledge.server.schema import ChatRequest
@@ -32,7 +32,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if not body.stream:
         return JSONResponse(await unless_gone(request, reply.whole()))
     await unless_gone(request, reply.open())
-    return StreamingResponse(reply.pieces(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return EventStream(reply.pieces(), [reply.exchange])
 
 
 async def order(service: Service, tenant: Tenant, body: ChatRequest) -> Order:
@@ -74,12 +74,12 @@ class Reply:
     def __init__(self, service: Service, body: ChatRequest, exchange: Exchange) -> None:
         self.header = Header("chat.completion", service.name)
         self.answers = [Answer(calls=bool(body.tools)) for _ in range(body.n)]
-        self._body, self._exchange, self._tokenizer = body, exchange, service.llm.tokenizer
+        self._body, self.exchange, self._tokenizer = body, exchange, service.llm.tokenizer
         self._first: list[Event] = []
 
     async def whole(self) -> dict[str, Any]:
         """The body."""
-        async with self._exchange as exchange:
+        async with self.exchange as exchange:
             async for events in exchange.events:
                 for found in events:
                     self._take(found)
@@ -88,12 +88,7 @@ class Reply:
 
     async def open(self) -> None:
         """Wait for the first events, while an error can still be told by the status."""
-        await self._exchange.__aenter__()
-        try:
-            self._first = await anext(self._exchange.events)
-        except BaseException:
-            await self._exchange.__aexit__(None, None, None)
-            raise
+        self._first = await self.exchange.open()
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The stream; it begins after `open`."""
@@ -101,16 +96,14 @@ class Reply:
             for number in range(len(self.answers)):
                 yield self._chunk(number, {"role": "assistant", "content": ""})
             yield b"".join(self._chunks(self._first))
-            async for events in self._exchange.events:
+            async for events in self.exchange.events:
                 yield b"".join(self._chunks(events)) if events else WAITING
             if self._body.stream_options is not None and self._body.stream_options.include_usage:
-                rest = {"usage": self._usage(), "fledge": self._exchange.summary()}
+                rest = {"usage": self._usage(), "fledge": self.exchange.summary()}
                 yield event(self.header.body([], stream=True, **rest))
             yield DONE
         except ApiError as error:
             yield event(error.body)
-        finally:
-            await self._exchange.__aexit__(None, None, None)
 
     def _take(self, found: Event) -> str:
         """The text that an event lets be shown."""
@@ -144,7 +137,7 @@ class Reply:
         choice = {"index": number, "delta": {}, "logprobs": None, "finish_reason": answer.reason}
         last = all(answer.end is not None for answer in self.answers)
         with_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
-        more = {"fledge": self._exchange.summary()} if last and not with_usage else {}
+        more = {"fledge": self.exchange.summary()} if last and not with_usage else {}
         return event(self.header.body([choice], stream=True, **more))
 
     def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
@@ -156,4 +149,4 @@ class Reply:
 
     def _usage(self) -> dict[str, Any]:
         ends = [answer.end for answer in self.answers if answer.end is not None]
-        return usage(len(self._exchange.order.prompt.ids), ends, self._exchange.cached)
+        return usage(len(self.exchange.order.prompt.ids), ends, self.exchange.cached)

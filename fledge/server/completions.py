@@ -9,15 +9,16 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
 from fledge.engine.constraint import regex
+from fledge.engine.generation import check_ids
 from fledge.engine.job import End, Event, Piece, Token
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import DONE, REASONS, WAITING, Header, event, text_logprobs, usage
 from fledge.server.errors import ApiError, api_error
-from fledge.server.exchange import LONG, Exchange, Order, unless_gone, with_limits
+from fledge.server.exchange import LONG, EventStream, Exchange, Order, unless_gone, with_limits
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt, completion_params
 from fledge.server.schema import CompletionRequest
@@ -39,8 +40,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     header = Header("text_completion", service.name)
     if body.stream:
         await unless_gone(request, replies[0].open())
-        stream = pieces(header, body, replies)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return EventStream(pieces(header, body, replies), [reply.exchange for reply in replies])
     await unless_gone(request, asyncio.gather(*(reply.whole() for reply in replies)))
     choices = [choice for reply in replies for choice in reply.choices()]
     fledge = [reply.exchange.summary() for reply in replies]
@@ -71,10 +71,10 @@ async def order(service: Service, tenant: Tenant, body: CompletionRequest, promp
         ids = tuple(prompt)
     if not ids and tokenizer.eos_id >= 0:
         ids = (tokenizer.eos_id,)  # the beginning of a document
-    for token in ids:
-        if not 0 <= token < service.llm.config.vocab_size:
-            message = f"token id {token} is outside this model's vocabulary of {service.llm.config.vocab_size}"
-            raise ApiError(400, message, param="prompt")
+    try:
+        check_ids(ids, service.llm.config.vocab_size)
+    except FledgeError as error:
+        raise api_error(error, "prompt") from None
     params = completion_params(body, service.settings.max_tokens, body.max_tokens or None)
     try:
         constraint = None if body.fledge.regex is None else regex(body.fledge.regex, service.vocabulary)
@@ -111,8 +111,7 @@ class Reply:
 
     async def whole(self) -> None:
         """Have everything written."""
-        if self._body.echo and self._body.logprobs is not None:
-            self._known = await prompt_tokens(self._service, self.exchange, self._body.logprobs)
+        await self._score()
         async with self.exchange as exchange:
             async for events in exchange.events:
                 for found in events:
@@ -120,14 +119,12 @@ class Reply:
 
     async def open(self) -> None:
         """Wait for the first events, while an error can still be told by the status."""
+        await self._score()
+        self._first = await self.exchange.open()
+
+    async def _score(self) -> None:
         if self._body.echo and self._body.logprobs is not None:
             self._known = await prompt_tokens(self._service, self.exchange, self._body.logprobs)
-        await self.exchange.__aenter__()
-        try:
-            self._first = await anext(self.exchange.events)
-        except BaseException:
-            await self.exchange.__aexit__(None, None, None)
-            raise
 
     async def stream(self) -> AsyncIterator[list[Event]]:
         """All events, after `open`."""
@@ -135,8 +132,8 @@ class Reply:
             yield self._first
             async for events in self.exchange.events:
                 yield events
-        finally:
-            await self.exchange.__aexit__(None, None, None)
+        finally:  # the next prompt of the stream must not wait for this one's place
+            await self.exchange.close()
 
     def take(self, found: Event) -> Text:
         """Add an event to the text it belongs to."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fledge.engine.constraint import Constraint
 from fledge.engine.job import End, Event, Job, Piece
@@ -73,6 +75,19 @@ class Exchange:
         return self
 
     async def __aexit__(self, *error: Any) -> None:
+        await self.close()
+
+    async def open(self) -> list[Event]:
+        """Enter, and wait for the first events, while an error can still be told by the status. `close` follows."""
+        await self.__aenter__()
+        try:
+            return await anext(self.events)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Let go of everything, the job too if it still runs. May be called again."""
         await self._stack.aclose()
 
     @property
@@ -172,7 +187,7 @@ class Exchange:
 
     async def _ended(self, end: End) -> None:
         """Keep the state of a text that has ended, where that is wanted."""
-        self.ends.append(end)
+        self.ends.append(end._replace(state=None))
         if self._first is not None and end.drawn > 1:
             self.service.metrics.gap.observe((time.monotonic() - self._first) / (end.drawn - 1))
         options = self.order.options
@@ -187,8 +202,22 @@ class Exchange:
             self.states.setdefault(end.choice, handle)
             if options.session is not None:
                 await self.service.move(self.tenant, options.branch or options.session, handle)
-        position = next(place for place, known in enumerate(self.ends) if known is end)
-        self.ends[position] = end._replace(state=None)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of open exchanges, which are closed however it ends: also where it never begins."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], exchanges: Sequence[Exchange]) -> None:
+        super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._exchanges = exchanges
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The answer to one request."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for exchange in self._exchanges:
+                await exchange.close()
 
 
 async def unless_gone(request: HttpRequest, work: Awaitable[T]) -> T:

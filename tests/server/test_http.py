@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from running import Server, fake, random_model, serving
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from fledge.core.errors import ConfigError
+from fledge.server.exchange import EventStream
 from fledge.server.keys import Bucket, Keys
 
 CHAT = "/v1/chat/completions"
@@ -273,3 +277,28 @@ def test_stopping_finishes_what_is_under_way() -> None:
         eventually(lambda: server.service.desk.engine.tally.requests >= 1)
         thread.join(timeout=20)
     assert found[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_that_never_begins_lets_go_of_its_place() -> None:
+    """The client has gone before the first piece: a generator that was not begun runs no `finally`."""
+    closed = list[str]()
+
+    class Held:
+        async def close(self) -> None:
+            closed.append("exchange")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        closed.append("begun")
+        yield b""
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise OSError("gone")
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": "/", "headers": []}
+    stream = EventStream(pieces(), [Held()])  # type: ignore[list-item]
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(stream(scope, receive, send))
+    assert closed == ["exchange"]
