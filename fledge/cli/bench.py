@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fledge.cli import bench_cpu, bench_plot, bench_quality, bench_tokenizer, bench_train
+from fledge.cli import bench_cpu, bench_plot, bench_quality, bench_serve, bench_tokenizer, bench_train
 
 app = typer.Typer(name="bench", add_completion=False)
 
@@ -16,6 +16,7 @@ def bench() -> None:
 
 app.command()(bench_cpu.cpu)
 app.command()(bench_train.train)
+app.command()(bench_serve.serve)
 app.command()(bench_plot.plot)
 app.command()(bench_tokenizer.tokenizer)
 app.command()(bench_quality.quality)

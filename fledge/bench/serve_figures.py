@@ -1,0 +1,65 @@
+"""What follows from the times of `fledge bench serve`: rates, percentiles, and the targets met or missed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fledge.bench.harness import Sample
+
+Facts = Mapping[str, Any]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * round(share * 100) // 100) - 1)]
+
+
+def load_figures(clients: int, tokens: int, served: Sequence[Facts], alone: Sequence[Facts]) -> dict[str, Any]:
+    """One number of clients. Times of all repeats are taken together, rates stay apart."""
+    rate, engine = (Sample(tuple(tokens / found["seconds"] for found in runs)) for runs in (served, alone))
+    found: dict[str, Any] = {
+        "clients": clients,
+        "tokens_per_s": rate.summary(),
+        "engine_tokens_per_s": engine.summary(),
+        "overhead": 1 - rate.median / engine.median,
+        "client_cores": max(run["client_cores"] for run in served),
+    }
+    for key in ("first_s", "gaps_s"):
+        values = [value for run in served for value in run[key]]
+        found[key] = {"median": statistics.median(values), "p95": percentile(values, 0.95)} if values else None
+    return found
+
+
+def targets(loads: Sequence[Facts], documents: Sequence[Facts], shelf: Facts) -> list[dict[str, Any]]:
+    """Name, figure, limit and whether it is met, of everything whose parts were measured."""
+    by_clients, found = {load["clients"]: load for load in loads}, list[dict[str, Any]]()
+    one, many = by_clients.get(1), by_clients.get(16)
+    if one and many:
+        gain = many["tokens_per_s"]["median"] / one["tokens_per_s"]["median"]
+        found.append(_target("tokens/s of 16 clients to those of one", gain, 5.0, at_least=True))
+        if one["gaps_s"] and many["gaps_s"]:
+            ratio = many["gaps_s"]["p95"] / one["gaps_s"]["median"]
+            found.append(_target("p95 between tokens at 16 clients to the median of one", ratio, 3.0))
+    for load in loads:
+        found.append(_target(f"overhead at {load['clients']} clients", load["overhead"], 0.05))
+    for document in documents:
+        if document["tokens"] == 32768:
+            for name in ("warm_s", "handle_s"):
+                extra = statistics.median(document[name]) - statistics.median(document["question_s"])
+                found.append(_target(f"32k tokens, {name[:-2]}: s beyond the question", extra, 0.1))
+    if shelf:
+        found.append(_target("resume by HTTP, median s", statistics.median(shelf["resume_s"]), 0.02))
+        for name, before, after in (
+            ("filling", "before_bytes", "after_bytes"),
+            ("resuming", "server_before_bytes", "server_after_bytes"),
+        ):
+            if shelf[before] and shelf[after]:
+                found.append(_target(f"memory after {name} to before", shelf[after] / shelf[before], 1.1))
+    return found
+
+
+def _target(name: str, value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
+    return {"name": name, "value": value, "limit": limit, "met": value >= limit if at_least else value <= limit}
