@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from fledge.engine.loading import load
 WORKER = "fledge.bench.serve_worker"
 ADDRESS = re.compile(r" at http://127\.0\.0\.1:(\d+) ")
 QUESTION = 16  # tokens
+WORDS = "Once upon a time there was a little girl who went to the park with her dog and her mom"
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ def run(spec: Spec, report: Report = lambda *_: None, finished: Callable[[Outcom
             files = random_files(spec.shape, "finch", 65536, Path(folder), ("pth",))
             model, dtype = str(files.paths["pth"]), "bfloat16"
         llm = load(model, dtype=dtype)
-        outcome.model, vocabulary, end = llm.name, llm.config.vocab_size, llm.tokenizer.eos_id
+        outcome.model, words, end = llm.name, llm.tokenizer.encode(WORDS), llm.tokenizer.eos_id
         del llm
         measuring = Measuring(outcome, report, model, dtype, Path(folder))
-        measuring.ids = _Ids(vocabulary, end)
+        measuring.ids = _Ids(words, end)
         with measuring.server("first") as (port, _):
             for clients in spec.clients:
                 outcome.loads.append(measuring.load(port, clients))
@@ -111,18 +113,15 @@ def run(spec: Spec, report: Report = lambda *_: None, finished: Callable[[Outcom
 
 
 class _Ids:
-    """Ids of no sense, always the same; the end is not among them."""
+    """Prompts of plain words, always the same: a model answers those with text, a token for nearly every event."""
 
-    def __init__(self, vocabulary: int, end: int) -> None:
-        self._vocabulary, self.end = vocabulary, end
+    def __init__(self, words: list[int], end: int) -> None:
+        self._words, self.end = words, end
 
     def of(self, count: int, seed: int) -> list[int]:
         """Some of them."""
         draw = random.Random(seed)
-        return [draw.choice((1, 2)) if found == self.end else found for found in self._some(draw, count)]
-
-    def _some(self, draw: random.Random, count: int) -> Iterator[int]:
-        return (draw.randrange(1, min(self._vocabulary, 256)) for _ in range(count))
+        return [draw.choice(self._words) for _ in range(count - 1)] + self._words[-1:]
 
 
 class Measuring:
@@ -196,12 +195,16 @@ class Measuring:
             memory = {"server_before_bytes": before, "server_after_bytes": resident(pid)}
         return {"states": self._spec.states, **held, "resume_s": resumed["seconds"], **memory}
 
-    def _body(self, prompt: list[int], seed: int, *, tokens: int = 0, cache: bool = False, **more: Any) -> dict[str, Any]:
+    def _body(
+        self, prompt: list[int], seed: int, *, tokens: int = 0, cache: bool = False, **more: Any
+    ) -> dict[str, Any]:
         options = {"ban": [self.ids.end] if self.ids.end >= 0 else [], "cache": cache, **more}
         tokens = tokens or self._spec.tokens
         return {"prompt": prompt, "max_tokens": tokens, "seed": seed, "stream": True, "fledge": options}
 
-    def _ask(self, port: int, bodies: list[dict[str, Any]], label: str, path: str = "/v1/completions") -> dict[str, Any]:
+    def _ask(
+        self, port: int, bodies: list[dict[str, Any]], label: str, path: str = "/v1/completions"
+    ) -> dict[str, Any]:
         streamed = [{**body, "stream": True} if "prompt" in body else body for body in bodies]
         return self._run("ask", {"port": port, "bodies": streamed, "path": path}, label)
 
@@ -214,8 +217,6 @@ class Measuring:
 
 def _port(process: subprocess.Popen[bytes], log: Path) -> int:
     """Once the server says where it listens."""
-    import time
-
     for _ in range(1200):
         text = log.read_text(encoding="utf-8", errors="replace")
         if found := ADDRESS.search(text):
