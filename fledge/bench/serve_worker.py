@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
         for body in mine:
             began, times, _ = await post(job["port"], "/v1/completions", body)
             firsts.append(times[0] - began)
-            gaps.extend(b - a for a, b in zip(times, times[1:], strict=False))
+            gaps.extend(b - a for a, b in pairwise(times))
 
     async def everybody() -> None:
         await asyncio.gather(*(client(job["bodies"][n :: job["clients"]]) for n in range(job["clients"])))
