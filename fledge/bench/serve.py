@@ -156,14 +156,15 @@ class Measuring:
 
     def load(self, port: int, clients: int) -> dict[str, Any]:
         """The same requests through the server and by the engine alone, in turn."""
-        bodies = [self._body(self.ids.of(self._spec.prompt, seed), seed) for seed in range(clients)]
+        count = max(self._spec.clients)  # for every number of clients the same requests: one asks them one by one
+        bodies = [self._body(self.ids.of(self._spec.prompt, seed), seed) for seed in range(count)]
         job = {"clients": clients, "bodies": bodies}
         self._run("load", {**job, "port": port, "bodies": bodies[:1], "clients": 1}, "")  # does not count
         served, alone = [], []
         for _ in range(self._spec.repeats):
             served.append(self._run("load", {**job, "port": port}, f"{clients} clients"))
             alone.append(self._run("engine", {**job, "model": self._model, "dtype": self._dtype}, f"engine, {clients}"))
-        return load_figures(clients, clients * self._spec.tokens, served, alone)
+        return load_figures(clients, count * self._spec.tokens, served, alone)
 
     def document(self, port: int, tokens: int) -> dict[str, Any]:
         """Seconds to the first token of a question: after reading all, with the cache, and by the state's handle."""
