@@ -1,34 +1,30 @@
 """The server from outside: many clients, long documents asked about again, and thousands of states held.
 
-The server is a process of its own, and so is every client. Not here: what a client or the engine alone does
-(serve_worker.py), the arithmetic (serve_figures.py).
+A server is a process of its own, and so is every client. Not here: how a server is started (serve_process.py), what a
+client or the engine alone does (serve_worker.py), the arithmetic (serve_figures.py).
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fledge.bench.cpu_files import random_files
-from fledge.bench.environment import machine_facts
-from fledge.bench.harness import PACKAGE_PARENT, Report, in_fresh_process
+from fledge.bench.environment import machine_facts, package_version
+from fledge.bench.harness import Report, Sample, in_fresh_process, interleaved
 from fledge.bench.serve_figures import load_figures, targets
+from fledge.bench.serve_process import PEER, Model, fledge_server, peer_server, prepared, why_no_peer
 from fledge.bench.serve_worker import resident
-from fledge.core.errors import FledgeError, UsageError
+from fledge.core.errors import UsageError
 from fledge.engine.loading import load
+from fledge.tokenizer import Tokenizer
 
 WORKER = "fledge.bench.serve_worker"
-ADDRESS = re.compile(r" at http://127\.0\.0\.1:(\d+) ")
 QUESTION = 16  # tokens
 WORDS = "Once upon a time there was a little girl who went to the park with her dog and her mom"
 
@@ -45,7 +41,8 @@ class Spec:
     documents: tuple[int, ...] = (2048, 8192, 32768)  # tokens
     states: int = 10_000
     resumed: int = 100
-    repeats: int = 3  # of every load
+    repeats: int = 3  # of every load, and of reading a document
+    peer: bool = True  # llama-cpp-python's server, where it is installed
     folder: str | None = None  # where the states' folder is made
 
     def __post_init__(self) -> None:
@@ -67,7 +64,8 @@ class Outcome:
     spec: Spec
     machine: dict[str, Any]
     model: str = ""
-    notes: tuple[str, ...] = ("llama-cpp-python's server is left out: it is not measured yet",)
+    peer: str | None = None  # its version
+    notes: tuple[str, ...] = ()
     loads: list[dict[str, Any]] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
     shelf: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +75,7 @@ class Outcome:
         settings = asdict(self.spec)
         settings["folder"] = None  # a path tells about a machine's owner
         found = {"benchmark": "serve", "command": command, "machine": self.machine, "model": self.model}
+        found["peers"] = {PEER: self.peer} if self.peer else {}
         measured = {"loads": self.loads, "documents": self.documents, "shelf": self.shelf}
         return {**found, "settings": settings, "notes": list(self.notes), **measured, "targets": self.targets}
 
@@ -85,144 +84,161 @@ class Outcome:
         """Those of which both sides were measured."""
         return targets(self.loads, self.documents, self.shelf)
 
+    @property
+    def rates(self) -> list[Sample]:
+        """Of every program and number of clients."""
+        keys = ("tokens_per_s", "cached_tokens_per_s", "engine_tokens_per_s", "peer_tokens_per_s")
+        return [Sample(tuple(load[key]["values"])) for load in self.loads for key in keys if load.get(key)]
 
-def run(spec: Spec, report: Report = lambda *_: None, finished: Callable[[Outcome], None] = lambda _: None) -> Outcome:
+
+Finished = Callable[[Outcome], None]
+"""Called after each part, so that what was measured is not lost to the last one."""
+
+
+def run(spec: Spec, report: Report = lambda *_: None, finished: Finished = lambda _: None) -> Outcome:
     """Measure. Raises FledgeError where a process fails."""
     outcome = Outcome(spec, machine_facts())
-    with tempfile.TemporaryDirectory(prefix="fledge-bench-", dir=spec.folder) as folder:
-        model, dtype = spec.model, None
-        if spec.shape:
-            files = random_files(spec.shape, "finch", 65536, Path(folder), ("pth",))
-            model, dtype = str(files.paths["pth"]), "bfloat16"
-        llm = load(model, dtype=dtype)
-        outcome.model, words, end = llm.name, llm.tokenizer.encode(WORDS), llm.tokenizer.eos_id
+    with tempfile.TemporaryDirectory(prefix="fledge-bench-", dir=spec.folder) as folder, ExitStack() as servers:
+        missing = why_no_peer() if spec.peer else "it is not asked for"
+        model = prepared(spec.model, spec.shape, Path(folder), peer=not missing)
+        llm = load(model.source, dtype=model.dtype)
+        outcome.model, texts = llm.name, _Texts(llm.tokenizer)
         del llm
-        measuring = Measuring(outcome, report, model, dtype, Path(folder))
-        measuring.ids = _Ids(words, end)
-        with measuring.server("first") as (port, _):
-            for clients in spec.clients:
-                outcome.loads.append(measuring.load(port, clients))
-                finished(outcome)
-            for tokens in spec.documents:
-                outcome.documents.append(measuring.document(port, tokens))
-                finished(outcome)
+        measuring = Measuring(outcome, report, model, texts, Path(folder))
+        ports = {"fledge": servers.enter_context(fledge_server(model, Path(folder) / "first"))[0]}
+        if model.gguf:
+            ports[PEER], outcome.peer = (
+                servers.enter_context(peer_server(model.gguf, Path(folder))),
+                package_version(PEER),
+            )
+        else:
+            outcome.notes += (f"{PEER}'s server is left out: {missing or model.why_no_gguf}",)
+        for clients in spec.clients:
+            outcome.loads.append(measuring.load(ports, clients))
+            finished(outcome)
+        for tokens in spec.documents:
+            outcome.documents.append(measuring.document(ports, tokens))
+            finished(outcome)
+        servers.close()  # what follows is measured with nothing beside it
         if spec.states:
             outcome.shelf = measuring.shelf()
             finished(outcome)
     return outcome
 
 
-class _Ids:
+class _Texts:
     """Prompts of plain words, always the same: a model answers those with text, a token for nearly every event."""
 
-    def __init__(self, words: list[int], end: int) -> None:
-        self._words, self.end = words, end
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.end = tokenizer, tokenizer.eos_id
+        self._words = tokenizer.encode(WORDS)
 
-    def of(self, count: int, seed: int) -> list[int]:
+    def ids(self, count: int, seed: int) -> list[int]:
         """Some of them."""
         draw = random.Random(seed)
         return [draw.choice(self._words) for _ in range(count - 1)] + self._words[-1:]
 
+    def text(self, ids: list[int]) -> str:
+        """For a server that reads no ids; it finds about as many."""
+        return self._tokenizer.decode(ids)
+
 
 class Measuring:
-    """The processes, one after the other."""
+    """The client processes, one after the other."""
 
-    ids: _Ids
-
-    def __init__(self, outcome: Outcome, report: Report, model: str | None, dtype: str | None, folder: Path) -> None:
+    def __init__(self, outcome: Outcome, report: Report, model: Model, texts: _Texts, folder: Path) -> None:
         self._spec, self._report, self._done = outcome.spec, report, 0
-        self._model, self._dtype, self._folder = model, dtype, folder
+        self._model, self._texts, self._folder = model, texts, folder
         spec = outcome.spec
-        self._total = 2 * spec.repeats * len(spec.clients) + 5 * len(spec.documents) + 2 * bool(spec.states)
+        programs = 4 if model.gguf else 3
+        self._total = programs * spec.repeats * len(spec.clients) + 5 * len(spec.documents) + 2 * bool(spec.states)
 
-    @contextmanager
-    def server(self, name: str) -> Iterator[tuple[int, int]]:
-        """A server with a folder of its own; its port and its process id."""
-        command = [sys.executable, "-m", "fledge", "serve", "--port", "0", "--folder", str(self._folder / name)]
-        command += ["--model", self._model] if self._model else []
-        command += ["--dtype", self._dtype] if self._dtype else []
-        log = self._folder / f"{name}.log"  # a pipe that nobody empties would stop the server
-        with open(log, "wb") as errors:
-            process = subprocess.Popen(command, cwd=PACKAGE_PARENT, stdout=errors, stderr=errors)
-        try:
-            yield _port(process, log), process.pid
-        finally:
-            process.terminate()
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def load(self, port: int, clients: int) -> dict[str, Any]:
-        """The same requests through the server and by the engine alone, in turn."""
+    def load(self, ports: dict[str, int], clients: int) -> dict[str, Any]:
+        """The same requests through the server, with the cache too, by the engine alone, and by the peer, in turn."""
         count = max(self._spec.clients)  # for every number of clients the same requests: one asks them one by one
-        bodies = [self._body(self.ids.of(self._spec.prompt, seed), seed) for seed in range(count)]
-        job = {"clients": clients, "bodies": bodies}
-        self._run("load", {**job, "port": port, "bodies": bodies[:1], "clients": 1}, "")  # does not count
-        served, alone = [], []
-        for _ in range(self._spec.repeats):
-            served.append(self._run("load", {**job, "port": port}, f"{clients} clients"))
-            alone.append(self._run("engine", {**job, "model": self._model, "dtype": self._dtype}, f"engine, {clients}"))
-        return load_figures(clients, count * self._spec.tokens, served, alone)
+        prompts = [self._texts.ids(self._spec.prompt, seed) for seed in range(count)]
+        fresh, cached, peers = (
+            [make(ids, seed, self._spec.tokens) for seed, ids in enumerate(prompts)]
+            for make in (self._body, self._cached, self._peer_body)
+        )
+        served = {"clients": clients, "port": ports["fledge"]}
+        jobs = {
+            "server": ("load", {**served, "bodies": fresh}),
+            "cached": ("load", {**served, "bodies": cached}),
+            "engine": ("engine", {"clients": clients, "bodies": fresh, **self._weights}),
+        }
+        if PEER in ports:
+            jobs[PEER] = ("load", {"clients": clients, "port": ports[PEER], "bodies": peers})
+        for name, (kind, job) in jobs.items():  # does not count
+            if kind == "load":
+                warm = job["bodies"] if name == "cached" else job["bodies"][:1]
+                self._run("load", {**job, "bodies": warm})
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+        for _, name in interleaved(list(jobs), self._spec.repeats):
+            found[name].append(self._run(*jobs[name], label=f"{clients} clients, {name}"))
+        return load_figures(clients, count * self._spec.tokens, found)
 
-    def document(self, port: int, tokens: int) -> dict[str, Any]:
+    def document(self, ports: dict[str, int], tokens: int) -> dict[str, Any]:
         """Seconds to the first token of a question: after reading all, with the cache, and by the state's handle."""
-        text = self.ids.of(tokens, 1000 + tokens)
-        questions = [self.ids.of(QUESTION, seed) for seed in range(4)]
-        cold = self._ask(port, [self._body(text + questions[0], 0, tokens=1)], f"{tokens} tokens, cold")
-        bodies = [self._body([*text, *question], 0, tokens=1, cache=True) for question in questions]
-        warm = self._ask(port, bodies, f"{tokens} tokens, cached")
-        alone = self._ask(port, [self._body(questions[0], 0, tokens=1)], "the question alone")
-        words = "word " * tokens  # what is read by its text: about a token for each
-        kept = self._ask(port, [{"text": words}], f"{tokens} tokens, kept", "/v1/fledge/states")
+        port, text = ports["fledge"], self._texts.ids(tokens, 1000 + tokens)
+        questions = [self._texts.ids(QUESTION, seed) for seed in range(4)]
+        cold = [self._body(text + questions[0], 0, 1)] * (self._spec.repeats - 1)
+        cold.append(self._cached(text + questions[0], 0, 1))  # leaves the states that the next questions find
+        read = self._ask(port, cold, f"{tokens} tokens, cold")
+        again = self._ask(
+            port, [self._cached(text + words, 0, 1) for words in questions[1:]], f"{tokens} tokens, cached"
+        )
+        alone = self._ask(port, [self._body(words, 0, 1) for words in questions[1:]], "the question alone")
+        kept = self._ask(port, [{"text": self._texts.text(text)}], f"{tokens} tokens, kept", "/v1/fledge/states")
         handle = json.loads(kept["last"])["id"]
-        asked = [self._body(question, 0, tokens=1, state=handle) for question in questions[1:]]
+        asked = [self._body(words, 0, 1, state=handle) for words in questions[1:]]
         by_handle = self._ask(port, asked, f"{tokens} tokens, by handle")
-        found = {"cold_s": cold["seconds"], "warm_s": warm["seconds"][1:], "handle_s": by_handle["seconds"]}
-        return {"tokens": tokens, **found, "question_s": alone["seconds"]}
+        seconds = {"cold": read, "warm": again, "handle": by_handle, "question": alone}
+        if PEER in ports:  # twice: the document, then another question on it
+            bodies = [self._peer_body(text + words, 0, 1) for words in questions[:2]]
+            peer = self._ask(ports[PEER], bodies, f"{tokens} tokens, {PEER}")["seconds"]
+            seconds |= {"peer_cold": {"seconds": peer[:1]}, "peer_again": {"seconds": peer[1:]}}
+        return {"tokens": tokens, **{f"{name}_s": found["seconds"] for name, found in seconds.items()}}
 
     def shelf(self) -> dict[str, Any]:
         """States on a shelf, then a server over it that goes on from random ones."""
-        job = {"folder": str(self._folder / "held"), "states": self._spec.states, "resumed": self._spec.resumed}
-        held = self._run("hold", {**job, "model": self._model, "dtype": self._dtype}, f"{self._spec.states} states")
+        folder = self._folder / "held"
+        job = {"folder": str(folder), "states": self._spec.states, "resumed": self._spec.resumed, **self._weights}
+        held = self._run("hold", job, f"{self._spec.states} states")
         handles = held.pop("handles")
-        with self.server("held") as (port, pid):
-            question = self.ids.of(1, 0)
-            self._ask(port, [self._body(question, 0, tokens=1)], "")  # does not count
+        with fledge_server(self._model, folder) as (port, pid):
+            question = self._texts.ids(1, 0)
+            self._ask(port, [self._body(question, 0, 1)])  # does not count
             before = resident(pid)
-            bodies = [self._body(question, 0, tokens=1, state=handle) for handle in handles]
+            bodies = [self._body(question, 0, 1, state=handle) for handle in handles]
             resumed = self._ask(port, bodies, "resuming")
             memory = {"server_before_bytes": before, "server_after_bytes": resident(pid)}
         return {"states": self._spec.states, **held, "resume_s": resumed["seconds"], **memory}
 
-    def _body(
-        self, prompt: list[int], seed: int, *, tokens: int = 0, cache: bool = False, **more: Any
-    ) -> dict[str, Any]:
-        options = {"ban": [self.ids.end] if self.ids.end >= 0 else [], "cache": cache, **more}
-        tokens = tokens or self._spec.tokens
+    @property
+    def _weights(self) -> dict[str, Any]:
+        return {"model": self._model.source, "dtype": self._model.dtype}
+
+    def _body(self, prompt: list[int], seed: int, tokens: int, **more: Any) -> dict[str, Any]:
+        options = {"ban": [self._texts.end] if self._texts.end >= 0 else [], "cache": False, **more}
         return {"prompt": prompt, "max_tokens": tokens, "seed": seed, "stream": True, "fledge": options}
 
-    def _ask(
-        self, port: int, bodies: list[dict[str, Any]], label: str, path: str = "/v1/completions"
-    ) -> dict[str, Any]:
-        streamed = [{**body, "stream": True} if "prompt" in body else body for body in bodies]
-        return self._run("ask", {"port": port, "bodies": streamed, "path": path}, label)
+    def _cached(self, prompt: list[int], seed: int, tokens: int) -> dict[str, Any]:
+        return self._body(prompt, seed, tokens, cache=True)
 
-    def _run(self, kind: str, job: dict[str, Any], label: str) -> dict[str, Any]:
+    def _peer_body(self, prompt: list[int], seed: int, tokens: int) -> dict[str, Any]:
+        """The same request in the peer's terms: its other knobs are set to do nothing."""
+        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "stream": True}
+        banned = {"logit_bias": {str(self._texts.end): -1e9}} if self._texts.end >= 0 else {}
+        return {"prompt": self._texts.text(prompt), "max_tokens": tokens, "seed": seed, **plain, **banned}
+
+    def _ask(
+        self, port: int, bodies: list[dict[str, Any]], label: str = "", path: str = "/v1/completions"
+    ) -> dict[str, Any]:
+        return self._run("ask", {"port": port, "bodies": bodies, "path": path}, label)
+
+    def _run(self, kind: str, job: dict[str, Any], label: str = "") -> dict[str, Any]:
         if label:
             self._report(label, self._done, self._total)
             self._done = min(self._done + 1, self._total)
         return in_fresh_process(WORKER, {"kind": kind, **job}, {})
-
-
-def _port(process: subprocess.Popen[bytes], log: Path) -> int:
-    """Once the server says where it listens."""
-    for _ in range(1200):
-        text = log.read_text(encoding="utf-8", errors="replace")
-        if found := ADDRESS.search(text):
-            return int(found[1])
-        if process.poll() is not None:
-            raise FledgeError(f"the server did not start: {(text.strip().splitlines() or [''])[-1]:.300}")
-        time.sleep(0.1)
-    raise FledgeError("the server did not start within two minutes")

@@ -17,20 +17,27 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, -(-len(ordered) * round(share * 100) // 100) - 1)]
 
 
-def load_figures(clients: int, tokens: int, served: Sequence[Facts], alone: Sequence[Facts]) -> dict[str, Any]:
-    """One number of clients. Times of all repeats are taken together, rates stay apart."""
-    rate, engine = (Sample(tuple(tokens / found["seconds"] for found in runs)) for runs in (served, alone))
+def load_figures(clients: int, tokens: int, runs: Mapping[str, Sequence[Facts]]) -> dict[str, Any]:
+    """One number of clients. Times of all repeats are taken together, rates stay apart.
+
+    runs: "server", "engine", and where they were measured "cached" and the peer by its name.
+    """
+    names = {"server": "", "cached": "cached_", "engine": "engine_"}
+    rates = {names.get(name, "peer_"): Sample(tuple(tokens / run["seconds"] for run in runs[name])) for name in runs}
     found: dict[str, Any] = {
         "clients": clients,
-        "tokens_per_s": rate.summary(),
-        "engine_tokens_per_s": engine.summary(),
-        "overhead": 1 - rate.median / engine.median,
-        "client_cores": max(run["client_cores"] for run in served),
+        **{f"{prefix}tokens_per_s": rate.summary() for prefix, rate in rates.items()},
+        "overhead": 1 - rates[""].median / rates["engine_"].median,
+        "client_cores": max(run["client_cores"] for run in runs["server"]),
     }
-    for key in ("first_s", "gaps_s"):
-        values = [value for run in served for value in run[key]]
-        found[key] = {"median": statistics.median(values), "p95": percentile(values, 0.95)} if values else None
+    for name, measured in runs.items():
+        for key in () if name == "engine" else ("first_s", "gaps_s"):
+            found[names.get(name, "peer_") + key] = _times([value for run in measured for value in run[key]])
     return found
+
+
+def _times(values: Sequence[float]) -> dict[str, float] | None:
+    return {"median": statistics.median(values), "p95": percentile(values, 0.95)} if values else None
 
 
 def targets(loads: Sequence[Facts], documents: Sequence[Facts], shelf: Facts) -> list[dict[str, Any]]:

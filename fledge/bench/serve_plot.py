@@ -9,6 +9,8 @@ from typing import Any
 from fledge.bench.plots import INK, bare, check_drawable, short, write_figure
 from fledge.core.errors import UsageError
 
+COLOURS = ("#d9622b", "#3f7cac", "#7a7a7a")
+
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw a record into a file. Raises UsageError for another suffix or record, and without matplotlib."""
@@ -20,8 +22,11 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     loads = [load for load in record["loads"] if load["gaps_s"]]
     figure = Figure(figsize=(9, 3.8), dpi=140, layout="constrained")
     left, right = figure.subplots(1, 2)
-    rates = [[load[key]["median"] for load in record["loads"]] for key in ("tokens_per_s", "engine_tokens_per_s")]
-    _panel(left, record["loads"], {"server": rates[0], "engine alone": rates[1]}, "tokens/s")
+    programs = {"server": "", "engine alone": "engine_", **{name: "peer_" for name in record.get("peers", {})}}
+    rates = {
+        name: [load[f"{prefix}tokens_per_s"]["median"] for load in record["loads"]] for name, prefix in programs.items()
+    }
+    _panel(left, record["loads"], rates, "tokens/s")
     gaps = {name: [1e3 * load["gaps_s"][name] for load in loads] for name in ("median", "p95")}
     _panel(right, loads, gaps, "ms between tokens")
     machine = record["machine"]
@@ -32,7 +37,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 def _panel(axes: Any, loads: list[Any], lines: dict[str, list[float]], title: str) -> None:
     places = range(len(loads))
-    for (label, values), colour in zip(lines.items(), ("#d9622b", "#3f7cac"), strict=True):
+    for (label, values), colour in zip(lines.items(), COLOURS, strict=False):
         axes.plot(places, values, marker="o", markersize=4, color=colour, label=label)
         for place, value in zip(places, values, strict=True):
             text = {"xytext": (0, 5), "textcoords": "offset points", "fontsize": 7.5, "ha": "center"}

@@ -115,7 +115,7 @@ def hold(job: dict[str, Any]) -> dict[str, Any]:
     from fledge.server.settings import Settings
 
     llm = load_model(job["model"], dtype=job["dtype"])
-    service = Service(llm, Settings(folder=Path(job["folder"]), shelf=1 << 50), identity_of(llm))
+    service = Service(llm, Settings(folder=Path(job["folder"]), shelf=1 << 40), identity_of(llm))
     shelf, tenant, card = service.states, Tenant(OWNER), service.card(1, None)
     owner, draw, before = service.owner(tenant), random.Random(0), resident()
     ids, began = list[str](), time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from fledge.cli.measuring import measured
 from fledge.cli.options import spread
+from fledge.cli.samples import note_doubts
 from fledge.cli.terminal import note, print_heading, print_rows, visible
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class ServeOptions:
     states: Annotated[int, typer.Option(help="Held at once; 0: none. (default: 10000)")] = 10_000
     resumed: Annotated[int, typer.Option(help="How many of them are gone on from. (default: 100)")] = 100
     repeats: Annotated[int, typer.Option(help="Of every load. (default: 3)")] = 3
+    peer: Annotated[bool, typer.Option(help="llama-cpp-python's server on the same weights, where installed.")] = True
     folder: Annotated[str | None, typer.Option(help="Where states go; a folder in it is made and removed.")] = None
 
     def spec(self) -> Spec:
@@ -62,24 +65,35 @@ def serve(
     _show(outcome)
     for text in outcome.notes:
         note(f"note: {text}")
+    note_doubts(outcome.machine, outcome.spec.repeats, outcome.rates)
     print(json.dumps({"targets": outcome.targets}))
 
 
 def _show(outcome: Outcome) -> None:
     print_heading(visible(outcome.model))
-    heads = ("clients", "tokens/s", "engine alone", "overhead", "first token", "p95", "between tokens", "p95")
-    print_rows([_row(load) for load in outcome.loads], heads)
+    heads = ("clients", "program", "tokens/s", "first token", "p95", "between tokens", "p95")
+    print_rows([row for load in outcome.loads for row in _rows(load)], heads)
     for found in outcome.documents:
-        times = ", ".join(f"{name} {_ms(min(found[f'{name}_s']))}" for name in ("cold", "warm", "handle", "question"))
+        names = [name[:-2] for name in found if name.endswith("_s")]
+        times = ", ".join(f"{name.replace('_', ' ')} {_ms(statistics.median(found[f'{name}_s']))}" for name in names)
         print(f"{found['tokens']} tokens, to the first token: {times}")
     for target in outcome.targets:
         print(f"{'met   ' if target['met'] else 'missed'}  {target['name']}: {target['value']:.3g} ({target['limit']})")
 
 
-def _row(load: dict[str, Any]) -> tuple[str, ...]:
-    rates = (f"{load[key]['median']:,.0f}" for key in ("tokens_per_s", "engine_tokens_per_s"))
-    times = [_ms(load[key][name]) if load[key] else "" for key in ("first_s", "gaps_s") for name in ("median", "p95")]
-    return (f"{load['clients']}", *rates, f"{load['overhead']:.0%}", *times)
+def _rows(load: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One for each program."""
+    programs = {"": "server", "cached_": "server, cache", "peer_": "llama-cpp-python", "engine_": "engine alone"}
+    return [
+        (f"{load['clients']}", name, f"{load[f'{prefix}tokens_per_s']['median']:,.0f}", *_columns(load, prefix))
+        for prefix, name in programs.items()
+        if f"{prefix}tokens_per_s" in load
+    ]
+
+
+def _columns(load: dict[str, Any], prefix: str) -> list[str]:
+    times = [load.get(prefix + key) for key in ("first_s", "gaps_s")]
+    return [_ms(found[name]) if found else "" for found in times for name in ("median", "p95")]
 
 
 def _ms(seconds: float) -> str:

@@ -58,6 +58,7 @@ class Limits:
     ] = 1024
     cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = 512
     cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = 4096
+    shelf: Annotated[int, typer.Option(min=0, metavar="MB", help="For states that were asked to be kept.")] = 16384
     drain: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="For requests under way when the server stops.")
     ] = 30.0
@@ -90,6 +91,7 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
         max_tokens=limits.max_tokens,
         cache_memory=limits.cache_memory * MB,
         cache_disk=limits.cache_disk * MB,
+        shelf=limits.shelf * MB,
         origins=tuple(place.origin or ()),
         drain=limits.drain,
     )
