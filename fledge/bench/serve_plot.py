@@ -22,7 +22,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     loads = [load for load in record["loads"] if load["gaps_s"]]
     figure = Figure(figsize=(9, 3.8), dpi=140, layout="constrained")
     left, right = figure.subplots(1, 2)
-    programs = {"server": "", "engine alone": "engine_", **{name: "peer_" for name in record.get("peers", {})}}
+    programs = {"server": "", "engine alone": "engine_", **dict.fromkeys(record.get("peers", {}), "peer_")}
     rates = {
         name: [load[f"{prefix}tokens_per_s"]["median"] for load in record["loads"]] for name, prefix in programs.items()
     }
