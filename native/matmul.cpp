@@ -24,13 +24,14 @@ void* Buffer::bytes(size_t count) {
 void Prepared::reset(Kind kind, int64_t rows, int64_t k, bool sparse) {
     const int64_t padded = round_up(k, GROUP), groups = padded / GROUP;
     view_.kind = kind, view_.rows = rows, view_.k = k, view_.padded = padded;
-    view_.stride = rows == 1 ? 1 : kernels().tile_rows;
-    const int64_t filled = round_up(rows, view_.stride);
-    view_.data = data_.bytes(static_cast<size_t>(filled * padded * (kind == FLOATS ? 4 : 2)));
+    // A cache line more than a row: rows that lie a power of two apart would share their places in the cache.
+    view_.pitch = kind == FLOATS ? padded : padded / 2;
+    if (rows > 1) view_.pitch += LANES;
+    view_.data = data_.bytes(static_cast<size_t>(rows * view_.pitch * 4));
     view_.scale = view_.total = nullptr;
     if (kind == I16_PAIRS) {
-        view_.scale = scale_.floats(2 * filled * groups);
-        view_.total = view_.scale + filled * groups;
+        view_.scale = scale_.floats(2 * rows * groups);
+        view_.total = view_.scale + rows * groups;
     }
     view_.alive = view_.alive_from = nullptr;
     if (sparse && rows == 1 && kind != FLOATS) {

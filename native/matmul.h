@@ -45,7 +45,7 @@ void multiply(const std::vector<Product>& products);
 // The weights of the products after the next task, for single rows, whose time is that of reading them.
 void expect(const std::vector<const Matrix*>& weights);
 
-// f(row, thread) for every row, rows of one tile by one thread. A few rows are not worth waking anybody.
+// f(row, thread) for every row, some neighbours by one thread. A few rows are not worth waking anybody.
 template <class F>
 void for_rows(int64_t rows, F&& f);
 
@@ -58,12 +58,13 @@ namespace fledge {
 
 template <class F>
 void for_rows(int64_t rows, F&& f) {
-    constexpr int64_t FEW = 2;
+    constexpr int64_t FEW = 2, MOST = 12;
     if (rows <= FEW) {
         for (int64_t row = 0; row < rows; row++) f(row, 0);
         return;
     }
-    const int64_t block = 2 * kernels().tile_rows;
+    // The fewer, the finer they are shared out: a batch of 16 in blocks of 12 would keep one thread waiting.
+    const int64_t share = rows / (4 * threads()), block = share < 1 ? 1 : share > MOST ? MOST : share;
     parallel((rows + block - 1) / block, [&](int64_t part, int thread) {
         const int64_t end = (part + 1) * block < rows ? (part + 1) * block : rows;
         for (int64_t row = part * block; row < end; row++) f(row, thread);

@@ -20,9 +20,10 @@ constexpr int FAR = 32;  // pairs: the same where zeros are skipped, and into th
 constexpr int FEW_TILES = 4;
 
 struct Tile {
-    const void* a;       // first input (pair) of the tile
-    int64_t stride;
+    const void* a;       // first input (pair) of the tile's first row
+    int64_t pitch;       // words from row to row
     const float *scale, *total;
+    int64_t groups;      // of a whole row: from row to row of `scale` and `total`
     const int32_t *alive, *alive_from;  // null: all pairs count
     float* c;            // [rows][PANEL]
     bool first;          // c holds nothing yet
@@ -58,7 +59,7 @@ void tile_bf16(const uint8_t* panel, int64_t groups, const Tile& t) {
             vi w[NV];
             for (int v = 0; v < NV; v++) w[v] = load_ints(b + kp * PANEL * 4 + v * W * 4);
             for (int m = 0; m < M; m++) {
-                const vi x = splat(a[kp * t.stride + m]);
+                const vi x = splat(a[m * t.pitch + kp]);
                 for (int v = 0; v < NV; v++) acc[m][v] = dot_bf16(acc[m][v], x, w[v]);
             }
         };
@@ -124,14 +125,14 @@ void tile_float(const uint8_t* panel, int64_t groups, const Tile& t) {
             if (M > 1 && part == 0) bring(t, kp);
             vf even[NV], odd[NV];
             for (int v = 0; v < NV; v++) Stored::pair(b, part, v, even[v], odd[v]);
-            const float *x0 = a + 2 * kp * t.stride, *x1 = x0 + t.stride;
+            const float* x = a + 2 * kp;
             for (int m = 0; m < M; m++) {
-                const vf x = splat(x0[m]);
-                for (int v = 0; v < NV; v++) acc[m][v] = fma(x, even[v], acc[m][v]);
+                const vf input = splat(x[m * t.pitch]);
+                for (int v = 0; v < NV; v++) acc[m][v] = fma(input, even[v], acc[m][v]);
             }
             for (int m = 0; m < M; m++) {
-                const vf x = splat(x1[m]);
-                for (int v = 0; v < NV; v++) acc[m][v] = fma(x, odd[v], acc[m][v]);
+                const vf input = splat(x[m * t.pitch + 1]);
+                for (int v = 0; v < NV; v++) acc[m][v] = fma(input, odd[v], acc[m][v]);
             }
         }
         for (int m = 0; m < M; m++)
@@ -193,14 +194,14 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
     for (int64_t g = 0; g < groups; g++) {
         if (M == 1 && t.alive && t.alive_from[g] == t.alive_from[g + 1]) continue;
         const uint8_t* block = panel + g * Stored::BYTES;
-        const int32_t* a = (const int32_t*)t.a + g * PAIRS * t.stride;
+        const int32_t* a = (const int32_t*)t.a + g * PAIRS;
         for (int part = 0; part < PARTS; part++) {
             vi acc[M][NV] = {};
             auto pair = [&](int kp) {
                 vi w[NV];
                 Stored::pair(Stored::pairs(block) + kp * Stored::PAIR_BYTES, part, w);
                 for (int m = 0; m < M; m++) {
-                    const vi x = splat(a[kp * t.stride + m]);
+                    const vi x = splat(a[m * t.pitch + kp]);
                     for (int v = 0; v < NV; v++) acc[m][v] = dot_i16(acc[m][v], x, w[v]);
                 }
             };
@@ -223,7 +224,7 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
                 if (Stored::HAS_MIN) least[v] = load_halves(block + (PANEL + part * COLUMNS + v * W) * 2);
             }
             for (int m = 0; m < M; m++) {
-                const vf by = splat(t.scale[g * t.stride + m]), total = splat(t.total[g * t.stride + m]);
+                const vf by = splat(t.scale[m * t.groups + g]), total = splat(t.total[m * t.groups + g]);
                 for (int v = 0; v < NV; v++) {
                     float* c = t.c + m * PANEL + part * COLUMNS + v * W;
                     vf sum = fma(to_float(acc[m][v]), scale[v] * (Stored::sixteenfold(part, v) ? by * 0.0625f : by), load(c));
@@ -262,8 +263,8 @@ TileFunction tile_for(int32_t format, int64_t rows) {
 // share the work of asking for the next block: with a few rows, memory and arithmetic would otherwise take turns. The
 // fewer tiles, the smaller the block, which stays in the first cache beside the next one's arrival in the second.
 INLINE int64_t groups_of_block(const Matrix& w, const Activations& a) {
-    if (a.rows <= a.stride) return a.padded / GROUP;
-    const int64_t bytes = a.rows <= FEW_TILES * a.stride ? 16 << 10 : 32 << 10, fitting = bytes / block_bytes(w.format);
+    if (a.rows <= TILE) return a.groups();
+    const int64_t bytes = a.rows <= FEW_TILES * TILE ? 16 << 10 : 32 << 10, fitting = bytes / block_bytes(w.format);
     return fitting < 1 ? 1 : fitting;
 }
 
@@ -278,7 +279,7 @@ INLINE void ask_for_output(float* y, int64_t stride, int64_t rows) {
 INLINE bool worth_skipping(const Activations& a) {
     if (a.rows != 1 || !a.alive) return false;
     const int64_t most = a.padded / 2 * (a.kind == BF16_PAIRS ? 80 : 55) / 100;
-    return a.alive_from[a.padded / GROUP] <= most;
+    return a.alive_from[a.groups()] <= most;
 }
 
 struct Block {
@@ -290,17 +291,16 @@ struct Block {
 
 INLINE void panel_block(const Matrix& w, const uint8_t* data, const Block& block, const Activations& a) {
     const auto [g, count, c, y, stride] = block;
-    const int64_t groups = a.padded / GROUP, bytes = block_bytes(w.format);
+    const int64_t groups = a.groups(), bytes = block_bytes(w.format);
     const int64_t word = a.kind == FLOATS ? 1 : 2;  // inputs in a word of the activations
-    const int64_t tile_words = a.padded / word * a.stride, tiles = (a.rows + a.stride - 1) / a.stride;
+    const int64_t tiles = (a.rows + TILE - 1) / TILE;
     const int64_t share = (count * bytes + tiles - 1) / tiles, pairs = count * PAIRS;
     for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t row = tile * a.stride, left = a.rows - row, rows = left < a.stride ? left : a.stride;
-        const int64_t scales = (tile * groups + g) * a.stride;
+        const int64_t row = tile * TILE, left = a.rows - row, rows = left < TILE ? left : TILE;
         Tile t{};
-        t.a = (const float*)a.data + tile * tile_words + g * GROUP / word * a.stride;
-        t.stride = a.stride;
-        t.scale = a.scale + scales, t.total = a.total + scales;
+        t.a = (const float*)a.data + row * a.pitch + g * GROUP / word;
+        t.pitch = a.pitch, t.groups = groups;
+        t.scale = a.scale + row * groups + g, t.total = a.total + row * groups + g;
         if (worth_skipping(a)) t.alive = a.alive, t.alive_from = a.alive_from;
         t.c = c + row * PANEL;
         t.first = g == 0;
@@ -315,7 +315,7 @@ INLINE void panel_block(const Matrix& w, const uint8_t* data, const Block& block
 
 void panel(const Matrix& w, int64_t number, const Activations& a, float* scratch, const Output& out) {
     const uint8_t* data = w.data + number * w.panel_bytes();
-    const int64_t groups = a.padded / GROUP, step = groups_of_block(w, a);
+    const int64_t groups = a.groups(), step = groups_of_block(w, a);
     const int64_t start = number * PANEL;
     for (int64_t g = 0; g < groups; g += step)
         panel_block(w, data, {g, groups - g < step ? groups - g : step, scratch, out.y + start, out.stride}, a);
@@ -360,18 +360,17 @@ INLINE void round_group(const float* group, vh* halves, float& scale, float& tot
 }
 
 void prepare(const float* x, int64_t row, const Activations& a) {
-    const int64_t tile = row / a.stride, place = row % a.stride;
     if (a.kind == FLOATS) {
-        float* out = (float*)a.data + tile * a.padded * a.stride + place;
-        for (int64_t k = 0; k < a.k; k++) out[k * a.stride] = x[k];
-        for (int64_t k = a.k; k < a.padded; k++) out[k * a.stride] = 0.0f;
+        float* out = (float*)a.data + row * a.pitch;
+        __builtin_memcpy(out, x, (size_t)a.k * 4);
+        for (int64_t k = a.k; k < a.padded; k++) out[k] = 0.0f;
         return;
     }
-    int32_t* out = (int32_t*)a.data + tile * (a.padded / 2) * a.stride + place;
-    const int64_t groups = a.padded / GROUP;
+    int32_t* out = (int32_t*)a.data + row * a.pitch;
+    const int64_t groups = a.groups();
     for (int64_t g = 0; g < groups; g++) {
         alignas(64) float filled[GROUP];
-        alignas(64) int32_t pairs[PAIRS];
+        int32_t* pairs = out + g * PAIRS;
         const float* group = x + g * GROUP;
         if ((g + 1) * GROUP > a.k) {
             for (int i = 0; i < GROUP; i++) filled[i] = g * GROUP + i < a.k ? group[i] : 0.0f;
@@ -381,10 +380,8 @@ void prepare(const float* x, int64_t row, const Activations& a) {
             for (int i = 0; i < GROUP; i += W)
                 ((vh*)pairs)[i / W] = __builtin_convertvector(round_bf16(load(group + i)), vh);
         } else {
-            const int64_t at = (tile * groups + g) * a.stride + place;
-            round_group(group, (vh*)pairs, a.scale[at], a.total[at]);
+            round_group(group, (vh*)pairs, a.scale[row * groups + g], a.total[row * groups + g]);
         }
-        for (int kp = 0; kp < PAIRS; kp++) out[(g * PAIRS + kp) * a.stride] = pairs[kp];
         if (a.alive) {
             // A group that is not finite counts whole: its numbers are in its scale.
             const bool broken = a.kind == I16_PAIRS && !(a.scale[g] == a.scale[g]);

@@ -30,18 +30,16 @@ inline Kind kind_of(int32_t format) {
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Activations of `rows` rows and `k` inputs, ready for products of one kind.
-//
-// Rows are taken in tiles of `stride`; inside a tile the numbers of its rows alternate, input by input (pair by pair),
-// so that a kernel reads them one after the other. A single row has stride 1.
 struct Activations {
     Kind kind;
     int64_t rows, k, padded;  // padded: k filled up to whole groups
-    int64_t stride;
-    void* data;         // FLOATS: [tile][padded][stride] floats; pairs: [tile][padded / 2][stride] int32
-    float* scale;       // I16_PAIRS: [tile][groups][stride]
+    int64_t pitch;      // words (floats, or int32 for pairs) from row to row
+    void* data;         // FLOATS: [rows][padded] floats; pairs: [rows][padded / 2] int32
+    float* scale;       // I16_PAIRS: [rows][groups]
     float* total;       // I16_PAIRS: the same shape, the sum of a group's numbers
     int32_t* alive;     // single row of pairs: the numbers of those that are not both zero, or null
     int32_t* alive_from;  // (groups + 1): where each group's begin in `alive`
+    int64_t groups() const { return padded / GROUP; }
 };
 
 struct Output {
