@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fledge.cli import bench_cpu, bench_plot, bench_quality, bench_serve, bench_tokenizer, bench_train
+from fledge.cli import bench_cpu, bench_embeddings, bench_plot, bench_quality, bench_serve, bench_tokenizer, bench_train
 
 app = typer.Typer(name="bench", add_completion=False)
 
@@ -20,3 +20,4 @@ app.command()(bench_serve.serve)
 app.command()(bench_plot.plot)
 app.command()(bench_tokenizer.tokenizer)
 app.command()(bench_quality.quality)
+app.command()(bench_embeddings.embeddings)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fledge import checkpoint
 from fledge.core.errors import TokenizerError, UsageError
 from fledge.engine.adapting import Adapters, adapter_list, check_fit, with_changes
 from fledge.engine.chat import Chat
+from fledge.engine.embedding import embedding
 from fledge.engine.generation import Progress, check_ids, config_of, device_of, fresh_state, prefill
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.scoring import Score, Scores, score
@@ -114,6 +115,12 @@ class LLM:
         """The state after `text`, which follows what `state` has read. Read once, ask many times."""
         ids, start = self._ids(text), self._start(state)
         return prefill(self.model, ids, start, progress=progress).state if ids else start
+
+    def embed(self, text: Prompt) -> Tensor:
+        """(A,) float32 of length one: what `text` leaves in the heads. `fledge bench embeddings` measures its worth."""
+        if not self._ids(text):
+            raise UsageError("the text is empty; there is nothing to make a vector of")
+        return embedding(self.read(text))
 
     def logprobs(self, text: Prompt, state: State | None = None, context: Prompt | None = None) -> Scores:
         """How probable each token of `text` is after `context`, which follows what `state` has read.

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from fledge.engine.embedding import embedding
 from fledge.engine.job import End, Job
 from fledge.engine.request import Request as EngineRequest
 from fledge.server.access import service_of, tenant_of
@@ -103,15 +104,14 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
-    """One vector a text: what the last layer made of it when it had been read to its end, of length one.
+    """One vector a text, of length one: what it leaves in the heads (fledge.engine.embedding).
 
-    The model was trained to write and not for this: texts that go on alike are near, others about the same subject less
-    so than with a model made for search.
+    The model was trained to write and not for this; docs/server.md says how well it does.
     """
     service, tenant = service_of(request), tenant_of(request)
     service.check_model(body.model)
-    if body.dimensions not in (None, service.llm.config.n_embd):
-        message = f"the vectors have {service.llm.config.n_embd} dimensions, and no other number"
+    if body.dimensions not in (None, service.llm.config.dim_att):
+        message = f"the vectors have {service.llm.config.dim_att} dimensions, and no other number"
         raise ApiError(400, message, param="dimensions")
     given = body.input
     texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
@@ -141,8 +141,7 @@ async def _vector(service: Service, ids: tuple[int, ...]) -> list[float]:
         async for found in events:
             for each in found:
                 assert isinstance(each, End) and each.state is not None
-                last = next(reversed(each.state.tensors().values()))[-1, 0].float().cpu().flatten()
-                found_vector: list[float] = (last / last.norm().clamp_min(1e-12)).tolist()
+                found_vector: list[float] = embedding(each.state).tolist()
     return found_vector
 
 
