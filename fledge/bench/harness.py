@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fledge.core.errors import FledgeError
+
+N = TypeVar("N")  # a name of what is measured
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 Report = Callable[[str, int, int], None]
@@ -108,7 +110,7 @@ def in_fresh_process(module: str, job: Mapping[str, Any], environment: Mapping[s
     return result
 
 
-def interleaved(names: Sequence[str], repeats: int) -> list[tuple[int, str]]:
+def interleaved(names: Sequence[N], repeats: int) -> list[tuple[int, N]]:
     """A B C, then B C A, then C A B: whatever drifts on the machine reaches every name alike, in every place."""
     order = []
     for repeat in range(repeats):

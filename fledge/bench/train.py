@@ -33,6 +33,7 @@ PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 KERNEL_LENGTH = 1024  # tokens
 KERNEL_ROWS = (1, 8)
 KERNEL_CALLS = 3  # in each process
+PASSING = {"window": 1024, "through": 2, "steps": 2}
 WORKER = "fledge.bench.train_worker"
 
 
@@ -48,6 +49,7 @@ class Spec:
     dtypes: tuple[str, ...] = DTYPES
     loop: int = 1024  # the longest texts that the plain loop reads; 0 leaves it out
     kernel: bool = True  # the recurrence alone, too
+    passing: int = 65536  # tokens of a row read by windows, the state being carried on; 0 leaves it out
     steps: int = 2  # in each process
     repeats: int = 3  # processes for each program, dtype and length
     threads: int | None = None  # None: as torch chooses
@@ -62,10 +64,18 @@ class Spec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
+        shortest = PASSING["window"] * PASSING["through"]
+        if self.passing and self.passing <= shortest:
+            raise UsageError(f"passing is {self.passing}; it is compared with {shortest} tokens and must be more, or 0")
         wrong = [length for length in self.lengths if length < 1 or self.tokens % length]
         if wrong or not self.lengths:
             given = ",".join(map(str, self.lengths))
             raise UsageError(f"lengths is {given!r}; each must divide the {self.tokens} tokens of a step")
+
+    @property
+    def passing_lengths(self) -> tuple[int, ...]:
+        """Of the short row and the long one."""
+        return (PASSING["window"] * PASSING["through"], self.passing) if self.passing else ()
 
     @property
     def configs(self) -> dict[str, ModelConfig]:
@@ -86,6 +96,7 @@ class Outcome:
     notes: tuple[str, ...]
     groups: list[Group] = field(default_factory=list)
     kernels: list[KernelGroup] = field(default_factory=list)
+    passing: dict[int, Sample] = field(default_factory=dict)  # tokens of a row -> bytes at the peak
 
     @property
     def gpu(self) -> str:
@@ -107,7 +118,16 @@ class Outcome:
             "models": {name: _facts(configs[name]) for name in (family, "transformer")},
             "groups": [group.record(family, self.gpu) for group in self.groups],
             "kernel": [kernel.record() for kernel in self.kernels],
+            "passing": {"settings": PASSING, "peak_bytes": {n: peak.summary() for n, peak in self.passing.items()}},
         }
+
+    @property
+    def growth(self) -> float | None:
+        """How much more memory the long row takes than the short one, as a share; None where it was not measured."""
+        if len(self.passing) < 2:
+            return None
+        short, long = (self.passing[length].median for length in sorted(self.passing))
+        return long / short - 1
 
     def _ran(self, program: str) -> bool:
         return any(group.of(program) for group in self.groups)
@@ -128,6 +148,9 @@ def run(spec: Spec, report: Report = lambda *_: None, finished: Finished = lambd
     measuring = Measuring(outcome, report, _total(spec, cases, forms))
     for rows, length in kernels:
         outcome.kernels.append(measuring.kernel(rows, length))
+        finished(outcome)
+    if spec.passing:
+        outcome.passing = measuring.passing()
         finished(outcome)
     for dtype in spec.dtypes:
         for length in spec.lengths:
@@ -209,6 +232,17 @@ class Measuring:
             seconds[backend].append(statistics.median(result["seconds"]))
         return KernelGroup(shape, {backend: Sample(tuple(values)) for backend, values in seconds.items()})
 
+    def passing(self) -> dict[int, Sample]:
+        """Bytes at the peak for a row of as many tokens as a gradient flows through, and for the long one."""
+        config = asdict(self._spec.configs[self._spec.family])
+        peaks: dict[int, list[float]] = {length: [] for length in self._spec.passing_lengths}
+        for _, length in interleaved(list(peaks), self._spec.repeats):
+            job = {"kind": "passing", "config": config, "length": length, **PASSING}
+            peak = self._run(f"state passing, {length} tokens", job)["peak_bytes"]
+            if peak:
+                peaks[length].append(peak)
+        return {length: Sample(tuple(values)) for length, values in peaks.items() if values}
+
     def _figures(self, case: Case, results: list[dict[str, Any]]) -> Figures:
         return figures_of(case, results, training_operations(self._spec.configs[case.program], case.length))
 
@@ -230,7 +264,7 @@ class Measuring:
 
 def _total(spec: Spec, cases: list[Case], kernels: int) -> int:
     """Processes in all."""
-    return spec.repeats * (len(cases) + len(spec.dtypes) * len(spec.lengths) + kernels)
+    return spec.repeats * (len(cases) + len(spec.dtypes) * len(spec.lengths) + kernels + len(spec.passing_lengths))
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One measurement of `fledge bench train` in a process of its own: `python -m fledge.bench.train_worker job.json`.
 
-The result is the last line printed. Three kinds of job, all with "kind", "threads" and "device":
+The result is the last line printed. Four kinds of job, all with "kind", "threads" and "device":
 
     step      training steps of one program: "program", "config", "dtype", "length", "rows", "steps"
+    passing   one row read by windows with the state carried on: "config", "length", "window", "through", "steps"
     kernel    the recurrence alone, forward and backward: "backend", "shape" (B, T, H, N), "repeats"
     product   torch's product of two large matrices: "dtype", "size"
 
@@ -26,13 +27,17 @@ from fledge.bench.harness import peak_memory, time_calls
 from fledge.bench.limits import product
 from fledge.checkpoint.hf_config import fla_settings
 from fledge.core.config import from_dict
+from fledge.data.batches import Batch
 from fledge.kernels import wkv
 from fledge.kernels.dispatch import prefer
 from fledge.models import ModelConfig, build, init_weights
 from fledge.models.layers import set_compute_dtype
+from fledge.train.loop import TrainSettings, gradients
 from fledge.train.loss import head_loss, next_token_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
+from fledge.train.schedule import Schedule
+from fledge.train.team import Team
 
 BACKENDS = {"chunked": "chunked", "loop": "reference"}  # of the recurrence, for programs that ask for one
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -136,7 +141,6 @@ def measure_step(job: dict[str, Any]) -> dict[str, Any]:
         done.append(step(model, optimizer, batch))
         processor.append(time.process_time() - began)
     done = done[WARMUP:]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     forward, backward, update = (list(part) for part in zip(*(parts for _, parts in done), strict=True))
     return {
         "forward_s": forward,
@@ -145,8 +149,31 @@ def measure_step(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_s": processor[WARMUP:],
         "loss": done[-1][0],
         "before_bytes": before,
-        "peak_bytes": peak,
+        "peak_bytes": _peak(device),
     }
+
+
+def measure_passing(job: dict[str, Any]) -> dict[str, Any]:
+    """The peak of memory while the training loop's own gradients of one row are taken, window by window."""
+    device, config = torch.device(job["device"]), from_dict(ModelConfig, job["config"])
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(0)
+    model = ours(config, torch.float32).to(device)
+    optimizer = build_optimizer(model, AdamSettings())
+    set_learning_rate(optimizer, RATE)
+    schedule = Schedule(RATE, RATE, 0, job["steps"])
+    settings = TrainSettings(schedule, window=job["window"], through=job["through"])
+    batch = Batch(torch.randint(config.vocab_size, (1, job["length"] + 1)).to(device))
+    losses = []
+    for _ in range(job["steps"]):
+        losses.append(gradients(model, [batch], settings, Team())[0])
+        optimizer.step()
+    return {"peak_bytes": _peak(device), "loss": losses[-1]}
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def measure_kernel(job: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +204,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     if job["kind"] == "product":
         return {"operations_per_s": product(DTYPES[job["dtype"]], job["size"], job["device"])}
-    return measure_kernel(job) if job["kind"] == "kernel" else measure_step(job)
+    return {"kernel": measure_kernel, "passing": measure_passing, "step": measure_step}[job["kind"]](job)
 
 
 if __name__ == "__main__":

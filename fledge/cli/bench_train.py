@@ -39,6 +39,9 @@ class TrainOptions:
     kernel: Annotated[
         bool, typer.Option("--kernel/--no-kernel", help="Measure the recurrence alone, too. (default: yes)")
     ] = True
+    passing: Annotated[
+        int, typer.Option(help="Tokens of a row read with the state carried on; 0 leaves it out. (default: 65536)")
+    ] = 65536
     steps: Annotated[int, typer.Option(help="Of each process, after one that does not count. (default: 2)")] = 2
     repeats: Annotated[int, typer.Option(help="Processes for each program and length. (default: 3)")] = 3
     threads: Annotated[int | None, typer.Option(help="CPU threads. (default: as torch chooses)")] = None
@@ -94,6 +97,10 @@ def _show(outcome: Outcome) -> None:
         B, T, H, N = kernel.shape
         gains = ", ".join(f"{backend} {gain:.1f}x" for backend, gain in kernel.gains.items())
         print(f"the recurrence alone, {B} x {T} tokens, {H} heads of {N}: {gains} the loop")
+    if outcome.growth is not None:
+        short, long = sorted(outcome.passing)
+        peak = mebibytes(outcome.passing[long])
+        print(f"state passing: a row of {long:,} tokens peaks at {peak}, {outcome.growth:+.1%} to {short:,}")
     heads = ("context", "products", "program", "tokens/s", f"{family} to it", "forward", "backward", "update")
     rows = [_row(group, case, family) for group in outcome.groups for case in group.figures]
     print()
@@ -120,5 +127,6 @@ def _summary(outcome: Outcome) -> dict[str, Any]:
     family = outcome.spec.family
     return {
         "targets": {f"{group.dtype} {group.length}": group.targets(family) for group in outcome.groups},
+        "passing_growth": outcome.growth,
         "kernel_to_loop": {str(kernel.shape[0]): kernel.gains for kernel in outcome.kernels},
     }

@@ -19,7 +19,7 @@ from fledge.core.errors import UsageError
 from fledge.kernels import dispatch
 from fledge.models import ModelConfig, build
 
-TINY: dict[str, Any] = {"shape": "L2-D64", "vocab": 50, "tokens": 24, "device": "cpu", "threads": 1}
+TINY: dict[str, Any] = {"shape": "L2-D64", "vocab": 50, "tokens": 24, "device": "cpu", "threads": 1, "passing": 0}
 SECONDS = {"finch": 1.0, "eagle": 1.0, "transformer": 2.0, "chunked": 1.5, "loop": 8.0, "fla": 0.5}
 MEMORY = {"finch": 300, "eagle": 300, "transformer": 400, "chunked": 600, "loop": 900, "fla": 100}
 KERNELS = {"native": [0.5], "chunked": [1.0, 3.0, 2.0], "reference": [50.0]}
@@ -45,6 +45,8 @@ class Fake:
             return {"operations_per_s": 1e9}
         if job["kind"] == "kernel":
             return {"seconds": KERNELS[job["backend"]], "peak_bytes": 7}
+        if job["kind"] == "passing":
+            return {"peak_bytes": 1000 + job["length"] // 1000 * 2, "loss": 3.9}
         unit = SECONDS[job["program"]] / 4
         parts = {"forward_s": [unit, unit], "backward_s": [2 * unit] * 2, "update_s": [unit, unit]}
         parts["cpu_s"] = [8 * unit, 8 * unit]
@@ -156,6 +158,23 @@ def test_a_step_of_every_program(program: str, dtype: str, monkeypatch: pytest.M
     assert len(found["cpu_s"]) == len(found["forward_s"]) == len(found["backward_s"]) == len(found["update_s"]) == 3
     assert min(found["forward_s"] + found["backward_s"]) > 0 and 0 < found["loss"] < 4.3  # ln 50 = 3.9, before training
     assert dispatch._preferred == {"chunked": "chunked", "loop": "reference"}.get(program)
+
+
+def test_memory_of_state_passing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(monkeypatch)
+    outcome = run(Spec(**{**TINY, "lengths": (24,), "loop": 0, "kernel": False, "passing": 50_000}, repeats=2))
+    lengths = [job["length"] for job in fake.jobs if job["kind"] == "passing"]
+    assert lengths == [2048, 50_000, 50_000, 2048]  # in turn
+    assert outcome.growth == pytest.approx(1100 / 1004 - 1)
+    assert outcome.record("")["passing"]["peak_bytes"][50_000]["values"] == [1100, 1100]
+    with pytest.raises(UsageError, match="passing is 2048; it is compared with 2048 tokens and must be more"):
+        Spec(**{**TINY, "passing": 2048})
+
+
+def test_a_row_is_read_by_windows() -> None:
+    job = {"kind": "passing", "config": asdict(config_of("L2-D64", 50)), "length": 21, "window": 4, "through": 2}
+    found = train_worker.measure({**job, "steps": 2, "threads": torch.get_num_threads(), "device": "cpu"})
+    assert 0 < found["loss"] < 4.3 and found["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])

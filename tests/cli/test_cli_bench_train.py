@@ -24,6 +24,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append(job)
         if job["kind"] == "product":
             return {"operations_per_s": 1e9}
+        if job["kind"] == "passing":
+            return {"peak_bytes": 2**20 if job["length"] == 2048 else 2**21}
         if job["kind"] == "kernel":
             return {"seconds": [1.0 if job["backend"] == "chunked" else 30.0]}
         seconds = [2.0 if job["program"] == "transformer" else 1.0]
@@ -39,14 +41,15 @@ def test_table_json_line_record_and_plot(fledge: Any, jobs: list[Any], tmp_path:
     command = ["bench", "train", "--lengths", "6,12", "--dtypes", "fp32", "--loop", "6", *SMALL, "--record", str(path)]
     monkeypatch.setattr("sys.argv", ["fledge", *command])
     result = fledge(*command)
-    assert result.code == 0 and len(jobs) == 3 * (4 + 4 + 3), result.messages
+    assert result.code == 0 and len(jobs) == 3 * (4 + 4 + 3 + 2), result.messages
     lines = result.text.splitlines()
     assert "the recurrence alone, 8 x 1024 tokens, 1 heads of 64: chunked 30.0x the loop" in lines
     rows = [" ".join(line.split()) for line in lines]
     assert "6 fp32 finch 8.0 ±0% 1.00 s 1.00 s 1.00 s 1 MiB 0 (1%)" in rows
     assert any(row.startswith("12 fp32 transformer 4.0 ±0% 2.00x 2.00 s") for row in rows)
+    assert "state passing: a row of 65,536 tokens peaks at 2 MiB, +100.0% to 2,048" in lines
     last = json.loads(lines[-1])
-    assert last["targets"]["fp32 12"] == {
+    assert last["passing_growth"] == 1.0 and last["targets"]["fp32 12"] == {
         "rate_to_transformer": 2.0,
         "cpu_time_of_transformer": 0.5,
         "memory_of_transformer": 1.0,
