@@ -2,12 +2,13 @@
 
     .pth            the official layout, for every other RWKV program; tensors only
     .safetensors    Fledge's own: official names, with config and tokenizer in the header
-    .gguf           for llama.cpp (RWKV-6 only); the one format that can be asked for a type of its matrices
+    .gguf           for llama.cpp (RWKV-6 only); the one format that can be asked for a quantised type
     folder, "hf"    Hugging Face remote code (RWKV-5 5.2 and RWKV-6), transformers' own class (RWKV-4)
     folder, "fla"   flash-linear-attention (RWKV-6 only)
 
-dtypes are kept. A target appears whole or not at all. Quantised matrices stay so in .safetensors and .gguf, which can
-hold them. Not here: quantising (for .safetensors), and the making of a .gguf (gguf_write.py).
+dtypes are kept, but where a type of the matrices is asked for. A target appears whole or not at all. Quantised matrices
+stay so in .safetensors and .gguf, which can hold them. Not here: quantising (for .safetensors), and the making of a
+.gguf (gguf_write.py).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from fledge.core.files import atomic_path
 
 FILES = ("pth", "safetensors", "gguf")
 FORMATS = (*FILES, "hf", "fla")
+DENSE_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_EPS = 64e-5
 # Names of files that others write; a folder of such a name is surely not what was meant. A folder may be called v1.5.
 FILE_SUFFIXES = (
@@ -76,9 +78,9 @@ def convert(
     """Write the checkpoint `source` as `target`, in the format `to`, or by suffix (a folder is "hf").
 
     Every byte of a .pth is compared with its checksum on the way. An existing target is refused unless `force`; a
-    folder is only ever replaced when nothing but a model is in it. matrix_type: what the matrices of a .gguf become
-    (gguf_write.TYPES); None keeps them. Raises CheckpointError, UnsupportedError where the format cannot hold the
-    version, UsageError for an unknown format or the suffix of one.
+    folder is only ever replaced when nothing but a model is in it. matrix_type: what the matrices become (DENSE_TYPES,
+    the embedding too; gguf_write.TYPES for a .gguf); None keeps them. Raises CheckpointError, UnsupportedError where
+    the format cannot hold the version or the type a number, UsageError for an unknown format or the suffix of one.
     """
     target = Path(target)
     kind = to or _kind_of(target)
@@ -86,8 +88,9 @@ def convert(
         raise UsageError(f"format {kind!r} is unknown; use one of {', '.join(FORMATS)}")
     if kind in FILES and target.suffix != f".{kind}":
         raise UsageError(f"{target}: a {kind} file must be named *.{kind}")
-    if matrix_type is not None and kind != "gguf":
-        raise UsageError(f"type {matrix_type!r:.40} can only be asked of a .gguf; {kind} keeps the types of the source")
+    if matrix_type is not None and kind != "gguf" and matrix_type not in DENSE_TYPES:
+        dense = ", ".join(DENSE_TYPES)
+        raise UsageError(f"type {matrix_type!r:.40} can only be asked of a .gguf; for {kind} choose from {dense}")
     _check_target(target, kind, force)
     checkpoint = read(source)
     _check_format(checkpoint, kind)
@@ -97,6 +100,7 @@ def convert(
     if kind == "gguf":
         notes = write_gguf(checkpoint, target, matrix_type)
     else:
+        checkpoint = checkpoint if matrix_type is None else _typed(checkpoint, DENSE_TYPES[matrix_type])
         checkpoint, unpacked = (checkpoint, ()) if kind == "safetensors" else _unpacked(checkpoint)
         check_space(target.parent, checkpoint.tensors)
         write = _write_file if kind in FILES else _write_folder
@@ -159,6 +163,18 @@ def _unpacked(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
         return checkpoint, ()
     dense = replace(checkpoint, tensors=checkpoint.dense(torch.bfloat16), quantised={})
     return dense, ("the quantised matrices were written as bfloat16",)
+
+
+def _typed(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The same checkpoint with its matrices, quantised ones too, in a dtype. Raises UnsupportedError for an overflow."""
+    tensors = {
+        name: tensor.to(dtype) if tensor.dim() == 2 and name.endswith(".weight") else tensor
+        for name, tensor in checkpoint.dense(dtype).items()
+    }
+    lost = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if lost:
+        raise UnsupportedError(f"{checkpoint.path}: {lost[0]} holds numbers that {dtype} cannot; choose bf16 or f32")
+    return replace(checkpoint, tensors=tensors, quantised={})
 
 
 def _write_file(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str, ...]:

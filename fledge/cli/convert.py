@@ -24,7 +24,7 @@ def convert(
         str | None,
         typer.Option(
             "--type",
-            help="Of the matrices of a gguf: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. (default: what they have)",
+            help="Of the matrices: f32, f16 or bf16; in a gguf also q8_0, q4_0, q4_1, q5_0, q5_1. (default: as is)",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,

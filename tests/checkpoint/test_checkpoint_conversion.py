@@ -228,3 +228,21 @@ def test_the_rwkv_package_reads_what_comes_out(
     with torch.no_grad():
         ours, _ = load_model(tmp_path / "x.pth").model(torch.tensor([[3, 1, 4]]))
     torch.testing.assert_close(ours[0, -1], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_matrices_in_another_type(tmp_path: Path) -> None:
+    tensors = make("6.0")
+    place = saved(tmp_path, tensors)
+    convert(place, tmp_path / "half.safetensors", matrix_type="f16")
+    found = load(tmp_path / "half.safetensors")[1]
+    for name, tensor in tensors.items():
+        matrix = tensor.dim() == 2 and name.endswith(".weight")
+        assert torch.equal(found[name], tensor.half() if matrix else tensor), name
+    assert {found[name].dtype for name in ("emb.weight", "head.weight")} == {torch.float16}
+    tensors["head.weight"][3, 2] = 1e6
+    place = saved(tmp_path, tensors)
+    with pytest.raises(UnsupportedError, match=r"head\.weight holds numbers that torch\.float16 cannot; choose bf16"):
+        convert(place, tmp_path / "half.pth", matrix_type="f16")
+    assert not (tmp_path / "half.pth").exists()
+    with pytest.raises(UsageError, match=r"type .q8_0. .* of a \.gguf; for pth choose from f32, f16, bf16"):
+        convert(place, tmp_path / "half.pth", matrix_type="q8_0")
