@@ -166,7 +166,7 @@ def _unpacked(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
 
 
 def _typed(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
-    """The same checkpoint with its matrices, quantised ones too, in a dtype. Raises UnsupportedError for an overflow."""
+    """The same checkpoint with its matrices, quantised ones too, in a dtype. UnsupportedError for an overflow."""
     tensors = {
         name: tensor.to(dtype) if tensor.dim() == 2 and name.endswith(".weight") else tensor
         for name, tensor in checkpoint.dense(dtype).items()
