@@ -77,6 +77,17 @@ class Page(StaticFiles):
         return answer
 
 
+class Refusal(JSONResponse):
+    """An error. In ASCII: what it shows of a request may be half a surrogate pair, which UTF-8 has no bytes for."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body, error.status, error.headers)
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content).encode("ascii")
+
+
 class Border:
     """What every request passes: the limit of its size, headers that keep pages safe, the count of answers."""
 
@@ -118,13 +129,13 @@ class Border:
             if over:
                 error = ApiError(413, f"the request is larger than {most} bytes", code="too_large")
                 status = error.status
-                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+                await Refusal(error)(scope, receive, send)
             route = getattr(scope.get("route"), "path", "page")
             self._service.metrics.requests.labels(route, str(status)).inc()
 
 
 async def _api(request: Request, error: Any) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
+    return Refusal(error)
 
 
 async def _fledge(request: Request, error: Any) -> Response:
@@ -150,4 +161,4 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 async def _unexpected(request: Request, error: Any) -> Response:
     log.error("a request to %s failed", request.url.path, exc_info=error)
-    return JSONResponse(ApiError(500, "the server failed; its log says how").body, 500)
+    return Refusal(ApiError(500, "the server failed; its log says how"))

@@ -105,6 +105,15 @@ def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_an_error_tells_of_text_that_is_no_unicode(server: Server) -> None:
+    wrong: Any = "\ud800"
+    for change in ({"stream": wrong}, {"messages": wrong}, {wrong: 1}, {"model": wrong}):
+        body = json.dumps({"messages": HI, **change})
+        answer = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 404) and answer.json()["error"]["message"], change
+        assert answer.headers["content-type"] == "application/json"
+
+
 def test_sizes_have_limits(server: Server) -> None:
     long = {"messages": [{"role": "user", "content": "x" * 200_000}]}
     assert server.post(CHAT, long).json()["error"]["code"] == "too_large"
