@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import ByteTokenizer, FakeModel
 from running import Server, fake, random_model, serving
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from fledge.core.errors import ConfigError
+from fledge.engine.text import LLM
 from fledge.server.exchange import EventStream
 from fledge.server.keys import Bucket, Keys
 
@@ -188,6 +190,31 @@ def test_health_figures_and_headers(server: Server) -> None:
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     about = server.http.get("/v1/fledge/server").json()
     assert about["model"] == "random" and about["layers"] == 2 and about["state_bytes"] > 0
+
+
+def test_parts_of_characters_have_names_of_their_own() -> None:
+    with serving(fake(" \u597d\n\n")) as server:
+        body = {"prompt": "ask:", "temperature": 0, "max_tokens": 4, "logprobs": 20}
+        found = server.post(TEXT, body).json()["choices"][0]["logprobs"]
+    assert found["tokens"] == [" ", "bytes:\\xe5\\xa5", "bytes:\\xbd", "\n\n"]
+    assert found["text_offset"] == [0, 1, 1, 2]
+    assert [len(each) for each in found["top_logprobs"]] == [20] * 4
+    for name, value, each in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert each[name] == value
+
+
+def test_what_looks_like_a_call_is_text_where_none_is_allowed() -> None:
+    call = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
+    tools = [{"type": "function", "function": {"name": "a"}}]
+    tokenizer = ByteTokenizer("\n\n", "Assistant:")
+    model = FakeModel([tokenizer.encode(call + "\n\n")], tokenizer.id_of("Assistant:"), tokenizer.vocab_size)
+    with serving(LLM(model, tokenizer, "fake")) as server:
+        for choice in ("auto", "none"):
+            answer = server.ask("Hi", temperature=0, tools=tools, tool_choice=choice)["choices"][0]
+            called = choice == "auto"
+            assert answer["finish_reason"] == ("tool_calls" if called else "stop")
+            assert answer["message"]["content"] == (None if called else call)
+            assert ("tool_calls" in answer["message"]) is called
 
 
 def test_tokens(server: Server) -> None:
