@@ -156,7 +156,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
     host, _, port = server.url.removeprefix("http://").partition(":")
     for when in ("reading", "writing"):
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+            head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
             connection.sendall(f"{head}{len(data)}\r\n\r\n".encode() + (data if when == "writing" else data[:20]))
             if when == "writing":
                 eventually(lambda: server.service.desk.jobs == 1)
