@@ -47,7 +47,7 @@ async def post(port: int, path: str, body: dict[str, Any]) -> tuple[float, list[
 
 
 def load(job: dict[str, Any]) -> dict[str, Any]:
-    """All requests, `clients` at a time. Raises FledgeError for an answer without all its tokens: a rate counts them."""
+    """All requests, `clients` at a time. Raises FledgeError for an answer cut short: the rate counts all its tokens."""
     firsts, gaps, ends = list[float](), list[float](), list[bytes]()
 
     async def client(mine: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The app: routes, errors, size limits, the page. `uvicorn` or anything else that speaks ASGI runs it."""
+"""The app: the routers, errors, size limits, names, the page. `uvicorn` or anything else that speaks ASGI runs it."""
 
 from __future__ import annotations
 

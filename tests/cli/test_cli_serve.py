@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("fastapi", reason="the server needs fastapi")
-uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn")
-
 from fledge.cli.serve import Limits
 from fledge.engine.loading import load as fledge_load
 from fledge.engine.text import LLM
-from fledge.server import replicas
 from fledge.server.settings import MB, Settings
+
+uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn")
+pytest.importorskip("fastapi", reason="the server needs fastapi")
+replicas = pytest.importorskip("fledge.server.replicas")
 
 
 @pytest.fixture

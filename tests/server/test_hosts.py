@@ -12,7 +12,17 @@ from fledge.server.hosts import Hosts, is_local
 
 KEYS = '[[keys]]\nname = "alice"\nkey = "alice-0123456789abcdef"\n'
 LOOPBACK = ["localhost", "LocalHost:8000", "127.0.0.1", "127.9.8.7:1", "[::1]", "[::1]:8000"]
-FOREIGN = ["evil.example:8000", "localhost.evil.example", "evil@localhost", "[::1", "::1", "", ":8000", "127.0.0.1.", "*"]
+FOREIGN = [
+    "evil.example:8000",
+    "localhost.evil.example",
+    "evil@localhost",
+    "[::1",
+    "::1",
+    "",
+    ":8000",
+    "127.0.0.1.",
+    "*",
+]
 ADDRESSES = ["192.168.1.5:8000", "8.8.8.8", "[fe80::1]:8000", "0.0.0.0"]
 OWN = [socket.gethostname(), f"{socket.gethostname().upper()}.local:8000"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -114,6 +115,57 @@ def test_an_error_tells_of_text_that_is_no_unicode(server: Server) -> None:
         answer = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 404) and answer.json()["error"]["message"], change
         assert answer.headers["content-type"] == "application/json"
+
+
+def test_what_changes_nothing_is_taken_and_listed(server: Server) -> None:
+    """The list in docs/server.md: no client is refused for these, and none is told that they do something."""
+    call = {"type": "function", "function": {"name": "a", "arguments": "{}"}}
+    plain = [*HI, {"role": "assistant", "tool_calls": [{"id": "1", **call}]}, {"role": "tool", "content": "x"}]
+    more = [{**message, "name": "n", "refusal": "r", "tool_call_id": "t"} for message in plain]
+    more[1]["tool_calls"] = [{"id": "2", **call}]
+    request = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "modalities": ["text"],
+        "stream_options": {"include_obfuscation": True},
+    }
+    named = {"name": "n", "description": "d", "strict": False}
+    chat, text = {"seed": 1, "max_tokens": 4}, {"prompt": "a", "seed": 1, "max_tokens": 4}
+    schema = {"schema": {"type": "integer", "minimum": 1, "maximum": 9}}
+    pairs = [
+        (CHAT, {"messages": plain, **chat}, {"messages": more, **chat, **request}),
+        (TEXT, text, {**text, "suffix": "", "best_of": 1, "user": "u"}),
+        *(
+            (CHAT, {"messages": HI, **chat, **one}, {"messages": HI, **chat, **other})
+            for one, other in [
+                [
+                    {"response_format": {"type": "json_schema", "json_schema": each}}
+                    for each in (schema, schema | named)
+                ],
+                [
+                    {"tools": [{"type": "function", "function": {"name": "a", **each}}]}
+                    for each in ({}, {"strict": True})
+                ],
+            ]
+        ),
+    ]
+    for path, one, other in pairs:
+        first, second = (server.post(path, body).json() for body in (one, other))
+        for answer in (first, second):
+            for each in answer["choices"][0].get("message", {}).get("tool_calls", []):
+                each.pop("id")
+        assert (
+            first["choices"] == second["choices"]
+            and first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]
+        )
+    listed = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    listed = listed.partition("change nothing:")[2].partition("Errors are")[0]
+    names = {*request, "include_obfuscation", "name", "refusal", "tool_call_id", "suffix", "best_of", *named}
+    assert [name for name in names - {"stream_options"} if not re.search(rf"[`.]{name}`", listed)] == []
 
 
 def test_sizes_have_limits(server: Server) -> None:
