@@ -113,8 +113,9 @@ class Service:
 
     @cached_property
     def beginning(self) -> State:
-        """What texts begin from."""
-        return fresh_state(self.llm.model) if self.llm.start is None else self.llm.start
+        """What texts begin from, where the model is."""
+        start = fresh_state(self.llm.model) if self.llm.start is None else self.llm.start
+        return start.to(self.llm.device)
 
     @property
     def name(self) -> str:
@@ -186,30 +187,35 @@ class Service:
         return tenant.name if self.keys.needed else ""
 
     async def known_state(self, tenant: Tenant, text: str, param: str = "fledge.state") -> tuple[State, StateCard]:
-        """The state that a request names by its handle, or brings. Raises ApiError for one that is not theirs."""
+        """The state that a request names by its handle, or brings, where the model is.
+
+        Raises ApiError for one that is not theirs.
+        """
+        # Beside the event loop: the shelf waits for the disk, and a state that is brought may be large.
+        return await asyncio.to_thread(self._known_state, tenant, text, param)
+
+    def _known_state(self, tenant: Tenant, text: str, param: str) -> tuple[State, StateCard]:
         try:
             if text.startswith("st_"):
-                owner, id = self.owner(tenant), self.opened(tenant, text, param)
-                shelf = self.shelf_for(param)
-                self._there(shelf, owner, id, param)
-                found = await asyncio.to_thread(shelf.get, owner, id)
+                state, card = self._taken(self.owner(tenant), self.opened(tenant, text, param), param)
             else:
-                found = parse(base64.b64decode(text, validate=True), self.secret)
-            found[1].check(self.identity, self.llm.name)
-            found[0].check(self.llm.config, 1)
+                state, card = parse(base64.b64decode(text, validate=True), self.secret)
+            card.check(self.identity, self.llm.name)
+            state.check(self.llm.config, 1)
         except ValueError:  # binascii's kind too
             raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None
         except FledgeError as error:
             raise api_error(error, param) from None
-        return found
+        return state.to(self.llm.device), card
 
-    @staticmethod
-    def _there(shelf: Shelf | Commons, owner: str, id: str, param: str) -> None:
-        """Raise ApiError 404 for a state that has been forgotten."""
+    def _taken(self, owner: str, id: str, param: str) -> tuple[State, StateCard]:
+        """A kept state. Raises ApiError 404 for one that has been forgotten."""
+        shelf = self.shelf_for(param)
         try:
             shelf.describe(owner, id)
         except FledgeError as error:
             raise ApiError(404, str(error), param=param, code="state_not_found") from None
+        return shelf.get(owner, id)
 
     async def kept(self, tenant: Tenant, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its handle."""

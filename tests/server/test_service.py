@@ -1,0 +1,61 @@
+"""The service itself, without HTTP: what it hands on, and where that is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import IDENTITY, fake, random_model
+
+from fledge.engine.generation import fresh_state
+from fledge.engine.shelf import Shelf
+from fledge.engine.statefile import parse
+from fledge.engine.text import LLM
+from fledge.models.state import State
+from fledge.server.service import Service
+from fledge.server.settings import Settings
+
+
+@contextmanager
+def service(llm: LLM, **settings: Any) -> Iterator[Service]:
+    """A service that answers nobody; it has stopped when this is left."""
+    made = Service(llm, replace(Settings(cache_memory=1 << 24), **settings), IDENTITY)
+    try:
+        yield made
+    finally:
+        asyncio.run(made.stop())
+
+
+def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = random_model()
+    with service(replace(llm, start=fresh_state(llm.model)), folder=tmp_path) as made:
+        tenant, state = made.keys.tenant(None), fresh_state(llm.model)
+        handle = asyncio.run(made.kept(tenant, state, made.card(3, None)))
+        inline = made.packed(state, made.card(3, None))
+        monkeypatch.setattr(LLM, "device", torch.device("meta"))
+        found = [made.beginning, *(asyncio.run(made.known_state(tenant, text))[0] for text in (handle, inline))]
+        assert {tensor.device.type for each in found for tensor in each.tensors().values()} == {"meta"}
+
+
+def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = list[str]()
+
+    def noted(function: Any) -> Any:
+        return lambda *arguments: (threads.append(threading.current_thread().name), function(*arguments))[1]
+
+    with service(fake("a"), folder=tmp_path) as made:
+        tenant, state, card = made.keys.tenant(None), made.beginning, made.card(3, None)
+        handle, inline = asyncio.run(made.kept(tenant, state, card)), made.packed(state, card)
+        monkeypatch.setattr(Shelf, "describe", noted(Shelf.describe))
+        monkeypatch.setattr("fledge.server.service.parse", noted(parse))
+        for text in (handle, inline):
+            found, _ = asyncio.run(made.known_state(tenant, text))
+            assert isinstance(found, State)
+    assert len(threads) == 3 and threading.main_thread().name not in threads
