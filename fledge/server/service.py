@@ -29,6 +29,7 @@ from fledge.engine.desk import Desk
 from fledge.engine.engine import Engine
 from fledge.engine.generation import fresh_state
 from fledge.engine.job import End, Event, Failure, Job
+from fledge.engine.reading import source_of
 from fledge.engine.scheduler import Scheduler
 from fledge.engine.shelf import Shelf
 from fledge.engine.snapshots import Snapshots
@@ -82,7 +83,8 @@ class Service:
         folder = settings.folder
         self.disk = None
         if folder is not None and settings.cache_disk and settings.cache_memory:
-            self.disk = Snapshots(folder / "cache", f"{identity} {_arithmetic(llm)}", limit=settings.cache_disk)
+            began = source_of(llm, ())  # a tuned initial state is no part of the identity
+            self.disk = Snapshots(folder / "cache", f"{identity} {_arithmetic(llm)} {began}", limit=settings.cache_disk)
         self.cache = (
             PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory

@@ -15,7 +15,9 @@ import torch
 from running import IDENTITY, fake, random_model
 
 from fledge.engine.generation import fresh_state
+from fledge.engine.radix import packed
 from fledge.engine.shelf import Shelf
+from fledge.engine.snapshot_store import Snapshot
 from fledge.engine.statefile import parse
 from fledge.engine.text import LLM
 from fledge.models.state import State
@@ -24,7 +26,7 @@ from fledge.server.settings import Settings
 
 
 @contextmanager
-def service(llm: LLM, **settings: Any) -> Iterator[Service]:
+def serviced(llm: LLM, **settings: Any) -> Iterator[Service]:
     """A service that answers nobody; it has stopped when this is left."""
     made = Service(llm, replace(Settings(cache_memory=1 << 24), **settings), IDENTITY)
     try:
@@ -35,7 +37,7 @@ def service(llm: LLM, **settings: Any) -> Iterator[Service]:
 
 def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = random_model()
-    with service(replace(llm, start=fresh_state(llm.model)), folder=tmp_path) as made:
+    with serviced(replace(llm, start=fresh_state(llm.model)), folder=tmp_path) as made:
         tenant, state = made.keys.tenant(None), fresh_state(llm.model)
         handle = asyncio.run(made.kept(tenant, state, made.card(3, None)))
         inline = made.packed(state, made.card(3, None))
@@ -44,13 +46,26 @@ def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.Monk
         assert {tensor.device.type for each in found for tensor in each.tensors().values()} == {"meta"}
 
 
+def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> None:
+    """A tuned initial state, which is no part of the weights' identity."""
+    llm, path = random_model(), packed(range(40))
+    plain = fresh_state(llm.model)
+    tuned = type(plain)(**{name: tensor + 1 for name, tensor in plain.tensors().items()})
+    with serviced(replace(llm, start=tuned), folder=tmp_path) as made:
+        assert made.disk is not None
+        made.disk.put("\0", path, Snapshot(tuned, None))
+    for start, known in ((None, False), (plain, False), (tuned, True)):
+        with serviced(replace(llm, start=start), folder=tmp_path) as made:
+            assert made.disk is not None and (made.disk.longest("\0", path + path, 1) is not None) == known
+
+
 def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = list[str]()
 
     def noted(function: Any) -> Any:
         return lambda *arguments: (threads.append(threading.current_thread().name), function(*arguments))[1]
 
-    with service(fake("a"), folder=tmp_path) as made:
+    with serviced(fake("a"), folder=tmp_path) as made:
         tenant, state, card = made.keys.tenant(None), made.beginning, made.card(3, None)
         handle, inline = asyncio.run(made.kept(tenant, state, card)), made.packed(state, card)
         monkeypatch.setattr(Shelf, "describe", noted(Shelf.describe))
