@@ -16,12 +16,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.core.files import atomic_path
+from fledge.core.files import secret_once
 from fledge.engine.cache import PrefixCache
 from fledge.engine.commons import Commons
 from fledge.engine.constraint import GrammarVocabulary
@@ -308,16 +307,10 @@ def read_secret(settings: Settings) -> bytes:
     )
     if path is None:
         return secrets.token_bytes(32)
-    if not path.exists():
-        _new_secret(path)
-    found = path.read_bytes().strip()
+    try:
+        found = secret_once(path, secrets.token_hex(32).encode()).strip()
+    except OSError as error:
+        raise FledgeError(f"{path}, which states are signed with, cannot be used: {error.strerror}") from None
     if len(found) < 32:
         raise FledgeError(f"{path} is no secret: it must hold at least 32 bytes; remove it to get a new one")
     return found
-
-
-def _new_secret(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.touch(mode=0o600)
-        temporary.write_text(secrets.token_hex(32))

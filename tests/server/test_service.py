@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from running import IDENTITY, fake, random_model
 
+from fledge.core.errors import FledgeError
 from fledge.engine.generation import fresh_state
 from fledge.engine.radix import packed
 from fledge.engine.shelf import Shelf
@@ -21,7 +24,7 @@ from fledge.engine.snapshot_store import Snapshot
 from fledge.engine.statefile import parse
 from fledge.engine.text import LLM
 from fledge.models.state import State
-from fledge.server.service import Service
+from fledge.server.service import Service, read_secret
 from fledge.server.settings import Settings
 
 
@@ -57,6 +60,23 @@ def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> No
     for start, known in ((None, False), (plain, False), (tuned, True)):
         with serviced(replace(llm, start=start), folder=tmp_path) as made:
             assert made.disk is not None and (made.disk.longest("\0", path + path, 1) is not None) == known
+
+
+def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Path) -> None:
+    settings = Settings(shared=tmp_path / "shared")
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: read_secret(settings), range(8)))
+    path = tmp_path / "shared" / "secret"
+    assert found == {path.read_bytes()}
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(b"short")
+    with pytest.raises(FledgeError, match="must hold at least 32 bytes; remove it"):
+        read_secret(settings)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FledgeError, match="secret, which states are signed with, cannot be used"):
+        read_secret(settings)
 
 
 def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
