@@ -157,6 +157,11 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def name_hash(name: str) -> bytes:
+    """What stands on the disk for a name that may be a secret, whatever characters are in it."""
+    return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+
+
 def asset(name: str) -> Path:
     """Path of a file that ships inside the package (the World vocabulary, the bundled model)."""
     return Path(__file__).resolve().parent.parent / "assets" / name

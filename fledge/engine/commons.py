@@ -3,7 +3,7 @@
     <owner's hash>/states/st_<22 characters>.state      signed, so that only who has the secret can have put it there
     <owner's hash>/sessions/<name's hash>.json          which state a conversation stands at
 
-As `Shelf`, with the same methods, but without an index: every file says what it is, is written whole or not at all, and
+As `Shelf`, but without an index: every file says what it is, is written whole or not at all, and
 never changed. So any server answers for any other, and one that dies takes nothing along. Listing reads the head of
 every file of an owner. The limit is looked at when a state is put, by each server for itself, so it can be exceeded by
 as many states as are put at the same moment.
@@ -16,14 +16,14 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.core.files import atomic_path, disk_trouble, read_json, write_json
-from fledge.engine.shelf import Entry, check_name
+from fledge.core.files import atomic_path, disk_trouble, name_hash, read_json, write_json
+from fledge.engine.shelf import Entry, Totals, check_name
 from fledge.engine.statefile import StateCard, dump, parse, peek
 from fledge.models.state import State
 
@@ -44,15 +44,10 @@ class Commons:
     def close(self) -> None:
         """Nothing is held open."""
 
-    @property
-    def count(self) -> int:
-        """States kept."""
-        return sum(1 for _ in self._files())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their files."""
-        return sum(entry.stat().st_size for entry in self._files())
+    def totals(self) -> Totals:
+        """What all owners keep together."""
+        sizes = [size for _, size, _ in self._files()]
+        return Totals(len(sizes), sum(sizes))
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
@@ -89,14 +84,13 @@ class Commons:
 
     def list(self, owner: str, most: int = 1000) -> list[Entry]:
         """The owner's states, newest first."""
-        found = []
-        for path in (self.folder / _hash(owner) / "states").glob("st_*.state"):
-            try:
-                found.append((path.stat().st_mtime_ns, self.describe(owner, path.stem)))
-            except (OSError, StateError):  # deleted by another server, or damaged
-                continue
-        found.sort(key=lambda pair: pair[0], reverse=True)
-        return [entry for _, entry in found[:most]]
+        found = list[Entry]()
+        for _, _, path in sorted(self._files(_hash(owner)), reverse=True):
+            with suppress(StateError):  # damaged, or deleted by another server meanwhile
+                found.append(self.describe(owner, path.stem))
+            if len(found) >= most:
+                break
+        return found
 
     def delete(self, owner: str, id: str) -> None:
         """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
@@ -126,18 +120,16 @@ class Commons:
     def _place(self, owner: str, session: str) -> Path:
         return self.folder / _hash(owner) / "sessions" / f"{_hash(session)}.json"
 
-    def _files(self) -> Iterator[Path]:
-        yield from self.folder.glob("*/states/st_*.state")
+    def _files(self, owner: str = "*") -> Iterator[tuple[int, int, Path]]:
+        """When each state was put, its bytes and its file."""
+        for path in self.folder.glob(f"{owner}/states/st_*.state"):
+            with suppress(OSError):  # another server has deleted it meanwhile
+                status = path.stat()
+                yield status.st_mtime_ns, status.st_size, path
 
     def _make_room(self, size: int) -> None:
         """Remove the oldest states that nobody named until `size` bytes fit."""
-        found = []
-        for path in self._files():
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            found.append((status.st_mtime_ns, status.st_size, path))
+        found = list(self._files())
         excess = sum(length for _, length, _ in found) + size - self._limit
         if excess <= 0:
             return
@@ -174,4 +166,4 @@ def _session(path: Path) -> dict[str, Any]:
 
 
 def _hash(text: str) -> str:
-    return sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+    return name_hash(text).hex()[:32]

@@ -24,11 +24,11 @@ import sqlite3
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.core.files import atomic_path, disk_trouble, exclusive
+from fledge.core.files import atomic_path, disk_trouble, exclusive, name_hash
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.models.state import State
 
@@ -64,6 +64,13 @@ class Entry:
     card: StateCard
 
 
+class Totals(NamedTuple):
+    """What is kept: states, and bytes of their files."""
+
+    states: int
+    nbytes: int
+
+
 class Shelf:
     """An open folder of states of one model."""
 
@@ -96,17 +103,10 @@ class Shelf:
         with self._lock:
             self._open.close()
 
-    @property
-    def count(self) -> int:
-        """States kept."""
+    def totals(self) -> Totals:
+        """What all owners keep together."""
         with self._lock:
-            return int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their files."""
-        with self._lock:
-            return self._bytes
+            return Totals(int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0]), self._bytes)
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
@@ -122,7 +122,7 @@ class Shelf:
             text = json.dumps(asdict(card), ensure_ascii=False)
             with self._lock, self._index:
                 number = self._index.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM states").fetchone()[0]
-                row = (_hash(owner), id, number, name, len(data), text)
+                row = (name_hash(owner), id, number, name, len(data), text)
                 self._index.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?)", row)
         except (OSError, sqlite3.Error) as error:
             with self._lock:
@@ -149,7 +149,7 @@ class Shelf:
         """What is known of a kept state. Raises StateError where the owner has none of this id."""
         with self._lock:
             found = self._index.execute(
-                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, _hash(owner))
+                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, name_hash(owner))
             ).fetchone()
         if found is None:
             raise StateError(f"there is no state {id:.40}")
@@ -160,16 +160,9 @@ class Shelf:
         with self._lock:
             rows = self._index.execute(
                 "SELECT id, name, size, card FROM states WHERE owner = ? ORDER BY number DESC LIMIT ?",
-                (_hash(owner), most),
+                (name_hash(owner), most),
             ).fetchall()
         return [_entry(*row) for row in rows]
-
-    def rename(self, owner: str, id: str, name: str | None) -> None:
-        """Give a state a name, or take it away. Raises StateError where the owner has none of this id."""
-        check_name(name)
-        with self._lock, self._index:
-            self.describe(owner, id)
-            self._index.execute("UPDATE states SET name = ? WHERE id = ?", (name, id))
 
     def delete(self, owner: str, id: str) -> None:
         """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
@@ -185,7 +178,7 @@ class Shelf:
         """The id of the state that a conversation stands at; None where there is no such conversation."""
         with self._lock:
             found = self._index.execute(
-                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (_hash(owner), session)
+                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (name_hash(owner), session)
             ).fetchone()
         return None if found is None else str(found[0])
 
@@ -194,18 +187,7 @@ class Shelf:
         check_name(session)
         with self._lock, self._index:
             self.describe(owner, id)
-            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (_hash(owner), session, id))
-
-    def sessions(self, owner: str) -> dict[str, str]:
-        """The owner's conversations: name -> id."""
-        with self._lock:
-            rows = self._index.execute("SELECT name, id FROM sessions WHERE owner = ?", (_hash(owner),)).fetchall()
-        return dict(rows)
-
-    def drop(self, owner: str, session: str) -> None:
-        """Forget a conversation; its state stays."""
-        with self._lock, self._index:
-            self._index.execute("DELETE FROM sessions WHERE owner = ? AND name = ?", (_hash(owner), session))
+            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (name_hash(owner), session, id))
 
     def _file(self, id: str) -> Path:
         return self.folder / "states" / f"{id}.state"
@@ -267,10 +249,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _hash(owner: str) -> bytes:
-    return sha256(owner.encode(errors="surrogatepass")).digest()
 
 
 def _entry(id: str, name: str | None, size: int, card: str) -> Entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
     again = two.put("me", number(3), CARD)
     state, card = two.get("me", mine)
     assert equal_bits(state, number(1)) and (card.tokens, card.title) == (CARD.tokens, "first")
-    assert {entry.id for entry in two.list("me")} == {mine, again} and two.count == 3
-    assert two.describe("me", mine).name == "first" and two.nbytes >= 3 * SIZE - 100
+    assert {entry.id for entry in two.list("me")} == {mine, again} and two.totals().states == 3
+    assert two.describe("me", mine).name == "first" and two.totals().nbytes >= 3 * SIZE - 100
     for foreign in (theirs, "st_nonsense", "../../x", "st_" + "/" * 22):
         for attempt in (two.get, two.describe, two.delete):
             with pytest.raises(StateError, match="there is no state"):
@@ -37,6 +38,21 @@ def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
     assert one.head("me", "chat") is None
     with pytest.raises(StateError):
         one.get("me", mine)
+
+
+def test_a_state_that_goes_while_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server deletes it between the listing and the look at the file."""
+    shelf = commons(tmp_path)
+    gone, stays = shelf.put("me", number(1), CARD), shelf.put("you", number(2), CARD)
+    listing = Path.glob
+
+    def late(self: Path, pattern: str) -> Iterator[Path]:
+        found = list(listing(self, pattern))
+        commons(tmp_path)._file("me", gone).unlink(missing_ok=True)
+        yield from found
+
+    monkeypatch.setattr(Path, "glob", late)
+    assert shelf.totals() == (1, shelf.describe("you", stays).nbytes) and shelf.list("me") == []
 
 
 def test_what_was_not_signed_is_not_handed_out(tmp_path: Path) -> None:
