@@ -15,27 +15,45 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
 from fledge.core.files import atomic_path, disk_trouble, name_hash, read_json, write_json
+from fledge.engine.room import giving_way
 from fledge.engine.shelf import Entry, Totals, check_name
 from fledge.engine.statefile import StateCard, dump, parse, peek
 from fledge.models.state import State
+
+File = tuple[int, int, Path]  # when it was put, in nanoseconds; bytes; where it is
+Files = list[File]
 
 ID = re.compile(r"st_[A-Za-z0-9_-]{22}")
 
 
 class Commons:
-    """An open folder of states, shared."""
+    """An open folder of states, shared. For want of room states go as those of a `Shelf`."""
 
-    def __init__(self, folder: str | os.PathLike[str], identity: str, secret: bytes, *, limit_bytes: int) -> None:
-        """secret: what all servers sign with. Raises FledgeError where the folder cannot be used."""
-        self.folder, self._identity, self._secret, self._limit = Path(folder), identity, secret, limit_bytes
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        identity: str,
+        secret: bytes,
+        *,
+        limit_bytes: int,
+        share: float = 1.0,
+    ) -> None:
+        """secret: what all servers sign with. share: of the limit, for each owner.
+
+        Raises FledgeError where the folder cannot be used.
+        """
+        self.folder, self._identity, self._secret = Path(folder), identity, secret
+        self._limit, self._share = limit_bytes, share
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,7 +72,7 @@ class Commons:
         check_name(name)
         id = f"st_{secrets.token_urlsafe(16)}"
         data = dump(state, replace(card, title=name or ""), self._secret)
-        self._make_room(len(data))
+        self._make_room(_hash(owner), len(data))
         try:
             with atomic_path(self._file(owner, id)) as temporary:
                 temporary.write_bytes(data)
@@ -120,34 +138,28 @@ class Commons:
     def _place(self, owner: str, session: str) -> Path:
         return self.folder / _hash(owner) / "sessions" / f"{_hash(session)}.json"
 
-    def _files(self, owner: str = "*") -> Iterator[tuple[int, int, Path]]:
+    def _files(self, owner: str = "*") -> Iterator[File]:
         """When each state was put, its bytes and its file."""
         for path in self.folder.glob(f"{owner}/states/st_*.state"):
             with suppress(OSError):  # another server has deleted it meanwhile
                 status = path.stat()
                 yield status.st_mtime_ns, status.st_size, path
 
-    def _make_room(self, size: int) -> None:
-        """Remove the oldest states that nobody named until `size` bytes fit."""
-        found = list(self._files())
-        excess = sum(length for _, length, _ in found) + size - self._limit
-        if excess <= 0:
-            return
-        standing = {_session(place).get("id") for place in self.folder.glob("*/sessions/*.json")}
-        victims = []
-        for _, length, path in sorted(found):
-            if excess <= 0:
-                break
-            if path.stem not in standing and not _named(path):
-                victims.append(path)
-                excess -= length
-        if excess > 0:  # and then nothing has gone in vain
-            raise FledgeError(
-                f"the shelf is full: its {self._limit / 1e6:.1f} MB are taken by states that have a name or a "
-                "conversation; delete some"
-            )
-        for path in victims:
+    def _make_room(self, owner: str, size: int) -> None:
+        """Remove what nobody named until `size` bytes fit; here and below an owner is the name of a folder."""
+        found: defaultdict[str, Files] = defaultdict(list)
+        for entry in self._files():
+            found[entry[2].parent.parent.name].append(entry)
+        held = {whose: sum(length for _, length, _ in entries) for whose, entries in found.items()}
+        free = partial(self._free, found)
+        for _, path, _ in giving_way(owner, size, held, free, self._limit, self._share):
             path.unlink(missing_ok=True)
+
+    def _free(self, found: Mapping[str, Files], owner: str) -> Iterator[tuple[Path, int]]:
+        standing = {_session(place).get("id") for place in (self.folder / owner / "sessions").glob("*.json")}
+        for _, length, path in sorted(found.get(owner, ())):
+            if path.stem not in standing and not _named(path):
+                yield path, length
 
 
 def _named(path: Path) -> bool:

@@ -6,7 +6,7 @@
 
 A file is complete and synced before its row is committed, and a row is gone before its file. So a state whose `put`
 has returned survives a kill at any moment, and what a crash leaves over is swept away at the next opening. Nothing
-goes by itself but for want of room: then the oldest states that have no name and are no conversation's place.
+goes by itself but for want of room.
 States of other weights are kept, listed and counted like the rest, and handed out by a shelf of their own model only.
 
 Unlike the cache's snapshots, what is here cannot be computed again: a damaged index is an error, not a new beginning.
@@ -22,6 +22,8 @@ import re
 import secrets
 import sqlite3
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
 from fledge.core.files import atomic_path, disk_trouble, exclusive, name_hash
+from fledge.engine.room import giving_way
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.models.state import State
 
@@ -72,14 +75,18 @@ class Totals(NamedTuple):
 
 
 class Shelf:
-    """An open folder of states of one model."""
+    """An open folder of states of one model.
 
-    def __init__(self, folder: str | os.PathLike[str], identity: str, *, limit_bytes: int) -> None:
-        """identity: of the model's weights. limit_bytes: of all files together.
+    For want of room the states go that have no name and are no conversation's place, the oldest of whoever holds most
+    (room.py). Where there are several owners, each is refused what would take more than their share of the limit.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: str, *, limit_bytes: int, share: float = 1.0) -> None:
+        """identity: of the model's weights. limit_bytes: of all files together. share: of the limit, for each owner.
 
         Raises UsageError where another process has the folder open, FledgeError where it cannot be used.
         """
-        self.folder, self._identity, self._limit = Path(folder), identity, limit_bytes
+        self.folder, self._identity, self._limit, self._share = Path(folder), identity, limit_bytes, share
         self._lock = threading.RLock()
         with ExitStack() as stack:
             try:
@@ -106,15 +113,15 @@ class Shelf:
     def totals(self) -> Totals:
         """What all owners keep together."""
         with self._lock:
-            return Totals(int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0]), self._bytes)
+            return Totals(int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0]), self._held.total())
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
         check_name(name)
-        data, id = dump(state, card), f"st_{secrets.token_urlsafe(16)}"
+        data, id, whose = dump(state, card), f"st_{secrets.token_urlsafe(16)}", name_hash(owner)
         with self._lock:
-            self._make_room(len(data))
-            self._bytes += len(data)  # a promise, so that two threads do not take the same room
+            self._make_room(whose, len(data))
+            self._held[whose] += len(data)  # a promise, so that two threads do not take the same room
         try:
             with atomic_path(self._file(id)) as temporary:
                 temporary.write_bytes(data)
@@ -122,11 +129,11 @@ class Shelf:
             text = json.dumps(asdict(card), ensure_ascii=False)
             with self._lock, self._index:
                 number = self._index.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM states").fetchone()[0]
-                row = (name_hash(owner), id, number, name, len(data), text)
+                row = (whose, id, number, name, len(data), text)
                 self._index.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?)", row)
         except (OSError, sqlite3.Error) as error:
             with self._lock:
-                self._bytes -= len(data)
+                self._held[whose] -= len(data)
             self._file(id).unlink(missing_ok=True)
             reason = disk_trouble(error, self.folder) if isinstance(error, OSError) else str(error)
             raise FledgeError(f"the state could not be kept: {reason}") from None
@@ -171,7 +178,7 @@ class Shelf:
             with self._index:
                 self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
                 self._index.execute("DELETE FROM states WHERE id = ?", (id,))
-            self._bytes -= entry.nbytes
+            self._held[name_hash(owner)] -= entry.nbytes
             self._file(id).unlink(missing_ok=True)
 
     def head(self, owner: str, session: str) -> str | None:
@@ -212,27 +219,21 @@ class Shelf:
             for entry in entries:
                 if entry.name not in known and OURS.fullmatch(entry.name):
                     os.unlink(entry.path)
-        self._bytes = int(self._index.execute("SELECT COALESCE(SUM(size), 0) FROM states").fetchone()[0])
+        self._held = Counter(dict(self._index.execute("SELECT owner, SUM(size) FROM states GROUP BY owner")))
 
-    def _make_room(self, size: int) -> None:
-        """Remove the oldest that nobody named until `size` bytes fit."""
-        excess, freed, victims = self._bytes + size - self._limit, 0, []
-        rows = self._index.execute(f"SELECT id, size FROM states WHERE {FREE} ORDER BY number") if excess > 0 else ()
-        for id, length in rows:
-            victims.append((id,))
-            freed += length
-            if freed >= excess:
-                break
-        if freed < excess:  # and then nothing has gone in vain
-            raise FledgeError(
-                f"the shelf is full: of its {self._limit / 1e6:.1f} MB {self._bytes / 1e6:.1f} are taken, and without "
-                f"the states that have a name or a conversation there is no room for {size / 1e6:.1f} more; delete some"
-            )
+    def _make_room(self, owner: bytes, size: int) -> None:
+        """Remove what nobody named until `size` bytes of an owner fit."""
+        victims = giving_way(owner, size, self._held, self._free, self._limit, self._share)
         with self._index:
-            self._index.executemany("DELETE FROM states WHERE id = ?", victims)
-        self._bytes -= freed
-        for (id,) in victims:
+            self._index.executemany("DELETE FROM states WHERE id = ?", [(id,) for _, id, _ in victims])
+        for whose, id, length in victims:
+            self._held[whose] -= length
             self._file(id).unlink(missing_ok=True)
+
+    def _free(self, owner: bytes) -> Iterator[tuple[str, int]]:
+        yield from self._index.execute(
+            f"SELECT id, size FROM states WHERE owner = ? AND {FREE} ORDER BY number", (owner,)
+        )
 
 
 def check_name(name: str | None) -> None:

@@ -29,6 +29,7 @@ from fledge.engine.engine import Engine
 from fledge.engine.generation import fresh_state
 from fledge.engine.job import End, Event, Failure, Job
 from fledge.engine.reading import source_of
+from fledge.engine.room import SHARE
 from fledge.engine.scheduler import Scheduler
 from fledge.engine.shelf import Shelf
 from fledge.engine.snapshots import Snapshots
@@ -100,11 +101,11 @@ class Service:
         self._sessions = set[tuple[str, str]]()
 
     def _states(self) -> Shelf | Commons | None:
-        settings = self.settings
+        settings, share = self.settings, SHARE if self.keys.several else 1.0
         if settings.shared is not None:
-            return Commons(settings.shared, self.identity, self.secret, limit_bytes=settings.shelf)
+            return Commons(settings.shared, self.identity, self.secret, limit_bytes=settings.shelf, share=share)
         if settings.folder is not None:
-            return Shelf(settings.folder / "states", self.identity, limit_bytes=settings.shelf)
+            return Shelf(settings.folder / "states", self.identity, limit_bytes=settings.shelf, share=share)
         return None
 
     @cached_property

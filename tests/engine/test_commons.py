@@ -79,3 +79,17 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     assert {entry.id for entry in shelf.list("me")} == {named, standing, newer} and loose not in (named, standing)
     with pytest.raises(FledgeError, match="the shelf is full"):
         shelf.put("me", number(5), CARD)
+
+
+def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
+    shelf = Commons(tmp_path, CARD.identity, SECRET, limit_bytes=int(6.5 * SIZE + 600), share=0.5)
+    mine = {shelf.put("me", number(value), CARD) for value in range(2)}
+    yours = [shelf.put("you", number(value), CARD) for value in range(6)]
+    assert {entry.id for entry in shelf.list("me")} == mine, "a loop of handles"
+    assert {entry.id for entry in shelf.list("you")} == {*yours[3:]}
+    with pytest.raises(FledgeError, match=r"you may keep .* MB of states here"):
+        for value in range(6):
+            shelf.put("you", number(value), CARD, "named")
+    assert [entry.name for entry in shelf.list("you")] == ["named"] * 3
+    shelf.put("me", number(2), CARD, "me too")
+    assert shelf.totals().states == 6

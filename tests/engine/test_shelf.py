@@ -94,6 +94,23 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     shelf.close()
 
 
+def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), share=0.5)
+    mine = [shelf.put("me", number(value), CARD) for value in range(2)]
+    yours = [shelf.put("you", number(value), CARD) for value in range(6)]
+    assert [entry.id for entry in shelf.list("me")] == mine[::-1], "a loop of handles"
+    assert [entry.id for entry in shelf.list("you")] == yours[:2:-1]
+    shelf.close()
+    again = Shelf(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), share=0.5)
+    with pytest.raises(FledgeError, match=r"you may keep .* MB of states here"):
+        for value in range(6):
+            again.put("you", number(value), CARD, "named")
+    assert [entry.name for entry in again.list("you")] == ["named"] * 3
+    again.put("me", number(2), CARD, "me too")
+    assert again.totals() == (6, sum(entry.nbytes for owner in ("me", "you") for entry in again.list(owner)))
+    again.close()
+
+
 def test_what_can_have_no_room_drives_nothing_out(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(2.5 * SIZE))
     named, loose = shelf.put("me", number(1), CARD, "keep"), shelf.put("me", number(2), CARD)
