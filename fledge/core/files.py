@@ -148,6 +148,26 @@ def exclusive(folder: Path) -> Iterator[bool]:
         yield alone
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone during the block among all who lock this file, which stays there and is empty. Ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # an OSError after ten seconds
+            try:
+                yield
+            finally:
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

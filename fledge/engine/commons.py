@@ -2,6 +2,7 @@
 
     <owner's hash>/states/st_<22 characters>.state      signed, so that only who has the secret can have put it there
     <owner's hash>/sessions/<name's hash>.json          which state a conversation stands at
+    <owner's hash>/sessions/lock                        held while one of them is changed
 
 As `Shelf`, but without an index: every file says what it is, is written whole or not at all, and
 never changed. So any server answers for any other, and one that dies takes nothing along. Listing reads the head of
@@ -17,16 +18,16 @@ import re
 import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.core.files import atomic_path, disk_trouble, name_hash, read_json, write_json
+from fledge.core.files import LOCK, atomic_path, disk_trouble, locked, name_hash, read_json, write_json
 from fledge.engine.room import giving_way
-from fledge.engine.shelf import Entry, Totals, check_name
+from fledge.engine.shelf import Entry, Moved, Totals, check_name
 from fledge.engine.statefile import StateCard, dump, parse, peek
 from fledge.models.state import State
 
@@ -113,9 +114,10 @@ class Commons:
     def delete(self, owner: str, id: str) -> None:
         """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
         self.describe(owner, id)
-        for session in (self.folder / _hash(owner) / "sessions").glob("*.json"):
-            if _session(session).get("id") == id:
-                session.unlink(missing_ok=True)
+        with self._sessions(owner) as folder:
+            for session in folder.glob("*.json"):
+                if _session(session).get("id") == id:
+                    session.unlink(missing_ok=True)
         self._file(owner, id).unlink(missing_ok=True)
 
     def head(self, owner: str, session: str) -> str | None:
@@ -123,11 +125,27 @@ class Commons:
         id = _session(self._place(owner, session)).get("id")
         return id if isinstance(id, str) and ID.fullmatch(id) else None
 
-    def set_head(self, owner: str, session: str, id: str) -> None:
-        """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
+    def set_head(self, owner: str, session: str, id: str, *, expected: str | None) -> None:
+        """Let a conversation go from the state `expected` to another one; from None: let it begin.
+
+        Raises Moved where it stands elsewhere by now, StateError where there is no state of this id.
+        """
         check_name(session)
         self.describe(owner, id)
-        write_json(self._place(owner, session), {"name": session, "id": id})
+        with self._sessions(owner):
+            if self.head(owner, session) != expected:
+                raise Moved(session)
+            write_json(self._place(owner, session), {"name": session, "id": id})
+
+    @contextmanager
+    def _sessions(self, owner: str) -> Iterator[Path]:
+        """The folder of an owner's conversations, which no other server changes during the block."""
+        folder = self.folder / _hash(owner) / "sessions"
+        try:
+            with locked(folder / LOCK):
+                yield folder
+        except OSError as error:
+            raise FledgeError(f"the conversation could not be kept: {disk_trouble(error, self.folder)}") from None
 
     def _file(self, owner: str, id: str) -> Path:
         """Where a state is. An id comes from outside, so it must not lead anywhere else."""

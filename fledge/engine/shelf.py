@@ -67,6 +67,13 @@ class Entry:
     card: StateCard
 
 
+class Moved(FledgeError):
+    """A conversation stands at another state than was thought."""
+
+    def __init__(self, session: str) -> None:
+        super().__init__(f"conversation {session!r} has gone on meanwhile, or was forgotten")
+
+
 class Totals(NamedTuple):
     """What is kept: states, and bytes of their files."""
 
@@ -189,11 +196,16 @@ class Shelf:
             ).fetchone()
         return None if found is None else str(found[0])
 
-    def set_head(self, owner: str, session: str, id: str) -> None:
-        """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
+    def set_head(self, owner: str, session: str, id: str, *, expected: str | None) -> None:
+        """Let a conversation go from the state `expected` to another one; from None: let it begin.
+
+        Raises Moved where it stands elsewhere by now, StateError where there is no state of this id.
+        """
         check_name(session)
         with self._lock, self._index:
             self.describe(owner, id)
+            if self.head(owner, session) != expected:
+                raise Moved(session)
             self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (name_hash(owner), session, id))
 
     def _file(self, id: str) -> Path:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -31,7 +31,7 @@ from fledge.engine.job import End, Event, Failure, Job
 from fledge.engine.reading import source_of
 from fledge.engine.room import SHARE
 from fledge.engine.scheduler import Scheduler
-from fledge.engine.shelf import Shelf
+from fledge.engine.shelf import Moved, Shelf
 from fledge.engine.snapshots import Snapshots
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.engine.text import LLM
@@ -98,7 +98,7 @@ class Service:
         self.desk = Desk(engine, llm.tokenizer, self._sink)
         self._boxes: dict[Job, Box] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._sessions = set[tuple[str, str]]()
+        self._sessions = dict[tuple[str, str], str | None]()  # in use, and the state at which each stood
 
     def _states(self) -> Shelf | Commons | None:
         settings, share = self.settings, SHARE if self.keys.several else 1.0
@@ -266,17 +266,30 @@ class Service:
         key = (self.owner(tenant), name)
         if key in self._sessions:
             raise ApiError(409, f"session {name!r} is answering another request; wait for it", param="fledge.session")
-        self._sessions.add(key)
+        self._sessions[key] = None
         try:
-            id = await asyncio.to_thread(self.shelf_for("fledge.session").head, *key)
+            id = self._sessions[key] = await asyncio.to_thread(self.shelf_for("fledge.session").head, *key)
             yield None if id is None else self.handle(tenant, id)
         finally:
-            self._sessions.discard(key)
+            del self._sessions[key]
 
     async def move(self, tenant: Tenant, session: str, handle: str) -> None:
-        """Let a conversation stand at a kept state."""
-        id = handle.partition(".")[0]
-        await asyncio.to_thread(self.shelf_for("fledge.session").set_head, self.owner(tenant), session, id)
+        """Let a conversation that is in use stand at a kept state.
+
+        Raises ApiError 409 where another server has moved it since.
+        """
+        key, id = (self.owner(tenant), session), handle.partition(".")[0]
+        set_head = partial(self.shelf_for("fledge.session").set_head, *key, id, expected=self._sessions[key])
+        try:
+            await asyncio.to_thread(set_head)
+        except Moved as error:
+            message = f"{error}, perhaps by another server: this answer is no part of it; ask again"
+            raise ApiError(409, message, param="fledge.session") from None
+        except UsageError as error:
+            raise api_error(error, "fledge.session") from None
+        except FledgeError as error:
+            raise ApiError(507, str(error), code="no_space") from None
+        self._sessions[key] = id
 
     def _sink(self, events: Sequence[tuple[Job, Event]]) -> None:
         """From the desk's thread to the event loop."""

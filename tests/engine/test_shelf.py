@@ -15,7 +15,7 @@ import pytest
 from prefixes import equal_bits, state_of
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.engine.shelf import INDEX, Shelf
+from fledge.engine.shelf import INDEX, Moved, Shelf
 from fledge.engine.statefile import StateCard, dump
 from fledge.models.state import State, WkvState
 
@@ -65,12 +65,15 @@ def test_a_state_is_there_for_its_owner_and_after_a_restart(shelf: Shelf) -> Non
 def test_a_conversation_stands_at_a_state(shelf: Shelf) -> None:
     one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
     assert shelf.head("me", "chat") is None
-    shelf.set_head("me", "chat", one)
-    shelf.set_head("me", "branch", one)
-    shelf.set_head("me", "chat", two)
+    shelf.set_head("me", "chat", one, expected=None)
+    shelf.set_head("me", "branch", one, expected=None)
+    for expected in (None, two):
+        with pytest.raises(Moved, match="conversation 'chat' has gone on meanwhile"):
+            shelf.set_head("me", "chat", two, expected=expected)
+    shelf.set_head("me", "chat", two, expected=one)
     assert [shelf.head("me", name) for name in ("chat", "branch")] == [two, one] and shelf.head("you", "chat") is None
     with pytest.raises(StateError):
-        shelf.set_head("you", "chat", one)
+        shelf.set_head("you", "chat", one, expected=None)
     shelf.delete("me", two)
     assert shelf.head("me", "chat") is None and shelf.head("me", "branch") == one and shelf.totals().states == 1
     shelf.close()
@@ -80,14 +83,14 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(3.5 * SIZE))
     named = shelf.put("me", number(1), CARD, "keep")
     standing = shelf.put("me", number(2), CARD)
-    shelf.set_head("me", "chat", standing)
+    shelf.set_head("me", "chat", standing, expected=None)
     loose = shelf.put("me", number(3), CARD)
     newer = shelf.put("you", number(4), CARD)
     assert shelf.totals().nbytes <= 3.5 * SIZE
     assert {entry.id for owner in ("me", "you") for entry in shelf.list(owner)} == {named, standing, newer}
     with pytest.raises(StateError):
         shelf.get("me", loose)
-    shelf.set_head("you", "chat", newer)
+    shelf.set_head("you", "chat", newer, expected=None)
     with pytest.raises(FledgeError, match=r"the shelf is full: .* delete some"):
         shelf.put("me", number(5), CARD)
     assert shelf.totals().states == 3
@@ -138,7 +141,7 @@ def test_a_name_that_cannot_be_shown_is_refused(shelf: Shelf, name: str) -> None
     id = shelf.put("me", number(1), CARD)
     for attempt in (
         lambda: shelf.put("me", number(2), CARD, name),
-        lambda: shelf.set_head("me", name, id),
+        lambda: shelf.set_head("me", name, id, expected=None),
     ):
         with pytest.raises(UsageError, match="no name for a state"):
             attempt()
@@ -153,7 +156,7 @@ def test_threads_may_share_a_shelf(tmp_path: Path) -> None:
         for value in range(10):
             id = shelf.put(owner, number(value), CARD, "kept" if value == 5 else None)
             if value == 5:
-                shelf.set_head(owner, "chat", id)
+                shelf.set_head(owner, "chat", id, expected=None)
             assert value != 5 or equal_bits(shelf.get(owner, id)[0], number(5))
 
     with ThreadPoolExecutor(4) as pool:
@@ -198,7 +201,7 @@ shelf = Shelf({folder!r}, CARD.identity, limit_bytes={limit})
 print("open", flush=True)
 for value in range({begin}, 10**9):
     id = shelf.put("me", number(value), CARD)
-    shelf.set_head("me", "chat", id)
+    shelf.set_head("me", "chat", id, expected=shelf.head("me", "chat"))
     print(value, id, flush=True)
 """
 
