@@ -96,7 +96,11 @@ def test_of_many_who_make_a_secret_one_wins(tmp_path: Path) -> None:
     makers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for maker in makers:
         assert maker.stdout is not None and maker.stdout.readline() == "ready\n"
-    found = {maker.communicate("go\n")[0].strip() for maker in makers}
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write("go\n")
+        maker.stdin.flush()
+    found = {maker.communicate()[0].strip() for maker in makers}
     assert found == {target.read_text(encoding="ascii")} and list(target.parent.iterdir()) == [target]
     assert secret_once(target, b"late") == target.read_bytes() != b"late"
 
