@@ -63,12 +63,19 @@ class Exchange:
     _card: StateCard | None = field(default=None, init=False, repr=False)
     _began: float = field(default_factory=time.monotonic, init=False)
     _first: float | None = field(default=None, init=False)
+    _job: Job | None = field(default=None, init=False, repr=False)  # once it has been taken in
+    _paid: int = field(default=0, init=False)  # tokens
 
     async def __aenter__(self) -> Exchange:
         self.tenant.enter()
         try:
-            self._stack.callback(lambda: self.tenant.leave(self.cost))
-            self.events = self._watched(await self._stack.enter_async_context(self.service.events(await self._job())))
+            self._stack.callback(self.tenant.leave)
+            job = await self._prepared()
+            self._stack.callback(self._pay)
+            events = await self._stack.enter_async_context(self.service.events(job))
+            self._job = job
+            self._pay()
+            self.events = self._watched(events)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -90,10 +97,16 @@ class Exchange:
         """Let go of everything, the job too if it still runs. May be called again."""
         await self._stack.aclose()
 
-    @property
-    def cost(self) -> int:
-        """The tokens of the prompt and of all texts."""
-        return len(self.order.prompt.ids) + sum(end.drawn for end in self.ends)
+    def _pay(self) -> None:
+        """Take what has been read and written since the last time from the key's allowance.
+
+        It is not left to the end: who goes away before the last token has had the others.
+        """
+        cost = 0
+        if self._job is not None:  # the desk's thread may be adding a choice
+            cost = len(self._job.request.ids) + sum(choice.drawn for choice in list(self._job.choices.values()))
+        self.tenant.spend(cost - self._paid)
+        self._paid = cost
 
     @property
     def cached(self) -> int:
@@ -113,7 +126,8 @@ class Exchange:
             found["states"] = [self.states[choice] for choice in sorted(self.states)]
         return found
 
-    async def _job(self) -> Job:
+    async def _prepared(self) -> Job:
+        """What the desk is asked for. Raises ApiError for what will not be done."""
         options, settings = self.order.options, self.service.settings
         if options.priority > self.tenant.max_priority:
             message = f"priority is {options.priority}; this key may ask for up to {self.tenant.max_priority}"
@@ -177,6 +191,7 @@ class Exchange:
 
     async def _watched(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
         async for found in events:
+            self._pay()
             for event in found:
                 if isinstance(event, Piece) and self._first is None:
                     self._first = time.monotonic()

@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fledge.engine.embedding import embedding
-from fledge.engine.job import End, Job
 from fledge.engine.request import Request as EngineRequest
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import usage
 from fledge.server.errors import ApiError
+from fledge.server.keys import Tenant
+from fledge.server.reading import state_after
 from fledge.server.schema import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from fledge.server.service import Service
 from fledge.tokenizer import TEMPLATES
@@ -121,9 +122,9 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
     ids = [tuple(encode(text) if isinstance(text, str) else text) for text in texts]  # type: ignore[arg-type]
     tenant.enter()
     try:
-        vectors = await asyncio.gather(*(_vector(service, each) for each in ids))
+        vectors = await asyncio.gather(*(_vector(service, tenant, each) for each in ids))
     finally:
-        tenant.leave(sum(map(len, ids)))
+        tenant.leave()
     data = [
         {"object": "embedding", "index": number, "embedding": _packed(vector, body.encoding_format)}
         for number, vector in enumerate(vectors)
@@ -133,16 +134,12 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
     return {"object": "list", "data": data, "model": service.name, "usage": counts}
 
 
-async def _vector(service: Service, ids: tuple[int, ...]) -> list[float]:
+async def _vector(service: Service, tenant: Tenant, ids: tuple[int, ...]) -> list[float]:
     if not ids:
         raise ApiError(400, "a text is empty", param="input")
-    job = Job(EngineRequest(ids, start=service.llm.start, n=0), wants_state=True)
-    async with service.events(job) as events:
-        async for found in events:
-            for each in found:
-                assert isinstance(each, End) and each.state is not None
-                found_vector: list[float] = embedding(each.state).tolist()
-    return found_vector
+    state = await state_after(service, tenant, EngineRequest(ids, start=service.llm.start, n=0))
+    found: list[float] = embedding(state).tolist()
+    return found
 
 
 def _packed(vector: list[float], format: str) -> list[float] | str:

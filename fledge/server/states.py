@@ -11,15 +11,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
-from fledge.engine.job import End, Job
 from fledge.engine.request import Request as EngineRequest
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.engine.view import changes, half_lives, norms
-from fledge.models.state import State
 from fledge.server.access import service_of, tenant_of
 from fledge.server.errors import ApiError, api_error
 from fledge.server.keys import Tenant
 from fledge.server.prompts import template_of, turns
+from fledge.server.reading import state_after
 from fledge.server.schema import ReadRequest, ViewRequest
 from fledge.server.service import Service
 from fledge.tokenizer import pieces
@@ -49,9 +48,9 @@ async def read(body: ReadRequest, request: Request) -> dict[str, Any]:
         before, space = card.tokens, f"{space}{body.state}" if body.state.startswith("st_") else None  # type: ignore[assignment]
     tenant.enter()
     try:
-        state = await _read(service, EngineRequest(ids, start=start, n=0, space=space))
+        state = await state_after(service, tenant, EngineRequest(ids, start=start, n=0, space=space))
     finally:
-        tenant.leave(len(ids))
+        tenant.leave()
     card = service.card(before + len(ids), template)
     handle = await service.kept(tenant, state, card, body.name)
     return await _described(service, tenant, handle)
@@ -138,9 +137,10 @@ async def view(body: ViewRequest, request: Request) -> dict[str, Any]:
     tenant.enter()
     try:
         work = service.desk.call(lambda: changes(service.llm.model, ids, start))
+        tenant.spend(sum(map(len, ids)))
         found = await asyncio.wrap_future(work)
     finally:
-        tenant.leave(sum(map(len, ids)))
+        tenant.leave()
     return {
         "half_lives": _rows(half_lives(service.llm.model)),
         "pieces": [
@@ -158,15 +158,6 @@ async def rendered(body: ViewRequest, request: Request) -> dict[str, Any]:
     template = template_of(body.template, service.template, "template")
     texts = pieces(turns(body.messages, template), template)
     return {"text": "".join(texts), "tokens": sum(len(service.llm.tokenizer.encode(text)) for text in texts)}
-
-
-async def _read(service: Service, request: EngineRequest) -> State:
-    async with service.events(Job(request, wants_state=True)) as events:
-        async for found in events:
-            for end in found:
-                assert isinstance(end, End) and end.state is not None
-                state = end.state
-    return state
 
 
 async def _described(service: Service, tenant: Tenant, handle: str) -> dict[str, Any]:
