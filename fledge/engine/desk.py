@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fledge.core.errors import FledgeError
 from fledge.engine.engine import Engine
@@ -29,6 +29,8 @@ from fledge.tokenizer import Tokenizer
 T = TypeVar("T")
 Sink = Callable[[Sequence[tuple[Job, Event]]], None]
 
+CLOSED = "the server is shutting down; ask again when it is back"
+
 log = logging.getLogger("fledge")
 
 
@@ -39,6 +41,7 @@ class Desk:
         self.engine, self.tokenizer = engine, tokenizer
         self._sink = sink
         self._inbox: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._jobs: dict[int, Job] = {}  # by the number of their request
         self._admitted = set[Job]()  # those and the ones in the inbox
@@ -46,6 +49,7 @@ class Desk:
         self._events: list[tuple[Job, Event]] = []
         self._thread = threading.Thread(target=self._run, name="fledge-desk", daemon=True)
         self._closing: float | None = None  # the moment at which what still runs is given up
+        self._ended_for_good = False
 
     def start(self) -> None:
         """Begin to work."""
@@ -54,8 +58,8 @@ class Desk:
     def submit(self, job: Job) -> None:
         """Have a job done. Raises Busy where too many wait or the desk closes, and the errors of `Engine.check`."""
         self.engine.check(job.request)
-        if self._closing is not None:
-            raise Busy("the server is shutting down; ask again when it is back")
+        if self._closing is not None or self._ended_for_good:
+            raise Busy(CLOSED)
         if len(self._admitted) >= self.engine.queue:
             raise Busy(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
         self._admitted.add(job)
@@ -67,16 +71,16 @@ class Desk:
         self._post(lambda: self._drop(job))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Do something in the desk's thread, between two steps."""
+        """Do something in the desk's thread: one such thing between two steps, so that texts go on meanwhile.
+
+        A future that is cancelled before its turn is passed over. Raises Busy once the desk has closed.
+        """
         future: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(work)
+        with self._wake:
+            if self._ended_for_good:
+                raise Busy(CLOSED)
+            self._calls.append((future, function))
+            self._wake.notify()
         return future
 
     def close(self, drain: float = 0.0) -> None:
@@ -103,27 +107,39 @@ class Desk:
             self._wake.notify()
 
     def _run(self) -> None:
-        while self._go_on():
-            while self._inbox:
-                self._inbox.popleft()()
-            try:
-                for output in self.engine.step():
-                    self._deliver(output)
-            except Exception as error:  # whatever it was, the others must not wait for ever
-                log.exception("the engine failed; all requests on their way have ended")
-                self._fail_all(error)
-            if self._events:
-                events, self._events = self._events, []
-                self._sink(events)
+        try:
+            while self._go_on():
+                try:
+                    self._turn()
+                except Exception as error:  # whatever it was, the others must not wait for ever
+                    log.exception("the engine failed; all requests on their way have ended")
+                    self._fail_all(error)
+                if self._events:
+                    events, self._events = self._events, []
+                    self._sink(events)
+        finally:
+            with self._wake:
+                self._ended_for_good = True
+                for future, _ in self._calls:
+                    future.cancel()
+
+    def _turn(self) -> None:
+        """What has come in, one called thing, one step."""
+        while self._inbox:
+            self._inbox.popleft()()
+        if self._calls:
+            _answer(*self._calls.popleft())
+        for output in self.engine.step():
+            self._deliver(output)
 
     def _go_on(self) -> bool:
         """Wait for something to do; False when the desk is to close."""
         with self._wake:
-            while not self._inbox and not self.engine.busy and self._closing is None:
+            while not (self._inbox or self._calls or self.engine.busy) and self._closing is None:
                 self._wake.wait()
             if self._closing is None:
                 return True
-            return (self.engine.busy or bool(self._inbox)) and time.monotonic() < self._closing
+            return bool(self._inbox or self._calls or self.engine.busy) and time.monotonic() < self._closing
 
     def _take(self, job: Job) -> None:
         if job.cancelled:
@@ -131,9 +147,9 @@ class Desk:
         try:
             # Who is admitted has a place: the engine's own count may still hold texts that have ended.
             self._jobs[self.engine.add(job.request, extra=True)] = job
-        except FledgeError as error:
+        except Exception as error:  # of this job alone: a device that has no room for its state, say
             self._admitted.discard(job)
-            self._events.append((job, Failure(0, error)))
+            self._events.append((job, Failure(0, _shown(error))))
 
     def _drop(self, job: Job) -> None:
         self._admitted.discard(job)
@@ -183,9 +199,9 @@ class Desk:
             choice.cached,
         )
         keeps = job.keeps and self.engine.cache is not None and job.request.space is not None
-        if not job.wants_state:
+        if not job.wants_state or choice.unread:
             self._events.append((job, end))
-        if not (job.wants_state or keeps):
+        if not (job.wants_state or keeps) or choice.unread:
             return
         if rest:
             request = Request(rest, start=cut.row.alone(), n=0, priority=job.request.priority)
@@ -209,7 +225,7 @@ class Desk:
             self._admitted.discard(job)
 
     def _fail_all(self, error: Exception) -> None:
-        shown = error if isinstance(error, FledgeError) else FledgeError(f"the model failed: {error}")
+        shown = _shown(error)
         for number, job in self._jobs.items():
             self.engine.abort(number)
             self._events.append((job, Failure(-1, shown)))
@@ -220,3 +236,18 @@ class Desk:
         self._jobs.clear()
         self._admitted.clear()
         self._endings.clear()
+
+
+def _answer(future: Future[Any], function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return  # whoever asked has gone
+    try:
+        found = function()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(found)
+
+
+def _shown(error: Exception) -> FledgeError:
+    return error if isinstance(error, FledgeError) else FledgeError(f"the model failed: {error}")

@@ -152,7 +152,7 @@ class Engine:
                 for strand in task.strands:
                     outputs.append(self._end(Output(task.number, strand.choice, strand.row), strand, "deadline"))
                 for choice in range(0 if task.strands else max(task.request.n, 1)):
-                    outputs.append(self._end(Output(task.number, choice, task.row), None, "deadline"))
+                    outputs.append(self._end(Output(task.number, choice, task.row, unread=True), None, "deadline"))
                 self.abort(task.number)
         return outputs
 

@@ -42,7 +42,7 @@ class End(NamedTuple):
     drawn: int  # tokens, those of a stop text among them
     seed: int  # gives this text again
     cached: int  # tokens of the prompt that the cache spared
-    state: State | None = None  # that has read the prompt, then `ids`; only where the job wants it
+    state: State | None = None  # that has read the prompt, then `ids`; only where the job wants it and there was time
 
 
 class Failure(NamedTuple):
@@ -85,6 +85,7 @@ class Choice:
 
     def __init__(self, job: Job, tokenizer: Tokenizer, first: Output) -> None:
         self.number, self.seed, self.cached, self.drawn = first.choice, first.seed, first.cached, 0
+        self.unread = first.unread
         self.writer = Writer(tokenizer, job.request.params.stop, first.before, show_held=job.show_held)
         self._tokenizer = tokenizer
         self._wanted = job.request.logprobs is not None

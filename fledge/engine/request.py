@@ -62,3 +62,4 @@ class Output(NamedTuple):
     likelihood: Likelihood | None = None
     logits: Tensor | None = None  # (V,), with "read": of the token that would follow
     error: FledgeError | None = None  # with "failed"
+    unread: bool = False  # with "deadline": the prompt was not read to its end, and `before` knows a part of it

@@ -13,6 +13,7 @@ from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 from torch import nn
 
 from fledge.core.errors import FledgeError, TokenizerError
+from fledge.engine.cache import Hit
 from fledge.engine.desk import Desk
 from fledge.engine.engine import Engine
 from fledge.engine.generation import fresh_state
@@ -239,3 +240,82 @@ def test_work_for_the_engines_thread() -> None:
         assert office.desk.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-desk"
         with pytest.raises(ZeroDivisionError):
             office.desk.call(lambda: 1 // 0).result(timeout=60)
+
+
+def test_a_call_that_nobody_waits_for_is_passed_over_and_the_desk_goes_on() -> None:
+    office = Office(fake("hello"))
+    abandoned = office.desk.call(lambda: pytest.fail("nobody waits for this"))
+    assert abandoned.cancel()
+    running, gone = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        running.set()
+        assert gone.wait(60)
+        return 1
+
+    left = office.desk.call(slow)
+    with office:
+        assert running.wait(60)
+        left.cancel()  # too late for that: its answer is lost, nothing else
+        gone.set()
+        texts, _ = office.result(office.submit(job("ask:", temperature=0.0)))
+        assert texts[0] == "hello"
+    with pytest.raises(Busy, match="shutting down"):
+        office.desk.call(int)
+
+
+def test_calls_take_turns_with_texts() -> None:
+    office = Office(fake("hello"))
+    calls = [office.desk.call(lambda: office.desk.engine.tally.calls) for _ in range(4)]
+    mine = office.submit(job("ask:", temperature=0.0))
+    with office:
+        office.result(mine)
+    seen = [call.result(timeout=60) for call in calls]
+    assert seen == sorted(set(seen))  # a step of the model between any two of them
+
+
+def test_one_that_cannot_begin_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Office(fake("hello")) as office:
+        add = office.desk.engine.add
+
+        def full(request: Request, *, extra: bool = False) -> int:
+            if request.n == 2:
+                raise RuntimeError("out of memory")
+            return add(request, extra=extra)
+
+        monkeypatch.setattr(office.desk.engine, "add", full)
+        ids = tuple(TOKENIZER.encode("ask:"))
+        fails, works = office.submit(Job(Request(ids, n=2))), office.submit(job("ask:", temperature=0.0))
+        with pytest.raises(FledgeError, match="the model failed: out of memory"):
+            office.result(fails)
+        assert office.result(works)[0][0] == "hello" and office.desk.jobs == 0
+
+
+def test_a_deadline_within_the_prompt_leaves_no_state_and_nothing_in_the_cache() -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    cache = Recorder()
+    with Office(model, cache=cache, clock=lambda: 10.0) as office:
+        ids = tuple(TOKENIZER.encode("a question that nobody has time to read:"))
+        request = Request(ids, deadline=5.0, space="mine")
+        texts, ends = office.result(office.submit(Job(request, closing=(3,), wants_state=True, keeps=True)))
+    assert texts == {0: ""} and ends[0].reason == "deadline" and ends[0].state is None
+    assert cache.kept == []
+
+
+class Recorder:
+    """A cache that knows nothing and remembers what it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, ...]] = []
+
+    def find(self, space: str, ids: Sequence[int]) -> Hit:
+        return Hit(0, None, None, 0)
+
+    def places(self, *arguments: object) -> list[int]:
+        return []
+
+    def learn(self, space: str, ids: Sequence[int]) -> None:
+        pass
+
+    def put(self, space: str, ids: Sequence[int], *rest: object) -> None:
+        self.kept.append(tuple(ids))
