@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fledge.engine.constraint import Constraint
-from fledge.engine.job import End, Event, Job, Piece
+from fledge.engine.generation import Cursor
+from fledge.engine.job import End, Event, Job, Piece, Token
 from fledge.engine.request import Request
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.statefile import StateCard
@@ -26,6 +27,7 @@ from fledge.server.errors import ApiError
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt
 from fledge.server.schema import Options
+from fledge.server.scores import Scoring
 from fledge.server.service import Service
 
 T = TypeVar("T")
@@ -47,6 +49,27 @@ class Order:
     closing: tuple[int, ...] = ()
     template: str | None = None
     show_held: bool = True
+    scored: int | None = None  # how many probable tokens are told with each token of the prompt; None: nothing is
+
+
+class Visit:
+    """One request of a key, counted once however many exchanges it takes: `async with Visit(tenant): ...`."""
+
+    def __init__(self, tenant: Tenant) -> None:
+        """Raises ApiError 429 where it is one too many."""
+        tenant.enter()
+        self._stack = ExitStack()
+        self._stack.callback(tenant.leave)
+
+    async def close(self) -> None:
+        """Count it out. May be called again."""
+        self._stack.close()
+
+    async def __aenter__(self) -> Visit:
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self.close()
 
 
 @dataclass(eq=False)
@@ -56,24 +79,28 @@ class Exchange:
     service: Service
     tenant: Tenant
     order: Order
+    visit: Visit | None = None  # that this is a part of; None: it is one itself
     ends: list[End] = field(default_factory=list)
     states: dict[int, str] = field(default_factory=dict)  # of each choice: a handle, or the state itself
+    known: list[Token] = field(default_factory=list)  # the prompt's, where these are scored
     events: AsyncIterator[list[Event]] = field(init=False)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False, repr=False)
     _card: StateCard | None = field(default=None, init=False, repr=False)
     _began: float = field(default_factory=time.monotonic, init=False)
     _first: float | None = field(default=None, init=False)
     _job: Job | None = field(default=None, init=False, repr=False)  # once it has been taken in
-    _paid: int = field(default=0, init=False)  # tokens
+    _read: int = field(default=0, init=False)  # tokens of the prompt
+    _paid: int = field(default=0, init=False)  # tokens in all
 
     async def __aenter__(self) -> Exchange:
-        self.tenant.enter()
         try:
-            self._stack.callback(self.tenant.leave)
-            job = await self._prepared()
+            if self.visit is None:
+                await self._stack.enter_async_context(Visit(self.tenant))
             self._stack.callback(self._pay)
+            job = await self._prepared()
             events = await self._stack.enter_async_context(self.service.events(job))
             self._job = job
+            self._read += len(job.request.ids)
             self._pay()
             self.events = self._watched(events)
         except BaseException:
@@ -102,9 +129,8 @@ class Exchange:
 
         It is not left to the end: who goes away before the last token has had the others.
         """
-        cost = 0
-        if self._job is not None:  # the desk's thread may be adding a choice
-            cost = len(self._job.request.ids) + sum(choice.drawn for choice in list(self._job.choices.values()))
+        choices = () if self._job is None else list(self._job.choices.values())  # the desk's thread may be adding one
+        cost = self._read + sum(choice.drawn for choice in choices)
         self.tenant.spend(cost - self._paid)
         self._paid = cost
 
@@ -139,17 +165,21 @@ class Exchange:
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
         if options.return_state == "handle":
             self.service.shelf_for("fledge.return_state")
+        deadline = None if options.deadline is None else time.monotonic() + options.deadline
         start, origin = await self._start()
-        space = None
-        if options.cache and origin is not None:
+        ids, space = self.order.prompt.ids, None
+        begin: State | Cursor | None = start
+        if self.order.scored is not None and ids:
+            ids, begin = (), await self._score(start, self.order.scored)
+        elif options.cache and origin is not None:
             space = f"{self.service.owner(self.tenant)}\0{origin}"
         request = Request(
-            self.order.prompt.ids,
+            ids,
             self.order.params,
-            start,
+            begin,
             n=self.order.n,
             priority=options.priority,
-            deadline=None if options.deadline is None else time.monotonic() + options.deadline,
+            deadline=deadline,
             space=space,
             marks=self.order.prompt.marks,
             constraint=self.order.constraint,
@@ -189,6 +219,15 @@ class Exchange:
         state, self._card = await self.service.known_state(self.tenant, handle)
         return state, handle if handle.startswith("st_") else None
 
+    async def _score(self, start: State | None, top: int) -> Cursor:
+        """Read the prompt here, for the likelihoods of its tokens; the place from which the job goes on."""
+        scoring = Scoring(self.service, start, self.order.prompt.ids, top)
+        async for count in scoring.pieces():
+            self._read += count
+            self._pay()
+        self.known = scoring.tokens
+        return scoring.cursor
+
     async def _watched(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
         async for found in events:
             self._pay()
@@ -222,7 +261,7 @@ class Exchange:
 class EventStream(StreamingResponse):
     """Server-sent events of open exchanges, which are closed however it ends: also where it never begins."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], exchanges: Sequence[Exchange]) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], exchanges: Sequence[Exchange | Visit]) -> None:
         super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._exchanges = exchanges
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,8 +17,9 @@ from fledge.engine.request import Request as EngineRequest
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import usage
 from fledge.server.errors import ApiError
+from fledge.server.exchange import Visit, unless_gone
 from fledge.server.keys import Tenant
-from fledge.server.reading import state_after
+from fledge.server.reading import at_once, state_after, together
 from fledge.server.schema import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from fledge.server.service import Service
 from fledge.tokenizer import TEMPLATES
@@ -120,11 +122,11 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
         raise ApiError(400, f"{len(texts)} texts; give 1 to {MOST_TEXTS}", param="input")
     encode = service.llm.tokenizer.encode
     ids = [tuple(encode(text) if isinstance(text, str) else text) for text in texts]  # type: ignore[arg-type]
-    tenant.enter()
-    try:
-        vectors = await asyncio.gather(*(_vector(service, tenant, each) for each in ids))
-    finally:
-        tenant.leave()
+    if not all(ids):
+        raise ApiError(400, "a text is empty", param="input")
+    works = [partial(_vector, service, tenant, each) for each in ids]
+    async with Visit(tenant):
+        vectors = await unless_gone(request, together(works, at_once(service)))
     data = [
         {"object": "embedding", "index": number, "embedding": _packed(vector, body.encoding_format)}
         for number, vector in enumerate(vectors)
@@ -135,8 +137,6 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
 
 
 async def _vector(service: Service, tenant: Tenant, ids: tuple[int, ...]) -> list[float]:
-    if not ids:
-        raise ApiError(400, "a text is empty", param="input")
     state = await state_after(service, tenant, EngineRequest(ids, start=service.llm.start, n=0))
     found: list[float] = embedding(state).tolist()
     return found
