@@ -13,16 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
-from fledge.engine.constraint import regex
-from fledge.engine.generation import check_ids
+from fledge.engine.constraint import Constraint, regex
 from fledge.engine.job import End, Event, Piece, Token
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import DONE, REASONS, WAITING, Header, event, text_logprobs, usage
 from fledge.server.errors import ApiError, api_error
-from fledge.server.exchange import LONG, EventStream, Exchange, Order, Visit, unless_gone, with_limits
+from fledge.server.exchange import EventStream, Exchange, Order, Visit, check_length, unless_gone, with_limits
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt, completion_params
-from fledge.server.reading import at_once, together
+from fledge.server.reading import at_once, encoded, together
 from fledge.server.schema import CompletionRequest
 from fledge.server.service import Service
 
@@ -36,7 +35,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """What follows each prompt, whole or in pieces; the prompts of a stream come one after the other."""
     service, tenant = service_of(request), tenant_of(request)
     service.check_model(body.model)
-    orders = [await order(service, tenant, body, prompt) for prompt in prompts_of(body)]
+    orders = await orders_of(service, tenant, body)
     header = Header("text_completion", service.name)
     async with AsyncExitStack() as stack:
         visit = await stack.enter_async_context(Visit(tenant))
@@ -68,38 +67,41 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
     return list(given)
 
 
-async def order(service: Service, tenant: Tenant, body: CompletionRequest, prompt: str | list[int]) -> Order:
-    """What one prompt of a body asks for. Raises ApiError with the field at fault."""
+async def orders_of(service: Service, tenant: Tenant, body: CompletionRequest) -> list[Order]:
+    """What a body asks for, prompt by prompt. Raises ApiError with the field at fault."""
     if body.best_of not in (None, body.n):
         raise ApiError(400, "best_of is not supported; it may only equal n", param="best_of")
     if body.fledge.template is not None:
         raise ApiError(400, "a completion has no template; use /v1/chat/completions", param="fledge.template")
-    tokenizer = service.llm.tokenizer
-    if isinstance(prompt, str):
-        encode = tokenizer.encode
-        ids = tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > LONG else encode(prompt))
-    else:
-        ids = tuple(prompt)
-    if not ids and tokenizer.eos_id >= 0:
-        ids = (tokenizer.eos_id,)  # the beginning of a document
-    try:
-        check_ids(ids, service.llm.config.vocab_size)
-    except FledgeError as error:
-        raise api_error(error, "prompt") from None
     params = completion_params(body, service.settings.max_tokens, body.max_tokens or None)
+    params = with_limits(params, tenant, service, body.max_tokens)
+    eos = service.llm.tokenizer.eos_id
+    begin = (eos,) if eos >= 0 else ()  # of a document: what an empty prompt stands for
+    prompts = [ids or begin for ids in await encoded(service, prompts_of(body), "prompt")]
+    check_length(service, max(map(len, prompts)), "prompt")
+    constraint = await _constraint(service, body.fledge.regex)
+    return [
+        Order(
+            Prompt(ids, (len(ids),)),
+            params,
+            body.fledge,
+            n=0 if body.max_tokens == 0 else body.n,
+            logprobs=body.logprobs,
+            constraint=constraint,
+            scored=body.logprobs if scored(body) else None,
+        )
+        for ids in prompts
+    ]
+
+
+async def _constraint(service: Service, pattern: str | None) -> Constraint | None:
+    """What the answers must match: compiled once, beside the event loop; each text takes a copy."""
+    if pattern is None:
+        return None
     try:
-        constraint = None if body.fledge.regex is None else regex(body.fledge.regex, service.vocabulary)
+        return await asyncio.to_thread(lambda: regex(pattern, service.vocabulary))
     except FledgeError as error:
         raise api_error(error, "fledge.regex") from None
-    return Order(
-        Prompt(ids, (len(ids),)),
-        with_limits(params, tenant, service, body.max_tokens),
-        body.fledge,
-        n=0 if body.max_tokens == 0 else body.n,
-        logprobs=body.logprobs,
-        constraint=constraint,
-        scored=body.logprobs if scored(body) else None,
-    )
 
 
 @dataclass

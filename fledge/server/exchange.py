@@ -160,9 +160,7 @@ class Exchange:
             raise ApiError(403, message, param="fledge.priority")
         if self.order.n > settings.slots:
             raise ApiError(400, f"n is {self.order.n}; this server writes up to {settings.slots} at once", param="n")
-        if len(self.order.prompt.ids) > settings.prompt_tokens:
-            message = f"the prompt has {len(self.order.prompt.ids)} tokens; at most {settings.prompt_tokens} are taken"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        check_length(self.service, len(self.order.prompt.ids), "prompt")
         if options.return_state == "handle":
             self.service.shelf_for("fledge.return_state")
         deadline = None if options.deadline is None else time.monotonic() + options.deadline
@@ -306,3 +304,10 @@ def with_limits(params: SamplingParams, tenant: Tenant, service: Service, wanted
             message = f"token id {token} is outside this model's vocabulary of {size}"
             raise ApiError(400, message, param="fledge.ban")
     return replace(params, max_tokens=min(params.max_tokens, most))
+
+
+def check_length(service: Service, tokens: int, param: str) -> None:
+    """Raise ApiError where a request wants more read at once than the server allows."""
+    if tokens > service.settings.prompt_tokens:
+        message = f"the prompt has {tokens} tokens; at most {service.settings.prompt_tokens} are taken"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")

@@ -1,4 +1,4 @@
-"""What is read and not gone on with: the state that a text leaves; and how much of a request is done at once."""
+"""What is read and not gone on with: the state that a text leaves. And texts to ids, and how much is done at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from fledge.core.errors import FledgeError
+from fledge.engine.generation import check_ids
 from fledge.engine.job import End, Job
 from fledge.engine.request import Request
 from fledge.models.state import State
+from fledge.server.errors import api_error
+from fledge.server.exchange import LONG
 from fledge.server.keys import Tenant
 from fledge.server.service import Service
 
 T = TypeVar("T")
+
+
+async def encoded(service: Service, texts: Sequence[str | list[int]], param: str) -> list[tuple[int, ...]]:
+    """The ids of each, beside the event loop where that takes a while. Raises ApiError for ids that no token has."""
+    tokenizer, size = service.llm.tokenizer, service.llm.config.vocab_size
+
+    def encode() -> list[tuple[int, ...]]:
+        found = [tuple(tokenizer.encode(text) if isinstance(text, str) else text) for text in texts]
+        for ids in found:
+            check_ids(ids, size)
+        return found
+
+    try:
+        return await asyncio.to_thread(encode) if sum(map(len, texts)) > LONG else encode()
+    except FledgeError as error:
+        raise api_error(error, param) from None
 
 
 async def state_after(service: Service, tenant: Tenant, request: Request) -> State:
