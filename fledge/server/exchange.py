@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from fledge.engine.constraint import Constraint
 from fledge.engine.generation import Cursor
-from fledge.engine.job import End, Event, Job, Piece, Token
+from fledge.engine.job import End, Event, Job, Token
 from fledge.engine.request import Request
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.statefile import StateCard
@@ -29,6 +29,7 @@ from fledge.server.prompts import Prompt
 from fledge.server.schema import Options
 from fledge.server.scores import Scoring
 from fledge.server.service import Service
+from fledge.server.times import Times
 
 T = TypeVar("T")
 
@@ -86,13 +87,13 @@ class Exchange:
     events: AsyncIterator[list[Event]] = field(init=False)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False, repr=False)
     _card: StateCard | None = field(default=None, init=False, repr=False)
-    _began: float = field(default_factory=time.monotonic, init=False)
-    _first: float | None = field(default=None, init=False)
+    _times: Times = field(init=False, repr=False)
     _job: Job | None = field(default=None, init=False, repr=False)  # once it has been taken in
     _read: int = field(default=0, init=False)  # tokens of the prompt
     _paid: int = field(default=0, init=False)  # tokens in all
 
     async def __aenter__(self) -> Exchange:
+        self._times = Times(self.service.metrics)
         try:
             if self.visit is None:
                 await self._stack.enter_async_context(Visit(self.tenant))
@@ -124,6 +125,10 @@ class Exchange:
         """Let go of everything, the job too if it still runs. May be called again."""
         await self._stack.aclose()
 
+    @property
+    def _wants_state(self) -> bool:
+        return self.order.options.return_state is not None or self.order.options.session is not None
+
     def _pay(self) -> None:
         """Take what has been read and written since the last time from the key's allowance.
 
@@ -145,8 +150,8 @@ class Exchange:
             "seeds": [end.seed for end in sorted(self.ends, key=lambda end: end.choice)],
             "reasons": [end.reason for end in sorted(self.ends, key=lambda end: end.choice)],
             "cached_tokens": self.cached,
-            "seconds_to_first_token": self._first and round(self._first - self._began, 6),
-            "seconds": round(time.monotonic() - self._began, 6),
+            "seconds_to_first_token": self._times.first and round(self._times.first, 6),
+            "seconds": round(self._times.seconds, 6),
         }
         if self.states:
             found["states"] = [self.states[choice] for choice in sorted(self.states)]
@@ -183,11 +188,10 @@ class Exchange:
             constraint=self.order.constraint,
             logprobs=self.order.logprobs,
         )
-        keeps_state = options.return_state is not None or options.session is not None
         return Job(
             request,
             closing=self.order.closing,
-            wants_state=keeps_state,
+            wants_state=self._wants_state,
             keeps=bool(self.order.closing),
             show_held=self.order.show_held,
         )
@@ -227,21 +231,20 @@ class Exchange:
         return scoring.cursor
 
     async def _watched(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+        ended = list[End]()
         async for found in events:
             self._pay()
-            for event in found:
-                if isinstance(event, Piece) and self._first is None:
-                    self._first = time.monotonic()
-                    self.service.metrics.first.observe(self._first - self._began)
-                if isinstance(event, End):
-                    await self._ended(event)
+            self._times.note(found, closing=self._wants_state)
+            ended += [event for event in found if isinstance(event, End)]
+            self.ends = [end._replace(state=None) for end in ended]
+            if len(ended) == max(self.order.n, 1):
+                for end in ended:  # now that no other text waits for it
+                    await self._keep(end)
+                self._times.end()
             yield found
 
-    async def _ended(self, end: End) -> None:
+    async def _keep(self, end: End) -> None:
         """Keep the state of a text that has ended, where that is wanted."""
-        self.ends.append(end._replace(state=None))
-        if self._first is not None and end.drawn > 1:
-            self.service.metrics.gap.observe((time.monotonic() - self._first) / (end.drawn - 1))
         options = self.order.options
         if end.state is None:
             return
