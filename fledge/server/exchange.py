@@ -16,14 +16,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.constraint import Constraint
 from fledge.engine.generation import Cursor
 from fledge.engine.job import End, Event, Job, Token
 from fledge.engine.request import Request
 from fledge.engine.sampling import SamplingParams
+from fledge.engine.shelf import check_name
 from fledge.engine.statefile import StateCard
 from fledge.models.state import State
-from fledge.server.errors import ApiError
+from fledge.server.errors import ApiError, api_error
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt
 from fledge.server.schema import Options
@@ -104,8 +106,10 @@ class Exchange:
             self._read += len(job.request.ids)
             self._pay()
             self.events = self._watched(events)
-        except BaseException:
+        except BaseException as error:
             await self._stack.aclose()
+            if isinstance(error, FledgeError):  # a stream may be on its way and needs one that it can tell
+                raise api_error(error) from None
             raise
         return self
 
@@ -157,8 +161,8 @@ class Exchange:
             found["states"] = [self.states[choice] for choice in sorted(self.states)]
         return found
 
-    async def _prepared(self) -> Job:
-        """What the desk is asked for. Raises ApiError for what will not be done."""
+    def _check(self) -> None:
+        """Raise ApiError for what will not be done, before anything is."""
         options, settings = self.order.options, self.service.settings
         if options.priority > self.tenant.max_priority:
             message = f"priority is {options.priority}; this key may ask for up to {self.tenant.max_priority}"
@@ -168,6 +172,13 @@ class Exchange:
         check_length(self.service, len(self.order.prompt.ids), "prompt")
         if options.return_state == "handle":
             self.service.shelf_for("fledge.return_state")
+        check_label(options.session, "fledge.session")
+        check_label(options.branch, "fledge.branch")
+
+    async def _prepared(self) -> Job:
+        """What the desk is asked for."""
+        self._check()
+        options = self.order.options
         deadline = None if options.deadline is None else time.monotonic() + options.deadline
         start, origin = await self._start()
         ids, space = self.order.prompt.ids, None
@@ -239,7 +250,11 @@ class Exchange:
             self.ends = [end._replace(state=None) for end in ended]
             if len(ended) == max(self.order.n, 1):
                 for end in ended:  # now that no other text waits for it
-                    await self._keep(end)
+                    try:
+                        await self._keep(end)
+                    except FledgeError as error:
+                        message = f"the text is whole, but its state could not be kept: {error}"
+                        raise ApiError(500, message, code="state_not_kept") from None
                 self._times.end()
             yield found
 
@@ -314,3 +329,11 @@ def check_length(service: Service, tokens: int, param: str) -> None:
     if tokens > service.settings.prompt_tokens:
         message = f"the prompt has {tokens} tokens; at most {service.settings.prompt_tokens} are taken"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def check_label(name: str | None, param: str) -> None:
+    """Raise ApiError for a name under which nothing could be kept."""
+    try:
+        check_name(name)
+    except UsageError as error:
+        raise api_error(error, param) from None

@@ -18,7 +18,7 @@ from fledge.engine.view import change, half_lives, norms
 from fledge.models.state import State
 from fledge.server.access import service_of, tenant_of
 from fledge.server.errors import ApiError, api_error
-from fledge.server.exchange import Visit, check_length, unless_gone
+from fledge.server.exchange import Visit, check_label, check_length, unless_gone
 from fledge.server.keys import Tenant
 from fledge.server.prompts import template_of, turns
 from fledge.server.reading import encoded, state_after
@@ -35,6 +35,8 @@ async def read(body: ReadRequest, request: Request) -> dict[str, Any]:
     service, tenant = service_of(request), tenant_of(request)
     if (body.text is None) == (body.messages is None):
         raise ApiError(400, "give either text or messages", param="text")
+    check_label(body.name, "name")
+    service.shelf_for("fledge")  # before anything is read for it
     if body.text is not None:
         template, parts = None, [body.text]
     else:
