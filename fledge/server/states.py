@@ -124,7 +124,7 @@ async def looked(handle: str, request: Request) -> dict[str, Any]:
         "layers": config.n_layer,
         "heads": config.n_head,
         "head_size": config.head_size,
-        "norms": _rows(norms(state)),
+        "norms": _rows(await asyncio.to_thread(norms, state)),
     }
 
 

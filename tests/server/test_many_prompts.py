@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from gated import GatedModel
 from running import Server, random_model, serving
-from test_http import CHAT, HI, TEXT, eventually
+from test_http import CHAT, ENDLESS, HI, TEXT, eventually
 
 from fledge.server.reading import together
 
@@ -162,3 +162,24 @@ def test_a_scored_prompt_goes_on_as_any_other(tmp_path: Path) -> None:
             for choice in piece["choices"]:
                 texts[choice["index"]] += choice["text"]
         assert texts[1] == "hello you" + plain
+
+
+def test_a_prompt_is_not_scored_where_the_queue_is_full() -> None:
+    with serving(random_model(), queue=1) as server:
+        stream, calls = server.stream(TEXT, ENDLESS), list[int]()
+        next(stream)
+        server.service.llm.model.register_forward_pre_hook(lambda model, given: calls.append(given[0].shape[1]))
+        answer = server.post(TEXT, SCORED)
+        stream.close()
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "1" and set(calls) <= {1}
+
+
+def test_prompts_of_a_conversation_follow_each_other(tmp_path: Path) -> None:
+    with serving(random_model(), tmp_path) as server:
+        body = {"max_tokens": 5, "seed": 2, "top_p": 0.9}
+        both = server.post(TEXT, {**body, "prompt": ["a", "b"], "fledge": {"session": "one"}}).json()["choices"]
+        single = [
+            server.post(TEXT, {**body, "prompt": prompt, "fledge": {"session": "two"}}).json()["choices"][0]["text"]
+            for prompt in ("a", "b")
+        ]
+        assert [choice["text"] for choice in both] == single
