@@ -34,6 +34,7 @@ def loaded_after(statement: str) -> set[str]:
         ("import fledge.core.errors, fledge.core.config, fledge.core.files", HEAVY),
         ("import fledge.tokenizer", TORCH),
         ("import fledge.cli.main", TORCH),
+        ("import fledge.cli.serve", TORCH | {"fastapi", "pydantic", "uvicorn"}),
     ],
 )
 def test_import_is_light(statement: str, forbidden: set[str]) -> None:

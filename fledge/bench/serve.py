@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from fledge.bench.environment import machine_facts, package_version
 from fledge.bench.harness import Report, Sample, in_fresh_process, interleaved
 from fledge.bench.serve_figures import load_figures, targets
-from fledge.bench.serve_process import PEER, Model, fledge_server, peer_server, prepared, why_no_peer
+from fledge.bench.serve_process import PEER, Model, ends_of, fledge_server, peer_server, prepared, why_no_peer
 from fledge.bench.serve_worker import resident
 from fledge.core.errors import UsageError
 from fledge.engine.loading import load
@@ -102,7 +102,7 @@ def run(spec: Spec, report: Report = lambda *_: None, finished: Finished = lambd
         missing = why_no_peer() if spec.peer else "it is not asked for"
         model = prepared(spec.model, spec.shape, Path(folder), peer=not missing)
         llm = load(model.source, dtype=model.dtype)
-        outcome.model, texts = llm.name, _Texts(llm.tokenizer)
+        outcome.model, texts = llm.name, Texts(llm.tokenizer, ends_of(model.gguf) if model.gguf else ())
         del llm
         measuring = Measuring(outcome, report, model, texts, Path(folder))
         ports = {"fledge": servers.enter_context(fledge_server(model, Path(folder) / "first"))[0]}
@@ -126,11 +126,17 @@ def run(spec: Spec, report: Report = lambda *_: None, finished: Finished = lambd
     return outcome
 
 
-class _Texts:
-    """Prompts of plain words, always the same: a model answers those with text, a token for nearly every event."""
+class Texts:
+    """Prompts of plain words, always the same: a model answers those with text, a token for nearly every event.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self.end = tokenizer, tokenizer.eos_id
+    `ends` are the ids at which one of the programs ends an answer. All are forbidden to all of them, so that an answer
+    has as many tokens as the rates say.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: Iterable[int] = ()) -> None:
+        """ends: of the peer."""
+        self._tokenizer = tokenizer
+        self.ends = sorted({*ends, tokenizer.eos_id} - {-1})
         self._words = tokenizer.encode(WORDS)
 
     def ids(self, count: int, seed: int) -> list[int]:
@@ -146,7 +152,7 @@ class _Texts:
 class Measuring:
     """The client processes, one after the other."""
 
-    def __init__(self, outcome: Outcome, report: Report, model: Model, texts: _Texts, folder: Path) -> None:
+    def __init__(self, outcome: Outcome, report: Report, model: Model, texts: Texts, folder: Path) -> None:
         self._spec, self._report, self._done = outcome.spec, report, 0
         self._model, self._texts, self._folder = model, texts, folder
         spec = outcome.spec
@@ -220,7 +226,7 @@ class Measuring:
         return {"model": self._model.source, "dtype": self._model.dtype}
 
     def _body(self, prompt: list[int], seed: int, tokens: int, **more: Any) -> dict[str, Any]:
-        options = {"ban": [self._texts.end] if self._texts.end >= 0 else [], "cache": False, **more}
+        options = {"ban": self._texts.ends, "cache": False, **more}
         return {"prompt": prompt, "max_tokens": tokens, "seed": seed, "stream": True, "fledge": options}
 
     def _cached(self, prompt: list[int], seed: int, tokens: int) -> dict[str, Any]:
@@ -229,8 +235,8 @@ class Measuring:
     def _peer_body(self, prompt: list[int], seed: int, tokens: int) -> dict[str, Any]:
         """The same request in the peer's terms: its other knobs are set to do nothing."""
         plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "stream": True}
-        banned = {"logit_bias": {str(self._texts.end): -1e9}} if self._texts.end >= 0 else {}
-        return {"prompt": self._texts.text(prompt), "max_tokens": tokens, "seed": seed, **plain, **banned}
+        banned = {str(end): -1e9 for end in self._texts.ends}
+        return {"prompt": self._texts.text(prompt), "max_tokens": tokens, "seed": seed, **plain, "logit_bias": banned}
 
     def _ask(
         self, port: int, bodies: list[dict[str, Any]], label: str = "", path: str = "/v1/completions"

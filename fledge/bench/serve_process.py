@@ -19,6 +19,7 @@ from pathlib import Path
 from fledge import checkpoint
 from fledge.bench.cpu_files import model_files, random_files
 from fledge.bench.harness import PACKAGE_PARENT
+from fledge.checkpoint.gguf_header import read_header
 from fledge.core.errors import FledgeError
 from fledge.engine.loading import locate
 
@@ -26,6 +27,7 @@ PEER = "llama-cpp-python"
 VOCABULARY = 65536  # of random models
 ADDRESS = re.compile(r" (?:at|on) http://127\.0\.0\.1:(\d+) ")
 SHELF = 1 << 20  # MB: as many states as are put there
+ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 CONTEXT = 1 << 16  # tokens that the peer reads at most
 STARTING, ENDING = 120, 40  # seconds
 
@@ -55,6 +57,12 @@ def prepared(model: str | None, shape: str | None, folder: Path, *, peer: bool) 
     if checkpoint.read(source).quantised:
         return Model(model, why_no_gguf="the model is quantised in a way of this program's own; give --shape")
     return Model(model, "bfloat16", model_files(str(source), folder, ("bf16",)).paths["bf16"])
+
+
+def ends_of(gguf: Path) -> set[int]:
+    """The ids at which the peer ends an answer."""
+    values = read_header(gguf).values
+    return {int(values[key]) for name in ENDS if (key := f"tokenizer.ggml.{name}_token_id") in values}
 
 
 def why_no_peer() -> str:

@@ -24,7 +24,7 @@ OWNER = "everybody"
 
 
 async def post(port: int, path: str, body: dict[str, Any]) -> tuple[float, list[float], bytes]:
-    """When it was sent, when each event came, and the last line that was not empty. Raises FledgeError unless 200."""
+    """When it was sent, when each event came, and the last event, else the last line. Raises FledgeError unless 200."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=LINE)
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -33,25 +33,27 @@ async def post(port: int, path: str, body: dict[str, Any]) -> tuple[float, list[
         writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
         if b" 200 " not in await reader.readline():
             raise FledgeError(f"{path} failed: {(await reader.read()).decode(errors='replace')[-300:]}")
-        times, last = list[float](), b""
+        times, last, event = list[float](), b"", b""
         while line := await reader.readline():
             if line.startswith(b"data: {"):
                 times.append(time.perf_counter())
+                event = line
             last = line.strip() or last
         if body.get("stream") and last not in (b"data: [DONE]", b"0"):  # "0": the end of a body in chunks
             raise FledgeError(f"a stream of {path} broke off after {len(times)} events")
-        return began, times, last
+        return began, times, event.removeprefix(b"data: ") or last
     finally:
         writer.close()
 
 
 def load(job: dict[str, Any]) -> dict[str, Any]:
-    """All requests, `clients` at a time."""
-    firsts, gaps = list[float](), list[float]()
+    """All requests, `clients` at a time. Raises FledgeError for an answer cut short: the rate counts all its tokens."""
+    firsts, gaps, ends = list[float](), list[float](), list[bytes]()
 
     async def client(mine: list[dict[str, Any]]) -> None:
         for body in mine:
-            began, times, _ = await post(job["port"], "/v1/completions", body)
+            began, times, end = await post(job["port"], "/v1/completions", body)
+            ends.append(end)
             firsts.append(times[0] - began)
             gaps.extend(b - a for a, b in pairwise(times))
 
@@ -62,6 +64,10 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     asyncio.run(everybody())
     seconds = time.perf_counter() - began
     share = (time.process_time() - own) / seconds
+    reasons = {str(json.loads(end)["choices"][0]["finish_reason"]) for end in ends}
+    if reasons != {"length"}:
+        found = ", ".join(sorted(reasons - {"length"}))
+        raise FledgeError(f"an answer ended ({found}) before it had its {job['bodies'][0]['max_tokens']} tokens")
     return {"seconds": seconds, "first_s": firsts, "gaps_s": gaps, "client_cores": share}
 
 

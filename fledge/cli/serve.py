@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fledge.cli.options import ModelOptions, spread
+from fledge.cli.options import ModelOptions, read_adapters, spread
 from fledge.cli.terminal import remark
 from fledge.core.errors import FledgeError, UsageError
-
-if TYPE_CHECKING:
-    from fledge.server.settings import Settings
+from fledge.server.settings import MB, Settings
 
 app = typer.Typer(name="serve", add_completion=False)
-
-MB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,17 +46,23 @@ class Limits:
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What the model is called. (default: its file)")] = (
         None
     )
-    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts computed at once.")] = 64
-    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests on their way at once.")] = 256
+    slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts computed at once.")] = Settings.slots
+    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests on their way at once.")] = Settings.queue
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Of an answer, where the request names no number.")
-    ] = 1024
-    cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = 512
-    cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = 4096
-    shelf: Annotated[int, typer.Option(min=0, metavar="MB", help="For states that were asked to be kept.")] = 16384
+    ] = Settings.max_tokens
+    cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = (
+        Settings.cache_memory // MB
+    )
+    cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = (
+        Settings.cache_disk // MB
+    )
+    shelf: Annotated[int, typer.Option(min=0, metavar="MB", help="For states that were asked to be kept.")] = (
+        Settings.shelf // MB
+    )
     drain: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="For requests under way when the server stops.")
-    ] = 30.0
+    ] = Settings.drain
     replicas: Annotated[
         int, typer.Option(min=0, metavar="N", help="Copies on a Ray cluster; 0: one server, here, without Ray.")
     ] = 0
@@ -76,10 +77,10 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
     the requests under way; a second one ends it at once.
     """
     _installed()
-    if not _local(place.host) and place.keys is None:
-        remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
-    from fledge.server.settings import Settings
+    from fledge.server.hosts import is_local
 
+    if not is_local(place.host) and place.keys is None:
+        remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
     settings = Settings(
         name=limits.name,
         folder=place.folder,
@@ -111,14 +112,14 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
     llm = model.load()
     service = Service(llm, settings, identity_of(llm))
     config = uvicorn.Config(
-        create_app(service),
+        create_app(service, place.host),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=round(settings.drain) + 1,
         server_header=False,
     )
     listener = _listening(place.host, place.port)
-    _announce(llm.name, place.host, listener.getsockname()[1])
+    _announce(service.name, place.host, listener.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -127,22 +128,27 @@ def _spread(model: ModelOptions, settings: Settings, place: Place, count: int) -
         raise UsageError("copies keep states where all of them see them: give --shared FOLDER and no --folder")
     from fledge.server.replicas import run
 
+    read_adapters(model.adapter or (), model.alpha, model.any_base)  # a mistake is told here, not by every copy
     arguments = {
         "name_or_path": model.model,
         "device": model.device,
         "dtype": model.dtype,
         "quant": model.quant,
         "adapter": tuple(model.adapter or ()),
+        "alpha": model.alpha,
+        "any_base": model.any_base,
     }
     run(arguments, settings, count, place.host, place.port, lambda name: _announce(name, place.host, place.port))
 
 
 def _listening(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # whoever waits for the line that tells the address may call at once
     except OSError as error:
+        listener.close()
         raise FledgeError(f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port") from None
     return listener
 
@@ -151,14 +157,6 @@ def _announce(name: str, host: str, port: int) -> None:
     """One line that programs can read too: it is written whether or not somebody looks at a terminal."""
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"{name} at http://{shown}:{port}  (the chat page; for OpenAI's clients add /v1)", err=True)
-
-
-def _local(host: str) -> bool:
-    """Whether only this machine reaches that address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _installed() -> None:

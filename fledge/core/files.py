@@ -9,8 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,41 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def secret_once(path: Path, content: bytes) -> bytes:
+    """What a file holds that its user alone may read; it is made of `content` where it is not there yet.
+
+    Of many processes that come at once one makes it, and all get what that one wrote.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)  # with mode 0600
+        try:
+            with open(handle, "wb") as file, naming(path):
+                file.write(content)
+                file.flush()
+                os.fsync(handle)
+            _placed(Path(name), path, content)
+        finally:
+            os.unlink(name)
+    for _ in range(100):
+        if found := path.read_bytes():
+            return found
+        time.sleep(0.01)  # made just now by the second way of `_placed`
+    return b""
+
+
+def _placed(temporary: Path, target: Path, content: bytes) -> None:
+    """Give a file its name, unless somebody else has it."""
+    with suppress(FileExistsError):
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links: a name that is taken before its content is there
+            with open(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, indented for diffs."""
     with atomic_path(path) as temporary:
@@ -112,6 +148,26 @@ def exclusive(folder: Path) -> Iterator[bool]:
         yield alone
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone during the block among all who lock this file, which stays there and is empty. Ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # an OSError after ten seconds
+            try:
+                yield
+            finally:
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -119,6 +175,11 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def name_hash(name: str) -> bytes:
+    """What stands on the disk for a name that may be a secret, whatever characters are in it."""
+    return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 
 
 def asset(name: str) -> Path:

@@ -1,6 +1,16 @@
 """L4: from a model to text. Sampling, the token loop, stop texts, chat, and the `LLM` that ties them together.
 
-One sequence at a time. Not here: HTTP, files (fledge.checkpoint reads those), the mathematics (fledge.models).
+What is exported here has to do with one text at a time. Beside it, by their own names:
+
+    engine, scheduler, task, batch, request    many requests on one model, a call of it at a time
+    desk, job                                  the engine in a thread of its own, for callers who want text
+    cache, radix, snapshots, snapshot_store    states after prefixes that were read before, in memory and on disk
+    statefile, shelf, commons, reading         states as files, kept on purpose, and of long texts read once
+    constraint, tools                          what a text must fit, and calls of functions
+    view, embedding                            what a state looks like, and a text as a vector
+    adapting, calibration                      LoRAs and tuned states on a model, and what quantising wants to know
+
+Not here: HTTP, checkpoints (fledge.checkpoint reads those), the mathematics (fledge.models).
 """
 
 from fledge.engine.chat import Chat, Turn

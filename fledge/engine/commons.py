@@ -2,8 +2,9 @@
 
     <owner's hash>/states/st_<22 characters>.state      signed, so that only who has the secret can have put it there
     <owner's hash>/sessions/<name's hash>.json          which state a conversation stands at
+    <owner's hash>/sessions/lock                        held while one of them is changed
 
-As `Shelf`, with the same methods, but without an index: every file says what it is, is written whole or not at all, and
+As `Shelf`, but without an index: every file says what it is, is written whole or not at all, and
 never changed. So any server answers for any other, and one that dies takes nothing along. Listing reads the head of
 every file of an owner. The limit is looked at when a state is put, by each server for itself, so it can be exceeded by
 as many states as are put at the same moment.
@@ -15,27 +16,45 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.core.files import atomic_path, disk_trouble, read_json, write_json
-from fledge.engine.shelf import Entry, check_name
+from fledge.core.files import LOCK, atomic_path, disk_trouble, locked, name_hash, read_json, write_json
+from fledge.engine.room import giving_way
+from fledge.engine.shelf import Entry, Moved, Totals, check_name
 from fledge.engine.statefile import StateCard, dump, parse, peek
 from fledge.models.state import State
+
+File = tuple[int, int, Path]  # when it was put, in nanoseconds; bytes; where it is
+Files = list[File]
 
 ID = re.compile(r"st_[A-Za-z0-9_-]{22}")
 
 
 class Commons:
-    """An open folder of states, shared."""
+    """An open folder of states, shared. For want of room states go as those of a `Shelf`."""
 
-    def __init__(self, folder: str | os.PathLike[str], identity: str, secret: bytes, *, limit_bytes: int) -> None:
-        """secret: what all servers sign with. Raises FledgeError where the folder cannot be used."""
-        self.folder, self._identity, self._secret, self._limit = Path(folder), identity, secret, limit_bytes
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        identity: str,
+        secret: bytes,
+        *,
+        limit_bytes: int,
+        share: float = 1.0,
+    ) -> None:
+        """secret: what all servers sign with. share: of the limit, for each owner.
+
+        Raises FledgeError where the folder cannot be used.
+        """
+        self.folder, self._identity, self._secret = Path(folder), identity, secret
+        self._limit, self._share = limit_bytes, share
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -44,22 +63,17 @@ class Commons:
     def close(self) -> None:
         """Nothing is held open."""
 
-    @property
-    def count(self) -> int:
-        """States kept."""
-        return sum(1 for _ in self._files())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their files."""
-        return sum(entry.stat().st_size for entry in self._files())
+    def totals(self) -> Totals:
+        """What all owners keep together."""
+        sizes = [size for _, size, _ in self._files()]
+        return Totals(len(sizes), sum(sizes))
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
         check_name(name)
         id = f"st_{secrets.token_urlsafe(16)}"
         data = dump(state, replace(card, title=name or ""), self._secret)
-        self._make_room(len(data))
+        self._make_room(_hash(owner), len(data))
         try:
             with atomic_path(self._file(owner, id)) as temporary:
                 temporary.write_bytes(data)
@@ -89,21 +103,21 @@ class Commons:
 
     def list(self, owner: str, most: int = 1000) -> list[Entry]:
         """The owner's states, newest first."""
-        found = []
-        for path in (self.folder / _hash(owner) / "states").glob("st_*.state"):
-            try:
-                found.append((path.stat().st_mtime_ns, self.describe(owner, path.stem)))
-            except (OSError, StateError):  # deleted by another server, or damaged
-                continue
-        found.sort(key=lambda pair: pair[0], reverse=True)
-        return [entry for _, entry in found[:most]]
+        found = list[Entry]()
+        for _, _, path in sorted(self._files(_hash(owner)), reverse=True):
+            with suppress(StateError):  # damaged, or deleted by another server meanwhile
+                found.append(self.describe(owner, path.stem))
+            if len(found) >= most:
+                break
+        return found
 
     def delete(self, owner: str, id: str) -> None:
         """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
         self.describe(owner, id)
-        for session in (self.folder / _hash(owner) / "sessions").glob("*.json"):
-            if _session(session).get("id") == id:
-                session.unlink(missing_ok=True)
+        with self._sessions(owner) as folder:
+            for session in folder.glob("*.json"):
+                if _session(session).get("id") == id:
+                    session.unlink(missing_ok=True)
         self._file(owner, id).unlink(missing_ok=True)
 
     def head(self, owner: str, session: str) -> str | None:
@@ -111,11 +125,27 @@ class Commons:
         id = _session(self._place(owner, session)).get("id")
         return id if isinstance(id, str) and ID.fullmatch(id) else None
 
-    def set_head(self, owner: str, session: str, id: str) -> None:
-        """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
+    def set_head(self, owner: str, session: str, id: str, *, expected: str | None) -> None:
+        """Let a conversation go from the state `expected` to another one; from None: let it begin.
+
+        Raises Moved where it stands elsewhere by now, StateError where there is no state of this id.
+        """
         check_name(session)
         self.describe(owner, id)
-        write_json(self._place(owner, session), {"name": session, "id": id})
+        with self._sessions(owner):
+            if self.head(owner, session) != expected:
+                raise Moved(session)
+            write_json(self._place(owner, session), {"name": session, "id": id})
+
+    @contextmanager
+    def _sessions(self, owner: str) -> Iterator[Path]:
+        """The folder of an owner's conversations, which no other server changes during the block."""
+        folder = self.folder / _hash(owner) / "sessions"
+        try:
+            with locked(folder / LOCK):
+                yield folder
+        except OSError as error:
+            raise FledgeError(f"the conversation could not be kept: {disk_trouble(error, self.folder)}") from None
 
     def _file(self, owner: str, id: str) -> Path:
         """Where a state is. An id comes from outside, so it must not lead anywhere else."""
@@ -126,36 +156,28 @@ class Commons:
     def _place(self, owner: str, session: str) -> Path:
         return self.folder / _hash(owner) / "sessions" / f"{_hash(session)}.json"
 
-    def _files(self) -> Iterator[Path]:
-        yield from self.folder.glob("*/states/st_*.state")
-
-    def _make_room(self, size: int) -> None:
-        """Remove the oldest states that nobody named until `size` bytes fit."""
-        found = []
-        for path in self._files():
-            try:
+    def _files(self, owner: str = "*") -> Iterator[File]:
+        """When each state was put, its bytes and its file."""
+        for path in self.folder.glob(f"{owner}/states/st_*.state"):
+            with suppress(OSError):  # another server has deleted it meanwhile
                 status = path.stat()
-            except FileNotFoundError:
-                continue
-            found.append((status.st_mtime_ns, status.st_size, path))
-        excess = sum(length for _, length, _ in found) + size - self._limit
-        if excess <= 0:
-            return
-        standing = {_session(place).get("id") for place in self.folder.glob("*/sessions/*.json")}
-        victims = []
-        for _, length, path in sorted(found):
-            if excess <= 0:
-                break
-            if path.stem not in standing and not _named(path):
-                victims.append(path)
-                excess -= length
-        if excess > 0:  # and then nothing has gone in vain
-            raise FledgeError(
-                f"the shelf is full: its {self._limit / 1e6:.1f} MB are taken by states that have a name or a "
-                "conversation; delete some"
-            )
-        for path in victims:
+                yield status.st_mtime_ns, status.st_size, path
+
+    def _make_room(self, owner: str, size: int) -> None:
+        """Remove what nobody named until `size` bytes fit; here and below an owner is the name of a folder."""
+        found: defaultdict[str, Files] = defaultdict(list)
+        for entry in self._files():
+            found[entry[2].parent.parent.name].append(entry)
+        held = {whose: sum(length for _, length, _ in entries) for whose, entries in found.items()}
+        free = partial(self._free, found)
+        for _, path, _ in giving_way(owner, size, held, free, self._limit, self._share):
             path.unlink(missing_ok=True)
+
+    def _free(self, found: Mapping[str, Files], owner: str) -> Iterator[tuple[Path, int]]:
+        standing = {_session(place).get("id") for place in (self.folder / owner / "sessions").glob("*.json")}
+        for _, length, path in sorted(found.get(owner, ())):
+            if path.stem not in standing and not _named(path):
+                yield path, length
 
 
 def _named(path: Path) -> bool:
@@ -174,4 +196,4 @@ def _session(path: Path) -> dict[str, Any]:
 
 
 def _hash(text: str) -> str:
-    return sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+    return name_hash(text).hex()[:32]

@@ -6,7 +6,7 @@
 
 A file is complete and synced before its row is committed, and a row is gone before its file. So a state whose `put`
 has returned survives a kill at any moment, and what a crash leaves over is swept away at the next opening. Nothing
-goes by itself but for want of room: then the oldest states that have no name and are no conversation's place.
+goes by itself but for want of room.
 States of other weights are kept, listed and counted like the rest, and handed out by a shelf of their own model only.
 
 Unlike the cache's snapshots, what is here cannot be computed again: a damaged index is an error, not a new beginning.
@@ -22,13 +22,16 @@ import re
 import secrets
 import sqlite3
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.core.files import atomic_path, disk_trouble, exclusive
+from fledge.core.files import atomic_path, disk_trouble, exclusive, name_hash
+from fledge.engine.room import giving_way
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.models.state import State
 
@@ -64,15 +67,33 @@ class Entry:
     card: StateCard
 
 
-class Shelf:
-    """An open folder of states of one model."""
+class Moved(FledgeError):
+    """A conversation stands at another state than was thought."""
 
-    def __init__(self, folder: str | os.PathLike[str], identity: str, *, limit_bytes: int) -> None:
-        """identity: of the model's weights. limit_bytes: of all files together.
+    def __init__(self, session: str) -> None:
+        super().__init__(f"conversation {session!r} has gone on meanwhile, or was forgotten")
+
+
+class Totals(NamedTuple):
+    """What is kept: states, and bytes of their files."""
+
+    states: int
+    nbytes: int
+
+
+class Shelf:
+    """An open folder of states of one model.
+
+    For want of room the states go that have no name and are no conversation's place, the oldest of whoever holds most
+    (room.py). Where there are several owners, each is refused what would take more than their share of the limit.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: str, *, limit_bytes: int, share: float = 1.0) -> None:
+        """identity: of the model's weights. limit_bytes: of all files together. share: of the limit, for each owner.
 
         Raises UsageError where another process has the folder open, FledgeError where it cannot be used.
         """
-        self.folder, self._identity, self._limit = Path(folder), identity, limit_bytes
+        self.folder, self._identity, self._limit, self._share = Path(folder), identity, limit_bytes, share
         self._lock = threading.RLock()
         with ExitStack() as stack:
             try:
@@ -96,25 +117,18 @@ class Shelf:
         with self._lock:
             self._open.close()
 
-    @property
-    def count(self) -> int:
-        """States kept."""
+    def totals(self) -> Totals:
+        """What all owners keep together."""
         with self._lock:
-            return int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of their files."""
-        with self._lock:
-            return self._bytes
+            return Totals(int(self._index.execute("SELECT COUNT(*) FROM states").fetchone()[0]), self._held.total())
 
     def put(self, owner: str, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
         check_name(name)
-        data, id = dump(state, card), f"st_{secrets.token_urlsafe(16)}"
+        data, id, whose = dump(state, card), f"st_{secrets.token_urlsafe(16)}", name_hash(owner)
         with self._lock:
-            self._make_room(len(data))
-            self._bytes += len(data)  # a promise, so that two threads do not take the same room
+            self._make_room(whose, len(data))
+            self._held[whose] += len(data)  # a promise, so that two threads do not take the same room
         try:
             with atomic_path(self._file(id)) as temporary:
                 temporary.write_bytes(data)
@@ -122,11 +136,11 @@ class Shelf:
             text = json.dumps(asdict(card), ensure_ascii=False)
             with self._lock, self._index:
                 number = self._index.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM states").fetchone()[0]
-                row = (_hash(owner), id, number, name, len(data), text)
+                row = (whose, id, number, name, len(data), text)
                 self._index.execute("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?)", row)
         except (OSError, sqlite3.Error) as error:
             with self._lock:
-                self._bytes -= len(data)
+                self._held[whose] -= len(data)
             self._file(id).unlink(missing_ok=True)
             reason = disk_trouble(error, self.folder) if isinstance(error, OSError) else str(error)
             raise FledgeError(f"the state could not be kept: {reason}") from None
@@ -149,7 +163,7 @@ class Shelf:
         """What is known of a kept state. Raises StateError where the owner has none of this id."""
         with self._lock:
             found = self._index.execute(
-                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, _hash(owner))
+                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, name_hash(owner))
             ).fetchone()
         if found is None:
             raise StateError(f"there is no state {id:.40}")
@@ -160,16 +174,9 @@ class Shelf:
         with self._lock:
             rows = self._index.execute(
                 "SELECT id, name, size, card FROM states WHERE owner = ? ORDER BY number DESC LIMIT ?",
-                (_hash(owner), most),
+                (name_hash(owner), most),
             ).fetchall()
         return [_entry(*row) for row in rows]
-
-    def rename(self, owner: str, id: str, name: str | None) -> None:
-        """Give a state a name, or take it away. Raises StateError where the owner has none of this id."""
-        check_name(name)
-        with self._lock, self._index:
-            self.describe(owner, id)
-            self._index.execute("UPDATE states SET name = ? WHERE id = ?", (name, id))
 
     def delete(self, owner: str, id: str) -> None:
         """Forget a state, and the conversations that stand at it. Raises StateError where there is none of this id."""
@@ -178,34 +185,28 @@ class Shelf:
             with self._index:
                 self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
                 self._index.execute("DELETE FROM states WHERE id = ?", (id,))
-            self._bytes -= entry.nbytes
+            self._held[name_hash(owner)] -= entry.nbytes
             self._file(id).unlink(missing_ok=True)
 
     def head(self, owner: str, session: str) -> str | None:
         """The id of the state that a conversation stands at; None where there is no such conversation."""
         with self._lock:
             found = self._index.execute(
-                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (_hash(owner), session)
+                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (name_hash(owner), session)
             ).fetchone()
         return None if found is None else str(found[0])
 
-    def set_head(self, owner: str, session: str, id: str) -> None:
-        """Let a conversation stand at a state; it begins by this. Raises StateError where there is none of this id."""
+    def set_head(self, owner: str, session: str, id: str, *, expected: str | None) -> None:
+        """Let a conversation go from the state `expected` to another one; from None: let it begin.
+
+        Raises Moved where it stands elsewhere by now, StateError where there is no state of this id.
+        """
         check_name(session)
         with self._lock, self._index:
             self.describe(owner, id)
-            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (_hash(owner), session, id))
-
-    def sessions(self, owner: str) -> dict[str, str]:
-        """The owner's conversations: name -> id."""
-        with self._lock:
-            rows = self._index.execute("SELECT name, id FROM sessions WHERE owner = ?", (_hash(owner),)).fetchall()
-        return dict(rows)
-
-    def drop(self, owner: str, session: str) -> None:
-        """Forget a conversation; its state stays."""
-        with self._lock, self._index:
-            self._index.execute("DELETE FROM sessions WHERE owner = ? AND name = ?", (_hash(owner), session))
+            if self.head(owner, session) != expected:
+                raise Moved(session)
+            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (name_hash(owner), session, id))
 
     def _file(self, id: str) -> Path:
         return self.folder / "states" / f"{id}.state"
@@ -230,27 +231,21 @@ class Shelf:
             for entry in entries:
                 if entry.name not in known and OURS.fullmatch(entry.name):
                     os.unlink(entry.path)
-        self._bytes = int(self._index.execute("SELECT COALESCE(SUM(size), 0) FROM states").fetchone()[0])
+        self._held = Counter(dict(self._index.execute("SELECT owner, SUM(size) FROM states GROUP BY owner")))
 
-    def _make_room(self, size: int) -> None:
-        """Remove the oldest that nobody named until `size` bytes fit."""
-        excess, freed, victims = self._bytes + size - self._limit, 0, []
-        rows = self._index.execute(f"SELECT id, size FROM states WHERE {FREE} ORDER BY number") if excess > 0 else ()
-        for id, length in rows:
-            victims.append((id,))
-            freed += length
-            if freed >= excess:
-                break
-        if freed < excess:  # and then nothing has gone in vain
-            raise FledgeError(
-                f"the shelf is full: of its {self._limit / 1e6:.1f} MB {self._bytes / 1e6:.1f} are taken, and without "
-                f"the states that have a name or a conversation there is no room for {size / 1e6:.1f} more; delete some"
-            )
+    def _make_room(self, owner: bytes, size: int) -> None:
+        """Remove what nobody named until `size` bytes of an owner fit."""
+        victims = giving_way(owner, size, self._held, self._free, self._limit, self._share)
         with self._index:
-            self._index.executemany("DELETE FROM states WHERE id = ?", victims)
-        self._bytes -= freed
-        for (id,) in victims:
+            self._index.executemany("DELETE FROM states WHERE id = ?", [(id,) for _, id, _ in victims])
+        for whose, id, length in victims:
+            self._held[whose] -= length
             self._file(id).unlink(missing_ok=True)
+
+    def _free(self, owner: bytes) -> Iterator[tuple[str, int]]:
+        yield from self._index.execute(
+            f"SELECT id, size FROM states WHERE owner = ? AND {FREE} ORDER BY number", (owner,)
+        )
 
 
 def check_name(name: str | None) -> None:
@@ -267,10 +262,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _hash(owner: str) -> bytes:
-    return sha256(owner.encode(errors="surrogatepass")).digest()
 
 
 def _entry(id: str, name: str | None, size: int, card: str) -> Entry:

@@ -26,6 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from fledge.core.files import name_hash
 from fledge.engine.radix import TOKEN
 from fledge.engine.snapshot_store import Row, Snapshot, Store, encoded
 
@@ -89,7 +90,7 @@ class Snapshots:
         """The longest snapshot of at least `least` tokens that is a prefix of `path`; one of all of it needs logits."""
         while True:
             with self._changed:
-                row = self._longest(_hash(space), path, least)
+                row = self._longest(name_hash(space), path, least)
                 if row is None or self._store is None:
                     return None
                 self._touch(row)
@@ -102,7 +103,7 @@ class Snapshots:
 
     def kept(self, space: str, path: bytes, lengths: Collection[int]) -> dict[int, bool]:
         """Which of `lengths` of `path` have a snapshot -> whether with logits."""
-        found, hashed, place, owner = {}, sha256(), 0, _hash(space)
+        found, hashed, place, owner = {}, sha256(), 0, name_hash(space)
         with self._changed:
             for length in sorted(lengths):
                 hashed.update(path[place * TOKEN : length * TOKEN])
@@ -116,7 +117,7 @@ class Snapshots:
         block = len(path) // (TOKEN * BLOCK) * (TOKEN * BLOCK)
         row = Row(
             self._identity,
-            _hash(space),
+            name_hash(space),
             sha256(path).digest(),
             anchor=sha256(path[:block]).digest(),
             length=len(path) // TOKEN,
@@ -141,7 +142,7 @@ class Snapshots:
 
     def clear(self, space: str | None = None) -> None:
         """Remove the snapshots of this model, or those of one space."""
-        owner = None if space is None else _hash(space)
+        owner = None if space is None else name_hash(space)
         with self._changed:
             rows = [row for row in self._rows.values() if row.identity == self._identity]
             self._discard([row for row in rows if owner in (None, row.space)])
@@ -312,7 +313,3 @@ class Snapshots:
         if not self._warned:
             self._warned = True
             log.warning("a snapshot in %s failed (%r); said once, more may fail and are read anew", self.folder, error)
-
-
-def _hash(space: str) -> bytes:
-    return sha256(space.encode(errors="surrogatepass")).digest()

@@ -138,13 +138,13 @@ def parse(data: bytes, secret: bytes | None = None) -> tuple[State, StateCard]:
         tensors = safetensors.torch.load(data)
     except (KeyError, TypeError):
         raise StateError("it has no card of Fledge's that says what it is") from None
-    except SafetensorError as error:
-        raise StateError(f"it is damaged: {error}") from None
+    except (SafetensorError, RuntimeError) as error:  # torch's own: a shape that it cannot count
+        raise StateError(f"it is damaged: {str(error).partition(chr(10))[0]}") from None
+    _check_tensors(kind, tensors)  # before they are hashed, as numpy does not know every dtype
     if secret is not None:
-        signature = _signature(secret, metadata[KIND], text, tensors)
-        if not hmac.compare_digest(signature, str(metadata.get(SIGNATURE, ""))):
+        told, signature = str(metadata.get(SIGNATURE, "")), _signature(secret, metadata[KIND], text, tensors)
+        if not hmac.compare_digest(signature.encode(), told.encode(errors="replace")):
             raise StateError("it was not signed here, or changed since")
-    _check_tensors(kind, tensors)
     return kind(**tensors), _card(text)
 
 

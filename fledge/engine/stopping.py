@@ -1,6 +1,6 @@
 """Stop texts, found in bytes: across token boundaries, and never shown, not even in part.
 
-Here: the search. Not here: decoding to str, and rewinding the state (`stream.py`).
+Here: the search. Not here: decoding to str (`writing.py`), and rewinding the state (`rewind.py`).
 """
 
 from __future__ import annotations

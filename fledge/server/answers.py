@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 import uuid
@@ -140,13 +141,22 @@ def _likely(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
 def text_logprobs(tokens: Iterable[Token], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
     """`logprobs` of a completion choice; offset: the characters of text before."""
     names, values, tops, offsets = list[str](), list[float | None](), list[dict[str, float] | None](), list[int]()
+    text = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        name = tokenizer.decode([token.id])
-        names.append(name)
+        names.append(_name(token.id, tokenizer))
         offsets.append(offset)
-        offset += len(name)
+        offset += len(text.decode(tokenizer.decode_bytes([token.id])))
         likelihood = token.likelihood  # none for the first token of a prompt, which follows nothing
         values.append(None if likelihood is None else likelihood.logprob)
-        top = None if likelihood is None else {tokenizer.decode([id]): value for id, value in likelihood.top}
+        top = None if likelihood is None else {_name(id, tokenizer): value for id, value in likelihood.top}
         tops.append(top)
     return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _name(token: int, tokenizer: Tokenizer) -> str:
+    """A token's text; of a part of a character its bytes, as the protocol has them: they all look alike as text."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

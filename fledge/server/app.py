@@ -1,4 +1,4 @@
-"""The app: routes, errors, size limits, the page. `uvicorn` or anything else that speaks ASGI runs it."""
+"""The app: the routers, errors, size limits, names, the page. `uvicorn` or anything else that speaks ASGI runs it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fledge.core.errors import FledgeError
 from fledge.server import chat, completions, plain, states
 from fledge.server.errors import ApiError, api_error
+from fledge.server.hosts import Hosts
 from fledge.server.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -36,8 +37,11 @@ HEADERS = (
 log = logging.getLogger("fledge")
 
 
-def create_app(service: Service) -> FastAPI:
-    """The app of one service; it starts and stops the service with itself."""
+def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
+    """The app of one service; it starts and stops the service with itself.
+
+    host: where it will listen; without keys only requests that call the server by a name of its own are answered.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +60,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _unexpected)
     mimetypes.add_type("text/javascript", ".js")  # whatever the machine's own table says: browsers insist on it
     app.mount("/", Page(directory=PAGE, html=True), name="page")
-    app.add_middleware(Border, service=service)
+    hosts = None if service.keys.needed else Hosts(host, service.settings.origins)
+    app.add_middleware(Border, service=service, hosts=hosts)
     if service.settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -77,54 +82,78 @@ class Page(StaticFiles):
         return answer
 
 
-class Border:
-    """What every request passes: the limit of its size, headers that keep pages safe, the count of answers."""
+class Refusal(JSONResponse):
+    """An error. In ASCII: what it shows of a request may be half a surrogate pair, which UTF-8 has no bytes for."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body, error.status, error.headers)
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content).encode("ascii")
+
+
+class Border:
+    """What every request passes: names, the limit of its size, headers that keep pages safe, the count of answers."""
+
+    def __init__(self, app: ASGIApp, service: Service, hosts: Hosts | None) -> None:
+        """hosts: the names that are answered to; None: any."""
+        self._app, self._service, self._hosts = app, service, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most, size, status, over = self._service.settings.body, 0, 500, False
+        most, size, status, refused = self._service.settings.body, 0, 500, self._refused(scope)
 
         async def received() -> Message:
-            nonlocal size, over
+            nonlocal size, refused
             message = await receive()
             size += len(message.get("body", b""))
-            over = over or size > most
+            if size > most:
+                refused = _too_large(most)
             # What reads the body would answer an error of its own, so it is told that the client has gone.
-            return {"type": "http.disconnect"} if over else message
+            return {"type": "http.disconnect"} if refused else message
 
         async def sent(message: Message) -> None:
             nonlocal status
-            if over:
+            if refused:
                 return
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        over = not length.isdigit() or int(length) > most
         try:
-            if not over:
+            if not refused:
                 await self._app(scope, received, sent)
         except ClientDisconnect:
             status = 499
         finally:
-            if over:
-                error = ApiError(413, f"the request is larger than {most} bytes", code="too_large")
-                status = error.status
-                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            if refused:
+                status = refused.status
+                await Refusal(refused)(scope, receive, send)
             route = getattr(scope.get("route"), "path", "page")
             self._service.metrics.requests.labels(route, str(status)).inc()
 
+    def _refused(self, scope: Scope) -> ApiError | None:
+        """Why a request is not even read."""
+        try:
+            if self._hosts is not None:
+                self._hosts.check(scope["headers"])
+        except ApiError as error:
+            return error
+        most, length = self._service.settings.body, dict(scope["headers"]).get(b"content-length", b"0")
+        return None if length.isdigit() and int(length) <= most else _too_large(most)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the request is larger than {most} bytes", code="too_large")
+
 
 async def _api(request: Request, error: Any) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
+    return Refusal(error)
 
 
 async def _fledge(request: Request, error: Any) -> Response:
@@ -150,4 +179,4 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 async def _unexpected(request: Request, error: Any) -> Response:
     log.error("a request to %s failed", request.url.path, exc_info=error)
-    return JSONResponse(ApiError(500, "the server failed; its log says how").body, 500)
+    return Refusal(ApiError(500, "the server failed; its log says how"))

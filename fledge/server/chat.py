@@ -73,7 +73,8 @@ class Reply:
 
     def __init__(self, service: Service, body: ChatRequest, exchange: Exchange) -> None:
         self.header = Header("chat.completion", service.name)
-        self.answers = [Answer(calls=bool(body.tools)) for _ in range(body.n)]
+        calls = bool(body.tools) and body.tool_choice != NO_TOOLS
+        self.answers = [Answer(calls=calls) for _ in range(body.n)]
         self._body, self.exchange, self._tokenizer = body, exchange, service.llm.tokenizer
         self._first: list[Event] = []
 

@@ -94,6 +94,11 @@ class Keys:
         """Whether a request must carry a key."""
         return self._tenants is not None
 
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one tenant."""
+        return self._tenants is not None and len(self._tenants) > 1
+
     def tenant(self, authorization: str | None) -> Tenant:
         """Whose the header `Authorization: Bearer KEY` is. Raises ApiError 401."""
         if self._tenants is None:

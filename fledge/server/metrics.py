@@ -70,8 +70,9 @@ class _Engine(Collector):
             gauges["fledge_cache_disk_snapshots"] = (stats.disk_snapshots, "States on disk")
             gauges["fledge_cache_disk_bytes"] = (stats.disk_bytes, "Bytes of the cache on disk")
         if service.shelf is not None:
-            gauges["fledge_states"] = (service.shelf.count, "States kept")
-            gauges["fledge_states_bytes"] = (service.shelf.nbytes, "Bytes of the states kept")
+            totals = service.shelf.totals()
+            gauges["fledge_states"] = (totals.states, "States kept")
+            gauges["fledge_states_bytes"] = (totals.nbytes, "Bytes of the states kept")
         for name, (value, text) in counts.items():
             yield CounterMetricFamily(name, text, value=value)
         for name, (value, text) in gauges.items():

@@ -9,29 +9,43 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
+from fledge.checkpoint import read_adapter
 from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.loading import load
 from fledge.engine.statefile import identity_of
+from fledge.engine.text import LLM
 from fledge.server.app import create_app
 from fledge.server.service import Service, read_secret
 from fledge.server.settings import Settings
 
 
-def build(arguments: dict[str, Any], settings: Settings) -> FastAPI:
+def build(arguments: dict[str, Any], settings: Settings, host: str) -> FastAPI:
     """The app of one copy, made where the copy runs."""
-    llm = load(**arguments)
-    return create_app(Service(llm, settings, identity_of(llm)))
+    llm = _loaded(**arguments)
+    return create_app(Service(llm, settings, identity_of(llm)), host)
 
 
-def application(arguments: dict[str, Any], settings: Settings, replicas: int, cpus: float = 1.0) -> Any:
-    """What `ray.serve.run` takes. arguments: of `fledge.load`. cpus: that Ray reserves for each copy."""
+def _loaded(adapter: Sequence[str] = (), alpha: float | None = None, any_base: bool = False, **more: Any) -> LLM:
+    """The adapters are read here: as files they are smaller than in what Ray hands to a copy."""
+    adapters = [read_adapter(file, alpha=alpha) for file in adapter]
+    return load(adapter=[each.for_any_base() for each in adapters] if any_base else adapters, **more)
+
+
+def application(
+    arguments: dict[str, Any], settings: Settings, replicas: int, cpus: float = 1.0, host: str = "127.0.0.1"
+) -> Any:
+    """What `ray.serve.run` takes.
+
+    arguments: of `fledge.load`; `adapter` is a list of files, with `alpha` and `any_base` as on the command line.
+    cpus: that Ray reserves for each copy. host: as for `create_app`, where Ray's proxy listens.
+    """
     serve = _serve()
     if settings.shared is None:
         raise UsageError("copies of a server need a folder that all of them see (Settings.shared)")
@@ -40,7 +54,7 @@ def application(arguments: dict[str, Any], settings: Settings, replicas: int, cp
     read_secret(settings)  # made here, once, and not by every copy
 
     def app() -> FastAPI:  # Ray wants a function, not a partial one
-        return build(arguments, settings)
+        return build(arguments, settings, host)
 
     @serve.deployment(
         num_replicas=replicas,
@@ -76,7 +90,7 @@ def run(
     serve.start(http_options={"host": host, "port": port})
     cpus = min(1.0, ray.cluster_resources().get("CPU", 1.0) / (replicas + 1))
     try:
-        serve.run(application(arguments, settings, replicas, cpus), name="fledge", route_prefix="/")
+        serve.run(application(arguments, settings, replicas, cpus, host), name="fledge", route_prefix="/")
     except RuntimeError as error:
         raise FledgeError(f"Ray could not start {replicas} copies: {error}") from None
     source = arguments.get("name_or_path")

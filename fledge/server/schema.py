@@ -1,6 +1,7 @@
 """The shape of requests. Strict: a field that is unknown, or of another type, is refused and never guessed at.
 
-Fields of OpenAI's protocol that change nothing here are listed all the same, so that its clients are not refused.
+Fields of OpenAI's protocol that change nothing here are listed all the same, so that its clients are not refused;
+docs/server.md says which they are.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class ChatRequest(Generation):
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    # Of no effect here.
+    # Of no effect here, as `user` above.
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     service_tier: str | None = None

@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.core.files import atomic_path
+from fledge.core.files import secret_once
 from fledge.engine.cache import PrefixCache
 from fledge.engine.commons import Commons
 from fledge.engine.constraint import GrammarVocabulary
@@ -29,8 +28,10 @@ from fledge.engine.desk import Desk
 from fledge.engine.engine import Engine
 from fledge.engine.generation import fresh_state
 from fledge.engine.job import End, Event, Failure, Job
+from fledge.engine.reading import source_of
+from fledge.engine.room import SHARE
 from fledge.engine.scheduler import Scheduler
-from fledge.engine.shelf import Shelf
+from fledge.engine.shelf import Moved, Shelf
 from fledge.engine.snapshots import Snapshots
 from fledge.engine.statefile import StateCard, dump, parse
 from fledge.engine.text import LLM
@@ -82,7 +83,8 @@ class Service:
         folder = settings.folder
         self.disk = None
         if folder is not None and settings.cache_disk and settings.cache_memory:
-            self.disk = Snapshots(folder / "cache", f"{identity} {_arithmetic(llm)}", limit=settings.cache_disk)
+            began = source_of(llm, ())  # a tuned initial state is no part of the identity
+            self.disk = Snapshots(folder / "cache", f"{identity} {_arithmetic(llm)} {began}", limit=settings.cache_disk)
         self.cache = (
             PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory
@@ -96,14 +98,14 @@ class Service:
         self.desk = Desk(engine, llm.tokenizer, self._sink)
         self._boxes: dict[Job, Box] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._sessions = set[tuple[str, str]]()
+        self._sessions = dict[tuple[str, str], str | None]()  # in use, and the state at which each stood
 
     def _states(self) -> Shelf | Commons | None:
-        settings = self.settings
+        settings, share = self.settings, SHARE if self.keys.several else 1.0
         if settings.shared is not None:
-            return Commons(settings.shared, self.identity, self.secret, limit_bytes=settings.shelf)
+            return Commons(settings.shared, self.identity, self.secret, limit_bytes=settings.shelf, share=share)
         if settings.folder is not None:
-            return Shelf(settings.folder / "states", self.identity, limit_bytes=settings.shelf)
+            return Shelf(settings.folder / "states", self.identity, limit_bytes=settings.shelf, share=share)
         return None
 
     @cached_property
@@ -113,8 +115,9 @@ class Service:
 
     @cached_property
     def beginning(self) -> State:
-        """What texts begin from."""
-        return fresh_state(self.llm.model) if self.llm.start is None else self.llm.start
+        """What texts begin from, where the model is."""
+        start = fresh_state(self.llm.model) if self.llm.start is None else self.llm.start
+        return start.to(self.llm.device)
 
     @property
     def name(self) -> str:
@@ -186,30 +189,35 @@ class Service:
         return tenant.name if self.keys.needed else ""
 
     async def known_state(self, tenant: Tenant, text: str, param: str = "fledge.state") -> tuple[State, StateCard]:
-        """The state that a request names by its handle, or brings. Raises ApiError for one that is not theirs."""
+        """The state that a request names by its handle, or brings, where the model is.
+
+        Raises ApiError for one that is not theirs.
+        """
+        # Beside the event loop: the shelf waits for the disk, and a state that is brought may be large.
+        return await asyncio.to_thread(self._known_state, tenant, text, param)
+
+    def _known_state(self, tenant: Tenant, text: str, param: str) -> tuple[State, StateCard]:
         try:
             if text.startswith("st_"):
-                owner, id = self.owner(tenant), self.opened(tenant, text, param)
-                shelf = self.shelf_for(param)
-                self._there(shelf, owner, id, param)
-                found = await asyncio.to_thread(shelf.get, owner, id)
+                state, card = self._taken(self.owner(tenant), self.opened(tenant, text, param), param)
             else:
-                found = parse(base64.b64decode(text, validate=True), self.secret)
-            found[1].check(self.identity, self.llm.name)
-            found[0].check(self.llm.config, 1)
+                state, card = parse(base64.b64decode(text, validate=True), self.secret)
+            card.check(self.identity, self.llm.name)
+            state.check(self.llm.config, 1)
         except ValueError:  # binascii's kind too
             raise ApiError(400, "a state is a handle (st_...) or a state file in base64", param=param) from None
         except FledgeError as error:
             raise api_error(error, param) from None
-        return found
+        return state.to(self.llm.device), card
 
-    @staticmethod
-    def _there(shelf: Shelf | Commons, owner: str, id: str, param: str) -> None:
-        """Raise ApiError 404 for a state that has been forgotten."""
+    def _taken(self, owner: str, id: str, param: str) -> tuple[State, StateCard]:
+        """A kept state. Raises ApiError 404 for one that has been forgotten."""
+        shelf = self.shelf_for(param)
         try:
             shelf.describe(owner, id)
         except FledgeError as error:
             raise ApiError(404, str(error), param=param, code="state_not_found") from None
+        return shelf.get(owner, id)
 
     async def kept(self, tenant: Tenant, state: State, card: StateCard, name: str | None = None) -> str:
         """Keep a state; its handle."""
@@ -258,17 +266,30 @@ class Service:
         key = (self.owner(tenant), name)
         if key in self._sessions:
             raise ApiError(409, f"session {name!r} is answering another request; wait for it", param="fledge.session")
-        self._sessions.add(key)
+        self._sessions[key] = None
         try:
-            id = await asyncio.to_thread(self.shelf_for("fledge.session").head, *key)
+            id = self._sessions[key] = await asyncio.to_thread(self.shelf_for("fledge.session").head, *key)
             yield None if id is None else self.handle(tenant, id)
         finally:
-            self._sessions.discard(key)
+            del self._sessions[key]
 
     async def move(self, tenant: Tenant, session: str, handle: str) -> None:
-        """Let a conversation stand at a kept state."""
-        id = handle.partition(".")[0]
-        await asyncio.to_thread(self.shelf_for("fledge.session").set_head, self.owner(tenant), session, id)
+        """Let a conversation that is in use stand at a kept state.
+
+        Raises ApiError 409 where another server has moved it since.
+        """
+        key, id = (self.owner(tenant), session), handle.partition(".")[0]
+        set_head = partial(self.shelf_for("fledge.session").set_head, *key, id, expected=self._sessions[key])
+        try:
+            await asyncio.to_thread(set_head)
+        except Moved as error:
+            message = f"{error}, perhaps by another server: this answer is no part of it; ask again"
+            raise ApiError(409, message, param="fledge.session") from None
+        except UsageError as error:
+            raise api_error(error, "fledge.session") from None
+        except FledgeError as error:
+            raise ApiError(507, str(error), code="no_space") from None
+        self._sessions[key] = id
 
     def _sink(self, events: Sequence[tuple[Job, Event]]) -> None:
         """From the desk's thread to the event loop."""
@@ -300,16 +321,10 @@ def read_secret(settings: Settings) -> bytes:
     )
     if path is None:
         return secrets.token_bytes(32)
-    if not path.exists():
-        _new_secret(path)
-    found = path.read_bytes().strip()
+    try:
+        found = secret_once(path, secrets.token_hex(32).encode()).strip()
+    except OSError as error:
+        raise FledgeError(f"{path}, which states are signed with, cannot be used: {error.strerror}") from None
     if len(found) < 32:
         raise FledgeError(f"{path} is no secret: it must hold at least 32 bytes; remove it to get a new one")
     return found
-
-
-def _new_secret(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.touch(mode=0o600)
-        temporary.write_text(secrets.token_hex(32))

@@ -26,6 +26,6 @@ class Settings:
     cache_memory: int = 512 * MB
     cache_disk: int = 4096 * MB
     cache_every: int = 512  # tokens between snapshots
-    shelf: int = 16 * 1024 * MB  # of states kept on purpose
+    shelf: int = 16 * 1024 * MB  # of states kept on purpose; where there are several keys, each may take half of it
     drain: float = 30.0  # that requests under way may take when the server stops
     origins: tuple[str, ...] = ()  # web pages of other hosts that may call

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fledge.core.files import (
     disk_trouble,
     exclusive,
     read_json,
+    secret_once,
     sha256,
     write_json,
 )
@@ -76,6 +78,50 @@ def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
     with atomic_path(atomic) as part:
         part.write_bytes(b"")
     assert atomic.stat().st_mode == ordinary.stat().st_mode
+
+
+MAKER = """
+import os, sys
+from pathlib import Path
+from fledge.core.files import secret_once
+print("ready", flush=True)
+sys.stdin.readline()
+print(secret_once(Path(sys.argv[1]), os.urandom(16).hex().encode()).decode())
+"""
+
+
+def test_of_many_who_make_a_secret_one_wins(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "secret"
+    command = [sys.executable, "-c", MAKER, str(target)]
+    makers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for maker in makers:
+        assert maker.stdout is not None and maker.stdout.readline() == "ready\n"
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write("go\n")
+        maker.stdin.flush()
+    found = {maker.communicate()[0].strip() for maker in makers}
+    assert found == {target.read_text(encoding="ascii")} and list(target.parent.iterdir()) == [target]
+    assert secret_once(target, b"late") == target.read_bytes() != b"late"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_secret_is_made_once_and_for_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda number: secret_once(tmp_path / "secret", b"%d" % number * 32), range(8)))
+    assert found == {(tmp_path / "secret").read_bytes()} and len(list(tmp_path.iterdir())) == 1
+    if os.name == "posix":
+        assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_secret_that_is_left_empty_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "secret").touch()
+    assert secret_once(tmp_path / "secret", b"new") == b""
 
 
 def test_sha256_of_more_than_one_block(tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefixes import equal_bits
@@ -10,6 +16,7 @@ from test_shelf import AMPLE, CARD, SIZE, number
 
 from fledge.core.errors import FledgeError, StateError
 from fledge.engine.commons import Commons
+from fledge.engine.shelf import Moved
 from fledge.engine.statefile import dump
 
 SECRET = b"s" * 32
@@ -25,18 +32,100 @@ def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
     again = two.put("me", number(3), CARD)
     state, card = two.get("me", mine)
     assert equal_bits(state, number(1)) and (card.tokens, card.title) == (CARD.tokens, "first")
-    assert {entry.id for entry in two.list("me")} == {mine, again} and two.count == 3
-    assert two.describe("me", mine).name == "first" and two.nbytes >= 3 * SIZE - 100
+    assert {entry.id for entry in two.list("me")} == {mine, again} and two.totals().states == 3
+    assert two.describe("me", mine).name == "first" and two.totals().nbytes >= 3 * SIZE - 100
     for foreign in (theirs, "st_nonsense", "../../x", "st_" + "/" * 22):
         for attempt in (two.get, two.describe, two.delete):
             with pytest.raises(StateError, match="there is no state"):
                 attempt("me", foreign)
-    one.set_head("me", "chat", mine)
+    one.set_head("me", "chat", mine, expected=None)
     assert two.head("me", "chat") == mine and two.head("you", "chat") is None
+    for expected in (None, again):
+        with pytest.raises(Moved, match="conversation 'chat' has gone on meanwhile"):
+            two.set_head("me", "chat", again, expected=expected)
     two.delete("me", mine)
     assert one.head("me", "chat") is None
     with pytest.raises(StateError):
         one.get("me", mine)
+
+
+def test_a_state_that_goes_while_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server deletes it between the listing and the look at the file."""
+    shelf = commons(tmp_path)
+    gone, stays = shelf.put("me", number(1), CARD), shelf.put("you", number(2), CARD)
+    listing = Path.glob
+
+    def late(self: Path, pattern: str) -> Iterator[Path]:
+        found = list(listing(self, pattern))
+        commons(tmp_path)._file("me", gone).unlink(missing_ok=True)
+        yield from found
+
+    monkeypatch.setattr(Path, "glob", late)
+    assert shelf.totals() == (1, shelf.describe("you", stays).nbytes) and shelf.list("me") == []
+
+
+MOVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_commons import commons
+from fledge.engine.shelf import Moved
+shelf, won = commons(Path(sys.argv[1])), 0
+print("ready", flush=True)
+sys.stdin.readline()
+while (head := shelf.head("me", "chat")) != sys.argv[-1]:
+    try:
+        shelf.set_head("me", "chat", sys.argv[sys.argv.index(head) + 1], expected=head)
+        won += 1
+    except Moved:
+        pass
+print(won)
+"""
+
+
+def test_a_step_of_a_conversation_is_taken_by_one_server(tmp_path: Path) -> None:
+    """Three processes walk one conversation from state to state, each as it finds it."""
+    shelf = commons(tmp_path)
+    ids = [shelf.put("me", number(value), CARD) for value in range(20)]
+    shelf.set_head("me", "chat", ids[0], expected=None)
+    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(here.parent)]))
+    command = [sys.executable, "-c", MOVER.format(tests=str(here)), str(tmp_path), *ids]
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    movers = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **options) for _ in range(3)]
+    for mover in movers:
+        assert mover.stdout is not None and mover.stdout.readline() == "ready\n"
+    for mover in movers:
+        assert mover.stdin is not None
+        mover.stdin.write("go\n")
+        mover.stdin.flush()
+    assert sum(int(mover.communicate()[0]) for mover in movers) == len(ids) - 1 and shelf.head("me", "chat") == ids[-1]
+
+
+def test_a_step_is_not_lost_to_who_forgets_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server moves the conversation while this one is about to forget it with its state."""
+    shelf, told, unlink = commons(tmp_path), list[type[Exception]](), Path.unlink
+    one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
+    shelf.set_head("me", "chat", one, expected=None)
+
+    def move() -> None:
+        try:
+            commons(tmp_path).set_head("me", "chat", two, expected=one)
+        except Moved as error:
+            told.append(type(error))
+
+    other = threading.Thread(target=move)
+
+    def late(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".json":
+            other.start()
+            other.join(0.2)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", late)
+    shelf.delete("me", one)
+    other.join()
+    assert shelf.head("me", "chat") is None and told == [Moved]
 
 
 def test_what_was_not_signed_is_not_handed_out(tmp_path: Path) -> None:
@@ -58,8 +147,22 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
         shelf.put("me", number(1), CARD, "keep"),
         *(shelf.put("me", number(n), CARD) for n in (2, 3)),
     )
-    shelf.set_head("me", "chat", standing)
+    shelf.set_head("me", "chat", standing, expected=None)
     newer = shelf.put("me", number(4), CARD, "too")
     assert {entry.id for entry in shelf.list("me")} == {named, standing, newer} and loose not in (named, standing)
     with pytest.raises(FledgeError, match="the shelf is full"):
         shelf.put("me", number(5), CARD)
+
+
+def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
+    shelf = Commons(tmp_path, CARD.identity, SECRET, limit_bytes=int(6.5 * SIZE + 600), share=0.5)
+    mine = {shelf.put("me", number(value), CARD) for value in range(2)}
+    yours = [shelf.put("you", number(value), CARD) for value in range(6)]
+    assert {entry.id for entry in shelf.list("me")} == mine, "a loop of handles"
+    assert {entry.id for entry in shelf.list("you")} == {*yours[3:]}
+    with pytest.raises(FledgeError, match=r"you may keep .* MB of states here"):
+        for value in range(6):
+            shelf.put("you", number(value), CARD, "named")
+    assert [entry.name for entry in shelf.list("you")] == ["named"] * 3
+    shelf.put("me", number(2), CARD, "me too")
+    assert shelf.totals().states == 6

@@ -15,7 +15,7 @@ import pytest
 from prefixes import equal_bits, state_of
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.engine.shelf import INDEX, Shelf
+from fledge.engine.shelf import INDEX, Moved, Shelf
 from fledge.engine.statefile import StateCard, dump
 from fledge.models.state import State, WkvState
 
@@ -42,7 +42,9 @@ def test_a_state_is_there_for_its_owner_and_after_a_restart(shelf: Shelf) -> Non
     mine, theirs = shelf.put("me", number(1), CARD, "first"), shelf.put("you", number(2), CARD)
     again = shelf.put("me", number(3), CARD)
     assert [entry.id for entry in shelf.list("me")] == [again, mine]
-    assert shelf.count == 3 and shelf.nbytes == sum(entry.nbytes for entry in [*shelf.list("me"), *shelf.list("you")])
+    assert shelf.totals().states == 3 and shelf.totals().nbytes == sum(
+        entry.nbytes for entry in [*shelf.list("me"), *shelf.list("you")]
+    )
     shelf.close()
     with_care = Shelf(shelf.folder, CARD.identity, limit_bytes=AMPLE)
     state, card = with_care.get("me", mine)
@@ -63,15 +65,17 @@ def test_a_state_is_there_for_its_owner_and_after_a_restart(shelf: Shelf) -> Non
 def test_a_conversation_stands_at_a_state(shelf: Shelf) -> None:
     one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
     assert shelf.head("me", "chat") is None
-    shelf.set_head("me", "chat", one)
-    shelf.set_head("me", "branch", one)
-    shelf.set_head("me", "chat", two)
-    assert shelf.sessions("me") == {"chat": two, "branch": one} and shelf.sessions("you") == {}
+    shelf.set_head("me", "chat", one, expected=None)
+    shelf.set_head("me", "branch", one, expected=None)
+    for expected in (None, two):
+        with pytest.raises(Moved, match="conversation 'chat' has gone on meanwhile"):
+            shelf.set_head("me", "chat", two, expected=expected)
+    shelf.set_head("me", "chat", two, expected=one)
+    assert [shelf.head("me", name) for name in ("chat", "branch")] == [two, one] and shelf.head("you", "chat") is None
     with pytest.raises(StateError):
-        shelf.set_head("you", "chat", one)
-    shelf.drop("me", "branch")
+        shelf.set_head("you", "chat", one, expected=None)
     shelf.delete("me", two)
-    assert shelf.sessions("me") == {} and shelf.count == 1
+    assert shelf.head("me", "chat") is None and shelf.head("me", "branch") == one and shelf.totals().states == 1
     shelf.close()
 
 
@@ -79,18 +83,35 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(3.5 * SIZE))
     named = shelf.put("me", number(1), CARD, "keep")
     standing = shelf.put("me", number(2), CARD)
-    shelf.set_head("me", "chat", standing)
+    shelf.set_head("me", "chat", standing, expected=None)
     loose = shelf.put("me", number(3), CARD)
     newer = shelf.put("you", number(4), CARD)
-    assert shelf.nbytes <= 3.5 * SIZE
+    assert shelf.totals().nbytes <= 3.5 * SIZE
     assert {entry.id for owner in ("me", "you") for entry in shelf.list(owner)} == {named, standing, newer}
     with pytest.raises(StateError):
         shelf.get("me", loose)
-    shelf.rename("you", newer, "mine")
+    shelf.set_head("you", "chat", newer, expected=None)
     with pytest.raises(FledgeError, match=r"the shelf is full: .* delete some"):
         shelf.put("me", number(5), CARD)
-    assert shelf.count == 3
+    assert shelf.totals().states == 3
     shelf.close()
+
+
+def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), share=0.5)
+    mine = [shelf.put("me", number(value), CARD) for value in range(2)]
+    yours = [shelf.put("you", number(value), CARD) for value in range(6)]
+    assert [entry.id for entry in shelf.list("me")] == mine[::-1], "a loop of handles"
+    assert [entry.id for entry in shelf.list("you")] == yours[:2:-1]
+    shelf.close()
+    again = Shelf(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), share=0.5)
+    with pytest.raises(FledgeError, match=r"you may keep .* MB of states here"):
+        for value in range(6):
+            again.put("you", number(value), CARD, "named")
+    assert [entry.name for entry in again.list("you")] == ["named"] * 3
+    again.put("me", number(2), CARD, "me too")
+    assert again.totals() == (6, sum(entry.nbytes for owner in ("me", "you") for entry in again.list(owner)))
+    again.close()
 
 
 def test_what_can_have_no_room_drives_nothing_out(tmp_path: Path) -> None:
@@ -98,7 +119,7 @@ def test_what_can_have_no_room_drives_nothing_out(tmp_path: Path) -> None:
     named, loose = shelf.put("me", number(1), CARD, "keep"), shelf.put("me", number(2), CARD)
     with pytest.raises(FledgeError, match="the shelf is full"):
         shelf.put("me", State.stack([number(value) for value in range(3)]), CARD)
-    assert [entry.id for entry in shelf.list("me")] == [loose, named] and shelf.nbytes <= 2 * SIZE + 10
+    assert [entry.id for entry in shelf.list("me")] == [loose, named] and shelf.totals().nbytes <= 2 * SIZE + 10
     shelf.close()
 
 
@@ -120,12 +141,11 @@ def test_a_name_that_cannot_be_shown_is_refused(shelf: Shelf, name: str) -> None
     id = shelf.put("me", number(1), CARD)
     for attempt in (
         lambda: shelf.put("me", number(2), CARD, name),
-        lambda: shelf.rename("me", id, name),
-        lambda: shelf.set_head("me", name, id),
+        lambda: shelf.set_head("me", name, id, expected=None),
     ):
         with pytest.raises(UsageError, match="no name for a state"):
             attempt()
-    assert shelf.count == 1 and len(list((shelf.folder / "states").iterdir())) == 1
+    assert shelf.totals().states == 1 and len(list((shelf.folder / "states").iterdir())) == 1
     shelf.close()
 
 
@@ -136,13 +156,12 @@ def test_threads_may_share_a_shelf(tmp_path: Path) -> None:
         for value in range(10):
             id = shelf.put(owner, number(value), CARD, "kept" if value == 5 else None)
             if value == 5:
-                shelf.set_head(owner, "chat", id)
-                shelf.rename(owner, id, None)
+                shelf.set_head(owner, "chat", id, expected=None)
             assert value != 5 or equal_bits(shelf.get(owner, id)[0], number(5))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, "abcd"))
-    assert shelf.count == 20 and shelf.nbytes <= 20.5 * SIZE
+    assert shelf.totals().states == 20 and shelf.totals().nbytes <= 20.5 * SIZE
     assert {path.stem for path in (tmp_path / "states").iterdir()} == {
         entry.id for owner in "abcd" for entry in shelf.list(owner)
     }
@@ -182,7 +201,7 @@ shelf = Shelf({folder!r}, CARD.identity, limit_bytes={limit})
 print("open", flush=True)
 for value in range({begin}, 10**9):
     id = shelf.put("me", number(value), CARD)
-    shelf.set_head("me", "chat", id)
+    shelf.set_head("me", "chat", id, expected=shelf.head("me", "chat"))
     print(value, id, flush=True)
 """
 
@@ -208,7 +227,7 @@ def test_what_was_kept_survives_a_kill_at_any_moment(tmp_path: Path, limit: int)
         shelf = Shelf(tmp_path, CARD.identity, limit_bytes=limit)
         kept = {entry.id for entry in shelf.list("me")}
         newest = list(promised)[-1:] if limit < AMPLE else list(promised)
-        assert kept >= set(newest) and len(kept) <= len(promised) + attempt + 1 and shelf.nbytes <= limit
+        assert kept >= set(newest) and len(kept) <= len(promised) + attempt + 1 and shelf.totals().nbytes <= limit
         assert {f"{id}.state" for id in kept} == {path.name for path in (tmp_path / "states").iterdir()}
         for id in kept:
             state, _ = shelf.get("me", id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from random_checkpoints import random_checkpoint
 from fledge.core.errors import StateError
 from fledge.engine.generation import feed, fresh_state
 from fledge.engine.loading import load
-from fledge.engine.statefile import CARD, StateCard, dump, identity_of, parse, read_state, write_state
+from fledge.engine.statefile import CARD, SIGNATURE, StateCard, dump, identity_of, parse, read_state, write_state
 from fledge.engine.text import LLM
 from fledge.models.state import KIND, State
 
@@ -82,6 +83,25 @@ def test_a_signed_state_is_taken_only_as_it_was(made: tuple[State, StateCard]) -
     with pytest.raises(StateError, match="not signed here"):
         signature = safetensors_metadata(data)["fledge_signature"]
         parse(rewritten(made[0], {**card_metadata(card), "fledge_signature": signature}), SECRET)
+
+
+def test_what_is_not_sound_is_refused_before_its_signature_is_asked_for(made: tuple[State, StateCard]) -> None:
+    tensors, good = made[0].tensors(), card_metadata(made[1])
+    shape = [0, 1 << 62, 1 << 62]  # no numbers, and more of them than torch can count
+    header = json.dumps(
+        {"__metadata__": good, "wkv": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    ).encode()
+    hostile = {
+        r"wkv is torch\.bfloat16": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].bfloat16()}, good),
+        r"wkv is torch\.float8": safetensors.torch.save(
+            {**tensors, "wkv": tensors["wkv"].to(torch.float8_e4m3fn)}, good
+        ),
+        "not signed here": safetensors.torch.save(tensors, {**good, SIGNATURE: "\u00e9"}),
+        "damaged": struct.pack("<Q", len(header)) + header,
+    }
+    for reason, content in hostile.items():
+        with pytest.raises(StateError, match=reason):
+            parse(content, SECRET)
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import ByteTokenizer, FakeModel
 from running import Server, fake, random_model, serving
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from fledge.core.errors import ConfigError
+from fledge.engine.text import LLM
 from fledge.server.exchange import EventStream
 from fledge.server.keys import Bucket, Keys
 
@@ -105,6 +108,66 @@ def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_an_error_tells_of_text_that_is_no_unicode(server: Server) -> None:
+    wrong: Any = "\ud800"
+    for change in ({"stream": wrong}, {"messages": wrong}, {wrong: 1}, {"model": wrong}):
+        body = json.dumps({"messages": HI, **change})
+        answer = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 404) and answer.json()["error"]["message"], change
+        assert answer.headers["content-type"] == "application/json"
+
+
+def test_what_changes_nothing_is_taken_and_listed(server: Server) -> None:
+    """The list in docs/server.md: no client is refused for these, and none is told that they do something."""
+    call = {"type": "function", "function": {"name": "a", "arguments": "{}"}}
+    plain = [*HI, {"role": "assistant", "tool_calls": [{"id": "1", **call}]}, {"role": "tool", "content": "x"}]
+    more = [{**message, "name": "n", "refusal": "r", "tool_call_id": "t"} for message in plain]
+    more[1]["tool_calls"] = [{"id": "2", **call}]
+    request = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "modalities": ["text"],
+        "stream_options": {"include_obfuscation": True},
+    }
+    named = {"name": "n", "description": "d", "strict": False}
+    chat, text = {"seed": 1, "max_tokens": 4}, {"prompt": "a", "seed": 1, "max_tokens": 4}
+    schema = {"schema": {"type": "integer", "minimum": 1, "maximum": 9}}
+    pairs = [
+        (CHAT, {"messages": plain, **chat}, {"messages": more, **chat, **request}),
+        (TEXT, text, {**text, "suffix": "", "best_of": 1, "user": "u"}),
+        *(
+            (CHAT, {"messages": HI, **chat, **one}, {"messages": HI, **chat, **other})
+            for one, other in [
+                [
+                    {"response_format": {"type": "json_schema", "json_schema": each}}
+                    for each in (schema, schema | named)
+                ],
+                [
+                    {"tools": [{"type": "function", "function": {"name": "a", **each}}]}
+                    for each in ({}, {"strict": True})
+                ],
+            ]
+        ),
+    ]
+    for path, one, other in pairs:
+        first, second = (server.post(path, body).json() for body in (one, other))
+        for answer in (first, second):
+            for each in answer["choices"][0].get("message", {}).get("tool_calls", []):
+                each.pop("id")
+        assert (
+            first["choices"] == second["choices"]
+            and first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]
+        )
+    listed = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    listed = listed.partition("change nothing:")[2].partition("Errors are")[0]
+    names = {*request, "include_obfuscation", "name", "refusal", "tool_call_id", "suffix", "best_of", *named}
+    assert [name for name in names - {"stream_options"} if not re.search(rf"[`.]{name}`", listed)] == []
+
+
 def test_sizes_have_limits(server: Server) -> None:
     long = {"messages": [{"role": "user", "content": "x" * 200_000}]}
     assert server.post(CHAT, long).json()["error"]["code"] == "too_large"
@@ -145,7 +208,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
     host, _, port = server.url.removeprefix("http://").partition(":")
     for when in ("reading", "writing"):
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+            head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
             connection.sendall(f"{head}{len(data)}\r\n\r\n".encode() + (data if when == "writing" else data[:20]))
             if when == "writing":
                 eventually(lambda: server.service.desk.jobs == 1)
@@ -179,6 +242,31 @@ def test_health_figures_and_headers(server: Server) -> None:
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     about = server.http.get("/v1/fledge/server").json()
     assert about["model"] == "random" and about["layers"] == 2 and about["state_bytes"] > 0
+
+
+def test_parts_of_characters_have_names_of_their_own() -> None:
+    with serving(fake(" \u597d\n\n")) as server:
+        body = {"prompt": "ask:", "temperature": 0, "max_tokens": 4, "logprobs": 20}
+        found = server.post(TEXT, body).json()["choices"][0]["logprobs"]
+    assert found["tokens"] == [" ", "bytes:\\xe5\\xa5", "bytes:\\xbd", "\n\n"]
+    assert found["text_offset"] == [0, 1, 1, 2]
+    assert [len(each) for each in found["top_logprobs"]] == [20] * 4
+    for name, value, each in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert each[name] == value
+
+
+def test_what_looks_like_a_call_is_text_where_none_is_allowed() -> None:
+    call = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
+    tools = [{"type": "function", "function": {"name": "a"}}]
+    tokenizer = ByteTokenizer("\n\n", "Assistant:")
+    model = FakeModel([tokenizer.encode(call + "\n\n")], tokenizer.id_of("Assistant:"), tokenizer.vocab_size)
+    with serving(LLM(model, tokenizer, "fake")) as server:
+        for choice in ("auto", "none"):
+            answer = server.ask("Hi", temperature=0, tools=tools, tool_choice=choice)["choices"][0]
+            called = choice == "auto"
+            assert answer["finish_reason"] == ("tool_calls" if called else "stop")
+            assert answer["message"]["content"] == (None if called else call)
+            assert ("tool_calls" in answer["message"]) is called
 
 
 def test_tokens(server: Server) -> None:

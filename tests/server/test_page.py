@@ -312,6 +312,16 @@ def test_states_and_trees_are_saved_and_opened(page: Page, browser: Browser, ser
         expect(other.locator("#notice")).not_to_be_empty()
 
 
+def test_a_state_goes_on_in_the_template_it_was_read_in(page: Page, server: Server, tmp_path: Path) -> None:
+    read = server.post("/v1/fledge/states", {"messages": [{"role": "user", "content": "One"}], "template": "instruct"})
+    file = server.http.get(f"/v1/fledge/states/{read.json()['id']}/file").content
+    page.locator("#file").set_input_files({"name": "one.state", "mimeType": "", "buffer": file})
+    expect(turn(page, 0)).to_contain_text("Goes on from the state one")
+    assert say(page, "Two")["fledge"]["template"] == "instruct"
+    page.reload()
+    assert say(page, "Three")["fledge"]["template"] == "instruct"
+
+
 def test_a_reload_comes_back_to_the_same_place_with_what_was_being_written(page: Page) -> None:
     say(page, "One")
     say(page, "Two")

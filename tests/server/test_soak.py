@@ -83,7 +83,7 @@ def test_ten_minutes_leak_nothing(tmp_path: Path) -> None:
             while server.service.desk.jobs or server.service.desk.engine.busy:
                 assert time.monotonic() < patience, "slots were not freed"
                 time.sleep(0.05)
-            assert server.service._boxes == {} and server.service._sessions == set()
+            assert server.service._boxes == {} and server.service._sessions == {}
             assert server.service.keys.tenant(None).running == 0
             memory.append(resident())
         assert memory[-1] < 1.05 * memory[1] + 5, f"memory grew: {[round(each) for each in memory]} MB"

@@ -207,6 +207,22 @@ def test_the_cache_is_not_shared_between_tenants(shared: Server) -> None:
     assert cached[0] == cached[1] == 0 and cached[2] > 100 and cached[3] > 100
 
 
+def test_of_two_servers_one_goes_on_with_a_session(tmp_path: Path) -> None:
+    """Both read where it stands, both write; the later one is told that its answer is no part of it."""
+    body = {"messages": chat("x"), "max_tokens": 3, "seed": 1, "fledge": {"session": "talk"}}
+    with serving(random_model(), shared=tmp_path) as one, serving(random_model(), shared=tmp_path) as two:
+        for _ in range(2):  # a session that begins, and one that goes on
+            events = one.stream("/v1/chat/completions", {**body, "max_tokens": 600})
+            next(events)
+            quick = two.post("/v1/chat/completions", {**body, "fledge": {"session": "talk", "return_state": "handle"}})
+            error = next(event["error"] for event in events if "error" in event)
+            assert quick.status_code == 200 and error["param"] == "fledge.session", error
+            assert error["type"] == "conflict_error" and "ask again" in error["message"]
+            (state,) = quick.json()["fledge"]["states"]
+            expected = text_of(two.ask("Who?", fledge={"state": state}, **DRAWN))
+            assert text_of(one.ask("Who?", fledge={"session": "talk"}, **DRAWN)) == expected
+
+
 def test_what_the_model_reads_can_be_seen(server: Server) -> None:
     seen = server.post("/v1/fledge/render", {"messages": chat("Hi", "Ho", "Who?")}).json()
     assert seen["text"] == "User: Hi\n\nAssistant: Ho\n\nUser: Who?\n\nAssistant:"

@@ -50,9 +50,10 @@ export function files({ tree, connection, dialogue, at, go, tried }) {
   }
 
   async function bring(file) {
-    const { id: state, name, tokens } = await connection.json("v1/fledge/states/file", { method: "PUT", body: file });
-    const title = name || file.name.replace(/\.(state|safetensors)$/, "");
-    return tree.add({ parent: null, kind: "state", user: "", status: "done", state, name: title, tokens });
+    const made = await connection.json("v1/fledge/states/file", { method: "PUT", body: file });
+    const { id: state, tokens, template } = made;
+    const name = made.name || file.name.replace(/\.(state|safetensors)$/, "");
+    return tree.add({ parent: null, kind: "state", user: "", status: "done", state, name, tokens, template });
   }
 
   function remove(turn) {
