@@ -46,7 +46,7 @@ def asked(server: Server, path: str, body: dict[str, Any]) -> Iterator[None]:
     host, _, port = server.url.removeprefix("http://").partition(":")
     data = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+        head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
         connection.sendall(f"{head}\r\n\r\n".encode() + data)
         yield
 

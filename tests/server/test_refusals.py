@@ -67,4 +67,4 @@ def test_what_fails_at_the_end_is_told_in_the_stream(server: Server, path: str, 
     assert error["code"] == "state_not_kept" and "there is no state" in error["message"]
     whole = server.post(path, body)
     assert whole.status_code == 500 and whole.json()["error"] == error
-    assert server.service._sessions == set() and server.service.keys.tenant(None).running == 0
+    assert not server.service._sessions and server.service.keys.tenant(None).running == 0
