@@ -7,7 +7,6 @@ Not here: drawing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from fledge.core.errors import StateError
-from fledge.engine.generation import config_of, feed
+from fledge.engine.generation import config_of
 from fledge.models.config import ModelConfig
 from fledge.models.native import NativeModel
 from fledge.models.state import KvState, Rwkv4State, State, WkvState
@@ -48,24 +47,17 @@ def norms(state: State) -> Table | None:
     return None if held is None else np.asarray(held.flatten(2).norm(dim=-1).double().numpy())
 
 
-def changes(model: nn.Module, pieces: Sequence[Sequence[int]], start: State) -> list[Table | None]:
-    """For each piece of ids, read one after the other from `start`: (L, H), how much it changed what each head holds.
+def change(before: State, after: State) -> Table | None:
+    """(L, H): how much what each head holds has changed; None for a transformer.
 
     That is ||S_after - S_before|| / ||S_before||, and 1 where there was nothing before.
     """
-    found: list[Table | None] = []
-    state = start
-    for ids in pieces:
-        after = feed(model, ids, state)
-        old, new = _held(state), _held(after)
-        if old is None or new is None:
-            found.append(None)
-        else:
-            before, moved = old.flatten(2).norm(dim=-1).double(), (new - old).flatten(2).norm(dim=-1).double()
-            ratio = torch.where(before > 0, moved / before.clamp_min(1e-30), (moved > 0).double())
-            found.append(np.asarray(ratio.numpy()))
-        state = after
-    return found
+    old, new = _held(before), _held(after)
+    if old is None or new is None:
+        return None
+    base, moved = old.flatten(2).norm(dim=-1).double(), (new - old).flatten(2).norm(dim=-1).double()
+    ratio = torch.where(base > 0, moved / base.clamp_min(1e-30), (moved > 0).double())
+    return np.asarray(ratio.numpy())
 
 
 def distances(one: State, other: State) -> dict[str, Table]:

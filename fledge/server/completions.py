@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +13,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
-from fledge.engine.constraint import regex
-from fledge.engine.generation import check_ids
+from fledge.engine.constraint import Constraint, regex
 from fledge.engine.job import End, Event, Piece, Token
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import DONE, REASONS, WAITING, Header, event, text_logprobs, usage
 from fledge.server.errors import ApiError, api_error
-from fledge.server.exchange import LONG, EventStream, Exchange, Order, unless_gone, with_limits
+from fledge.server.exchange import EventStream, Exchange, Order, Visit, check_length, unless_gone, with_limits
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt, completion_params
+from fledge.server.reading import at_once, encoded, together
 from fledge.server.schema import CompletionRequest
-from fledge.server.scores import prompt_tokens
 from fledge.server.service import Service
 
 router = APIRouter()
@@ -35,16 +35,26 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """What follows each prompt, whole or in pieces; the prompts of a stream come one after the other."""
     service, tenant = service_of(request), tenant_of(request)
     service.check_model(body.model)
-    orders = [await order(service, tenant, body, prompt) for prompt in prompts_of(body)]
-    replies = [Reply(service, body, Exchange(service, tenant, each), number) for number, each in enumerate(orders)]
+    orders = await orders_of(service, tenant, body)
     header = Header("text_completion", service.name)
-    if body.stream:
-        await unless_gone(request, replies[0].open())
-        return EventStream(pieces(header, body, replies), [reply.exchange for reply in replies])
-    await unless_gone(request, asyncio.gather(*(reply.whole() for reply in replies)))
+    async with AsyncExitStack() as stack:
+        visit = await stack.enter_async_context(Visit(tenant))
+        exchanges = [Exchange(service, tenant, each, visit) for each in orders]
+        replies = [Reply(service, body, each, number) for number, each in enumerate(exchanges)]
+        if body.stream:
+            await unless_gone(request, replies[0].open())
+            stack.pop_all()  # the stream closes it
+            return EventStream(pieces(header, body, replies), [*exchanges, visit])
+        most = 1 if scored(body) or body.fledge.session is not None else at_once(service, body.n)
+        await unless_gone(request, together([reply.whole for reply in replies], most))
     choices = [choice for reply in replies for choice in reply.choices()]
     fledge = [reply.exchange.summary() for reply in replies]
     return JSONResponse(header.body(choices, usage=_usage(replies), fledge=fledge[0] if len(fledge) == 1 else fledge))
+
+
+def scored(body: CompletionRequest) -> bool:
+    """Whether the likelihoods of the prompt are asked for."""
+    return body.echo and body.logprobs is not None
 
 
 def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
@@ -57,37 +67,41 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
     return list(given)
 
 
-async def order(service: Service, tenant: Tenant, body: CompletionRequest, prompt: str | list[int]) -> Order:
-    """What one prompt of a body asks for. Raises ApiError with the field at fault."""
+async def orders_of(service: Service, tenant: Tenant, body: CompletionRequest) -> list[Order]:
+    """What a body asks for, prompt by prompt. Raises ApiError with the field at fault."""
     if body.best_of not in (None, body.n):
         raise ApiError(400, "best_of is not supported; it may only equal n", param="best_of")
     if body.fledge.template is not None:
         raise ApiError(400, "a completion has no template; use /v1/chat/completions", param="fledge.template")
-    tokenizer = service.llm.tokenizer
-    if isinstance(prompt, str):
-        encode = tokenizer.encode
-        ids = tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > LONG else encode(prompt))
-    else:
-        ids = tuple(prompt)
-    if not ids and tokenizer.eos_id >= 0:
-        ids = (tokenizer.eos_id,)  # the beginning of a document
-    try:
-        check_ids(ids, service.llm.config.vocab_size)
-    except FledgeError as error:
-        raise api_error(error, "prompt") from None
     params = completion_params(body, service.settings.max_tokens, body.max_tokens or None)
+    params = with_limits(params, tenant, service, body.max_tokens)
+    eos = service.llm.tokenizer.eos_id
+    begin = (eos,) if eos >= 0 else ()  # of a document: what an empty prompt stands for
+    prompts = [ids or begin for ids in await encoded(service, prompts_of(body), "prompt")]
+    check_length(service, max(map(len, prompts)), "prompt")
+    constraint = await _constraint(service, body.fledge.regex)
+    return [
+        Order(
+            Prompt(ids, (len(ids),)),
+            params,
+            body.fledge,
+            n=0 if body.max_tokens == 0 else body.n,
+            logprobs=body.logprobs,
+            constraint=constraint,
+            scored=body.logprobs if scored(body) else None,
+        )
+        for ids in prompts
+    ]
+
+
+async def _constraint(service: Service, pattern: str | None) -> Constraint | None:
+    """What the answers must match: compiled once, beside the event loop; each text takes a copy."""
+    if pattern is None:
+        return None
     try:
-        constraint = None if body.fledge.regex is None else regex(body.fledge.regex, service.vocabulary)
+        return await asyncio.to_thread(lambda: regex(pattern, service.vocabulary))
     except FledgeError as error:
         raise api_error(error, "fledge.regex") from None
-    return Order(
-        Prompt(ids, (len(ids),)),
-        with_limits(params, tenant, service, body.max_tokens),
-        body.fledge,
-        n=0 if body.max_tokens == 0 else body.n,
-        logprobs=body.logprobs,
-        constraint=constraint,
-    )
 
 
 @dataclass
@@ -107,11 +121,9 @@ class Reply:
         self._service, self._body, self._number = service, body, number
         self._first: list[Event] = []
         self._echo = service.llm.tokenizer.decode(exchange.order.prompt.ids) if body.echo else ""
-        self._known: list[Token] = []  # of the prompt, where these are told too
 
     async def whole(self) -> None:
         """Have everything written."""
-        await self._score()
         async with self.exchange as exchange:
             async for events in exchange.events:
                 for found in events:
@@ -119,12 +131,7 @@ class Reply:
 
     async def open(self) -> None:
         """Wait for the first events, while an error can still be told by the status."""
-        await self._score()
         self._first = await self.exchange.open()
-
-    async def _score(self) -> None:
-        if self._body.echo and self._body.logprobs is not None:
-            self._known = await prompt_tokens(self._service, self.exchange, self._body.logprobs)
 
     async def stream(self) -> AsyncIterator[list[Event]]:
         """All events, after `open`."""
@@ -151,7 +158,7 @@ class Reply:
         for text in self.texts:
             text.end = text.end or self.texts[0].end
         return [
-            self.choice(number, self._echo + text.text, [*self._known, *text.tokens], text.end)
+            self.choice(number, self._echo + text.text, [*self.exchange.known, *text.tokens], text.end)
             for number, text in enumerate(self.texts)
         ]
 
@@ -178,7 +185,7 @@ class Reply:
     def opening(self) -> list[dict[str, Any]]:
         """The prompts of a stream, where they are to be repeated."""
         count = len(self.texts) if self._body.echo else 0
-        return [self.choice(number, self._echo, self._known, None) for number in range(count)]
+        return [self.choice(number, self._echo, self.exchange.known, None) for number in range(count)]
 
 
 async def pieces(header: Header, body: CompletionRequest, replies: list[Reply]) -> AsyncIterator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -16,17 +16,22 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.constraint import Constraint
-from fledge.engine.job import End, Event, Job, Piece
+from fledge.engine.generation import Cursor
+from fledge.engine.job import End, Event, Job, Token
 from fledge.engine.request import Request
 from fledge.engine.sampling import SamplingParams
+from fledge.engine.shelf import check_name
 from fledge.engine.statefile import StateCard
 from fledge.models.state import State
-from fledge.server.errors import ApiError
+from fledge.server.errors import ApiError, api_error
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt
 from fledge.server.schema import Options
+from fledge.server.scores import Scoring
 from fledge.server.service import Service
+from fledge.server.times import Times
 
 T = TypeVar("T")
 
@@ -47,6 +52,27 @@ class Order:
     closing: tuple[int, ...] = ()
     template: str | None = None
     show_held: bool = True
+    scored: int | None = None  # how many probable tokens are told with each token of the prompt; None: nothing is
+
+
+class Visit:
+    """One request of a key, counted once however many exchanges it takes: `async with Visit(tenant): ...`."""
+
+    def __init__(self, tenant: Tenant) -> None:
+        """Raises ApiError 429 where it is one too many."""
+        tenant.enter()
+        self._stack = ExitStack()
+        self._stack.callback(tenant.leave)
+
+    async def close(self) -> None:
+        """Count it out. May be called again."""
+        self._stack.close()
+
+    async def __aenter__(self) -> Visit:
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self.close()
 
 
 @dataclass(eq=False)
@@ -56,21 +82,34 @@ class Exchange:
     service: Service
     tenant: Tenant
     order: Order
+    visit: Visit | None = None  # that this is a part of; None: it is one itself
     ends: list[End] = field(default_factory=list)
     states: dict[int, str] = field(default_factory=dict)  # of each choice: a handle, or the state itself
+    known: list[Token] = field(default_factory=list)  # the prompt's, where these are scored
     events: AsyncIterator[list[Event]] = field(init=False)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False, repr=False)
     _card: StateCard | None = field(default=None, init=False, repr=False)
-    _began: float = field(default_factory=time.monotonic, init=False)
-    _first: float | None = field(default=None, init=False)
+    _times: Times = field(init=False, repr=False)
+    _job: Job | None = field(default=None, init=False, repr=False)  # once it has been taken in
+    _read: int = field(default=0, init=False)  # tokens of the prompt
+    _paid: int = field(default=0, init=False)  # tokens in all
 
     async def __aenter__(self) -> Exchange:
-        self.tenant.enter()
+        self._times = Times(self.service.metrics)
         try:
-            self._stack.callback(lambda: self.tenant.leave(self.cost))
-            self.events = self._watched(await self._stack.enter_async_context(self.service.events(await self._job())))
-        except BaseException:
+            if self.visit is None:
+                await self._stack.enter_async_context(Visit(self.tenant))
+            self._stack.callback(self._pay)
+            job = await self._prepared()
+            events = await self._stack.enter_async_context(self.service.events(job))
+            self._job = job
+            self._read += len(job.request.ids)
+            self._pay()
+            self.events = self._watched(events)
+        except BaseException as error:
             await self._stack.aclose()
+            if isinstance(error, FledgeError):  # a stream may be on its way and needs one that it can tell
+                raise api_error(error) from None
             raise
         return self
 
@@ -91,9 +130,18 @@ class Exchange:
         await self._stack.aclose()
 
     @property
-    def cost(self) -> int:
-        """The tokens of the prompt and of all texts."""
-        return len(self.order.prompt.ids) + sum(end.drawn for end in self.ends)
+    def _wants_state(self) -> bool:
+        return self.order.options.return_state is not None or self.order.options.session is not None
+
+    def _pay(self) -> None:
+        """Take what has been read and written since the last time from the key's allowance.
+
+        It is not left to the end: who goes away before the last token has had the others.
+        """
+        choices = () if self._job is None else list(self._job.choices.values())  # the desk's thread may be adding one
+        cost = self._read + sum(choice.drawn for choice in choices)
+        self.tenant.spend(cost - self._paid)
+        self._paid = cost
 
     @property
     def cached(self) -> int:
@@ -106,46 +154,55 @@ class Exchange:
             "seeds": [end.seed for end in sorted(self.ends, key=lambda end: end.choice)],
             "reasons": [end.reason for end in sorted(self.ends, key=lambda end: end.choice)],
             "cached_tokens": self.cached,
-            "seconds_to_first_token": self._first and round(self._first - self._began, 6),
-            "seconds": round(time.monotonic() - self._began, 6),
+            "seconds_to_first_token": self._times.first and round(self._times.first, 6),
+            "seconds": round(self._times.seconds, 6),
         }
         if self.states:
             found["states"] = [self.states[choice] for choice in sorted(self.states)]
         return found
 
-    async def _job(self) -> Job:
+    def _check(self) -> None:
+        """Raise ApiError for what will not be done, before anything is."""
         options, settings = self.order.options, self.service.settings
         if options.priority > self.tenant.max_priority:
             message = f"priority is {options.priority}; this key may ask for up to {self.tenant.max_priority}"
             raise ApiError(403, message, param="fledge.priority")
         if self.order.n > settings.slots:
             raise ApiError(400, f"n is {self.order.n}; this server writes up to {settings.slots} at once", param="n")
-        if len(self.order.prompt.ids) > settings.prompt_tokens:
-            message = f"the prompt has {len(self.order.prompt.ids)} tokens; at most {settings.prompt_tokens} are taken"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        check_length(self.service, len(self.order.prompt.ids), "prompt")
         if options.return_state == "handle":
             self.service.shelf_for("fledge.return_state")
+        check_label(options.session, "fledge.session")
+        check_label(options.branch, "fledge.branch")
+
+    async def _prepared(self) -> Job:
+        """What the desk is asked for."""
+        self._check()
+        options = self.order.options
+        deadline = None if options.deadline is None else time.monotonic() + options.deadline
         start, origin = await self._start()
-        space = None
-        if options.cache and origin is not None:
+        ids, space = self.order.prompt.ids, None
+        begin: State | Cursor | None = start
+        if self.order.scored is not None and ids:
+            ids, begin = (), await self._score(start, self.order.scored)
+        elif options.cache and origin is not None:
             space = f"{self.service.owner(self.tenant)}\0{origin}"
         request = Request(
-            self.order.prompt.ids,
+            ids,
             self.order.params,
-            start,
+            begin,
             n=self.order.n,
             priority=options.priority,
-            deadline=None if options.deadline is None else time.monotonic() + options.deadline,
+            deadline=deadline,
             space=space,
             marks=self.order.prompt.marks,
             constraint=self.order.constraint,
             logprobs=self.order.logprobs,
         )
-        keeps_state = options.return_state is not None or options.session is not None
         return Job(
             request,
             closing=self.order.closing,
-            wants_state=keeps_state,
+            wants_state=self._wants_state,
             keeps=bool(self.order.closing),
             show_held=self.order.show_held,
         )
@@ -175,21 +232,34 @@ class Exchange:
         state, self._card = await self.service.known_state(self.tenant, handle)
         return state, handle if handle.startswith("st_") else None
 
+    async def _score(self, start: State | None, top: int) -> Cursor:
+        """Read the prompt here, for the likelihoods of its tokens; the place from which the job goes on."""
+        scoring = Scoring(self.service, start, self.order.prompt.ids, top)
+        async for count in scoring.pieces():
+            self._read += count
+            self._pay()
+        self.known = scoring.tokens
+        return scoring.cursor
+
     async def _watched(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+        ended = list[End]()
         async for found in events:
-            for event in found:
-                if isinstance(event, Piece) and self._first is None:
-                    self._first = time.monotonic()
-                    self.service.metrics.first.observe(self._first - self._began)
-                if isinstance(event, End):
-                    await self._ended(event)
+            self._pay()
+            self._times.note(found, closing=self._wants_state)
+            ended += [event for event in found if isinstance(event, End)]
+            self.ends = [end._replace(state=None) for end in ended]
+            if len(ended) == max(self.order.n, 1):
+                for end in ended:  # now that no other text waits for it
+                    try:
+                        await self._keep(end)
+                    except FledgeError as error:
+                        message = f"the text is whole, but its state could not be kept: {error}"
+                        raise ApiError(500, message, code="state_not_kept") from None
+                self._times.end()
             yield found
 
-    async def _ended(self, end: End) -> None:
+    async def _keep(self, end: End) -> None:
         """Keep the state of a text that has ended, where that is wanted."""
-        self.ends.append(end._replace(state=None))
-        if self._first is not None and end.drawn > 1:
-            self.service.metrics.gap.observe((time.monotonic() - self._first) / (end.drawn - 1))
         options = self.order.options
         if end.state is None:
             return
@@ -207,7 +277,7 @@ class Exchange:
 class EventStream(StreamingResponse):
     """Server-sent events of open exchanges, which are closed however it ends: also where it never begins."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], exchanges: Sequence[Exchange]) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], exchanges: Sequence[Exchange | Visit]) -> None:
         super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._exchanges = exchanges
 
@@ -252,3 +322,18 @@ def with_limits(params: SamplingParams, tenant: Tenant, service: Service, wanted
             message = f"token id {token} is outside this model's vocabulary of {size}"
             raise ApiError(400, message, param="fledge.ban")
     return replace(params, max_tokens=min(params.max_tokens, most))
+
+
+def check_length(service: Service, tokens: int, param: str) -> None:
+    """Raise ApiError where a request wants more read at once than the server allows."""
+    if tokens > service.settings.prompt_tokens:
+        message = f"the prompt has {tokens} tokens; at most {service.settings.prompt_tokens} are taken"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def check_label(name: str | None, param: str) -> None:
+    """Raise ApiError for a name under which nothing could be kept."""
+    try:
+        check_name(name)
+    except UsageError as error:
+        raise api_error(error, param) from None

@@ -46,9 +46,12 @@ class Tenant:
             )
         self.running += 1
 
-    def leave(self, tokens: int) -> None:
-        """Count it out, with the tokens it read and wrote."""
+    def leave(self) -> None:
+        """Count it out."""
         self.running -= 1
+
+    def spend(self, tokens: int) -> None:
+        """Take tokens that were read or written from the allowance, whether they are there or not."""
         self._tokens.spend(tokens)
 
 

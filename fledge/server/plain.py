@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fledge.engine.embedding import embedding
-from fledge.engine.job import End, Job
 from fledge.engine.request import Request as EngineRequest
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import usage
 from fledge.server.errors import ApiError
+from fledge.server.exchange import Visit, check_length, unless_gone
+from fledge.server.keys import Tenant
+from fledge.server.reading import at_once, encoded, state_after, together
 from fledge.server.schema import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from fledge.server.service import Service
 from fledge.tokenizer import TEMPLATES
@@ -37,7 +40,8 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     service = service_of(request)
-    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = await asyncio.to_thread(service.metrics.text)  # which looks into the folder of kept states
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/v1/models")
@@ -99,7 +103,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
     for token in body.tokens:
         if not 0 <= token < tokenizer.vocab_size:
             raise ApiError(400, f"token id {token} is outside the vocabulary of {tokenizer.vocab_size}", param="tokens")
-    return {"content": tokenizer.decode(body.tokens)}
+    return {"content": await asyncio.to_thread(tokenizer.decode, body.tokens)}
 
 
 @router.post("/v1/embeddings")
@@ -117,13 +121,13 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
     texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise ApiError(400, f"{len(texts)} texts; give 1 to {MOST_TEXTS}", param="input")
-    encode = service.llm.tokenizer.encode
-    ids = [tuple(encode(text) if isinstance(text, str) else text) for text in texts]  # type: ignore[arg-type]
-    tenant.enter()
-    try:
-        vectors = await asyncio.gather(*(_vector(service, each) for each in ids))
-    finally:
-        tenant.leave(sum(map(len, ids)))
+    ids = await encoded(service, texts, "input")  # type: ignore[arg-type]
+    if not all(ids):
+        raise ApiError(400, "a text is empty", param="input")
+    check_length(service, max(map(len, ids)), "input")
+    works = [partial(_vector, service, tenant, each) for each in ids]
+    async with Visit(tenant):
+        vectors = await unless_gone(request, together(works, at_once(service)))
     data = [
         {"object": "embedding", "index": number, "embedding": _packed(vector, body.encoding_format)}
         for number, vector in enumerate(vectors)
@@ -133,16 +137,10 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
     return {"object": "list", "data": data, "model": service.name, "usage": counts}
 
 
-async def _vector(service: Service, ids: tuple[int, ...]) -> list[float]:
-    if not ids:
-        raise ApiError(400, "a text is empty", param="input")
-    job = Job(EngineRequest(ids, start=service.llm.start, n=0), wants_state=True)
-    async with service.events(job) as events:
-        async for found in events:
-            for each in found:
-                assert isinstance(each, End) and each.state is not None
-                found_vector: list[float] = embedding(each.state).tolist()
-    return found_vector
+async def _vector(service: Service, tenant: Tenant, ids: tuple[int, ...]) -> list[float]:
+    state = await state_after(service, tenant, EngineRequest(ids, start=service.llm.start, n=0))
+    found: list[float] = embedding(state).tolist()
+    return found
 
 
 def _packed(vector: list[float], format: str) -> list[float] | str:

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import torch
 
 from fledge.engine.engine import likelihood
-from fledge.engine.generation import CHUNK, device_of
+from fledge.engine.generation import Cursor, device_of
 from fledge.engine.job import Token
+from fledge.engine.request import Busy
+from fledge.engine.scoring import CHUNK
 from fledge.models.state import State
-from fledge.server.exchange import Exchange
+from fledge.server.errors import api_error
 from fledge.server.service import Service
 
 
-async def prompt_tokens(service: Service, exchange: Exchange, top: int) -> list[Token]:
-    """The tokens of the prompt, each with its likelihood after those before it; the first follows nothing."""
-    ids, model = exchange.order.prompt.ids, service.llm.model
-    device = device_of(model)
-    found = [Token(ids[0], None)]
-    state: State = service.beginning
+class Scoring:
+    """One prompt, read once: `tokens` and `cursor` are there when `pieces` has come to its end."""
 
-    def piece(start: int) -> list[Token]:
-        nonlocal state
-        part = ids[start : start + CHUNK]
+    def __init__(self, service: Service, start: State | None, ids: tuple[int, ...], top: int) -> None:
+        """start: what the prompt follows; ids: at least one; top: how many of the most probable tokens are told."""
+        self._service, self._ids, self._top = service, ids, top
+        self._state = (service.beginning if start is None else start).to(service.llm.device)
+        self.tokens = [Token(ids[0], None)]  # whose scores nobody has kept
+
+    async def pieces(self) -> AsyncIterator[int]:
+        """Read: after each piece its tokens. Where nobody waits for the next, as the client has gone, it ends there.
+
+        Raises ApiError where the server is so busy that the request would be turned away after it.
+        """
+        desk = self._service.desk
+        if desk.jobs >= desk.engine.queue:
+            raise api_error(Busy(f"{desk.engine.queue} requests are on their way; try again later"))
+        for begin in range(0, len(self._ids), CHUNK):
+            self.tokens += await asyncio.wrap_future(desk.call(lambda begin=begin: self._piece(begin)))  # type: ignore[misc]
+            yield len(self._ids[begin : begin + CHUNK])
+
+    def _piece(self, begin: int) -> list[Token]:
+        model, part = self._service.llm.model, self._ids[begin : begin + CHUNK]
         with torch.no_grad():
-            logits, state = model(torch.tensor([part], dtype=torch.long, device=device), state)
-        after = ids[start + 1 : start + CHUNK + 1]
-        return [Token(token, likelihood(logits[0, place].cpu(), token, top)) for place, token in enumerate(after)]
-
-    for start in range(0, len(ids), CHUNK):
-        found += await asyncio.wrap_future(service.desk.call(lambda start=start: piece(start)))  # type: ignore[misc]
-    return found
+            scores, self._state = model(torch.tensor([part], dtype=torch.long, device=device_of(model)), self._state)
+        self.cursor = Cursor(scores[0, -1], self._state)
+        after = self._ids[begin + 1 : begin + CHUNK + 1]
+        return [Token(token, likelihood(scores[0, place].cpu(), token, self._top)) for place, token in enumerate(after)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
-from fledge.engine.job import End, Job
 from fledge.engine.request import Request as EngineRequest
 from fledge.engine.statefile import StateCard, dump, parse
-from fledge.engine.view import changes, half_lives, norms
+from fledge.engine.view import change, half_lives, norms
 from fledge.models.state import State
 from fledge.server.access import service_of, tenant_of
 from fledge.server.errors import ApiError, api_error
+from fledge.server.exchange import Visit, check_label, check_length, unless_gone
 from fledge.server.keys import Tenant
 from fledge.server.prompts import template_of, turns
+from fledge.server.reading import encoded, state_after
 from fledge.server.schema import ReadRequest, ViewRequest
 from fledge.server.service import Service
 from fledge.tokenizer import pieces
@@ -33,25 +35,26 @@ async def read(body: ReadRequest, request: Request) -> dict[str, Any]:
     service, tenant = service_of(request), tenant_of(request)
     if (body.text is None) == (body.messages is None):
         raise ApiError(400, "give either text or messages", param="text")
-    encode = service.llm.tokenizer.encode
+    check_label(body.name, "name")
+    service.shelf_for("fledge")  # before anything is read for it
     if body.text is not None:
         template, parts = None, [body.text]
     else:
         chosen = template_of(body.template, service.template, "template")
         template, closed = chosen.name, [*pieces(turns(body.messages or [], chosen), chosen, answer=False)]
         parts = [*closed, chosen.close_turn()]
-    ids = tuple(await asyncio.to_thread(lambda: [token for part in parts for token in encode(part)]))
+    param = "text" if body.messages is None else "messages"
+    ids = tuple(chain.from_iterable(await encoded(service, parts, param)))
     if not ids:
-        raise ApiError(400, "there is nothing to read", param="text")
+        raise ApiError(400, "there is nothing to read", param=param)
+    check_length(service, len(ids), param)
     start, before, space = service.llm.start, 0, f"{service.owner(tenant)}\0"
     if body.state is not None:
         start, card = await service.known_state(tenant, body.state, "state")
         before, space = card.tokens, f"{space}{body.state}" if body.state.startswith("st_") else None  # type: ignore[assignment]
-    tenant.enter()
-    try:
-        state = await _read(service, EngineRequest(ids, start=start, n=0, space=space))
-    finally:
-        tenant.leave(len(ids))
+    reading = EngineRequest(ids, start=start, n=0, space=space)
+    async with Visit(tenant):
+        state = await unless_gone(request, state_after(service, tenant, reading))
     card = service.card(before + len(ids), template)
     handle = await service.kept(tenant, state, card, body.name)
     return await _described(service, tenant, handle)
@@ -121,7 +124,7 @@ async def looked(handle: str, request: Request) -> dict[str, Any]:
         "layers": config.n_layer,
         "heads": config.n_head,
         "head_size": config.head_size,
-        "norms": _rows(norms(state)),
+        "norms": _rows(await asyncio.to_thread(norms, state)),
     }
 
 
@@ -130,24 +133,30 @@ async def view(body: ViewRequest, request: Request) -> dict[str, Any]:
     """How long each head remembers, and how much each message changed it."""
     service, tenant = service_of(request), tenant_of(request)
     template = template_of(body.template, service.template, "template")
-    texts = pieces(turns(body.messages, template), template, answer=False)
-    ids = [service.llm.tokenizer.encode(text) for text in texts]
+    texts = [*pieces(turns(body.messages, template), template, answer=False)]
+    ids = await encoded(service, texts, "messages")
+    check_length(service, sum(map(len, ids)), "messages")
     start = service.beginning
     if body.state is not None:
         start, _ = await service.known_state(tenant, body.state, "state")
-    tenant.enter()
-    try:
-        work = service.desk.call(lambda: changes(service.llm.model, ids, start))
-        found = await asyncio.wrap_future(work)
-    finally:
-        tenant.leave(sum(map(len, ids)))
+    async with Visit(tenant):
+        found = await unless_gone(request, _changes(service, tenant, ids, start))
     return {
-        "half_lives": _rows(half_lives(service.llm.model)),
+        "half_lives": _rows(await asyncio.to_thread(half_lives, service.llm.model)),
         "pieces": [
             {"text": text, "tokens": len(tokens), "change": _rows(change)}
             for text, tokens, change in zip(texts, ids, found, strict=True)
         ],
     }
+
+
+async def _changes(service: Service, tenant: Tenant, parts: list[tuple[int, ...]], state: State) -> list[Any]:
+    """How much each part changed; each is read as a request of its own, so that those of others go on beside it."""
+    found = list[Any]()
+    for ids in parts:
+        before, state = state, await state_after(service, tenant, EngineRequest(ids, start=state, n=0))
+        found.append(await asyncio.to_thread(change, before, state))
+    return found
 
 
 @router.post("/render")
@@ -156,17 +165,8 @@ async def rendered(body: ViewRequest, request: Request) -> dict[str, Any]:
     service = service_of(request)
     tenant_of(request)
     template = template_of(body.template, service.template, "template")
-    texts = pieces(turns(body.messages, template), template)
-    return {"text": "".join(texts), "tokens": sum(len(service.llm.tokenizer.encode(text)) for text in texts)}
-
-
-async def _read(service: Service, request: EngineRequest) -> State:
-    async with service.events(Job(request, wants_state=True)) as events:
-        async for found in events:
-            for end in found:
-                assert isinstance(end, End) and end.state is not None
-                state = end.state
-    return state
+    texts = [*pieces(turns(body.messages, template), template)]
+    return {"text": "".join(texts), "tokens": sum(map(len, await encoded(service, texts, "messages")))}
 
 
 async def _described(service: Service, tenant: Tenant, handle: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from random_checkpoints import VERSIONS, random_checkpoint
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import StateError
 from fledge.engine.generation import feed, fresh_state
-from fledge.engine.view import changes, distances, half_lives, norms
+from fledge.engine.view import change, distances, half_lives, norms
 from fledge.models import ModelConfig, WkvState, zero_state
 
 
@@ -39,9 +39,11 @@ def test_a_half_life_is_when_half_is_left() -> None:
 
 
 @pytest.mark.parametrize("version", ["4", "6.0"])
-def test_changes_are_told_piece_by_piece(version: str) -> None:
+def test_changes_are_told_head_by_head(version: str) -> None:
     model = model_of(version)
-    first, second = changes(model, [[5, 6, 7], [8]], fresh_state(model))
+    begin = fresh_state(model)
+    middle = feed(model, [5, 6, 7], begin)
+    first, second = change(begin, middle), change(middle, feed(model, [8], middle))
     heads = 1 if version == "4" else 5
     assert first is not None and first.shape == (3, heads) and (first == 1).all(), "all is new at the beginning"
     assert second is not None and (second > 0).all()

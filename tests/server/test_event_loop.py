@@ -1,0 +1,151 @@
+"""Nothing that takes long is done in the event loop or holds the desk; one limit of reading holds on every route."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import ByteTokenizer, random_finch
+from gated import GatedModel
+from running import Server, random_model, serving
+from test_http import ENDLESS, TEXT, eventually
+from test_many_prompts import asked
+
+from fledge.engine.text import LLM
+from fledge.server import completions
+
+LONG: dict[str, Any] = {"text": "word " * 5000}
+LONG_MESSAGES: dict[str, Any] = {"messages": [{"role": "user", "content": "word " * 5000}]}
+
+
+def in_event_loop() -> bool:
+    """Whether this thread is the event loop's."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+class WatchedTokenizer(ByteTokenizer):
+    """Notes where long texts are encoded."""
+
+    def __init__(self) -> None:
+        super().__init__("word ")
+        self.places = list[bool]()
+
+    def encode(self, text: str | bytes) -> list[int]:
+        if len(text) > 20_000:
+            self.places.append(in_event_loop())
+        return super().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"prompt": ["word " * 5000, "word " * 5000], "max_tokens": 1}),
+        ("/v1/embeddings", {"input": "word " * 5000}),
+        ("/v1/fledge/states", LONG),
+        ("/v1/fledge/states", LONG_MESSAGES),
+        ("/v1/fledge/view", LONG_MESSAGES),
+        ("/v1/fledge/render", LONG_MESSAGES),
+    ],
+)
+def test_long_texts_are_encoded_beside_the_event_loop(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    tokenizer = WatchedTokenizer()
+    with serving(LLM(random_finch(tokenizer.vocab_size), tokenizer, "watched"), tmp_path) as server:
+        assert server.post(path, body).status_code == 200
+    assert tokenizer.places and not any(tokenizer.places)
+
+
+def test_a_regex_is_compiled_once_a_request_and_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, compile = list[bool](), completions.regex
+
+    def noted(*arguments: Any) -> Any:
+        places.append(in_event_loop())
+        return compile(*arguments)
+
+    monkeypatch.setattr(completions, "regex", noted)
+    with serving(random_model()) as server:
+        body = {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 9, "fledge": {"regex": "[abc]{2}"}}
+        texts = [choice["text"] for choice in server.post(TEXT, body).json()["choices"]]
+    assert places == [False]
+    assert len(texts) == 6 and all(len(text) == 2 and set(text) <= set("abc") for text in texts), "each by itself"
+
+
+def test_figures_are_collected_beside_the_event_loop() -> None:
+    with serving(random_model()) as server:
+        places, text = list[bool](), server.service.metrics.text
+
+        def noted() -> bytes:
+            places.append(in_event_loop())
+            return text()
+
+        server.service.metrics.text = noted  # type: ignore[method-assign]
+        assert server.http.get("/metrics").status_code == 200 and places == [False]
+
+
+def test_looking_at_a_conversation_lets_others_go_on() -> None:
+    with serving(random_model()) as server:
+        stream, tally = server.stream(TEXT, ENDLESS), server.service.desk.engine.tally
+        next(stream)
+        drawn = list[int]()  # tokens written when a piece of the conversation was read
+
+        def noted(model: Any, given: tuple[Any, ...]) -> None:
+            if given[0].shape[1] > 1:
+                drawn.append(tally.drawn)
+
+        server.service.llm.model.register_forward_pre_hook(noted)
+        answer = server.post("/v1/fledge/view", {"messages": [{"role": "user", "content": "x" * 2000}]})
+        assert answer.json()["pieces"][0]["tokens"] > 2000
+        stream.close()
+        assert len(drawn) >= 4 and drawn[-1] - drawn[0] >= len(drawn) - 1, "the stream went on while it was read"
+
+
+@pytest.mark.parametrize("path", ["/v1/fledge/view", "/v1/fledge/states"])
+def test_nothing_is_read_on_for_a_client_that_has_gone(tmp_path: Path, path: str) -> None:
+    model = GatedModel()
+    with serving(model.llm(), tmp_path) as server:
+        model.gate.clear()
+        with asked(server, path, {"messages": [{"role": "user", "content": "x" * 3000}] * 4}):
+            assert model.waiting.wait(timeout=30)
+        eventually(lambda: server.service.keys.tenant(None).running == 0)
+        model.gate.set()
+        eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+        assert server.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert sum(model.calls) < 3000
+        assert server.http.get("/v1/fledge/states").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT, {"prompt": "x" * 40}, "prompt"),
+        (TEXT, {"prompt": ["a", "x" * 40], "stream": True}, "prompt"),
+        ("/v1/embeddings", {"input": ["a", "x" * 40]}, "input"),
+        ("/v1/fledge/states", {"text": "x" * 40}, "text"),
+        ("/v1/fledge/states", {"messages": [{"role": "user", "content": "x" * 40}]}, "messages"),
+        ("/v1/fledge/view", {"messages": [{"role": "user", "content": "x" * 10}] * 4}, "messages"),
+    ],
+)
+def test_one_limit_of_reading_holds_everywhere(tmp_path: Path, path: str, body: dict[str, Any], param: str) -> None:
+    with serving(random_model(), tmp_path, prompt_tokens=30) as server:
+        answer = server.post(path, body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+        assert server.service.desk.engine.tally.requests == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with serving(random_model(), tmp_path_factory.mktemp("loop")) as running:
+        yield running
+
+
+def test_a_text_with_an_id_that_no_token_has(server: Server) -> None:
+    for path, name in (("/v1/embeddings", "input"), (TEXT, "prompt")):
+        answer = server.post(path, {name: [[5, 6], [7, 10_000]]})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+    assert server.service.desk.engine.tally.requests == 0
