@@ -255,18 +255,54 @@ def test_parts_of_characters_have_names_of_their_own() -> None:
         assert each[name] == value
 
 
-def test_what_looks_like_a_call_is_text_where_none_is_allowed() -> None:
-    call = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
-    tools = [{"type": "function", "function": {"name": "a"}}]
+CALL = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
+CALLABLE: Any = [{"type": "function", "function": {"name": "a"}}]
+
+
+def calling(text: str) -> LLM:
+    """A model that answers with `text`, in tokens of one byte."""
     tokenizer = ByteTokenizer("\n\n", "Assistant:")
-    model = FakeModel([tokenizer.encode(call + "\n\n")], tokenizer.id_of("Assistant:"), tokenizer.vocab_size)
-    with serving(LLM(model, tokenizer, "fake")) as server:
+    return LLM(
+        FakeModel([tokenizer.encode(text)], tokenizer.id_of("Assistant:"), tokenizer.vocab_size), tokenizer, "fake"
+    )
+
+
+def test_what_looks_like_a_call_is_text_where_none_is_allowed() -> None:
+    with serving(calling(CALL + "\n\n")) as server:
         for choice in ("auto", "none"):
-            answer = server.ask("Hi", temperature=0, tools=tools, tool_choice=choice)["choices"][0]
+            answer = server.ask("Hi", temperature=0, tools=CALLABLE, tool_choice=choice)["choices"][0]
             called = choice == "auto"
             assert answer["finish_reason"] == ("tool_calls" if called else "stop")
-            assert answer["message"]["content"] == (None if called else call)
+            assert answer["message"]["content"] == (None if called else CALL)
             assert ("tool_calls" in answer["message"]) is called
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choice", "called", "content", "reason"),
+    [
+        (1, "required", 0, "", "length"),
+        (1, "auto", 0, "<", "length"),  # a word may begin so, too
+        (10, "auto", 0, "", "length"),
+        (len(CALL) - 1, "required", 0, "", "length"),
+        (len(CALL), "required", 1, None, "tool_calls"),
+        (len(CALL) + 1, "required", 1, None, "tool_calls"),
+        (len(CALL) + 2, "required", 1, None, "length"),
+        (len(CALL) + 20, "auto", 1, None, "length"),
+        (2 * len(CALL) + 1, "auto", 2, None, "tool_calls"),
+        (200, {"type": "function", "function": {"name": "a"}}, 1, None, "tool_calls"),
+    ],
+)
+def test_a_call_that_is_cut_is_never_text(tokens: int, choice: Any, called: int, content: Any, reason: str) -> None:
+    wanted = {"temperature": 0, "tools": CALLABLE, "tool_choice": choice, "max_tokens": tokens}
+    with serving(calling(f"{CALL}\n{CALL}")) as server:
+        answer = server.ask("Hi", **wanted)["choices"][0]
+    with serving(calling(f"{CALL}\n{CALL}")) as server:
+        pieces = [each["choices"][0] for each in server.stream(CHAT, {"messages": HI, **wanted})]
+    assert answer["message"]["content"] == content and answer["finish_reason"] == reason
+    assert len(answer["message"].get("tool_calls", [])) == called
+    assert "".join(each["delta"].get("content", "") for each in pieces) == (content or "")
+    assert sum(len(each["delta"].get("tool_calls", [])) for each in pieces) == called
+    assert pieces[-1]["finish_reason"] == reason
 
 
 def test_tokens(server: Server) -> None:
