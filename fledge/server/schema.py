@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fledge.engine.sampling import LARGEST_SEED
 
@@ -21,9 +21,17 @@ Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Strict(BaseModel):
-    """Base of all: no coercion, nothing unknown."""
+    """Base of all: no coercion, nothing unknown; null stands for a field that is left out, where one may be."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        free = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name not in free}
 
 
 class Options(Strict):

@@ -22,6 +22,7 @@ from fledge.core.errors import ConfigError
 from fledge.engine.text import LLM
 from fledge.server.exchange import EventStream
 from fledge.server.keys import Bucket, Keys
+from fledge.server.schema import ChatRequest, Options
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -166,6 +167,19 @@ def test_what_changes_nothing_is_taken_and_listed(server: Server) -> None:
     listed = listed.partition("change nothing:")[2].partition("Errors are")[0]
     names = {*request, "include_obfuscation", "name", "refusal", "tool_call_id", "suffix", "best_of", *named}
     assert [name for name in names - {"stream_options"} if not re.search(rf"[`.]{name}`", listed)] == []
+
+
+def test_null_is_as_good_as_nothing(server: Server) -> None:
+    chat: Any = {"messages": HI, "seed": 1, "max_tokens": 4}
+    names = [name for name, field in ChatRequest.model_fields.items() if not field.is_required() and name not in chat]
+    options = dict.fromkeys(Options.model_fields)
+    schema: Any = {"type": "json_schema", "json_schema": {"name": None, "schema": None, "strict": None}}
+    for more in (dict.fromkeys(names), {"fledge": options}, {"stream_options": {"include_usage": None}}):
+        answer = server.post(CHAT, {**chat, **more})
+        assert answer.status_code == 200 and answer.json()["choices"] == server.post(CHAT, chat).json()["choices"]
+    assert server.post(CHAT, {**chat, "response_format": schema}).status_code == 200
+    for wrong in ({"messages": None}, {"unknown": None}, {"messages": [{"role": None, "content": "a"}]}):
+        assert server.post(CHAT, {**chat, **wrong}).status_code == 400
 
 
 def test_sizes_have_limits(server: Server) -> None:
