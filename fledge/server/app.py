@@ -17,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +35,9 @@ HEADERS = (
     (b"content-security-policy", POLICY.encode()),
 )
 
+ROUTERS = (chat.router, completions.router, states.router, plain.router)
+PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))
+
 log = logging.getLogger("fledge")
 
 
@@ -49,17 +53,26 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(title="Fledge", version=version("fledge"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Fledge",
+        version=version("fledge"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.service = service
-    for module in (chat, completions, states, plain):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(ApiError, _api)
     app.add_exception_handler(FledgeError, _fledge)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
     mimetypes.add_type("text/javascript", ".js")  # whatever the machine's own table says: browsers insist on it
-    app.mount("/", Page(directory=PAGE, html=True), name="page")
+    page = Page(directory=PAGE, html=True)
+    for name in ("", *(file.name for file in PAGE.iterdir())):  # not a mount, which would take every path there is
+        app.router.routes.append(Route(f"/{name}", page, methods=["GET"], name="page", include_in_schema=False))
     hosts = None if service.keys.needed else Hosts(host, service.settings.origins)
     app.add_middleware(Border, service=service, hosts=hosts)
     if service.settings.origins:
@@ -161,7 +174,20 @@ async def _fledge(request: Request, error: Any) -> Response:
 
 
 async def _http(request: Request, error: Any) -> Response:
-    return await _api(request, ApiError(error.status_code, str(error.detail)))
+    """A path that is not there, or not by this method."""
+    method, path = request.method, request.url.path
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        refusal = Refusal(ApiError(405, f"{path:.80} takes {allowed}, not {method:.10}", code="method_not_allowed"))
+        refusal.headers["allow"] = allowed
+        return refusal
+    if error.status_code != 404:
+        return await _api(request, ApiError(error.status_code, str(error.detail)))
+    meant = next((name for name in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if name in PATHS), None)
+    hint = f"; it is {meant} here" if meant else ""
+    if meant == f"/v1{path}":
+        hint += ": give OpenAI's clients a base_url that ends with /v1"
+    return await _api(request, ApiError(404, f"there is no {path:.80} here{hint}", code="unknown_url"))
 
 
 async def _invalid(request: Request, error: Any) -> Response:

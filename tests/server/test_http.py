@@ -199,7 +199,18 @@ def test_sizes_have_limits(server: Server) -> None:
 
 def test_paths_and_methods_that_are_not_there(server: Server) -> None:
     assert server.http.get("/v1/nothing").status_code == 404
-    assert server.http.get(CHAT).status_code in (404, 405)
+    for method, path, allowed in (("GET", CHAT, "POST"), ("DELETE", "/v1/models", "GET"), ("POST", "/app.js", "GET")):
+        answer = server.http.request(method, path)
+        assert answer.status_code == 405 and allowed in answer.headers["allow"].split(", ")
+        assert answer.json()["error"]["type"] == "invalid_request_error" and path in answer.json()["error"]["message"]
+    for path, hint in (
+        ("/v1/responses", "there is no /v1/responses here"),
+        ("/chat/completions", "it is /v1/chat/completions here: give OpenAI's clients a base_url"),
+        (f"/v1{CHAT}", "it is /v1/chat/completions here"),
+        ("/v1/tokenize", "it is /tokenize here"),
+    ):
+        error = server.post(path, {}).json()["error"]
+        assert hint in error["message"] and error["type"] == "not_found_error", error
     assert server.http.get("/../pyproject.toml").status_code == 404
     assert server.http.get("/%2e%2e/app.py").status_code == 404
 
