@@ -123,7 +123,10 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
     )
     listener = _listening(place.host, place.port)
     _announce(service.name, place.host, listener.getsockname()[1])
-    _stoppable(config).run(sockets=[listener])
+    try:
+        _stoppable(config).run(sockets=[listener])
+    finally:  # where it was stopped twice, a thread that still computes could crash the interpreter as it ends
+        service.desk.close()
 
 
 def _stoppable(config: Any) -> Any:

@@ -25,6 +25,7 @@ from fledge.core.errors import FledgeError
 from fledge.server import chat, completions, plain, states
 from fledge.server.errors import ApiError, api_error
 from fledge.server.hosts import Hosts
+from fledge.server.schema import ONLY_TEXT
 from fledge.server.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -37,6 +38,18 @@ HEADERS = (
 
 ROUTERS = (chat.router, completions.router, states.router, plain.router)
 PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))
+
+UNREADABLE = {UnicodeDecodeError: "the body is not UTF-8", RecursionError: "the body is nested too deeply"}
+NO_OBJECT = "the body must be a JSON object"
+SHAPES = {
+    "str": "text",
+    "list[str]": "a list of texts",
+    "list[TextPart]": "a list of parts",
+    "list[int]": "a list of numbers",
+    "list[list[int]]": "a list of lists of numbers",
+    "dict[str,any]": "an object",
+}
+"""What Pydantic calls the shapes that a field may have, in words."""
 
 log = logging.getLogger("fledge")
 
@@ -182,7 +195,8 @@ async def _http(request: Request, error: Any) -> Response:
         refusal.headers["allow"] = allowed
         return refusal
     if error.status_code != 404:
-        return await _api(request, ApiError(error.status_code, str(error.detail)))
+        found = next((text for kind, text in UNREADABLE.items() if isinstance(error.__cause__, kind)), error.detail)
+        return await _api(request, ApiError(error.status_code, str(found)))
     meant = next((name for name in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if name in PATHS), None)
     hint = f"; it is {meant} here" if meant else ""
     if meant == f"/v1{path}":
@@ -192,15 +206,44 @@ async def _http(request: Request, error: Any) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     """A body of the wrong shape: the first fault, with its field."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
+    first, wanted = _first_fault(error.errors())
     if first["type"] == "json_invalid":
         return await _api(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
-    param = ".".join(place) or None
+    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "path", "query")) or None
+    if param is None:
+        return await _api(request, ApiError(400, _no_object(request, first)))
     given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
-    text = "this field is not known" if first["type"] == "extra_forbidden" else first["msg"]
-    shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden") and place else ""
-    return await _api(request, ApiError(400, f"{param or 'the body'}: {text}{shown}", param=param))
+    text = "this field is not known" if first["type"] == "extra_forbidden" else wanted or first["msg"]
+    shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden", ONLY_TEXT) else ""
+    return await _api(request, ApiError(400, f"{param}: {text}{shown}", param=param))
+
+
+def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The fault to tell of, and, where a field may have several shapes and has none, which these are.
+
+    Pydantic tells of every shape apart, and puts its name into the place: ("messages", 0, "content", "str").
+    """
+    first = errors[0]
+    at = next((at for at, part in enumerate(first["loc"]) if part in SHAPES), None)
+    if at is None or first["type"] == "extra_forbidden":
+        return first, ""
+    place = first["loc"][:at]
+    same = [each for each in errors if each["loc"][:at] == place and each["loc"][at:]]
+    names = list(dict.fromkeys(str(each["loc"][at]) for each in same))
+    inner = [each for each in same if len(each["loc"]) > at + 1]
+    if inner and len(names) == 2:  # text, or a list that has gone wrong inside
+        return {**inner[0], "loc": (*place, *inner[0]["loc"][at + 1 :])}, ""
+    return {**first, "loc": place}, f"it must be {' or '.join(SHAPES.get(name, name) for name in names)}"
+
+
+def _no_object(request: Request, fault: dict[str, Any]) -> str:
+    """What is wrong with a body that has no fields."""
+    kind = request.headers.get("content-type", "")
+    if not fault.get("input"):
+        return "the body is empty; it must be a JSON object" if fault["type"] == "missing" else NO_OBJECT
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        return f"the body is {kind[:80] or 'of no type'}; send the header Content-Type: application/json"
+    return NO_OBJECT
 
 
 async def _unexpected(request: Request, error: Any) -> Response:

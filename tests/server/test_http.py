@@ -109,6 +109,50 @@ def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+GOOD = json.dumps({"messages": HI, "max_tokens": 2}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (GOOD, None, "send the header Content-Type: application/json"),
+        (GOOD, "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b"", "application/json", "the body is empty"),
+        (b"[]", "application/json", "must be a JSON object"),
+        (b'{"messages": "\xff"}', "application/json", "not UTF-8"),
+        (b"[" * 90_000, "application/json", "nested too deeply"),
+    ],
+)
+def test_a_body_is_told_what_is_wrong_with_it(server: Server, body: bytes, kind: str | None, words: str) -> None:
+    answer = server.http.post(CHAT, content=body, headers={} if kind is None else {"content-type": kind})
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param", "words"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "images"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "a{b}"}]}]}, "messages.0.content", "type 'a{b}'"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "text or a list of parts"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "messages.0.content.0.text",
+            "valid string (given: 3)",
+        ),
+        (CHAT, {"messages": HI, "stop": 3}, "stop", "text or a list of texts (given: 3)"),
+        (CHAT, {"messages": HI, "stop": ["a", 3]}, "stop.1", "valid string (given: 3)"),
+        (CHAT, {"messages": HI, "tool_choice": 3}, "tool_choice", "text or an object"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt", "text or a list of texts or a list of numbers or a list of lists"),
+    ],
+)
+def test_a_field_of_several_shapes_is_named_without_them(
+    server: Server, path: str, change: dict[str, Any], param: str, words: str
+) -> None:
+    error = server.post(path, change).json()["error"]
+    assert error["param"] == param and error["message"].startswith(f"{param}: ") and words in error["message"], error
+
+
 def test_an_error_tells_of_text_that_is_no_unicode(server: Server) -> None:
     wrong: Any = "\ud800"
     for change in ({"stream": wrong}, {"messages": wrong}, {wrong: 1}, {"model": wrong}):
