@@ -82,6 +82,9 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
     _installed()
     from fledge.server.hosts import is_local
 
+    for option, folder in (("--folder", place.folder), ("--shared", place.shared)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError(f"{option}: {folder} is not a folder")
     if not is_local(place.host) and place.keys is None:
         remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
     settings = Settings(

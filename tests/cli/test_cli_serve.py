@@ -85,6 +85,11 @@ def test_a_port_that_is_taken(fledge: Any, byte_model: Path) -> None:
         fledge("serve", "--model", byte_model, "--port", port).check_error(1, f"127.0.0.1:{port}", "--port")
 
 
+@pytest.mark.parametrize("option", ["--folder", "--shared"])
+def test_a_file_in_place_of_a_folder(fledge: Any, byte_model: Path, option: str) -> None:
+    fledge("serve", option, byte_model).check_error(2, option, f"{byte_model} is not a folder")
+
+
 def test_limits_are_those_of_the_settings(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = list[Settings]()
     monkeypatch.setattr("fledge.cli.serve._run", lambda model, settings, place: found.append(settings))
