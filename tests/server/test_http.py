@@ -19,10 +19,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from fledge.core.errors import ConfigError
+from fledge.engine.chat import CHAT_PARAMS
+from fledge.engine.sampling import SamplingParams
 from fledge.engine.text import LLM
 from fledge.server.exchange import EventStream
 from fledge.server.keys import Bucket, Keys
-from fledge.server.schema import ChatRequest, Options
+from fledge.server.schema import MOST_CHOICES, MOST_STOPS, ChatRequest, Options
+from fledge.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -224,6 +227,17 @@ def test_null_is_as_good_as_nothing(server: Server) -> None:
     assert server.post(CHAT, {**chat, "response_format": schema}).status_code == 200
     for wrong in ({"messages": None}, {"unknown": None}, {"messages": [{"role": None, "content": "a"}]}):
         assert server.post(CHAT, {**chat, **wrong}).status_code == 400
+
+
+def test_how_text_is_drawn_is_told_as_it_is() -> None:
+    """The table in docs/server.md."""
+    told = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    plain = SamplingParams()
+    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "penalty_decay"):
+        shown = "fledge.penalty_decay" if name == "penalty_decay" else name
+        assert f"| `{shown}` | {getattr(CHAT_PARAMS, name):g} | {getattr(plain, name):g} |" in told, name
+    for number in (Settings.max_tokens, Settings.most_tokens, Settings.prompt_tokens, MOST_STOPS, MOST_CHOICES):
+        assert re.search(rf"\b{number}\b", told), number
 
 
 def test_sizes_have_limits(server: Server) -> None:
