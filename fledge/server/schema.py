@@ -120,7 +120,7 @@ class Message(Strict):
             kind = part.get("type") if isinstance(part, dict) else "text"
             if isinstance(kind, str) and kind != "text":
                 what = "images are" if kind.startswith("image") else f"a part of type {kind[:40]!r} is"
-                raise PydanticCustomError(ONLY_TEXT, f"{what} not supported; this model reads text only")  # type: ignore[misc]
+                raise PydanticCustomError(ONLY_TEXT, f"{what} not supported; this model reads text only")
         return given
 
 
