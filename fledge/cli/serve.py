@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
@@ -79,6 +82,9 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
     _installed()
     from fledge.server.hosts import is_local
 
+    for option, folder in (("--folder", place.folder), ("--shared", place.shared)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError(f"{option}: {folder} is not a folder")
     if not is_local(place.host) and place.keys is None:
         remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
     settings = Settings(
@@ -120,7 +126,29 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
     )
     listener = _listening(place.host, place.port)
     _announce(service.name, place.host, listener.getsockname()[1])
-    uvicorn.Server(config).run(sockets=[listener])
+    try:
+        _stoppable(config).run(sockets=[listener])
+    finally:  # where it was stopped twice, a thread that still computes could crash the interpreter as it ends
+        service.desk.close()
+
+
+def _stoppable(config: Any) -> Any:
+    """The server, which a second signal ends at once. What is broken off then has no error to tell of."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            again = self.should_exit
+            super().handle_exit(sig, frame)
+            self.force_exit = again
+
+        def told(self, record: logging.LogRecord) -> bool:
+            stopped = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+            return not (stopped or self.force_exit)
+
+    server = Server(config)
+    logging.getLogger("uvicorn.error").addFilter(server.told)
+    return server
 
 
 def _spread(model: ModelOptions, settings: Settings, place: Place, count: int) -> None:

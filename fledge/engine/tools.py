@@ -58,13 +58,13 @@ def tool_call(
     """Calls of `tools`, each {"type": "function", "function": {"name", "description", "parameters"}}.
 
     With choice `auto` any text, in which `<tool_call>` begins a call; with `required` calls only, and with a function's
-    name calls of that one. The arguments fit the parameters, a JSON Schema, and are written as in `json_schema`.
-    parallel: whether more than one call may come.
+    name one call of that one. The arguments fit the parameters, a JSON Schema, and are written as in `json_schema`.
+    parallel: whether more than one call may come, where none is named.
 
     Raises UsageError for tools or a choice of another shape, and for parameters as `json_schema` does.
     """
     bodies = [_body(function) for function in _chosen(_functions(tools), choice)]
-    more = ' ("\\n<tool_call>" body)*' if parallel else ""
+    more = ' ("\\n<tool_call>" body)*' if parallel and isinstance(choice, str) else ""
     first = "head" if choice == "auto" else '" "? "<tool_call>"'
     lines = [
         f"start: {'TEXT | ' if choice == 'auto' else ''}{first} body{more}",

@@ -17,18 +17,24 @@ from fledge.tokenizer import Tokenizer
 REASONS = {"stop": "stop", "eos": "stop", "complete": "stop", "length": "length", "deadline": "length"}
 """Why a text ended, in the protocol's words."""
 
+WHOLE = ("eos", "complete")
+"""Ends at which a grammar has nothing left open."""
+
 CALL = "<tool_call>"
 
 
 class Answer:
     """One choice of a chat as it comes: no white space at either end, and calls apart from the text."""
 
-    def __init__(self, calls: bool = False) -> None:
-        """calls: whether the text may hold calls of functions; these are told once they are whole."""
+    def __init__(self, calls: bool = False, only: bool = False) -> None:
+        """calls: whether the text may hold calls of functions; these are told once they are whole, and what is left of
+        a call that was cut is not told at all. only: whether there is nothing beside them.
+        """
         self.text, self.calls = "", list[dict[str, Any]]()
         self.tokens: list[Token] = []
         self.end: End | None = None
-        self._looks = calls
+        self._looks, self._only = calls, only
+        self._cut = False  # whether it ended within a call
         self._open = ""  # the end of the text, where a call may be beginning
         self._held = ""  # white space that may turn out to be the end
         self._call = ""  # from where a call begins
@@ -54,6 +60,9 @@ class Answer:
         """The last text; `calls` and `reason` are known then."""
         self.end = end
         rest, calls = parse_calls(self._call or self._open)
+        if end.reason not in WHOLE:
+            # One "<" may be text as well as the beginning of a call, a longer piece of the mark hardly.
+            self._cut = bool(rest) and (bool(self._call) or self._only or len(rest) > 1)
         self.calls = [
             {
                 "id": f"call_{uuid.uuid4().hex[:24]}",
@@ -62,13 +71,13 @@ class Answer:
             }
             for call in calls
         ]
-        return self._show(rest)
+        return "" if self._cut else self._show(rest)
 
     @property
     def reason(self) -> str:
-        """Why it ended."""
+        """Why it ended; after a whole call that is followed by a piece of one, why that is no more."""
         assert self.end is not None
-        return "tool_calls" if self.calls else REASONS[self.end.reason]
+        return "tool_calls" if self.calls and not self._cut else REASONS[self.end.reason]
 
     def _show(self, text: str) -> str:
         text = self._held + text

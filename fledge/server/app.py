@@ -17,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +25,7 @@ from fledge.core.errors import FledgeError
 from fledge.server import chat, completions, plain, states
 from fledge.server.errors import ApiError, api_error
 from fledge.server.hosts import Hosts
+from fledge.server.schema import ONLY_TEXT
 from fledge.server.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -33,6 +35,21 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", POLICY.encode()),
 )
+
+ROUTERS = (chat.router, completions.router, states.router, plain.router)
+PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))
+
+UNREADABLE = {UnicodeDecodeError: "the body is not UTF-8", RecursionError: "the body is nested too deeply"}
+NO_OBJECT = "the body must be a JSON object"
+SHAPES = {
+    "str": "text",
+    "list[str]": "a list of texts",
+    "list[TextPart]": "a list of parts",
+    "list[int]": "a list of numbers",
+    "list[list[int]]": "a list of lists of numbers",
+    "dict[str,any]": "an object",
+}
+"""What Pydantic calls the shapes that a field may have, in words."""
 
 log = logging.getLogger("fledge")
 
@@ -49,17 +66,26 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(title="Fledge", version=version("fledge"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Fledge",
+        version=version("fledge"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.service = service
-    for module in (chat, completions, states, plain):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(ApiError, _api)
     app.add_exception_handler(FledgeError, _fledge)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
     mimetypes.add_type("text/javascript", ".js")  # whatever the machine's own table says: browsers insist on it
-    app.mount("/", Page(directory=PAGE, html=True), name="page")
+    page = Page(directory=PAGE, html=True)
+    for name in ("", *(file.name for file in PAGE.iterdir())):  # not a mount, which would take every path there is
+        app.router.routes.append(Route(f"/{name}", page, methods=["GET"], name="page", include_in_schema=False))
     hosts = None if service.keys.needed else Hosts(host, service.settings.origins)
     app.add_middleware(Border, service=service, hosts=hosts)
     if service.settings.origins:
@@ -161,20 +187,63 @@ async def _fledge(request: Request, error: Any) -> Response:
 
 
 async def _http(request: Request, error: Any) -> Response:
-    return await _api(request, ApiError(error.status_code, str(error.detail)))
+    """A path that is not there, or not by this method."""
+    method, path = request.method, request.url.path
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        refusal = Refusal(ApiError(405, f"{path:.80} takes {allowed}, not {method:.10}", code="method_not_allowed"))
+        refusal.headers["allow"] = allowed
+        return refusal
+    if error.status_code != 404:
+        found = next((text for kind, text in UNREADABLE.items() if isinstance(error.__cause__, kind)), error.detail)
+        return await _api(request, ApiError(error.status_code, str(found)))
+    meant = next((name for name in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if name in PATHS), None)
+    hint = f"; it is {meant} here" if meant else ""
+    if meant == f"/v1{path}":
+        hint += ": give OpenAI's clients a base_url that ends with /v1"
+    return await _api(request, ApiError(404, f"there is no {path:.80} here{hint}", code="unknown_url"))
 
 
 async def _invalid(request: Request, error: Any) -> Response:
     """A body of the wrong shape: the first fault, with its field."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
+    first, wanted = _first_fault(error.errors())
     if first["type"] == "json_invalid":
         return await _api(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
-    param = ".".join(place) or None
+    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "path", "query")) or None
+    if param is None:
+        return await _api(request, ApiError(400, _no_object(request, first)))
     given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
-    text = "this field is not known" if first["type"] == "extra_forbidden" else first["msg"]
-    shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden") and place else ""
-    return await _api(request, ApiError(400, f"{param or 'the body'}: {text}{shown}", param=param))
+    text = "this field is not known" if first["type"] == "extra_forbidden" else wanted or first["msg"]
+    shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden", ONLY_TEXT) else ""
+    return await _api(request, ApiError(400, f"{param}: {text}{shown}", param=param))
+
+
+def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The fault to tell of, and, where a field may have several shapes and has none, which these are.
+
+    Pydantic tells of every shape apart, and puts its name into the place: ("messages", 0, "content", "str").
+    """
+    first = errors[0]
+    at = next((at for at, part in enumerate(first["loc"]) if part in SHAPES), None)
+    if at is None or first["type"] == "extra_forbidden":
+        return first, ""
+    place = first["loc"][:at]
+    same = [each for each in errors if each["loc"][:at] == place and each["loc"][at:]]
+    names = list(dict.fromkeys(str(each["loc"][at]) for each in same))
+    inner = [each for each in same if len(each["loc"]) > at + 1]
+    if inner and len(names) == 2:  # text, or a list that has gone wrong inside
+        return {**inner[0], "loc": (*place, *inner[0]["loc"][at + 1 :])}, ""
+    return {**first, "loc": place}, f"it must be {' or '.join(SHAPES.get(name, name) for name in names)}"
+
+
+def _no_object(request: Request, fault: dict[str, Any]) -> str:
+    """What is wrong with a body that has no fields."""
+    kind = request.headers.get("content-type", "")
+    if not fault.get("input"):
+        return "the body is empty; it must be a JSON object" if fault["type"] == "missing" else NO_OBJECT
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        return f"the body is {kind[:80] or 'of no type'}; send the header Content-Type: application/json"
+    return NO_OBJECT
 
 
 async def _unexpected(request: Request, error: Any) -> Response:

@@ -74,7 +74,8 @@ class Reply:
     def __init__(self, service: Service, body: ChatRequest, exchange: Exchange) -> None:
         self.header = Header("chat.completion", service.name)
         calls = bool(body.tools) and body.tool_choice != NO_TOOLS
-        self.answers = [Answer(calls=calls) for _ in range(body.n)]
+        only = body.tool_choice not in (None, "auto")
+        self.answers = [Answer(calls=calls, only=only) for _ in range(body.n)]
         self._body, self.exchange, self._tokenizer = body, exchange, service.llm.tokenizer
         self._first: list[Event] = []
 

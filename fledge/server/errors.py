@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fledge.core.errors import FledgeError
+from fledge.core.errors import FledgeError, StateError
 from fledge.engine.request import Busy
 
 KINDS = {
@@ -12,6 +12,7 @@ KINDS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    405: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
@@ -45,4 +46,7 @@ def api_error(error: FledgeError, param: str | None = None) -> ApiError:
     """An error of the rooms below as the client sees it: their messages are written for people."""
     if isinstance(error, Busy):
         return ApiError(503 if "shutting down" in str(error) else 429, str(error), code="busy", wait=1)
-    return ApiError(400, str(error), param=param)
+    told = str(error)
+    if isinstance(error, StateError) and not told.startswith("the state"):  # elsewhere the file's name comes first
+        told = f"the state cannot be used: {told}"
+    return ApiError(400, told, param=param)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fledge.engine.sampling import LARGEST_SEED
 
@@ -16,14 +17,25 @@ MOST_STOPS = 16
 MOST_CHOICES = 64
 MOST_TOKENS = 1 << 20
 
+ONLY_TEXT = "only_text"
+"""The kind of the error of a message with something else in it."""
+
 Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Strict(BaseModel):
-    """Base of all: no coercion, nothing unknown."""
+    """Base of all: no coercion, nothing unknown; null stands for a field that is left out, where one may be."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        free = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name not in free}
 
 
 class Options(Strict):
@@ -100,6 +112,16 @@ class Message(Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, given: Any) -> Any:
+        for part in given if isinstance(given, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else "text"
+            if isinstance(kind, str) and kind != "text":
+                what = "images are" if kind.startswith("image") else f"a part of type {kind[:40]!r} is"
+                raise PydanticCustomError(ONLY_TEXT, f"{what} not supported; this model reads text only")
+        return given
 
 
 class JsonSchema(Strict):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +50,44 @@ def test_it_listens_before_it_says_so_and_under_its_name(
     assert done.code == 0 and done.messages.startswith(f"mine at http://127.0.0.1:{ports[0]}  (the chat page")
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_in_a_stream_is_no_error(byte_model: Path, signals: int) -> None:
+    """The second ends it at once; after one the server waits, here for no time, and then breaks the stream off."""
+    command = [sys.executable, "-m", "fledge", "serve", "--model", byte_model, "--port", "0"]
+    command += ["--drain", "60" if signals == 2 else "0"]
+    body = json.dumps({"prompt": "Hi", "max_tokens": 60_000, "stream": True, "fledge": {"ban": [0]}}).encode()
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as server, ExitStack() as stack:
+        stack.callback(server.kill)
+        assert server.stderr is not None
+        port = re.search(rb":(\d+) ", server.stderr.readline())
+        assert port is not None
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", int(port[1])), timeout=30))
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        assert b" 200 " in client.recv(100)
+        for _ in range(signals):
+            server.send_signal(signal.SIGINT)
+            time.sleep(0.2)  # signals that come together are one
+        with suppress(ConnectionError):
+            while client.recv(1 << 16):
+                pass
+        told = server.stderr.read().decode()
+        code = server.wait(timeout=30)
+    assert "Traceback" not in told and len(told.splitlines()) <= 1, told
+    assert code == 130 or signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as where tests run in the background
+
+
 def test_a_port_that_is_taken(fledge: Any, byte_model: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         fledge("serve", "--model", byte_model, "--port", port).check_error(1, f"127.0.0.1:{port}", "--port")
+
+
+@pytest.mark.parametrize("option", ["--folder", "--shared"])
+def test_a_file_in_place_of_a_folder(fledge: Any, byte_model: Path, option: str) -> None:
+    fledge("serve", option, byte_model).check_error(2, option, f"{byte_model} is not a folder")
 
 
 def test_limits_are_those_of_the_settings(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,12 +86,12 @@ def test_required_calls_and_nothing_else(tokenizer: ByteTokenizer, vocabulary: G
 
 def test_one_call_of_one_function(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
     choice = {"type": "function", "function": {"name": "weather_now"}}
-    start = tool_call(TOOLS, choice, vocabulary, parallel=False)
-    once = start.fork()
-    assert taken(once, tokenizer, render_calls([NOW])) == render_calls([NOW]) + "." and once.done
-    assert np.flatnonzero(once.mask()).tolist() == [tokenizer.eos_id]
+    start = tool_call(TOOLS, choice, vocabulary)
+    for once in (start.fork(), tool_call(TOOLS, "required", vocabulary, parallel=False)):
+        assert taken(once, tokenizer, render_calls([NOW])) == render_calls([NOW]) + "." and once.done
+        assert np.flatnonzero(once.mask()).tolist() == [tokenizer.eos_id]
     assert taken(start.fork(), tokenizer, render_calls([ROME])).endswith('"weather')
-    several = tool_call(TOOLS, choice, vocabulary)
+    several = tool_call(TOOLS, "required", vocabulary)
     taken(several, tokenizer, render_calls([NOW]))
     assert several.may_end and not several.done
 

@@ -19,9 +19,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from fledge.core.errors import ConfigError
+from fledge.engine.chat import CHAT_PARAMS
+from fledge.engine.sampling import SamplingParams
 from fledge.engine.text import LLM
 from fledge.server.exchange import EventStream
 from fledge.server.keys import Bucket, Keys
+from fledge.server.schema import MOST_CHOICES, MOST_STOPS, ChatRequest, Options
+from fledge.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -108,6 +112,50 @@ def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+GOOD = json.dumps({"messages": HI, "max_tokens": 2}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (GOOD, None, "send the header Content-Type: application/json"),
+        (GOOD, "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b"", "application/json", "the body is empty"),
+        (b"[]", "application/json", "must be a JSON object"),
+        (b'{"messages": "\xff"}', "application/json", "not UTF-8"),
+        (b"[" * 90_000, "application/json", "nested too deeply"),
+    ],
+)
+def test_a_body_is_told_what_is_wrong_with_it(server: Server, body: bytes, kind: str | None, words: str) -> None:
+    answer = server.http.post(CHAT, content=body, headers={} if kind is None else {"content-type": kind})
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param", "words"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "images"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "a{b}"}]}]}, "messages.0.content", "type 'a{b}'"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "text or a list of parts"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "messages.0.content.0.text",
+            "valid string (given: 3)",
+        ),
+        (CHAT, {"messages": HI, "stop": 3}, "stop", "text or a list of texts (given: 3)"),
+        (CHAT, {"messages": HI, "stop": ["a", 3]}, "stop.1", "valid string (given: 3)"),
+        (CHAT, {"messages": HI, "tool_choice": 3}, "tool_choice", "text or an object"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt", "text or a list of texts or a list of numbers or a list of lists"),
+    ],
+)
+def test_a_field_of_several_shapes_is_named_without_them(
+    server: Server, path: str, change: dict[str, Any], param: str, words: str
+) -> None:
+    error = server.post(path, change).json()["error"]
+    assert error["param"] == param and error["message"].startswith(f"{param}: ") and words in error["message"], error
+
+
 def test_an_error_tells_of_text_that_is_no_unicode(server: Server) -> None:
     wrong: Any = "\ud800"
     for change in ({"stream": wrong}, {"messages": wrong}, {wrong: 1}, {"model": wrong}):
@@ -168,6 +216,30 @@ def test_what_changes_nothing_is_taken_and_listed(server: Server) -> None:
     assert [name for name in names - {"stream_options"} if not re.search(rf"[`.]{name}`", listed)] == []
 
 
+def test_null_is_as_good_as_nothing(server: Server) -> None:
+    chat: Any = {"messages": HI, "seed": 1, "max_tokens": 4}
+    names = [name for name, field in ChatRequest.model_fields.items() if not field.is_required() and name not in chat]
+    options = dict.fromkeys(Options.model_fields)
+    schema: Any = {"type": "json_schema", "json_schema": {"name": None, "schema": None, "strict": None}}
+    for more in (dict.fromkeys(names), {"fledge": options}, {"stream_options": {"include_usage": None}}):
+        answer = server.post(CHAT, {**chat, **more})
+        assert answer.status_code == 200 and answer.json()["choices"] == server.post(CHAT, chat).json()["choices"]
+    assert server.post(CHAT, {**chat, "response_format": schema}).status_code == 200
+    for wrong in ({"messages": None}, {"unknown": None}, {"messages": [{"role": None, "content": "a"}]}):
+        assert server.post(CHAT, {**chat, **wrong}).status_code == 400
+
+
+def test_how_text_is_drawn_is_told_as_it_is() -> None:
+    """The table in docs/server.md."""
+    told = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    plain = SamplingParams()
+    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "penalty_decay"):
+        shown = "fledge.penalty_decay" if name == "penalty_decay" else name
+        assert f"| `{shown}` | {getattr(CHAT_PARAMS, name):g} | {getattr(plain, name):g} |" in told, name
+    for number in (Settings.max_tokens, Settings.most_tokens, Settings.prompt_tokens, MOST_STOPS, MOST_CHOICES):
+        assert re.search(rf"\b{number}\b", told), number
+
+
 def test_sizes_have_limits(server: Server) -> None:
     long = {"messages": [{"role": "user", "content": "x" * 200_000}]}
     assert server.post(CHAT, long).json()["error"]["code"] == "too_large"
@@ -185,7 +257,18 @@ def test_sizes_have_limits(server: Server) -> None:
 
 def test_paths_and_methods_that_are_not_there(server: Server) -> None:
     assert server.http.get("/v1/nothing").status_code == 404
-    assert server.http.get(CHAT).status_code in (404, 405)
+    for method, path, allowed in (("GET", CHAT, "POST"), ("DELETE", "/v1/models", "GET"), ("POST", "/app.js", "GET")):
+        answer = server.http.request(method, path)
+        assert answer.status_code == 405 and allowed in answer.headers["allow"].split(", ")
+        assert answer.json()["error"]["type"] == "invalid_request_error" and path in answer.json()["error"]["message"]
+    for path, hint in (
+        ("/v1/responses", "there is no /v1/responses here"),
+        ("/chat/completions", "it is /v1/chat/completions here: give OpenAI's clients a base_url"),
+        (f"/v1{CHAT}", "it is /v1/chat/completions here"),
+        ("/v1/tokenize", "it is /tokenize here"),
+    ):
+        error = server.post(path, {}).json()["error"]
+        assert hint in error["message"] and error["type"] == "not_found_error", error
     assert server.http.get("/../pyproject.toml").status_code == 404
     assert server.http.get("/%2e%2e/app.py").status_code == 404
 
@@ -255,18 +338,54 @@ def test_parts_of_characters_have_names_of_their_own() -> None:
         assert each[name] == value
 
 
-def test_what_looks_like_a_call_is_text_where_none_is_allowed() -> None:
-    call = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
-    tools = [{"type": "function", "function": {"name": "a"}}]
+CALL = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
+CALLABLE: Any = [{"type": "function", "function": {"name": "a"}}]
+
+
+def calling(text: str) -> LLM:
+    """A model that answers with `text`, in tokens of one byte."""
     tokenizer = ByteTokenizer("\n\n", "Assistant:")
-    model = FakeModel([tokenizer.encode(call + "\n\n")], tokenizer.id_of("Assistant:"), tokenizer.vocab_size)
-    with serving(LLM(model, tokenizer, "fake")) as server:
+    return LLM(
+        FakeModel([tokenizer.encode(text)], tokenizer.id_of("Assistant:"), tokenizer.vocab_size), tokenizer, "fake"
+    )
+
+
+def test_what_looks_like_a_call_is_text_where_none_is_allowed() -> None:
+    with serving(calling(CALL + "\n\n")) as server:
         for choice in ("auto", "none"):
-            answer = server.ask("Hi", temperature=0, tools=tools, tool_choice=choice)["choices"][0]
+            answer = server.ask("Hi", temperature=0, tools=CALLABLE, tool_choice=choice)["choices"][0]
             called = choice == "auto"
             assert answer["finish_reason"] == ("tool_calls" if called else "stop")
-            assert answer["message"]["content"] == (None if called else call)
+            assert answer["message"]["content"] == (None if called else CALL)
             assert ("tool_calls" in answer["message"]) is called
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choice", "called", "content", "reason"),
+    [
+        (1, "required", 0, "", "length"),
+        (1, "auto", 0, "<", "length"),  # a word may begin so, too
+        (10, "auto", 0, "", "length"),
+        (len(CALL) - 1, "required", 0, "", "length"),
+        (len(CALL), "required", 1, None, "tool_calls"),
+        (len(CALL) + 1, "required", 1, None, "tool_calls"),
+        (len(CALL) + 2, "required", 1, None, "length"),
+        (len(CALL) + 20, "auto", 1, None, "length"),
+        (2 * len(CALL) + 1, "auto", 2, None, "tool_calls"),
+        (200, {"type": "function", "function": {"name": "a"}}, 1, None, "tool_calls"),
+    ],
+)
+def test_a_call_that_is_cut_is_never_text(tokens: int, choice: Any, called: int, content: Any, reason: str) -> None:
+    wanted = {"temperature": 0, "tools": CALLABLE, "tool_choice": choice, "max_tokens": tokens}
+    with serving(calling(f"{CALL}\n{CALL}")) as server:
+        answer = server.ask("Hi", **wanted)["choices"][0]
+    with serving(calling(f"{CALL}\n{CALL}")) as server:
+        pieces = [each["choices"][0] for each in server.stream(CHAT, {"messages": HI, **wanted})]
+    assert answer["message"]["content"] == content and answer["finish_reason"] == reason
+    assert len(answer["message"].get("tool_calls", [])) == called
+    assert "".join(each["delta"].get("content", "") for each in pieces) == (content or "")
+    assert sum(len(each["delta"].get("tool_calls", [])) for each in pieces) == called
+    assert pieces[-1]["finish_reason"] == reason
 
 
 def test_tokens(server: Server) -> None:

@@ -142,6 +142,7 @@ def test_a_state_travels_as_a_file(server: Server) -> None:
     for forged in (data[:-1] + b"x", data[:100], b"", b"{}"):
         answer = server.http.put("/v1/fledge/states/file", content=forged)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "file"
+        assert answer.json()["error"]["message"].startswith("the state cannot be used: it "), answer.text
         body = {"messages": chat("x"), "fledge": {"state": base64.b64encode(forged).decode() or "AA=="}}
         answer = server.post("/v1/chat/completions", body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "fledge.state"
