@@ -213,18 +213,20 @@ class Exchange:
         if options.session is None and options.branch is not None:
             raise ApiError(400, "a branch needs the session that it leaves", param="fledge.branch")
         if options.session is not None:
+            if options.branch == options.session:
+                raise ApiError(
+                    400, "a branch needs another name than the session that it leaves", param="fledge.branch"
+                )
             if options.state is not None or self.order.n > 1:
                 raise ApiError(400, "a session has its own state and one answer a time", param="fledge.session")
             handle = await self._stack.enter_async_context(self.service.session(self.tenant, options.session))
             if options.branch is not None:
                 taken = await self._stack.enter_async_context(self.service.session(self.tenant, options.branch))
-                if handle is None or taken is not None:
-                    what = (
-                        f"there is no session {options.session!r}"
-                        if handle is None
-                        else f"{options.branch!r} is there already"
-                    )
-                    raise ApiError(409, what, param="fledge.branch")
+                if handle is None:
+                    message = f"there is no session {options.session!r}"
+                    raise ApiError(404, message, param="fledge.session", code="session_not_found")
+                if taken is not None:
+                    raise ApiError(409, f"{options.branch!r} is there already", param="fledge.branch")
         else:
             handle = options.state
         if handle is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -90,8 +91,10 @@ async def forget(handle: str, request: Request) -> dict[str, Any]:
 async def fetched(handle: str, request: Request) -> Response:
     """One as a file, signed."""
     service, tenant = service_of(request), tenant_of(request)
-    service.opened(tenant, handle, "handle")
+    id = service.opened(tenant, handle, "handle")
     state, card = await service.known_state(tenant, handle, "handle")
+    entry = await asyncio.to_thread(service.states.describe, service.owner(tenant), id)
+    card = replace(card, title=entry.name or card.title)  # so that the name travels with the state
     data = await asyncio.to_thread(dump, state, card, service.secret)
     name = handle.partition(".")[0]
     headers = {"content-disposition": f'attachment; filename="{name}.state"'}

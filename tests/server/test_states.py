@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from running import TOKENIZER, Server, fake, random_model, serving
 
+from fledge.engine.statefile import parse
+
 KEYS = """
 [[keys]]
 name = "alice"
@@ -93,7 +95,8 @@ def test_a_session_remembers(server: Server) -> None:
     assert text_of(fresh) == text_of(one) and text_of(two) != text_of(ask("Two?", "third"))
     for body, status in (
         ({"session": "talk", "branch": "side"}, 409),
-        ({"session": "none", "branch": "new"}, 409),
+        ({"session": "none", "branch": "new"}, 404),
+        ({"session": "talk", "branch": "talk"}, 400),
         ({"branch": "new"}, 400),
         ({"session": "talk", "state": "st_x"}, 400),
     ):
@@ -134,7 +137,8 @@ def test_a_state_travels_as_a_file(server: Server) -> None:
     made = server.post("/v1/fledge/states", {"text": "A letter.", "name": "letter"}).json()
     data = server.http.get(f"/v1/fledge/states/{made['id']}/file").content
     back = server.http.put("/v1/fledge/states/file", content=data)
-    assert back.status_code == 201 and back.json()["tokens"] == made["tokens"]
+    assert back.status_code == 201 and back.json()["tokens"] == made["tokens"] and back.json()["name"] == "letter"
+    assert parse(data)[1].title == "letter"
     texts = {text_of(server.ask("Who?", fledge={"state": state}, **DRAWN)) for state in (made["id"], back.json()["id"])}
     assert len(texts) == 1
     inline = base64.b64encode(data).decode()
