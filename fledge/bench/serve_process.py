@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fledge import checkpoint
-from fledge.bench.cpu_files import model_files, random_files
+from fledge.bench.cpu_files import random_files
 from fledge.bench.harness import PACKAGE_PARENT
 from fledge.checkpoint.gguf_header import read_header
 from fledge.core.errors import FledgeError
@@ -53,10 +53,15 @@ def prepared(model: str | None, shape: str | None, folder: Path, *, peer: bool) 
         return Model(str(paths["pth"]), "bfloat16", paths.get("bf16"))
     if not peer:
         return Model(model)
-    source = locate(model)
-    if checkpoint.read(source).quantised:
+    source, gguf = locate(model), folder / "peer.gguf"
+    found = checkpoint.read(source)
+    if found.quantised:
         return Model(model, why_no_gguf="the model is quantised in a way of this program's own; give --shape")
-    return Model(model, "bfloat16", model_files(str(source), folder, ("bf16",)).paths["bf16"])
+    known = found.tokenizer_spec is not None or found.config.vocab_size == VOCABULARY
+    if found.config.version != "6.0" or not known:
+        return Model(model, why_no_gguf="only an RWKV-6 with its vocabulary can be written for it")
+    checkpoint.convert(source, gguf, matrix_type="bf16")
+    return Model(model, "bfloat16", gguf)
 
 
 def ends_of(gguf: Path) -> set[int]:
