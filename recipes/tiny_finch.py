@@ -3,7 +3,7 @@
     fledge data build recipes/tiny_finch.toml --to store
     fledge train recipes/tiny_finch.py:tiny_finch --data store --to runs/tiny-finch
     fledge train recipes/tiny_finch.py:transformer --data store --to runs/tiny-transformer
-    fledge convert runs/tiny-finch/model.safetensors fledge/assets/tiny-finch.safetensors --type f16 --force
+    fledge convert runs/tiny-finch/model.safetensors fledge/assets/tiny-finch.safetensors --type bf16 --force
 
 The transformer has the same number of parameters, data, rows and rates, for comparison.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
         timeout_graceful_shutdown=round(settings.drain) + 1,
         server_header=False,
     )
+    gc.collect()
+    gc.freeze()  # what is here now stays: looking through it again and again would take a tenth of a small model's time
     listener = _listening(place.host, place.port)
     _announce(service.name, place.host, listener.getsockname()[1])
     try:
