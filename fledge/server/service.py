@@ -48,26 +48,35 @@ KEEP_ALIVE = 15.0
 
 
 class Box:
-    """The events of one job that nobody has fetched yet."""
+    """The events of one job that nobody has fetched yet. All of it in the event loop's thread."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._there = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
-        """Add one; in the event loop's thread."""
+        """Add one."""
         self._events.append(event)
-        self._there.set()
+        self._wake()
 
     async def take(self) -> list[Event]:
         """All there are, as soon as there is one; none where that takes too long."""
-        try:
-            await asyncio.wait_for(self._there.wait(), KEEP_ALIVE)
-        except asyncio.TimeoutError:
-            return []
-        self._there.clear()
+        if not self._events:
+            # With asyncio.wait_for every token would have a task of its own.
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            alarm = loop.call_later(KEEP_ALIVE, self._wake)
+            try:
+                await self._waiter
+            finally:
+                alarm.cancel()
+                self._waiter = None
         events, self._events = self._events, []
         return events
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Service:
