@@ -82,7 +82,8 @@ def test_a_model_of_another_vocabulary_of_the_same_size_is_refused(fledge: Any, 
 
 
 def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
-    spec = read(asset("tiny-finch.safetensors")).tokenizer_spec
+    bundled = read(asset("tiny-finch.safetensors"))
+    width, spec = bundled.config.n_embd, bundled.tokenizer_spec
     (tmp_path / "words.json").write_text(json.dumps(spec), encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"text": "The ferry leaves at seven.", "lang": "en"}\n' * 40, encoding="utf-8")
     (tmp_path / "c.toml").write_text(
@@ -91,11 +92,11 @@ def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
     )
     build(read_config(tmp_path / "c.toml"), tmp_path, tmp_path / "store")
     start = command(tmp_path / "store", tmp_path / "run", "--from", "tiny-finch", "--set", "steps=2")
-    fledge(*start).check_error(1, "n_layer is 6 there and 1 here", "with --set n_layer=6 --set n_embd=192")
-    fledge(*start, "--set", "n_layer=6", "--set", "n_embd=192", "--set", "family=eagle").check_error(
+    fledge(*start).check_error(1, "n_layer is 6 there and 1 here", f"with --set n_layer=6 --set n_embd={width}")
+    fledge(*start, "--set", "n_layer=6", "--set", f"n_embd={width}", "--set", "family=eagle").check_error(
         1, "family is finch there and eagle here", "with --set family=finch"
     )
-    result = fledge(*start, "--set", "n_layer=6", "--set", "n_embd=192")
+    result = fledge(*start, "--set", "n_layer=6", "--set", f"n_embd={width}")
     assert result.code == 0, result.messages
 
 
