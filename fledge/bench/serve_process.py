@@ -6,7 +6,6 @@ Not here: what is asked of them (serve.py).
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from fledge import checkpoint
 from fledge.bench.cpu_files import random_files
 from fledge.bench.harness import PACKAGE_PARENT
 from fledge.checkpoint.gguf_header import read_header
+from fledge.core.device import usable_cores
 from fledge.core.errors import FledgeError
 from fledge.engine.loading import locate
 
@@ -90,7 +90,7 @@ def fledge_server(model: Model, folder: Path) -> Iterator[tuple[int, int]]:
 @contextmanager
 def peer_server(gguf: Path, folder: Path) -> Iterator[int]:
     """The peer's, on as many threads as this one's; its port. It answers one request at a time, the others wait."""
-    threads = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = str(usable_cores())
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1", "--port", "0"]
     command += ["--interrupt_requests", "false", "--logits_all", "false", "--n_ctx", str(CONTEXT), "--verbose", "false"]
     command += ["--n_threads", threads, "--n_threads_batch", threads]

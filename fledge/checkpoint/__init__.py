@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         convert_adapter,
         inspect_adapter,
         read_adapter,
+        read_adapters,
         save_adapter,
     )
     from fledge.checkpoint.assembly import LoadedModel, Weights, assemble, load_model
@@ -63,6 +64,7 @@ _HOME = {
     "merged": "merging",
     "read": "reader",
     "read_adapter": "adapters",
+    "read_adapters": "adapters",
     "save": "writer",
     "save_adapter": "adapters",
     "short": "identity",
@@ -98,6 +100,7 @@ __all__ = [
     "merged",
     "read",
     "read_adapter",
+    "read_adapters",
     "save",
     "save_adapter",
     "short",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,12 @@ def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
     return (
         replace(adapter, alpha=_agreed_alpha(alpha, adapter.alpha, str(found))) if adapter.kind == "lora" else adapter
     )
+
+
+def read_adapters(files: Sequence[str], *, alpha: float | None = None, any_base: bool = False) -> list[Adapter]:
+    """Several, as `read_adapter` reads each. any_base: they may then be used on models they were not trained on."""
+    found = [read_adapter(file, alpha=alpha) for file in files]
+    return [adapter.for_any_base() for adapter in found] if any_base else found
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:

@@ -11,8 +11,8 @@ import typer
 
 from fledge.cli.measuring import measured
 from fledge.cli.options import spread
-from fledge.cli.samples import mebibytes, note_doubts, rate
-from fledge.cli.terminal import note, print_heading, print_rows, visible
+from fledge.cli.samples import mebibytes, note_worth, rate
+from fledge.cli.terminal import print_heading, print_rows, visible
 
 if TYPE_CHECKING:
     from fledge.bench.cpu import Outcome, Spec
@@ -81,11 +81,9 @@ def cpu(
     outcome: Outcome = measured(load, options.spec, record, plot)
     for block in outcome.blocks:
         _show(block, outcome)
-    for text in outcome.notes:
-        note(f"note: {text}")
     figures = [found for block in outcome.blocks for found in block.figures.values()]
     rates = [sample for found in figures for sample in (found.prefill, found.decode, found.batch) if sample]
-    note_doubts(outcome.machine, outcome.spec.repeats, rates)
+    note_worth(outcome.notes, outcome.machine, outcome.spec.repeats, rates)
     print(json.dumps({block.model["name"]: _medians(block) for block in outcome.blocks}))
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.measuring import measured
-from fledge.cli.options import spread
-from fledge.cli.samples import note_doubts
-from fledge.cli.terminal import note, print_heading, print_rows, visible
+from fledge.cli.options import spread, whole_numbers
+from fledge.cli.samples import note_worth
+from fledge.cli.terminal import print_heading, print_rows, visible
 
 if TYPE_CHECKING:
     from fledge.bench.serve import Outcome, Spec
@@ -40,7 +40,7 @@ class ServeOptions:
         """What to measure, checked."""
         from fledge.bench.serve import Spec
 
-        lists = {name: _numbers(name, getattr(self, name)) for name in ("clients", "documents")}
+        lists = {name: whole_numbers(name, getattr(self, name), gaps=True) for name in ("clients", "documents")}
         return Spec(**{**vars(self), **lists})
 
 
@@ -63,9 +63,7 @@ def serve(
 
     outcome: Outcome = measured(load, options.spec, record, plot)
     _show(outcome)
-    for text in outcome.notes:
-        note(f"note: {text}")
-    note_doubts(outcome.machine, outcome.spec.repeats, outcome.rates)
+    note_worth(outcome.notes, outcome.machine, outcome.spec.repeats, outcome.rates)
     print(json.dumps({"targets": outcome.targets}))
 
 
@@ -98,12 +96,3 @@ def _columns(load: dict[str, Any], prefix: str) -> list[str]:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms"
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    from fledge.core.errors import UsageError
-
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UsageError(f"{name} is {text!r:.60}; give whole numbers, separated by commas") from None

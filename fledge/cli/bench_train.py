@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.measuring import measured
-from fledge.cli.options import spread
-from fledge.cli.samples import mebibytes, note_doubts, rate
-from fledge.cli.terminal import note, print_heading, print_rows, visible
+from fledge.cli.options import spread, whole_numbers
+from fledge.cli.samples import mebibytes, note_worth, rate
+from fledge.cli.terminal import print_heading, print_rows, visible
 
 if TYPE_CHECKING:
     from fledge.bench.train import Outcome, Spec
@@ -52,12 +52,8 @@ class TrainOptions:
     def spec(self) -> Spec:
         """What to measure, checked."""
         from fledge.bench.train import Spec
-        from fledge.core.errors import UsageError
 
-        try:
-            lengths = tuple(int(length) for length in self.lengths.split(","))
-        except ValueError:
-            raise UsageError(f"lengths is {self.lengths!r:.60}; give whole numbers, separated by commas") from None
+        lengths = whole_numbers("lengths", self.lengths)
         return Spec(**{**vars(self), "lengths": lengths, "dtypes": tuple(self.dtypes.split(","))})
 
 
@@ -80,10 +76,8 @@ def train(
 
     outcome: Outcome = measured(load, options.spec, record, plot)
     _show(outcome)
-    for text in outcome.notes:
-        note(f"note: {text}")
     rates = [found.rate for group in outcome.groups for found in group.figures.values()]
-    note_doubts(outcome.machine, outcome.spec.repeats, rates)
+    note_worth(outcome.notes, outcome.machine, outcome.spec.repeats, rates)
     print(json.dumps(_summary(outcome)))
 
 

@@ -107,18 +107,26 @@ class ModelOptions:
             return load(self.model, device=self.device, dtype=self.dtype, quant=self.quant, adapter=adapters)
 
 
+def whole_numbers(name: str, text: str, *, gaps: bool = False) -> tuple[int, ...]:
+    """Those between the commas of an option. gaps: nothing may stand there. Raises UsageError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip() or not gaps)
+    except ValueError:
+        raise UsageError(f"{name} is {text!r:.60}; give whole numbers, separated by commas") from None
+
+
 def read_adapters(files: Sequence[str], alpha: float | None, any_base: bool) -> list[Adapter]:
     """The adapters of a command line. Raises UsageError for an option that has no adapter to say something about."""
-    from fledge.checkpoint import read_adapter
+    from fledge import checkpoint
 
     if not files and (alpha is not None or any_base):
         raise UsageError(
             f"{'--any-base' if alpha is None else '--alpha'} is about an adapter; give one with --adapter FILE"
         )
-    found = [read_adapter(file, alpha=alpha) for file in files]
+    found = checkpoint.read_adapters(files, alpha=alpha, any_base=any_base)
     if alpha is not None and all(adapter.kind == "state" for adapter in found):
         raise UsageError(f"--alpha is about a LoRA, and {found[0].path} is a tuned state; leave it out")
-    return [adapter.for_any_base() for adapter in found] if any_base else found
+    return found
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,13 @@ def mebibytes(sample: Sample | None) -> str:
     return f"{sample.median / 2**20:,.0f} MiB" if sample else "unknown"
 
 
-def note_doubts(machine: Mapping[str, Any], repeats: int, samples: Sequence[Sample] = ()) -> None:
-    """Say on standard error why these figures should not be relied on, if so. samples: rates that should be steady."""
+def note_worth(notes: Sequence[str], machine: Mapping[str, Any], repeats: int, samples: Sequence[Sample] = ()) -> None:
+    """Say on standard error what was left out, and why these figures should not be relied on, if so.
+
+    samples: rates that should be steady.
+    """
+    for text in notes:
+        note(f"note: {text}")
     load, cores = machine["load_average"], machine["usable_cores"]
     if load is not None and load[0] > cores / 2:
         note(f"note: the machine was busy when this began (load {load[0]} on {cores} cores); measure again")

@@ -126,7 +126,7 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
         server_header=False,
     )
     gc.collect()
-    gc.freeze()  # what is here now stays: looking through it again and again would take a tenth of a small model's time
+    gc.freeze()  # what is here now stays: the collector need not look through it again and again
     listener = _listening(place.host, place.port)
     _announce(service.name, place.host, listener.getsockname()[1])
     try:

@@ -27,6 +27,6 @@ def _values(state: State) -> Tensor:
     if isinstance(state, WkvState):
         return state.wkv[:, 0].float().sum(dim=-2)
     if isinstance(state, Rwkv4State):
-        return (state.aa / state.bb.clamp_min(1e-30))[:, :1].float()
+        return state.mean[:, :1].float()
     assert isinstance(state, KvState)
     return state.values[:, 0, int(state.begin[0, 0]) : int(state.end[0, 0])].float().sum(dim=1)

@@ -118,9 +118,10 @@ class LLM:
 
     def embed(self, text: Prompt) -> Tensor:
         """(A,) float32 of length one: what `text` leaves in the heads. `fledge bench embeddings` measures its worth."""
-        if not self._ids(text):
+        ids = self._ids(text)
+        if not ids:
             raise UsageError("the text is empty; there is nothing to make a vector of")
-        return embedding(self.read(text))
+        return embedding(self.read(ids))
 
     def logprobs(self, text: Prompt, state: State | None = None, context: Prompt | None = None) -> Scores:
         """How probable each token of `text` is after `context`, which follows what `state` has read.

@@ -90,7 +90,7 @@ def _held(state: State) -> torch.Tensor | None:
     if isinstance(state, WkvState):
         return state.wkv[:, 0].cpu()
     if isinstance(state, Rwkv4State):
-        return (state.aa / state.bb.clamp_min(1e-30))[:, :1].cpu()  # its weighted mean of values
+        return state.mean[:, :1].cpu()
     assert isinstance(state, KvState)
     return None
 

@@ -154,6 +154,11 @@ class Rwkv4State(State):
     pp: Tensor  # (L, B, A) float32, the running maximum of the exponents
     ffn_shift: Tensor  # (L, B, C) float32
 
+    @property
+    def mean(self) -> Tensor:
+        """(L, B, A): the weighted mean of values; 0 where nothing has been read."""
+        return self.aa / self.bb.clamp_min(1e-30)
+
 
 @dataclass(frozen=True, eq=False)
 class KvState(State):

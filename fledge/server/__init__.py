@@ -14,6 +14,8 @@
     plain        the small routes: models, tokens, vectors, health, figures
     prompts      messages to token ids, and what binds the answer
     exchange     one request for text from beginning to end
+    reading      texts to ids, the state that a text leaves, how much of one request is done at once
+    times        how long an exchange takes
     answers      events of the desk as bodies and as server-sent events
     scores       how probable the tokens of a prompt are
     metrics      figures for Prometheus

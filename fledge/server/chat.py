@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,9 +15,10 @@ from fledge.engine.job import End, Event, Piece
 from fledge.server.access import service_of, tenant_of
 from fledge.server.answers import DONE, WAITING, Answer, Header, chat_logprobs, event, usage
 from fledge.server.errors import ApiError
-from fledge.server.exchange import LONG, EventStream, Exchange, Order, unless_gone, with_limits
+from fledge.server.exchange import EventStream, Exchange, Order, unless_gone, with_limits
 from fledge.server.keys import Tenant
 from fledge.server.prompts import NO_TOOLS, chat_params, closing, constraint_of, prompt, template_of, turns
+from fledge.server.reading import unhindered
 from fledge.server.schema import ChatRequest
 from fledge.server.service import Service
 
@@ -45,10 +47,8 @@ async def order(service: Service, tenant: Tenant, body: ChatRequest) -> Order:
     tools = body.tools if body.tool_choice != NO_TOOLS else None
     tokenizer = service.llm.tokenizer
     messages = turns(body.messages, template, tools)
-    if sum(len(text) for _, text in messages) > LONG:
-        ids = await asyncio.to_thread(prompt, messages, template, tokenizer)
-    else:
-        ids = prompt(messages, template, tokenizer)
+    size = sum(len(text) for _, text in messages)
+    ids = await unhindered(size, partial(prompt, messages, template, tokenizer))
     wanted = body.max_completion_tokens or body.max_tokens
     params = with_limits(chat_params(body, template, service.settings.max_tokens), tenant, service, wanted)
     return Order(

@@ -35,9 +35,6 @@ from fledge.server.times import Times
 
 T = TypeVar("T")
 
-LONG = 20_000
-"""Characters from which on text is encoded beside the event loop, not in it."""
-
 
 @dataclass(frozen=True, eq=False)
 class Order:

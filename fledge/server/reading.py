@@ -12,11 +12,18 @@ from fledge.engine.job import End, Job
 from fledge.engine.request import Request
 from fledge.models.state import State
 from fledge.server.errors import api_error
-from fledge.server.exchange import LONG
 from fledge.server.keys import Tenant
 from fledge.server.service import Service
 
 T = TypeVar("T")
+
+LONG = 20_000
+"""Characters from which on text is encoded beside the event loop, not in it."""
+
+
+async def unhindered(characters: int, work: Callable[[], T]) -> T:
+    """What is done with so much text: at once where that is short, else beside the event loop."""
+    return await asyncio.to_thread(work) if characters > LONG else work()
 
 
 async def encoded(service: Service, texts: Sequence[str | list[int]], param: str) -> list[tuple[int, ...]]:
@@ -30,7 +37,7 @@ async def encoded(service: Service, texts: Sequence[str | list[int]], param: str
         return found
 
     try:
-        return await asyncio.to_thread(encode) if sum(map(len, texts)) > LONG else encode()
+        return await unhindered(sum(map(len, texts)), encode)
     except FledgeError as error:
         raise api_error(error, param) from None
 

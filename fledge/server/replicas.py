@@ -16,7 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fledge.checkpoint import read_adapter
+from fledge.checkpoint import read_adapters
 from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.loading import load
 from fledge.engine.statefile import identity_of
@@ -34,8 +34,7 @@ def build(arguments: dict[str, Any], settings: Settings, host: str) -> FastAPI:
 
 def _loaded(adapter: Sequence[str] = (), alpha: float | None = None, any_base: bool = False, **more: Any) -> LLM:
     """The adapters are read here: as files they are smaller than in what Ray hands to a copy."""
-    adapters = [read_adapter(file, alpha=alpha) for file in adapter]
-    return load(adapter=[each.for_any_base() for each in adapters] if any_base else adapters, **more)
+    return load(adapter=read_adapters(adapter, alpha=alpha, any_base=any_base), **more)
 
 
 def application(

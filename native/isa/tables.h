@@ -132,7 +132,7 @@ struct Heat {
 
 struct Kernels {
     const char* name;
-    int64_t tile_rows, vector_floats;
+    int64_t vector_floats;
     // One panel of a product for all rows. scratch: rows * PANEL floats.
     void (*panel)(const Matrix& w, int64_t panel, const Activations& a, float* scratch, const Output& out);
     // Row `row` of x, into its place in `a`.

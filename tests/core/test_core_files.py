@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from racing import race
 
 from fledge.core.files import (
     asset,
@@ -92,15 +93,7 @@ print(secret_once(Path(sys.argv[1]), os.urandom(16).hex().encode()).decode())
 
 def test_of_many_who_make_a_secret_one_wins(tmp_path: Path) -> None:
     target = tmp_path / "new" / "secret"
-    command = [sys.executable, "-c", MAKER, str(target)]
-    makers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    for maker in makers:
-        assert maker.stdout is not None and maker.stdout.readline() == "ready\n"
-    for maker in makers:
-        assert maker.stdin is not None
-        maker.stdin.write("go\n")
-        maker.stdin.flush()
-    found = {maker.communicate()[0].strip() for maker in makers}
+    found = set(race(MAKER, str(target), count=4))
     assert found == {target.read_text(encoding="ascii")} and list(target.parent.iterdir()) == [target]
     assert secret_once(target, b"late") == target.read_bytes() != b"late"
 

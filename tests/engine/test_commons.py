@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prefixes import equal_bits
+from racing import race
 from test_shelf import AMPLE, CARD, SIZE, number
 
 from fledge.core.errors import FledgeError, StateError
@@ -90,16 +88,9 @@ def test_a_step_of_a_conversation_is_taken_by_one_server(tmp_path: Path) -> None
     shelf.set_head("me", "chat", ids[0], expected=None)
     here = Path(__file__).parent
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(here.parent)]))
-    command = [sys.executable, "-c", MOVER.format(tests=str(here)), str(tmp_path), *ids]
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    movers = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **options) for _ in range(3)]
-    for mover in movers:
-        assert mover.stdout is not None and mover.stdout.readline() == "ready\n"
-    for mover in movers:
-        assert mover.stdin is not None
-        mover.stdin.write("go\n")
-        mover.stdin.flush()
-    assert sum(int(mover.communicate()[0]) for mover in movers) == len(ids) - 1 and shelf.head("me", "chat") == ids[-1]
+    environment = {**os.environ, "PYTHONPATH": path}
+    won = race(MOVER.format(tests=str(here)), str(tmp_path), *ids, count=3, env=environment)
+    assert sum(map(int, won)) == len(ids) - 1 and shelf.head("me", "chat") == ids[-1]
 
 
 def test_a_step_is_not_lost_to_who_forgets_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

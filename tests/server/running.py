@@ -74,6 +74,13 @@ def _headers(key: str | None) -> dict[str, str]:
     return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
+def key_file(folder: Path, text: str) -> Path:
+    """A file of keys in a folder."""
+    path = folder / "keys.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 @contextmanager
 def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **settings: Any) -> Iterator[Server]:
     """A server for one model; it has stopped when this is left."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import TOKENIZER, Server, random_model, serving
+from running import TOKENIZER, Server, key_file, random_model, serving
 from test_http import CHAT, ENDLESS, HI, TEXT, eventually
 
 KEYS = """
@@ -25,8 +25,7 @@ CAROL, DAVE = "carol-0123456789abcdef", "dave-0123456789abcdefg"
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "keys.toml").write_text(KEYS, encoding="utf-8")
-    with serving(random_model(), keys=tmp_path / "keys.toml") as running:
+    with serving(random_model(), keys=key_file(tmp_path, KEYS)) as running:
         yield running
 
 

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from running import random_model, serving
+from running import key_file, random_model, serving
 
 from fledge.server.hosts import Hosts, is_local
 
@@ -62,8 +62,7 @@ def test_a_foreign_name_gets_nothing_unless_there_are_keys(tmp_path: Path) -> No
         with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
             connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # no browser: it names no host
             assert b" 200 " in connection.recv(100)
-    (tmp_path / "keys.toml").write_text(KEYS, encoding="utf-8")
-    with serving(random_model(), keys=tmp_path / "keys.toml") as server:
+    with serving(random_model(), keys=key_file(tmp_path, KEYS)) as server:
         named = {"host": "models.example"}
         assert server.http.get("/v1/models", headers=named).status_code == 401
         known = {**named, "authorization": "Bearer alice-0123456789abcdef"}

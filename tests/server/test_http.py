@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fakes import ByteTokenizer, FakeModel
-from running import Server, fake, random_model, serving
+from running import Server, fake, key_file, random_model, serving
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -417,8 +417,7 @@ def test_keys_and_their_limits(tmp_path: Path) -> None:
     text = KEYS.replace(
         "8d70d691c822d55638b6e7fd54cd94170c87d19eb1f628b757506ede5688d297", hashlib.sha256(bob.encode()).hexdigest()
     )
-    (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
-    with serving(random_model(), keys=tmp_path / "keys.toml") as server:
+    with serving(random_model(), keys=key_file(tmp_path, text)) as server:
         for key in (None, "wrong", alice + "x"):
             answer = server.post(CHAT, {"messages": HI}, key)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"

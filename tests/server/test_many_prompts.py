@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from gated import GatedModel
-from running import Server, random_model, serving
+from running import Server, key_file, random_model, serving
 from test_http import CHAT, ENDLESS, HI, TEXT, eventually
 
 from fledge.server.reading import together
@@ -35,8 +35,7 @@ SCORED = {"prompt": "hello you", "max_tokens": 0, "echo": True, "logprobs": 1}
 
 @pytest.fixture
 def keyed(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "keys.toml").write_text(KEYS, encoding="utf-8")
-    with serving(random_model(), keys=tmp_path / "keys.toml") as running:
+    with serving(random_model(), keys=key_file(tmp_path, KEYS)) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import TOKENIZER, Server, fake, random_model, serving
+from running import TOKENIZER, Server, fake, key_file, random_model, serving
 
 from fledge.engine.statefile import parse
 
@@ -37,8 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same for two tenants."""
     folder = tmp_path_factory.mktemp("shared")
-    (folder / "keys.toml").write_text(KEYS, encoding="utf-8")
-    with serving(random_model(), folder, keys=folder / "keys.toml") as running:
+    with serving(random_model(), folder, keys=key_file(folder, KEYS)) as running:
         yield running
 
 
