@@ -5,14 +5,15 @@ first take part, all others stand by, whether they have begun or not. First is w
 seconds for each step of priority; so a request waits for finitely many others, however many come after it.
 
 Those who write get a token each. Those who read share a budget of tokens that keeps the call short for the writers:
-half of it in equal parts, the rest to the first in line.
+half of it in equal parts, the rest to the first in line. Prompts that come after a quiet time may be read in one long
+call: writers who halt once for a moment are disturbed less than by many calls that each take twice as long.
 Not here: states, models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fledge.engine.task import Strand, Task
@@ -50,14 +51,21 @@ class Pace:
 
     def tokens(self, times: float) -> float:
         """The tokens of a call that takes `times` as long as one with a single token; 0 where that is unknown."""
+        fixed, each = self._line()
+        return (times * (fixed + each) - fixed) / each if each else 0.0
+
+    def seconds(self, tokens: float) -> float:
+        """How long a call with so many tokens takes; 0 where that is unknown."""
+        fixed, each = self._line()
+        return fixed + each * tokens if each else 0.0
+
+    def _line(self) -> tuple[float, float]:
+        """a and b; zeros where they are unknown."""
         spread = self._n * self._xx - self._x**2
         if spread <= 1e-9 * self._n * self._xx:
-            return 0.0
+            return 0.0, 0.0
         each = (self._n * self._xt - self._x * self._t) / spread
-        fixed = (self._t - each * self._x) / self._n
-        if each <= 0 or fixed < 0:
-            return times if each > 0 else 0.0
-        return (times * (fixed + each) - fixed) / each
+        return (max((self._t - each * self._x) / self._n, 0.0), each) if each > 0 else (0.0, 0.0)
 
 
 @dataclass
@@ -67,7 +75,13 @@ class Scheduler:
     slots: int = 64  # sequences in one call
     chunk: int = 512  # tokens of prompts in one call while nobody writes
     patience: float = 2.5  # how much longer a call may take, for the sake of readers, than one with a single token
+    stall: float = 0.2  # seconds that long calls may take beyond that, after a quiet time
+    saving: float = 0.15  # share of the time of ordinary calls that is saved up for that
     grace: float = 10.0  # seconds that one step of priority is worth
+    _saved: float = field(init=False, repr=False)  # seconds
+
+    def __post_init__(self) -> None:
+        self._saved = self.stall
 
     def rank(self, arrived: float, priority: int) -> float:
         """The place in the line; the lower goes first."""
@@ -86,12 +100,30 @@ class Scheduler:
         """What the next call reads: the tokens written last, and as much of the prompts as there is time for."""
         written = [Piece(task, strand, (strand.token,)) for task in chosen for strand in task.strands]
         readers = [task for task in chosen if task.reading]
-        if not readers:
-            return written
-        budget = self.chunk
+        read = self._shared(readers, self._budget(len(written), pace) if written else self.chunk) if readers else []
         if written:
-            budget = min(budget, max(LEAST, int(pace.tokens(self.patience)) - len(written)))
-        return written + self._shared(readers, budget)
+            self._settle(len(written), sum(len(piece.ids) for piece in read), pace)
+        return written + read
+
+    def _ordinary(self, writers: int, pace: Pace) -> int:
+        """Tokens of prompts that any call may hold."""
+        return max(LEAST, int(pace.tokens(self.patience)) - writers)
+
+    def _budget(self, writers: int, pace: Pace) -> int:
+        """Tokens of prompts that the next call may hold, beside those of the writers."""
+        most, each = self._ordinary(writers, pace), pace.seconds(1) - pace.seconds(0)
+        # Nothing is spent below a half, so that there are few long calls instead of many that are a little longer.
+        if each and self._saved >= self.stall / 2:
+            most += int(self._saved / each)
+        return min(self.chunk, most)
+
+    def _settle(self, writers: int, read: int, pace: Pace) -> None:
+        """Pay for what a call reads beyond the ordinary, or save something up."""
+        beyond = read - self._ordinary(writers, pace)
+        if beyond > 0:
+            self._saved -= beyond * (pace.seconds(1) - pace.seconds(0))
+        else:
+            self._saved = min(self.stall, self._saved + self.saving * pace.seconds(writers + read))
 
     def _shared(self, readers: Sequence[Task], budget: int) -> list[Piece]:
         """The budget divided: everybody a share of one half, the rest to the first in line."""

@@ -62,7 +62,7 @@ def test_reading_stops_where_a_snapshot_is_due() -> None:
 
 
 def test_calls_stay_short_while_somebody_writes() -> None:
-    scheduler, pace = Scheduler(chunk=512, patience=3.0), even(Pace())
+    scheduler, pace = Scheduler(chunk=512, patience=3.0, stall=0.0), even(Pace())
     assert pace.tokens(3.0) == pytest.approx(23)  # three times 11 ms
     writer, reader = task(0, 0, writes=4), task(1, 1, length=600)
     pieces = scheduler.pieces([writer, reader], pace)
@@ -71,6 +71,29 @@ def test_calls_stay_short_while_somebody_writes() -> None:
     assert len(scheduler.pieces([reader], pace)[0].ids) == 512, "nobody is kept waiting"
     crowd = task(0, 0, writes=60)
     assert len(scheduler.pieces([crowd, reader], pace)[-1].ids) == LEAST, "reading always comes forward"
+
+
+def test_prompts_that_come_after_a_quiet_time_are_read_at_once() -> None:
+    scheduler, pace = Scheduler(chunk=512, stall=0.2), even(Pace())
+    writer, readers = task(0, 0, writes=2), [task(number, number, length=40) for number in range(1, 5)]
+    assert [len(piece.ids) for piece in scheduler.pieces([writer, *readers], pace)[2:]] == [40] * 4, "0.16 s"
+    late = task(9, 9, length=300)
+    ordinary = max(LEAST, int(pace.tokens(2.5)) - 2)
+    assert len(scheduler.pieces([writer, late], pace)[-1].ids) == ordinary, "the writers have halted just now"
+    for _ in range(120):
+        scheduler.pieces([writer], pace)
+    assert len(scheduler.pieces([writer, late], pace)[-1].ids) == pytest.approx(ordinary + 200, abs=1)
+
+
+def test_of_many_calls_few_are_long() -> None:
+    """However much there is to read."""
+    scheduler, pace = Scheduler(chunk=512), even(Pace())
+    writer, reader = task(0, 0, writes=3), task(1, 1, length=100_000)
+    sizes = [len(scheduler.pieces([writer, reader], pace)[-1].ids) for _ in range(1000)]
+    long = [size for size in sizes if size > LEAST + 10]
+    assert 10 < len(long) < 45 and max(long) <= 220
+    seconds = [pace.seconds(3 + size) for size in sizes]
+    assert sum(seconds) < 1.16 * 1000 * pace.seconds(3 + LEAST), "what was saved, and no more"
 
 
 @pytest.mark.parametrize("calls", [[], [(1, 0.01)], [(1, 0.01)] * 50, [(4, 0.01), (1, 0.02)]])
