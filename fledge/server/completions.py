@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,13 +22,16 @@ from fledge.server.errors import ApiError, api_error
 from fledge.server.exchange import EventStream, Exchange, Order, Visit, check_length, unless_gone, with_limits
 from fledge.server.keys import Tenant
 from fledge.server.prompts import Prompt, completion_params
-from fledge.server.reading import at_once, encoded, together
+from fledge.server.reading import at_once, encoded, together, unhindered
 from fledge.server.schema import CompletionRequest
 from fledge.server.service import Service
 
 router = APIRouter()
 
 MOST_PROMPTS = 128
+
+TOLD = 50
+"""Characters, about, that one scored token takes in an answer."""
 
 
 @router.post("/v1/completions")
@@ -47,6 +51,10 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             return EventStream(pieces(header, body, replies), [*exchanges, visit])
         most = 1 if scored(body) or body.fledge.session is not None else at_once(service, body.n)
         await unless_gone(request, together([reply.whole for reply in replies], most))
+    return await unhindered(sum(reply.size for reply in replies), partial(_answer, header, replies))
+
+
+def _answer(header: Header, replies: list[Reply]) -> Response:
     choices = [choice for reply in replies for choice in reply.choices()]
     fledge = [reply.exchange.summary() for reply in replies]
     return JSONResponse(header.body(choices, usage=_usage(replies), fledge=fledge[0] if len(fledge) == 1 else fledge))
@@ -182,10 +190,15 @@ class Reply:
             return [self.choice(found.choice, "", [], found)]
         return [self.choice(found.choice, found.text, list(found.tokens), None, offset)]
 
-    def opening(self) -> list[dict[str, Any]]:
-        """The prompts of a stream, where they are to be repeated."""
-        count = len(self.texts) if self._body.echo else 0
-        return [self.choice(number, self._echo, self.exchange.known, None) for number in range(count)]
+    @property
+    def size(self) -> int:
+        """About how many characters the scores of the prompt come to."""
+        return TOLD * len(self.exchange.known) * len(self.texts)
+
+    def opening(self, header: Header) -> bytes:
+        """The beginning of a stream that repeats the prompt."""
+        choices = [self.choice(number, self._echo, self.exchange.known, None) for number in range(len(self.texts))]
+        return b"".join(event(header.body([choice], stream=True)) for choice in choices)
 
 
 async def pieces(header: Header, body: CompletionRequest, replies: list[Reply]) -> AsyncIterator[bytes]:
@@ -195,8 +208,8 @@ async def pieces(header: Header, body: CompletionRequest, replies: list[Reply]) 
         for reply in replies:
             if reply is not replies[0]:
                 await reply.open()
-            for choice in reply.opening():
-                yield event(header.body([choice], stream=True))
+            if body.echo:
+                yield await unhindered(reply.size, partial(reply.opening, header))
             async for events in reply.stream():
                 bodies = [header.body([choice], stream=True) for found in events for choice in reply.pieces(found)]
                 if bodies and reply is replies[-1] and len(reply.exchange.ends) == body.n and not with_usage:

@@ -181,7 +181,7 @@ class Exchange:
         ids, space = self.order.prompt.ids, None
         begin: State | Cursor | None = start
         if self.order.scored is not None and ids:
-            ids, begin = (), await self._score(start, self.order.scored)
+            ids, begin = (), await self._score(start, self.order.scored, deadline)
         elif options.cache and origin is not None:
             space = f"{self.service.owner(self.tenant)}\0{origin}"
         request = Request(
@@ -231,10 +231,10 @@ class Exchange:
         state, self._card = await self.service.known_state(self.tenant, handle)
         return state, handle if handle.startswith("st_") else None
 
-    async def _score(self, start: State | None, top: int) -> Cursor:
+    async def _score(self, start: State | None, top: int, deadline: float | None) -> Cursor:
         """Read the prompt here, for the likelihoods of its tokens; the place from which the job goes on."""
         scoring = Scoring(self.service, start, self.order.prompt.ids, top)
-        async for count in scoring.pieces():
+        async for count in scoring.pieces(deadline):
             self._read += count
             self._pay()
         self.known = scoring.tokens

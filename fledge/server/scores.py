@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import torch
@@ -26,10 +27,11 @@ class Scoring:
         self._state = (service.beginning if start is None else start).to(service.llm.device)
         self.tokens = [Token(ids[0], None)]  # whose scores nobody has kept
 
-    async def pieces(self) -> AsyncIterator[int]:
+    async def pieces(self, deadline: float | None = None) -> AsyncIterator[int]:
         """Read: after each piece its tokens. Where nobody waits for the next, as the client has gone, it ends there.
 
-        Raises ApiError where the server is so busy that the request would be turned away after it.
+        deadline: on the engine's clock; no piece begins after it.
+        Raises ApiError where the server is so busy that the request would be turned away afterwards.
         """
         desk = self._service.desk
         if desk.jobs >= desk.engine.queue:
@@ -37,6 +39,8 @@ class Scoring:
         for begin in range(0, len(self._ids), CHUNK):
             self.tokens += await asyncio.wrap_future(desk.call(lambda begin=begin: self._piece(begin)))  # type: ignore[misc]
             yield len(self._ids[begin : begin + CHUNK])
+            if deadline is not None and time.monotonic() >= deadline:
+                return
 
     def _piece(self, begin: int) -> list[Token]:
         model, part = self._service.llm.model, self._ids[begin : begin + CHUNK]

@@ -75,6 +75,23 @@ def test_a_regex_is_compiled_once_a_request_and_beside_the_event_loop(monkeypatc
     assert len(texts) == 6 and all(len(text) == 2 and set(text) <= set("abc") for text in texts), "each by itself"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_long_scores_are_told_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    places, told = list[tuple[int, bool]](), completions.text_logprobs
+
+    def noted(tokens: Any, *rest: Any) -> Any:
+        places.append((len(list(tokens)), in_event_loop()))
+        return told(tokens, *rest)
+
+    monkeypatch.setattr(completions, "text_logprobs", noted)
+    with serving(random_model()) as server:
+        body = {"prompt": "word " * 400, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": stream}
+        answer = list(server.stream(TEXT, body)) if stream else [server.post(TEXT, body).json()]
+    long = [place for place in places if place[0] > 1000]
+    assert len(long) == 1 and not long[0][1]
+    assert len(answer[0]["choices"][0]["logprobs"]["tokens"]) == long[0][0]
+
+
 def test_figures_are_collected_beside_the_event_loop() -> None:
     with serving(random_model()) as server:
         places, text = list[bool](), server.service.metrics.text

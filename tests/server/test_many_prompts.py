@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -161,6 +162,22 @@ def test_a_scored_prompt_goes_on_as_any_other(tmp_path: Path) -> None:
             for choice in piece["choices"]:
                 texts[choice["index"]] += choice["text"]
         assert texts[1] == "hello you" + plain
+
+
+def test_scoring_ends_at_the_deadline() -> None:
+    calls = list[int]()
+    with serving(random_model()) as server:
+
+        def slow(model: object, given: Any) -> None:
+            calls.append(given[0].shape[1])
+            time.sleep(0.02)
+
+        server.service.llm.model.register_forward_pre_hook(slow)
+        body = {**SCORED, "prompt": "x" * 10_000, "fledge": {"deadline": 0.05}}
+        answer = server.post(TEXT, body).json()
+    assert answer["fledge"]["reasons"] == ["deadline"] and sum(calls) < 1000
+    scores = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(scores) == sum(calls) + 1 and scores[0] is None and all(score < 0 for score in scores[1:])
 
 
 def test_a_prompt_is_not_scored_where_the_queue_is_full() -> None:
