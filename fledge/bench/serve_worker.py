@@ -2,69 +2,109 @@
 
     python -m fledge.bench.serve_worker job.json
 
-The client speaks HTTP over bare sockets and searches each line for two words, so that it takes next to nothing of the
-cores that the server needs. Not here: the server's process, what is asked in which order (serve.py).
+The client speaks HTTP over bare sockets and looks at an answer only when it has ended, so that it takes next to nothing
+of the cores that the server needs. Not here: the server's process, what is asked in which order (serve.py).
 """
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import json
 import random
+import selectors
+import socket
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError
 
-LINE = 1 << 24
 OWNER = "everybody"
 
 
-async def post(port: int, path: str, body: dict[str, Any]) -> tuple[float, list[float], bytes]:
-    """When it was sent, when each event came, and the last event, else the last line. Raises FledgeError unless 200."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=LINE)
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    began = time.perf_counter()
-    try:
-        writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-        if b" 200 " not in await reader.readline():
-            raise FledgeError(f"{path} failed: {(await reader.read()).decode(errors='replace')[-300:]}")
-        times, last, event = list[float](), b"", b""
-        while line := await reader.readline():
-            if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-                event = line
-            last = line.strip() or last
-        if body.get("stream") and last not in (b"data: [DONE]", b"0"):  # "0": the end of a body in chunks
-            raise FledgeError(f"a stream of {path} broke off after {len(times)} events")
-        return began, times, event.removeprefix(b"data: ") or last
-    finally:
-        writer.close()
+class Exchange:
+    """One request on a connection of its own: what came, and when. Nothing is looked at before it has ended."""
+
+    def __init__(self, port: int, path: str, body: dict[str, Any]) -> None:
+        self._path, self._streams = path, bool(body.get("stream"))
+        self._parts, self._times = list[bytes](), list[float]()
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.began = time.perf_counter()
+        self.socket.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+
+    def receive(self) -> bool:
+        """Take what is there; False at the end."""
+        data = self.socket.recv(1 << 20)
+        self._times.append(time.perf_counter())
+        self._parts.append(data)
+        return bool(data)
+
+    def result(self) -> tuple[list[float], bytes]:
+        """When each event came (of an answer in one piece: its end), and the last event or line.
+
+        Raises FledgeError unless the status is 200.
+        """
+        lines = [(now, line.strip()) for now, line in self._lines() if line.strip()]
+        if not lines or b" 200 " not in lines[0][1]:
+            text = b" ".join(line for _, line in lines).decode(errors="replace")
+            raise FledgeError(f"{self._path} failed: {text[-300:]}")
+        last = lines[-1][1]
+        if not self._streams:
+            return self._times[-1:], last
+        events = [(now, line.removeprefix(b"data: ")) for now, line in lines if line.startswith(b"data: {")]
+        if last not in (b"data: [DONE]", b"0"):  # "0": the end of a body in chunks
+            raise FledgeError(f"a stream of {self._path} broke off after {len(events)} events")
+        return [now for now, _ in events], events[-1][1]
+
+    def _lines(self) -> Iterator[tuple[float, bytes]]:
+        """Every line, and when its end came."""
+        begun = b""
+        for now, part in zip(self._times, self._parts, strict=True):
+            *whole, begun = (begun + part).split(b"\n")
+            yield from ((now, line) for line in whole)
+        yield self._times[-1], begun
+
+
+def ask_all(port: int, path: str, queues: Sequence[Sequence[dict[str, Any]]]) -> list[Exchange]:
+    """The requests of each queue one after the other, the queues side by side."""
+    found, rests = list[Exchange](), [iter(queue) for queue in queues]
+    with selectors.DefaultSelector() as selector:
+
+        def begin(rest: Iterator[dict[str, Any]]) -> None:
+            if (body := next(rest, None)) is not None:
+                found.append(Exchange(port, path, body))
+                selector.register(found[-1].socket, selectors.EVENT_READ, (found[-1], rest))
+
+        for rest in rests:
+            begin(rest)
+        while selector.get_map():
+            for key, _ in selector.select():
+                exchange, rest = key.data
+                if not exchange.receive():
+                    selector.unregister(exchange.socket)
+                    exchange.socket.close()
+                    begin(rest)
+    return found
 
 
 def load(job: dict[str, Any]) -> dict[str, Any]:
     """All requests, `clients` at a time. Raises FledgeError for an answer cut short: the rate counts all its tokens."""
-    firsts, gaps, ends = list[float](), list[float](), list[bytes]()
-
-    async def client(mine: list[dict[str, Any]]) -> None:
-        for body in mine:
-            began, times, end = await post(job["port"], "/v1/completions", body)
-            ends.append(end)
-            firsts.append(times[0] - began)
-            gaps.extend(b - a for a, b in pairwise(times))
-
-    async def everybody() -> None:
-        await asyncio.gather(*(client(job["bodies"][n :: job["clients"]]) for n in range(job["clients"])))
-
     began, own = time.perf_counter(), time.process_time()
-    asyncio.run(everybody())
+    queues = [job["bodies"][n :: job["clients"]] for n in range(job["clients"])]
+    exchanges = ask_all(job["port"], "/v1/completions", queues)
     seconds = time.perf_counter() - began
     share = (time.process_time() - own) / seconds
-    reasons = {str(json.loads(end)["choices"][0]["finish_reason"]) for end in ends}
+    firsts, gaps, reasons = list[float](), list[float](), set[str]()
+    for exchange in exchanges:
+        times, end = exchange.result()
+        reasons.add(str(json.loads(end)["choices"][0]["finish_reason"]))
+        firsts.append(times[0] - exchange.began)
+        gaps.extend(b - a for a, b in pairwise(times))
     if reasons != {"length"}:
         found = ", ".join(sorted(reasons - {"length"}))
         raise FledgeError(f"an answer ended ({found}) before it had its {job['bodies'][0]['max_tokens']} tokens")
@@ -73,16 +113,10 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
 
 def ask(job: dict[str, Any]) -> dict[str, Any]:
     """Requests one after the other: seconds to the first event of each, or to the end of an answer in one piece."""
-
-    async def all_of_them() -> tuple[list[float], str]:
-        seconds, text = list[float](), b""
-        for body in job["bodies"]:
-            began, times, text = await post(job["port"], job.get("path", "/v1/completions"), body)
-            seconds.append((times[0] if times else time.perf_counter()) - began)
-        return seconds, text.decode()
-
-    seconds, text = asyncio.run(all_of_them())
-    return {"seconds": seconds, "last": text}
+    exchanges = ask_all(job["port"], job.get("path", "/v1/completions"), [job["bodies"]])
+    results = [exchange.result() for exchange in exchanges]
+    seconds = [times[0] - exchange.began for exchange, (times, _) in zip(exchanges, results, strict=True)]
+    return {"seconds": seconds, "last": results[-1][1].decode()}
 
 
 def engine(job: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +141,8 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         return time.perf_counter() - began
 
     timed(job["bodies"][:1], 1)
+    gc.collect()
+    gc.freeze()  # as the server does
     return {"seconds": timed(job["bodies"], job["clients"])}
 
 
