@@ -3,7 +3,7 @@
 What is exported here has to do with one text at a time. Beside it, by their own names:
 
     engine, scheduler, task, batch, request    many requests on one model, a call of it at a time
-    desk, job                                  the engine in a thread of its own, for callers who want text
+    desk, job, outbox                          the engine in a thread of its own, for callers who want text
     cache, radix, snapshots, snapshot_store    states after prefixes that were read before, in memory and on disk
     statefile, shelf, commons, reading         states as files, kept on purpose, and of long texts read once
     constraint, tools                          what a text must fit, and calls of functions

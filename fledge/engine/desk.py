@@ -2,7 +2,7 @@
 
     desk = Desk(Engine(llm.model, eos_id=llm.tokenizer.eos_id), llm.tokenizer, sink)
     desk.start()
-    desk.submit(job)          # from any thread; events of all jobs arrive at `sink`, once for each step
+    desk.submit(job)          # from any thread; the events of all jobs arrive at `sink`, some at a time
     desk.close(drain=30.0)
 
 The only thread that touches the engine, its cache and its states is the desk's; whoever needs something done there uses
@@ -15,19 +15,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from fledge.core.errors import FledgeError
 from fledge.engine.engine import Engine
-from fledge.engine.job import Choice, End, Event, Failure, Job
+from fledge.engine.job import Choice, End, Failure, Job
+from fledge.engine.outbox import FRAME, Outbox, Sink
 from fledge.engine.request import Busy, Output, Request
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Sink = Callable[[Sequence[tuple[Job, Event]]], None]
 
 CLOSED = "the server is shutting down; ask again when it is back"
 
@@ -37,16 +37,16 @@ log = logging.getLogger("fledge")
 class Desk:
     """Takes jobs from any thread and hands their events to one sink."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, sink: Sink) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, sink: Sink, *, frame: float = FRAME) -> None:
+        """frame: seconds for which text may be held back."""
         self.engine, self.tokenizer = engine, tokenizer
-        self._sink = sink
+        self._outbox = Outbox(sink, frame)
         self._inbox: deque[Callable[[], None]] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._jobs: dict[int, Job] = {}  # by the number of their request
         self._admitted = set[Job]()  # those and the ones in the inbox
         self._endings: dict[int, tuple[Job, End]] = {}  # texts whose state is being brought to the end
-        self._events: list[tuple[Job, Event]] = []
         self._thread = threading.Thread(target=self._run, name="fledge-desk", daemon=True)
         self._closing: float | None = None  # the moment at which what still runs is given up
         self._ended_for_good = False
@@ -114,10 +114,9 @@ class Desk:
                 except Exception as error:  # whatever it was, the others must not wait for ever
                     log.exception("the engine failed; all requests on their way have ended")
                     self._fail_all(error)
-                if self._events:
-                    events, self._events = self._events, []
-                    self._sink(events)
+                self._outbox.hand_over(now=not self.engine.busy)
         finally:
+            self._outbox.hand_over(now=True)
             with self._wake:
                 self._ended_for_good = True
                 for future, _ in self._calls:
@@ -149,10 +148,11 @@ class Desk:
             self._jobs[self.engine.add(job.request, extra=True)] = job
         except Exception as error:  # of this job alone: a device that has no room for its state, say
             self._admitted.discard(job)
-            self._events.append((job, Failure(0, _shown(error))))
+            self._outbox.tell(job, Failure(0, _shown(error)))
 
     def _drop(self, job: Job) -> None:
         self._admitted.discard(job)
+        self._outbox.forget(job)
         for number in [number for number, known in self._jobs.items() if known is job]:
             self.engine.abort(number)
             del self._jobs[number]
@@ -169,7 +169,7 @@ class Desk:
             return
         if output.finish == "failed":
             assert output.error is not None
-            self._events.append((job, Failure(output.choice, output.error)))
+            self._outbox.tell(job, Failure(output.choice, output.error))
             self._leave(job, output.request)
             return
         choice = job.choices.get(output.choice)
@@ -177,7 +177,7 @@ class Desk:
             choice = job.choices[output.choice] = Choice(job, self.tokenizer, output)
         piece = choice.take(output)
         if piece is not None:
-            self._events.append((job, piece))
+            self._outbox.tell(job, piece)
         if choice.writer.outcome is not None:
             self.engine.abort_choice(output.request, output.choice)
             self._finish(job, choice)
@@ -200,7 +200,7 @@ class Desk:
         )
         keeps = job.keeps and self.engine.cache is not None and job.request.space is not None
         if not job.wants_state or choice.unread:
-            self._events.append((job, end))
+            self._outbox.tell(job, end)
         if not (job.wants_state or keeps) or choice.unread:
             return
         if rest:
@@ -215,7 +215,7 @@ class Desk:
         if job.keeps and self.engine.cache is not None and space is not None:
             self.engine.cache.put(space, (*job.request.ids, *end.ids), state)
         if job.wants_state:
-            self._events.append((job, end._replace(state=state)))
+            self._outbox.tell(job, end._replace(state=state))
 
     def _leave(self, job: Job, number: int) -> None:
         """A choice has ended, and with the last of them the job."""
@@ -228,11 +228,11 @@ class Desk:
         shown = _shown(error)
         for number, job in self._jobs.items():
             self.engine.abort(number)
-            self._events.append((job, Failure(-1, shown)))
+            self._outbox.tell(job, Failure(-1, shown))
         for number, (job, end) in self._endings.items():
             self.engine.abort(number)
             if job.wants_state:
-                self._events.append((job, Failure(end.choice, shown)))
+                self._outbox.tell(job, Failure(end.choice, shown))
         self._jobs.clear()
         self._admitted.clear()
         self._endings.clear()

@@ -230,16 +230,16 @@ class Engine:
     def _draw(self, due: list[Due], outputs: list[Output]) -> None:
         """The next token of each of these continuations."""
         for (task, strand, scores), token in zip(due, next_tokens(due), strict=True):
-            output = Output(task.number, strand.choice, strand.row, cached=task.cached)
+            about = (task.number, strand.choice, strand.row)
             if isinstance(token, FledgeError):
-                outputs.append(self._end(output._replace(error=token), strand, "failed"))
+                outputs.append(self._end(Output(*about, cached=task.cached, error=token), strand, "failed"))
                 self.abort_choice(task.number, strand.choice)
                 continue
             strand.token, strand.left = token, strand.left - 1
             self.tally.drawn += 1
-            if task.request.logprobs is not None:
-                output = output._replace(likelihood=likelihood(scores, token, task.request.logprobs))
-            output = output._replace(token=token, seed=strand.sampler.seed)
+            top = task.request.logprobs
+            likely = None if top is None else likelihood(scores, token, top)
+            output = Output(*about, token, None, strand.sampler.seed, task.cached, likely)
             reason = self._reason(strand)
             outputs.append(output if reason is None else self._end(output, strand, reason))
             if reason is not None:

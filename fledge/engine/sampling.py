@@ -167,8 +167,8 @@ def draw_native(chances: Sequence[Chance]) -> list[int | FledgeError]:
     """As `draw_reference`, in the native library."""
     if not chances:
         return []
-    vocab_size = len(chances[0].logits)
-    assert all(len(chance.logits) == vocab_size for chance in chances), "rows of one model"
+    vocab_size = chances[0].logits.numel()
+    assert all(chance.logits.numel() == vocab_size for chance in chances), "rows of one model"
     found = native_sampling.draw([_row(chance) for chance in chances], vocab_size)
     return [token if token >= 0 else _refusal(token, chance) for token, chance in zip(found, chances, strict=True)]
 
@@ -180,18 +180,19 @@ def _row(chance: Chance) -> native_sampling.Row:
         None if allowed is None else allowed.ctypes.data,
         *_array(chance.banned),
         *_array(chance.known),
-        chance.times.ctypes.data,
+        _array(chance.times)[0],
         params.presence_penalty,
         params.frequency_penalty,
         params.temperature,
         params.top_p,
-        min(params.top_k, len(chance.logits)),
+        min(params.top_k, chance.logits.numel()),
         chance.number,
     )
 
 
-def _array(ids: Ids) -> tuple[int, int]:
-    return ids.ctypes.data, len(ids)
+def _array(values: Ids | Floats) -> tuple[int | None, int]:
+    """Address and length."""
+    return (values.ctypes.data, len(values)) if len(values) else (None, 0)
 
 
 def _refusal(code: int, chance: Chance) -> FledgeError:

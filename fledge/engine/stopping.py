@@ -23,6 +23,8 @@ class StopMatcher:
     def push(self, data: bytes) -> bytes:
         """The bytes that are safe to show now. Once `found` is set they end just before the stop text."""
         assert self.found is None, "a stop text has been found; nothing may follow"
+        if not self._stops:
+            return data
         text = self._held + data
         places = [(at + len(stop), at, name) for stop, name in self._stops if (at := text.find(stop)) >= 0]
         if places:

@@ -42,12 +42,13 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Field name -> tensor, in the order of declaration."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        # dataclasses.fields would make a new tuple of them every time, and an engine asks at every token.
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def batch(self) -> int:
         """B: how many sequences this state holds."""
-        return int(next(iter(self.tensors().values())).shape[1])
+        return int(getattr(self, next(iter(self.__dataclass_fields__))).shape[1])
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,8 @@ WHOLE = ("eos", "complete")
 
 CALL = "<tool_call>"
 
+TIGHT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 class Answer:
     """One choice of a chat as it comes: no white space at either end, and calls apart from the text."""
@@ -124,7 +126,7 @@ def usage(prompt: int, ends: Iterable[End], cached: int) -> dict[str, Any]:
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + TIGHT.encode(body).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

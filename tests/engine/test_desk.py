@@ -30,10 +30,11 @@ COLON = TOKENIZER.id_of(":")
 class Office:
     """A desk whose events are sorted by job as they come."""
 
-    def __init__(self, model: nn.Module, **engine: object) -> None:
+    def __init__(self, model: nn.Module, *, frame: float = 0.0, **engine: object) -> None:
         self.arrived: dict[Job, queue.SimpleQueue[Event]] = {}
         self.steps = 0
-        self.desk = Desk(Engine(model, eos_id=TOKENIZER.eos_id, **engine), TOKENIZER, self.sort)  # type: ignore[arg-type]
+        worker = Engine(model, eos_id=TOKENIZER.eos_id, **engine)  # type: ignore[arg-type]
+        self.desk = Desk(worker, TOKENIZER, self.sort, frame=frame)
 
     def __enter__(self) -> Office:
         self.desk.start()
@@ -164,6 +165,40 @@ def test_tokens_come_with_the_text_they_show() -> None:
     assert shown[:2] == [("h", [TOKENIZER.id_of("h")]), ("\u597d", letter)]
     assert [token for _, ids in shown for token in ids] == TOKENIZER.encode("h\u597dlo ab")
     assert "".join(text for text, _ in shown) == "h\u597dlo ab"
+
+
+def test_text_that_comes_fast_is_handed_over_together() -> None:
+    """The first of it at once, and all of it before the end; with other jobs beside it, each keeps its own order."""
+    replies = ["h\u597dlo ab and more", "second text, longer than that", "third"]
+    with Office(fake(*(f"{reply}\n\nUser:" for reply in replies)), frame=3600.0) as office:
+        jobs = [job("ask:" * (number + 1), temperature=0.0, stop=("\n\n",), logprobs=0) for number in range(3)]
+        for each in jobs:
+            office.submit(each)
+        for each, reply in zip(jobs, replies, strict=True):
+            events = [office.arrived[each].get(timeout=60)]
+            while not isinstance(events[-1], End):
+                events.append(office.arrived[each].get(timeout=60))
+            pieces = [event for event in events if isinstance(event, Piece)]
+            assert pieces[0].text == reply[0] and "".join(piece.text for piece in pieces) == reply
+            assert [token.id for piece in pieces for token in piece.tokens] == TOKENIZER.encode(reply)
+            assert len(pieces) < len(TOKENIZER.encode(reply))
+
+
+def test_held_text_is_told_before_an_error() -> None:
+    model, calls = fake("hello there"), 0
+
+    def fail(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise RuntimeError("out of memory")
+
+    model.register_forward_pre_hook(fail)
+    with Office(model, frame=3600.0) as office:
+        mine = office.submit(job("ask:", temperature=0.0))
+        first, second, end = (office.arrived[mine].get(timeout=60) for _ in range(3))
+        assert isinstance(first, Piece) and isinstance(second, Piece) and isinstance(end, Failure)
+        assert "hello there".startswith(first.text + second.text) and len(second.text) > 1
 
 
 def test_of_a_token_that_a_stop_text_cuts_the_part_before_it_counts() -> None:

@@ -64,7 +64,7 @@ def test_a_stream(client: Any) -> None:
     )
     assert chunks[0].choices[0].delta.role == "assistant"
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
-    assert "".join(pieces) == "hello \u597d there" and len([piece for piece in pieces if piece]) > 4
+    assert "".join(pieces) == "hello \u597d there" and len([piece for piece in pieces if piece]) > 1
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 5
     assert len({chunk.id for chunk in chunks}) == 1
