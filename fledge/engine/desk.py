@@ -1,8 +1,9 @@
 """The desk: the engine in a thread of its own, for callers who want text.
 
-    desk = Desk(Engine(llm.model, eos_id=llm.tokenizer.eos_id), llm.tokenizer, sink)
+    desk = Desk(Engine(llm.model, eos_id=llm.tokenizer.eos_id), llm.tokenizer, bell)
     desk.start()
-    desk.submit(job)          # from any thread; the events of all jobs arrive at `sink`, some at a time
+    desk.submit(job)          # from any thread
+    desk.collect()            # where the bell has rung: the events of all jobs
     desk.close(drain=30.0)
 
 The only thread that touches the engine, its cache and its states is the desk's; whoever needs something done there uses
@@ -21,8 +22,8 @@ from typing import Any, TypeVar
 
 from fledge.core.errors import FledgeError
 from fledge.engine.engine import Engine
-from fledge.engine.job import Choice, End, Failure, Job
-from fledge.engine.outbox import FRAME, Outbox, Sink
+from fledge.engine.job import Choice, End, Event, Failure, Job
+from fledge.engine.outbox import FRAME, Bell, Outbox
 from fledge.engine.request import Busy, Output, Request
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer
@@ -35,12 +36,12 @@ log = logging.getLogger("fledge")
 
 
 class Desk:
-    """Takes jobs from any thread and hands their events to one sink."""
+    """Takes jobs from any thread, and rings where there are events of theirs."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, sink: Sink, *, frame: float = FRAME) -> None:
-        """frame: seconds for which text may be held back."""
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, bell: Bell, *, frame: float = FRAME) -> None:
+        """bell: rung in the desk's thread. frame: seconds for which more text does not ring."""
         self.engine, self.tokenizer = engine, tokenizer
-        self._outbox = Outbox(sink, frame)
+        self._outbox = Outbox(bell, frame)
         self._inbox: deque[Callable[[], None]] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
@@ -83,6 +84,10 @@ class Desk:
             self._wake.notify()
         return future
 
+    def collect(self) -> list[tuple[Job, Event]]:
+        """The events since the last time, from any thread. Where there are some, more may wait soon after, unrung."""
+        return self._outbox.collect()
+
     def close(self, drain: float = 0.0) -> None:
         """Take nothing more in, finish what runs for up to `drain` seconds, then stop; returns when the thread has."""
         with self._wake:
@@ -114,9 +119,9 @@ class Desk:
                 except Exception as error:  # whatever it was, the others must not wait for ever
                     log.exception("the engine failed; all requests on their way have ended")
                     self._fail_all(error)
-                self._outbox.hand_over(now=not self.engine.busy)
+                self._outbox.ring(now=not self.engine.busy)
         finally:
-            self._outbox.hand_over(now=True)
+            self._outbox.ring(now=True)
             with self._wake:
                 self._ended_for_good = True
                 for future, _ in self._calls:

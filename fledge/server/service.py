@@ -1,7 +1,7 @@
 """What outlives a request: the model, the desk, the kept states, the figures; and the way from a job to its events.
 
-The desk's thread and the event loop meet here only: events arrive in the loop once for each step of the engine, each
-job's in a box of its own.
+The desk's thread and the event loop meet here only: the desk rings, and the loop puts each job's events into a box of
+its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hmac
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cached_property, partial
 
@@ -28,6 +28,7 @@ from fledge.engine.desk import Desk
 from fledge.engine.engine import Engine
 from fledge.engine.generation import fresh_state
 from fledge.engine.job import End, Event, Failure, Job
+from fledge.engine.outbox import FRAME
 from fledge.engine.reading import source_of
 from fledge.engine.room import SHARE
 from fledge.engine.scheduler import Scheduler
@@ -104,8 +105,9 @@ class Service:
         engine = Engine(
             llm.model, eos_id=llm.tokenizer.eos_id, scheduler=scheduler, queue=settings.queue, cache=self.cache
         )
-        self.desk = Desk(engine, llm.tokenizer, self._sink)
+        self.desk = Desk(engine, llm.tokenizer, self._bell)
         self._boxes: dict[Job, Box] = {}
+        self._alarm: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions = dict[tuple[str, str], str | None]()  # in use, and the state at which each stood
 
@@ -300,15 +302,20 @@ class Service:
             raise ApiError(507, str(error), code="no_space") from None
         self._sessions[key] = id
 
-    def _sink(self, events: Sequence[tuple[Job, Event]]) -> None:
+    def _bell(self) -> None:
         """From the desk's thread to the event loop."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._sort, events)
+            self._loop.call_soon_threadsafe(self._collect)
         except RuntimeError:  # the loop has ended, and with it everybody who would listen
             return
 
-    def _sort(self, events: Sequence[tuple[Job, Event]]) -> None:
+    def _collect(self) -> None:
+        assert self._loop is not None
+        if self._alarm is not None:
+            self._alarm.cancel()
+        events = self.desk.collect()
+        self._alarm = self._loop.call_later(2 * FRAME, self._collect) if events else None
         for job, event in events:
             box = self._boxes.get(job)
             if box is not None:

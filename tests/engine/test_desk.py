@@ -43,9 +43,9 @@ class Office:
     def __exit__(self, *error: object) -> None:
         self.desk.close()
 
-    def sort(self, events: Sequence[tuple[Job, Event]]) -> None:
+    def sort(self) -> None:
         self.steps += 1
-        for job, event in events:
+        for job, event in self.desk.collect():
             self.arrived[job].put(event)
 
     def submit(self, job: Job) -> Job:

@@ -166,3 +166,24 @@ def test_a_text_with_an_id_that_no_token_has(server: Server) -> None:
         answer = server.post(path, {name: [[5, 6], [7, 10_000]]})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == name
     assert server.service.desk.engine.tally.requests == 0
+
+
+def test_text_is_told_though_the_model_takes_long_over_the_next_token() -> None:
+    model = GatedModel()
+    with serving(model.llm()) as server:
+        left = 9
+
+        def close(*_: object) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                model.gate.clear()
+
+        model.register_forward_pre_hook(close)
+        stream = server.stream(TEXT, {"prompt": "x:", "temperature": 0, "max_tokens": 11})
+        text = ""
+        while len(text) < 8:  # what the model has said when it comes to the gate
+            text += next(stream)["choices"][0]["text"]
+        assert " hello there".startswith(text) and not model.gate.is_set()
+        model.gate.set()
+        assert text + "".join(piece["choices"][0]["text"] for piece in stream) == " hello there"

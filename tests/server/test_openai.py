@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from running import Server, fake, random_model, serving
+
+from fledge.engine.outbox import FRAME
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 pytestmark = pytest.mark.peer
@@ -56,15 +59,16 @@ def test_an_answer(client: Any) -> None:
     assert answer.object == "chat.completion" and answer.model == "fake"
 
 
-def test_a_stream(client: Any) -> None:
-    chunks = list(
-        client.chat.completions.create(
-            model="fake", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
-        )
-    )
+def test_a_stream() -> None:
+    llm = fake(" hello \u597d there\n\nUser: and more")
+    llm.model.register_forward_pre_hook(lambda *_: time.sleep(2 * FRAME))  # what comes faster would come together
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    with serving(llm) as server:
+        completions = client_of(server).chat.completions
+        chunks = list(completions.create(model="fake", messages=QUESTION, temperature=0, **options))
     assert chunks[0].choices[0].delta.role == "assistant"
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
-    assert "".join(pieces) == "hello \u597d there" and len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == "hello \u597d there" and len([piece for piece in pieces if piece]) > 4
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 5
     assert len({chunk.id for chunk in chunks}) == 1
