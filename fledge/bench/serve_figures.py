@@ -29,11 +29,17 @@ def load_figures(clients: int, tokens: int, runs: Mapping[str, Sequence[Facts]])
         **{f"{prefix}tokens_per_s": rate.summary() for prefix, rate in rates.items()},
         "overhead": 1 - rates[""].median / rates["engine_"].median,
         "client_cores": max(run["client_cores"] for run in runs["server"]),
+        "tokens_per_event": statistics.median(tokens / events(run) for run in runs["server"]),
     }
     for name, measured in runs.items():
         for key in () if name == "engine" else ("first_s", "gaps_s"):
             found[names.get(name, "peer_") + key] = _times([value for run in measured for value in run[key]])
     return found
+
+
+def events(run: Facts) -> int:
+    """How many the answers of one run had."""
+    return len(run["first_s"]) + len(run["gaps_s"])
 
 
 def _times(values: Sequence[float]) -> dict[str, float] | None:
@@ -49,7 +55,10 @@ def targets(loads: Sequence[Facts], documents: Sequence[Facts], shelf: Facts) ->
         found.append(_target("tokens/s of 16 clients to those of one", gain, 5.0, at_least=True))
         if one["gaps_s"] and many["gaps_s"]:
             ratio = many["gaps_s"]["p95"] / one["gaps_s"]["median"]
-            found.append(_target("p95 between tokens at 16 clients to the median of one", ratio, 3.0))
+            found.append(_target("p95 between events at 16 clients to the median of one", ratio, 3.0))
+            # Where several tokens share an event, this tells more of the sharing than of the model's pace.
+            ratio = many["gaps_s"]["p95"] * one["tokens_per_s"]["median"]
+            found.append(_target("p95 between events at 16 clients to the time of one client's token", ratio, 3.0))
     for load in loads:
         found.append(_target(f"overhead at {load['clients']} clients", load["overhead"], 0.05))
     for document in documents:

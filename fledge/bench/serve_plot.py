@@ -28,7 +28,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     }
     _panel(left, record["loads"], rates, "tokens/s")
     gaps = {name: [1e3 * load["gaps_s"][name] for load in loads] for name in ("median", "p95")}
-    _panel(right, loads, gaps, "ms between tokens")
+    _panel(right, loads, gaps, "ms between events")
     machine = record["machine"]
     where = f"{record['model']}. {machine['cpu']}, {machine['commit'] or machine['fledge']}"
     figure.supxlabel(f"clients. {where}", fontsize=8, color=INK)

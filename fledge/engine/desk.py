@@ -167,7 +167,8 @@ class Desk:
 
     def _deliver(self, output: Output) -> None:
         if output.request in self._endings:
-            self._ended(*self._endings.pop(output.request), output.before.alone())
+            self._ended(*self._endings[output.request], output.before.alone())
+            del self._endings[output.request]  # now that nothing can fail: a job that has failed is told so
             return
         job = self._jobs.get(output.request)
         if job is None:

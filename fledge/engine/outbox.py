@@ -75,5 +75,6 @@ class Outbox:
             events, self._events = self._events, []
             self._pieces.clear()
             self._urgent = self._rung = False
-            self._collected = time.monotonic()
+            if events:  # who finds nothing does not come back by itself: what is told next must ring
+                self._collected = time.monotonic()
         return events

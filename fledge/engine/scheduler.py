@@ -13,7 +13,7 @@ Not here: states, models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fledge.engine.task import Strand, Task
@@ -59,6 +59,11 @@ class Pace:
         fixed, each = self._line()
         return fixed + each * tokens if each else 0.0
 
+    @property
+    def each(self) -> float:
+        """Seconds that a token adds; 0 where that is unknown."""
+        return self._line()[1]
+
     def _line(self) -> tuple[float, float]:
         """a and b; zeros where they are unknown."""
         spread = self._n * self._xx - self._x**2
@@ -66,6 +71,31 @@ class Pace:
             return 0.0, 0.0
         each = (self._n * self._xt - self._x * self._t) / spread
         return (max((self._t - each * self._x) / self._n, 0.0), each) if each > 0 else (0.0, 0.0)
+
+
+class Purse:
+    """Seconds by which calls may be longer than the ordinary, saved up while they are not."""
+
+    def __init__(self, limit: float, saving: float) -> None:
+        """limit: seconds; it begins full. saving: the share of the time of ordinary calls that is put in."""
+        self._limit, self._saving, self._seconds = limit, saving, limit
+
+    @property
+    def worth(self) -> float:
+        """What may be spent: nothing below a half, so that there are few long calls, not many that are a bit longer."""
+        return self._seconds if self._seconds >= self._limit / 2 else 0.0
+
+    def fill(self) -> None:
+        """Up to the limit."""
+        self._seconds = self._limit
+
+    def earn(self, seconds: float) -> None:
+        """An ordinary call has taken so long."""
+        self._seconds = min(self._limit, self._seconds + self._saving * seconds)
+
+    def pay(self, seconds: float) -> None:
+        """A call is so much longer."""
+        self._seconds = max(0.0, self._seconds - seconds)
 
 
 @dataclass
@@ -78,10 +108,9 @@ class Scheduler:
     stall: float = 0.2  # seconds that long calls may take beyond that, after a quiet time
     saving: float = 0.15  # share of the time of ordinary calls that is saved up for that
     grace: float = 10.0  # seconds that one step of priority is worth
-    _saved: float = field(init=False, repr=False)  # seconds
 
     def __post_init__(self) -> None:
-        self._saved = self.stall
+        self._purse = Purse(self.stall, self.saving)
 
     def rank(self, arrived: float, priority: int) -> float:
         """The place in the line; the lower goes first."""
@@ -97,33 +126,24 @@ class Scheduler:
         return found
 
     def pieces(self, chosen: Sequence[Task], pace: Pace) -> list[Piece]:
-        """What the next call reads: the tokens written last, and as much of the prompts as there is time for."""
+        """What the next call reads: the tokens written last, and as much of the prompts as there is time for.
+
+        That time is spent by asking.
+        """
         written = [Piece(task, strand, (strand.token,)) for task in chosen for strand in task.strands]
         readers = [task for task in chosen if task.reading]
-        read = self._shared(readers, self._budget(len(written), pace) if written else self.chunk) if readers else []
-        if written:
-            self._settle(len(written), sum(len(piece.ids) for piece in read), pace)
-        return written + read
-
-    def _ordinary(self, writers: int, pace: Pace) -> int:
-        """Tokens of prompts that any call may hold."""
-        return max(LEAST, int(pace.tokens(self.patience)) - writers)
-
-    def _budget(self, writers: int, pace: Pace) -> int:
-        """Tokens of prompts that the next call may hold, beside those of the writers."""
-        most, each = self._ordinary(writers, pace), pace.seconds(1) - pace.seconds(0)
-        # Nothing is spent below a half, so that there are few long calls instead of many that are a little longer.
-        if each and self._saved >= self.stall / 2:
-            most += int(self._saved / each)
-        return min(self.chunk, most)
-
-    def _settle(self, writers: int, read: int, pace: Pace) -> None:
-        """Pay for what a call reads beyond the ordinary, or save something up."""
-        beyond = read - self._ordinary(writers, pace)
-        if beyond > 0:
-            self._saved -= beyond * (pace.seconds(1) - pace.seconds(0))
+        if not written:
+            self._purse.fill()  # nobody is kept waiting
+            return self._shared(readers, self.chunk) if readers else []
+        ordinary = max(LEAST, int(pace.tokens(self.patience)) - len(written))
+        extra = int(self._purse.worth / pace.each) if pace.each else 0
+        read = self._shared(readers, min(self.chunk, ordinary + extra)) if readers else []
+        count = sum(len(piece.ids) for piece in read)
+        if count > ordinary:
+            self._purse.pay((count - ordinary) * pace.each)
         else:
-            self._saved = min(self.stall, self._saved + self.saving * pace.seconds(writers + read))
+            self._purse.earn(pace.seconds(len(written) + count))
+        return written + read
 
     def _shared(self, readers: Sequence[Task], budget: int) -> list[Piece]:
         """The budget divided: everybody a share of one half, the rest to the first in line."""

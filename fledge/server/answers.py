@@ -22,7 +22,7 @@ WHOLE = ("eos", "complete")
 
 CALL = "<tool_call>"
 
-TIGHT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Answer:
@@ -126,7 +126,7 @@ def usage(prompt: int, ends: Iterable[End], cached: int) -> dict[str, Any]:
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + TIGHT.encode(body).encode() + b"\n\n"
+    return b"data: " + COMPACT.encode(body).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -30,7 +30,7 @@ router = APIRouter()
 
 MOST_PROMPTS = 128
 
-TOLD = 50
+SCORE_LENGTH = 50
 """Characters, about, that one scored token takes in an answer."""
 
 
@@ -193,7 +193,7 @@ class Reply:
     @property
     def size(self) -> int:
         """About how many characters the scores of the prompt come to."""
-        return TOLD * len(self.exchange.known) * len(self.texts)
+        return SCORE_LENGTH * len(self.exchange.known) * len(self.texts)
 
     def opening(self, header: Header) -> bytes:
         """The beginning of a stream that repeats the prompt."""

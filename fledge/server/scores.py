@@ -30,7 +30,7 @@ class Scoring:
     async def pieces(self, deadline: float | None = None) -> AsyncIterator[int]:
         """Read: after each piece its tokens. Where nobody waits for the next, as the client has gone, it ends there.
 
-        deadline: on the engine's clock; no piece begins after it.
+        deadline: on the engine's clock; after it no piece begins but the first.
         Raises ApiError where the server is so busy that the request would be turned away afterwards.
         """
         desk = self._service.desk

@@ -354,3 +354,16 @@ class Recorder:
 
     def put(self, space: str, ids: Sequence[int], *rest: object) -> None:
         self.kept.append(tuple(ids))
+
+
+def test_where_the_end_cannot_be_kept_the_job_fails_and_is_not_left_waiting() -> None:
+    class Full(Recorder):
+        def put(self, *arguments: object) -> None:
+            raise OSError("no room")
+
+    with Office(fake("hello"), cache=Full()) as office:
+        request = Request(tuple(TOKENIZER.encode("ask:")), SamplingParams(temperature=0.0), space="mine")
+        mine = office.submit(Job(request, closing=(3,), wants_state=True, keeps=True))
+        with pytest.raises(FledgeError, match="the model failed: no room"):
+            office.result(mine)
+        assert office.desk.jobs == 0 and not office.desk.engine.busy

@@ -66,6 +66,19 @@ def test_beginnings_and_ends_ring_and_text_between_waits(clock: Clock) -> None:
     assert box.collect() == []
 
 
+def test_who_has_found_nothing_is_rung_for(clock: Clock) -> None:
+    """He comes back by himself only after he has found something."""
+    rings = list[None]()
+    box, mine = Outbox(lambda: rings.append(None), 0.5), job()
+    box.tell(mine, piece("a"))
+    assert box.collect()
+    clock.now += 1.0
+    assert not box.collect()
+    clock.now += 0.1
+    box.tell(mine, piece("b"))
+    assert rung(box, rings)
+
+
 def test_what_waits_can_be_collected_unrung_and_rings_when_nothing_should_wait(clock: Clock) -> None:
     rings = list[None]()
     box, mine = Outbox(lambda: rings.append(None), 0.5), job()

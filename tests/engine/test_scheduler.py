@@ -85,6 +85,29 @@ def test_prompts_that_come_after_a_quiet_time_are_read_at_once() -> None:
     assert len(scheduler.pieces([writer, late], pace)[-1].ids) == pytest.approx(ordinary + 200, abs=1)
 
 
+def test_more_readers_than_a_call_has_room_for_make_no_debts() -> None:
+    """Each of them reads a token at least, whatever is ordinary."""
+    scheduler, pace = Scheduler(stall=0.2), even(Pace())
+    writer, crowd = task(0, 0, writes=2), [task(number, number, length=400) for number in range(1, 60)]
+    for _ in range(300):
+        scheduler.pieces([writer, *crowd], pace)
+    for _ in range(120):
+        scheduler.pieces([writer], pace)
+    assert len(scheduler.pieces([writer, crowd[0]], pace)[-1].ids) > 200
+
+
+def test_where_nobody_writes_nobody_is_kept_waiting() -> None:
+    scheduler, pace = Scheduler(chunk=512, stall=0.2), even(Pace())
+    writer, reader = task(0, 0, writes=2), task(1, 1, length=5000)
+    assert (
+        len(scheduler.pieces([writer, reader], pace)[-1].ids)
+        > 200
+        > len(scheduler.pieces([writer, reader], pace)[-1].ids)
+    )
+    scheduler.pieces([reader], pace)
+    assert len(scheduler.pieces([writer, reader], pace)[-1].ids) > 200
+
+
 def test_of_many_calls_few_are_long() -> None:
     """However much there is to read."""
     scheduler, pace = Scheduler(chunk=512), even(Pace())
