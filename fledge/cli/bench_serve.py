@@ -48,7 +48,9 @@ class ServeOptions:
 def serve(
     options: ServeOptions,
     record: Annotated[Path | None, typer.Option(help="Write everything to this JSON file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result into this .png, .svg or .pdf.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the result into this .png, .svg or .pdf (needs `fledge[bench]`).")
+    ] = None,
 ) -> None:
     """Measure the server: clients at once, questions on long documents, states held.
 

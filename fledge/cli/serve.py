@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
+import math
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from fledge.core.errors import FledgeError, UsageError
 from fledge.server.settings import MB, Settings
 
 app = typer.Typer(name="serve", add_completion=False)
+
+ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class Place:
     ] = None
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Who may ask (TOML, see docs/server.md).")] = None
     secret: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Signs states. (default: one in FOLDER, made on first use)")
+        Path | None,
+        typer.Option(metavar="FILE", help="Signs states; made where it is not there. (default: one in FOLDER)"),
     ] = None
     origin: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="A web page elsewhere that may call; several times.")
     ] = None
+    log: Annotated[bool, typer.Option("--log", help="Write a line for every request.")] = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,10 @@ class Limits:
     slots: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Texts computed at once.")] = Settings.slots
     queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests on their way at once.")] = Settings.queue
     max_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of an answer, where the request names no number.")
+        int,
+        typer.Option(
+            min=1, max=Settings.most_tokens, metavar="N", help="Of an answer, where the request names no number."
+        ),
     ] = Settings.max_tokens
     cache_memory: Annotated[int, typer.Option(min=0, metavar="MB", help="For states of known beginnings.")] = (
         Settings.cache_memory // MB
@@ -61,7 +71,7 @@ class Limits:
     cache_disk: Annotated[int, typer.Option(min=0, metavar="MB", help="The same on disk, in FOLDER.")] = (
         Settings.cache_disk // MB
     )
-    shelf: Annotated[int, typer.Option(min=0, metavar="MB", help="For states that were asked to be kept.")] = (
+    shelf: Annotated[int, typer.Option(min=1, metavar="MB", help="For states that were asked to be kept.")] = (
         Settings.shelf // MB
     )
     drain: Annotated[
@@ -86,6 +96,11 @@ def serve(model: ModelOptions, place: Place, limits: Limits) -> None:
     for option, folder in (("--folder", place.folder), ("--shared", place.shared)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UsageError(f"{option}: {folder} is not a folder")
+    for origin in place.origin or ():
+        if not ORIGIN.fullmatch(origin):
+            raise UsageError(f"--origin {origin}: give scheme, name and port only, as https://chat.example:8443")
+    if place.secret is not None and not place.secret.exists():
+        remark(f"--secret: {place.secret} is not there; a new one is made")
     if not is_local(place.host) and place.keys is None:
         remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
     settings = Settings(
@@ -121,25 +136,35 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
     config = uvicorn.Config(
         create_app(service, place.host),
         log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=round(settings.drain) + 1,
+        access_log=place.log,
+        # The desk gives up before: then every client is told so.
+        timeout_graceful_shutdown=math.ceil(settings.drain) + 2,
         server_header=False,
     )
+    if place.log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     gc.collect()
     gc.freeze()  # what is here now stays: the collector need not look through it again and again
     listener = _listening(place.host, place.port)
     _announce(service.name, place.host, listener.getsockname()[1])
     try:
-        _stoppable(config).run(sockets=[listener])
+        _stoppable(config, service).run(sockets=[listener])
     finally:  # where it was stopped twice, a thread that still computes could crash the interpreter as it ends
         service.desk.close()
 
 
-def _stoppable(config: Any) -> Any:
+def _stoppable(config: Any, service: Any) -> Any:
     """The server, which a second signal ends at once. What is broken off then has no error to tell of."""
     import uvicorn
 
     class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if count := len(self.server_state.tasks):
+                drain, requests = service.settings.drain, "1 request" if count == 1 else f"{count} requests"
+                remark(f"finishing {requests}, for up to {drain:g} s; Ctrl-C again breaks off")
+                asyncio.get_running_loop().call_later(drain, service.desk.wind_up)
+            await super().shutdown(sockets)
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             again = self.should_exit
             super().handle_exit(sig, frame)
@@ -180,7 +205,9 @@ def _listening(host: str, port: int) -> socket.socket:
         listener.listen()  # whoever waits for the line that tells the address may call at once
     except OSError as error:
         listener.close()
-        raise FledgeError(f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port") from None
+        # EADDRNOTAVAIL: no address of this machine; gaierror: no address at all.
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror) else "--port"
+        raise FledgeError(f"{host}:{port} cannot be listened at: {error.strerror}; choose another {other}") from None
     return listener
 
 

@@ -41,6 +41,13 @@ llguidance ends the process from about 2000 such levels."""
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """How JSON is written. More white space than this a small model may go on writing for ever."""
 
+BOUNDS = (
+    ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), 1),
+    ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -1),
+)
+LITERAL = ("const", "enum", "default", "examples")
+"""Keywords that hold values, not schemas."""
+
 MESSAGE_CHARACTERS = 200
 
 
@@ -188,6 +195,7 @@ def schema_text(schema: dict[str, Any] | str, what: str = "JSON schema") -> str:
         record = json.loads(text)
         if not isinstance(record, dict):
             raise UsageError(f"the {what} is {_short(text)}; it must be a JSON object")
+        _narrow(record)
         text = json.dumps({**record, "x-guidance": SEPARATORS}, ensure_ascii=False)
         text.encode()
     except RecursionError:
@@ -200,6 +208,27 @@ def schema_text(schema: dict[str, Any] | str, what: str = "JSON schema") -> str:
             f"at most {SCHEMA_LEVELS} are taken"
         )
     return text
+
+
+def _narrow(record: dict[str, Any]) -> None:
+    """Keep out whole numbers that are excluded: llguidance (1.9) takes 2 for a number above 2 and below 2.5.
+
+    It does so where the other bound is less than 1 away. There the excluded one moves by a millionth of the way to it.
+    """
+    inner = [value for value, _ in _walk(record) if isinstance(value, dict)]
+    values = [each for value in inner for key in LITERAL if key in value for each, _ in _walk(value[key])]
+    for value in inner:
+        if any(value is each for each in values):
+            continue
+        for name, others, side in BOUNDS:
+            bound = value.get(name, 0.5)
+            ways = [side * (value[other] - bound) for other in others if _number(bound) and _number(value.get(other))]
+            if ways and float(bound).is_integer() and 0 < min(ways) < 1:
+                value[name] = bound + side * min(ways) * 1e-6
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _levels(record: dict[str, Any]) -> int:
@@ -248,6 +277,8 @@ def _short(message: str) -> str:
     line = next((line[7:] for line in lines if line.startswith("error: ")), lines[0])
     line = re.sub(r"^(at )?\d+\(\d+\): (invalid regex .* \(in regex\): |failed to compile JSON schema: )?", "", line)
     line = line.partition("; either increase")[0]  # what follows is advice about limits that are ours to set
+    if line.startswith("oneOf constraints are not supported"):
+        return "oneOf is not supported; use anyOf"
     return line if len(line) <= MESSAGE_CHARACTERS else line[:MESSAGE_CHARACTERS] + "..."
 
 

@@ -59,17 +59,21 @@ class Desk:
     def submit(self, job: Job) -> None:
         """Have a job done. Raises Busy where too many wait or the desk closes, and the errors of `Engine.check`."""
         self.engine.check(job.request)
-        if self._closing is not None or self._ended_for_good:
-            raise Busy(CLOSED)
-        if len(self._admitted) >= self.engine.queue:
-            raise Busy(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
-        self._admitted.add(job)
-        self._post(lambda: self._take(job))
+        with self._wake:
+            if self._closing is not None or self._ended_for_good:
+                raise Busy(CLOSED)
+            if len(self._admitted) >= self.engine.queue:
+                raise Busy(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
+            self._admitted.add(job)
+            self._inbox.append(lambda: self._take(job))
+            self._wake.notify()
 
     def cancel(self, job: Job) -> None:
         """Stop a job; nothing more comes of it, but for events that are on their way."""
         job.cancelled = True
-        self._post(lambda: self._drop(job))
+        with self._wake:
+            self._inbox.append(lambda: self._drop(job))
+            self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Do something in the desk's thread: one such thing between two steps, so that texts go on meanwhile.
@@ -88,11 +92,15 @@ class Desk:
         """The events since the last time, from any thread. Where there are some, more may wait soon after, unrung."""
         return self._outbox.collect()
 
-    def close(self, drain: float = 0.0) -> None:
-        """Take nothing more in, finish what runs for up to `drain` seconds, then stop; returns when the thread has."""
+    def wind_up(self, drain: float = 0.0) -> None:
+        """Take nothing more in, finish what runs for up to `drain` seconds, then stop; what runs still fails."""
         with self._wake:
             self._closing = time.monotonic() + drain
             self._wake.notify()
+
+    def close(self, drain: float = 0.0) -> None:
+        """As `wind_up`, and return when it has stopped."""
+        self.wind_up(drain)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -106,11 +114,6 @@ class Desk:
         """Jobs taken in and not ended."""
         return len(self._admitted)
 
-    def _post(self, work: Callable[[], None]) -> None:
-        with self._wake:
-            self._inbox.append(work)
-            self._wake.notify()
-
     def _run(self) -> None:
         try:
             while self._go_on():
@@ -121,11 +124,14 @@ class Desk:
                     self._fail_all(error)
                 self._outbox.ring(now=not self.engine.busy)
         finally:
-            self._outbox.ring(now=True)
             with self._wake:
                 self._ended_for_good = True
-                for future, _ in self._calls:
-                    future.cancel()
+            while self._inbox:
+                self._inbox.popleft()()
+            self._fail_all(FledgeError(CLOSED))
+            self._outbox.ring(now=True)
+            while self._calls:
+                _answer(self._calls.popleft()[0], _refuse)
 
     def _turn(self) -> None:
         """What has come in, one called thing, one step."""
@@ -253,6 +259,10 @@ def _answer(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_exception(error)
     else:
         future.set_result(found)
+
+
+def _refuse() -> None:
+    raise Busy(CLOSED)
 
 
 def _shown(error: Exception) -> FledgeError:

@@ -126,8 +126,14 @@ def usage(prompt: int, ends: Iterable[End], cached: int) -> dict[str, Any]:
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + COMPACT.encode(body).encode() + b"\n\n"
+    text = COMPACT.encode(body)
+    if not text.isascii():
+        text = text.translate(LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
+
+LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+"""Letters at which some clients end a line, though the protocol does not: httpx's `iter_lines`, say."""
 
 DONE = b"data: [DONE]\n\n"
 WAITING = b": still reading\n\n"
@@ -159,8 +165,11 @@ def text_logprobs(tokens: Iterable[Token], tokenizer: Tokenizer, offset: int) ->
         offset += len(text.decode(tokenizer.decode_bytes([token.id])))
         likelihood = token.likelihood  # none for the first token of a prompt, which follows nothing
         values.append(None if likelihood is None else likelihood.logprob)
-        top = None if likelihood is None else {_name(id, tokenizer): value for id, value in likelihood.top}
-        tops.append(top)
+        if likelihood is None:
+            tops.append(None)
+        else:  # the token itself is always among them
+            top = {_name(id, tokenizer): value for id, value in likelihood.top}
+            tops.append(top | {names[-1]: likelihood.logprob})
     return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 

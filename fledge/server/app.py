@@ -25,7 +25,7 @@ from fledge.core.errors import FledgeError
 from fledge.server import chat, completions, plain, states
 from fledge.server.errors import ApiError, api_error
 from fledge.server.hosts import Hosts
-from fledge.server.schema import ONLY_TEXT
+from fledge.server.schema import ONLY_TEXT, Options
 from fledge.server.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -115,8 +115,8 @@ class Refusal(JSONResponse):
         super().__init__(error.body, error.status, error.headers)
 
     def render(self, content: Any) -> bytes:
-        """The body."""
-        return json.dumps(content).encode("ascii")
+        """The body; a line, for those who read it in a terminal."""
+        return json.dumps(content).encode("ascii") + b"\n"
 
 
 class Border:
@@ -213,9 +213,13 @@ async def _invalid(request: Request, error: Any) -> Response:
     if param is None:
         return await _api(request, ApiError(400, _no_object(request, first)))
     given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
-    text = "this field is not known" if first["type"] == "extra_forbidden" else wanted or first["msg"]
+    text = _unknown(param) if first["type"] == "extra_forbidden" else wanted or first["msg"]
     shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden", ONLY_TEXT) else ""
     return await _api(request, ApiError(400, f"{param}: {text}{shown}", param=param))
+
+
+def _unknown(param: str) -> str:
+    return f"this field is not known{f'; it is fledge.{param} here' if param in Options.model_fields else ''}"
 
 
 def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
@@ -223,7 +227,8 @@ def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
 
     Pydantic tells of every shape apart, and puts its name into the place: ("messages", 0, "content", "str").
     """
-    first = errors[0]
+    # A field that is not known is often the one that is missed, with a slip in its name.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     at = next((at for at, part in enumerate(first["loc"]) if part in SHAPES), None)
     if at is None or first["type"] == "extra_forbidden":
         return first, ""

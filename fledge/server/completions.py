@@ -128,7 +128,8 @@ class Reply:
         self.exchange, self.texts = exchange, [Text() for _ in range(body.n)]
         self._service, self._body, self._number = service, body, number
         self._first: list[Event] = []
-        self._echo = service.llm.tokenizer.decode(exchange.order.prompt.ids) if body.echo else ""
+        self._echo = ""
+        self.ids = exchange.order.prompt.ids  # those that are told, and paid for
 
     async def whole(self) -> None:
         """Have everything written."""
@@ -140,6 +141,12 @@ class Reply:
     async def open(self) -> None:
         """Wait for the first events, while an error can still be told by the status."""
         self._first = await self.exchange.open()
+
+    def begin(self) -> None:
+        """Once the prompt has been scored: what is repeated of it is what has scores, where a deadline cut it."""
+        known = self.exchange.known
+        self.ids = self.ids[: len(known)] if known else self.ids
+        self._echo = self._service.llm.tokenizer.decode(self.ids) if self._body.echo else ""
 
     async def stream(self) -> AsyncIterator[list[Event]]:
         """All events, after `open`."""
@@ -163,6 +170,7 @@ class Reply:
 
     def choices(self) -> list[dict[str, Any]]:
         """The finished texts; of a prompt that was only read, the prompt."""
+        self.begin()
         for text in self.texts:
             text.end = text.end or self.texts[0].end
         return [
@@ -197,6 +205,7 @@ class Reply:
 
     def opening(self, header: Header) -> bytes:
         """The beginning of a stream that repeats the prompt."""
+        self.begin()
         choices = [self.choice(number, self._echo, self.exchange.known, None) for number in range(len(self.texts))]
         return b"".join(event(header.body([choice], stream=True)) for choice in choices)
 
@@ -224,6 +233,6 @@ async def pieces(header: Header, body: CompletionRequest, replies: list[Reply]) 
 
 
 def _usage(replies: list[Reply]) -> dict[str, Any]:
-    prompt = sum(len(reply.exchange.order.prompt.ids) for reply in replies)
+    prompt = sum(len(reply.ids) for reply in replies)
     cached = sum(reply.exchange.cached for reply in replies)
     return usage(prompt, [end for reply in replies for end in reply.exchange.ends], cached)

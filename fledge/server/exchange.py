@@ -314,7 +314,7 @@ def with_limits(params: SamplingParams, tenant: Tenant, service: Service, wanted
     """The settings with as many tokens as the key and the server allow. Raises ApiError where more are asked for."""
     most = min(tenant.max_tokens, service.settings.most_tokens)
     if wanted is not None and wanted > most:
-        raise ApiError(400, f"max_tokens is {wanted}; this key may ask for up to {most}", param="max_tokens")
+        raise ApiError(400, f"max_tokens is {wanted}; at most {most} may be asked for", param="max_tokens")
     size = service.llm.config.vocab_size
     for token in params.ban:
         if token >= size:

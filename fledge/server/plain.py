@@ -29,6 +29,7 @@ router = APIRouter()
 MOST_TEXTS = 2048
 
 
+@router.head("/health", include_in_schema=False)  # as some balancers ask
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Whether requests are answered."""
@@ -83,6 +84,7 @@ async def server(request: Request) -> dict[str, Any]:
         "templates": sorted(TEMPLATES),
         "slots": settings.slots,
         "max_tokens": min(settings.most_tokens, tenant.max_tokens),
+        "default_max_tokens": min(settings.max_tokens, tenant.max_tokens),
         "keeps_states": service.shelf is not None,
     }
 

@@ -44,8 +44,11 @@ class Scoring:
 
     def _piece(self, begin: int) -> list[Token]:
         model, part = self._service.llm.model, self._ids[begin : begin + CHUNK]
+        tally, began = self._service.desk.engine.tally, time.perf_counter()
         with torch.no_grad():
             scores, self._state = model(torch.tensor([part], dtype=torch.long, device=device_of(model)), self._state)
+        tally.calls, tally.read = tally.calls + 1, tally.read + len(part)
+        tally.seconds += time.perf_counter() - began
         self.cursor = Cursor(scores[0, -1], self._state)
         after = self._ids[begin + 1 : begin + CHUNK + 1]
         return [Token(token, likelihood(scores[0, place].cpu(), token, self._top)) for place, token in enumerate(after)]

@@ -90,6 +90,18 @@ def test_a_file_in_place_of_a_folder(fledge: Any, byte_model: Path, option: str)
     fledge("serve", option, byte_model).check_error(2, option, f"{byte_model} is not a folder")
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--host", "256.1.1.1"], 1, "another --host"),
+        (["--origin", "chat.example"], 2, "--origin chat.example"),
+        (["--origin", "https://chat.example/page"], 2, "--origin https://chat.example/page"),
+    ],
+)
+def test_mistakes(fledge: Any, byte_model: Path, options: list[str], code: int, words: str) -> None:
+    fledge("serve", "--model", byte_model, *options).check_error(code, words)
+
+
 def test_limits_are_those_of_the_settings(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = list[Settings]()
     monkeypatch.setattr("fledge.cli.serve._run", lambda model, settings, place: found.append(settings))

@@ -156,6 +156,34 @@ def test_every_cut_into_tokens_is_accepted() -> None:
         assert constraint.done and constraint.may_end
 
 
+def takes(constraint: Constraint, text: str) -> bool:
+    """Whether `text` is among what may be written."""
+    tokenizer, place = tokenizer_called(WORLD), constraint.fork()
+    for token in tokenizer.encode(text):
+        if not place.mask()[token]:
+            return False
+        place.accept(token)
+    return place.may_end
+
+
+@pytest.mark.parametrize("low", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("high", ["maximum", "exclusiveMaximum"])
+@pytest.mark.parametrize("ends", [(2, 2.5), (-2.5, -2), (0, 0.5), (-0.5, 0.0), (1.5, 2), (2, 3), (2.0, 2.25), (1, 7.5)])
+def test_numbers_keep_within_their_bounds(low: str, high: str, ends: tuple[float, float]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "number", low: ends[0], high: ends[1]}}, "required": ["a"]}
+    constraint = json_schema(schema, vocabulary_of(WORLD))
+    above = (lambda x: x > ends[0]) if low.startswith("e") else (lambda x: x >= ends[0])
+    below = (lambda x: x < ends[1]) if high.startswith("e") else (lambda x: x <= ends[1])
+    taken = {text: takes(constraint, f'{{"a": {text}}}') for text in (f"{n / 4:g}" for n in range(-12, 36))}
+    assert taken == {text: above(float(text)) and below(float(text)) for text in taken}
+
+
+def test_values_in_a_schema_are_left_as_they_are() -> None:
+    value = {"exclusiveMinimum": 2, "maximum": 2.5}
+    constraint = json_schema({"enum": [value]}, vocabulary_of(WORLD))
+    assert takes(constraint, json.dumps(value))
+
+
 def test_a_fork_goes_its_own_way() -> None:
     tokenizer, start = tokenizer_called(BYTES), regex("ab*c|ad", vocabulary_of(BYTES))
     start.accept(tokenizer.encode("a")[0])

@@ -270,6 +270,31 @@ def test_closing_finishes_what_runs_and_refuses_the_rest() -> None:
     assert not office.desk.alive
 
 
+def test_what_still_runs_when_the_time_is_over_is_told_so() -> None:
+    model, reached, gate = random_finch(TOKENIZER.vocab_size), threading.Event(), threading.Event()
+    office = Office(model, scheduler=Scheduler(slots=2))
+
+    def wait(*_: object) -> None:
+        reached.set()
+        assert gate.wait(60)
+
+    model.register_forward_pre_hook(wait)
+    office.desk.start()
+    jobs = [office.submit(job("x", n=2, max_tokens=10**9)), office.submit(job("y", wants_state=True))]
+    assert reached.wait(60)
+    late = office.submit(job("z"))
+    asked = office.desk.call(int)
+    office.desk.wind_up()
+    gate.set()
+    for each in (*jobs, late):
+        with pytest.raises(FledgeError, match="shutting down"):
+            office.result(each)
+    with pytest.raises(Busy, match="shutting down"):
+        asked.result(timeout=60)
+    office.desk.close()
+    assert not office.desk.alive and office.desk.jobs == 0
+
+
 def test_work_for_the_engines_thread() -> None:
     with Office(fake("a")) as office:
         assert office.desk.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-desk"

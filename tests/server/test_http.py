@@ -54,6 +54,7 @@ def eventually(what: Any) -> None:
         ({"messages": "Hi"}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": None, "message": HI}, "message"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
@@ -147,6 +148,7 @@ def test_a_body_is_told_what_is_wrong_with_it(server: Server, body: bytes, kind:
         (CHAT, {"messages": HI, "stop": ["a", 3]}, "stop.1", "valid string (given: 3)"),
         (CHAT, {"messages": HI, "tool_choice": 3}, "tool_choice", "text or an object"),
         (TEXT, {"prompt": [1, "a"]}, "prompt", "text or a list of texts or a list of numbers or a list of lists"),
+        (CHAT, {"messages": HI, "top_k": 3}, "top_k", "it is fledge.top_k here"),
     ],
 )
 def test_a_field_of_several_shapes_is_named_without_them(
@@ -323,6 +325,7 @@ def test_health_figures_and_headers(server: Server) -> None:
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
     assert "access-control-allow-origin" not in server.http.get("/health", headers={"origin": "https://e.vil"}).headers
     assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert server.http.head("/health").status_code == 200
     about = server.http.get("/v1/fledge/server").json()
     assert about["model"] == "random" and about["layers"] == 2 and about["state_bytes"] > 0
 
@@ -336,6 +339,16 @@ def test_parts_of_characters_have_names_of_their_own() -> None:
     assert [len(each) for each in found["top_logprobs"]] == [20] * 4
     for name, value, each in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
         assert each[name] == value
+
+
+def test_a_drawn_token_is_among_the_most_probable_ones_and_scoring_is_counted() -> None:
+    with serving(random_model()) as server:
+        body = {"prompt": "hello you", "max_tokens": 8, "seed": 1, "top_p": 1.0, "logprobs": 1, "echo": True}
+        found = server.post(TEXT, body).json()
+        scores = found["choices"][0]["logprobs"]
+        rows = list(zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True))
+        assert all(top[token] == value and len(top) <= 2 for token, value, top in rows[1:])
+        assert server.service.desk.engine.tally.read >= found["usage"]["prompt_tokens"] > 2
 
 
 CALL = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'

@@ -176,8 +176,11 @@ def test_scoring_ends_at_the_deadline() -> None:
         body = {**SCORED, "prompt": "x" * 10_000, "fledge": {"deadline": 0.05}}
         answer = server.post(TEXT, body).json()
     assert answer["fledge"]["reasons"] == ["deadline"] and sum(calls) < 1000
-    scores = answer["choices"][0]["logprobs"]["token_logprobs"]
+    choice = answer["choices"][0]
+    scores = choice["logprobs"]["token_logprobs"]
     assert len(scores) == sum(calls) + 1 and scores[0] is None and all(score < 0 for score in scores[1:])
+    assert choice["text"] == "".join(choice["logprobs"]["tokens"]), "the part that has scores"
+    assert answer["usage"]["prompt_tokens"] == len(scores)
 
 
 def test_a_prompt_is_not_scored_where_the_queue_is_full() -> None:
