@@ -140,7 +140,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             runner.step()
         return time.perf_counter() - began
 
-    timed(job["bodies"][:1], 1)
+    timed(job["bodies"][: job["clients"]], job["clients"])  # as the server: the first finds memory that is not there yet
     gc.collect()
     gc.freeze()  # as the server does
     return {"seconds": timed(job["bodies"], job["clients"])}
