@@ -140,7 +140,8 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             runner.step()
         return time.perf_counter() - began
 
-    timed(job["bodies"][: job["clients"]], job["clients"])  # as the server: the first finds memory that is not there yet
+    # As the server is: the first of a size finds memory that is not there yet.
+    timed(job["bodies"][: job["clients"]], job["clients"])
     gc.collect()
     gc.freeze()  # as the server does
     return {"seconds": timed(job["bodies"], job["clients"])}
