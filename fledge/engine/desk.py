@@ -128,7 +128,7 @@ class Desk:
                 self._ended_for_good = True
             while self._inbox:
                 self._inbox.popleft()()
-            self._fail_all(FledgeError(CLOSED))
+            self._fail_all(Busy(CLOSED))
             self._outbox.ring(now=True)
             while self._calls:
                 _answer(self._calls.popleft()[0], _refuse)

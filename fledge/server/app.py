@@ -231,7 +231,7 @@ def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     at = next((at for at, part in enumerate(first["loc"]) if part in SHAPES), None)
     if at is None or first["type"] == "extra_forbidden":
-        return first, ""
+        return {**first, "loc": tuple(part for part in first["loc"] if part not in SHAPES)}, ""
     place = first["loc"][:at]
     same = [each for each in errors if each["loc"][:at] == place and each["loc"][at:]]
     names = list(dict.fromkeys(str(each["loc"][at]) for each in same))

@@ -30,6 +30,7 @@ from fledge.engine.generation import fresh_state
 from fledge.engine.job import End, Event, Failure, Job
 from fledge.engine.outbox import FRAME
 from fledge.engine.reading import source_of
+from fledge.engine.request import Busy
 from fledge.engine.room import SHARE
 from fledge.engine.scheduler import Scheduler
 from fledge.engine.shelf import Moved, Shelf
@@ -191,7 +192,8 @@ class Service:
             events = await box.take()
             for event in events:
                 if isinstance(event, Failure):
-                    raise ApiError(500, str(event.error)) if event.choice < 0 else api_error(event.error)
+                    broken = event.choice < 0 and not isinstance(event.error, Busy)
+                    raise ApiError(500, str(event.error)) if broken else api_error(event.error)
                 left -= isinstance(event, End)
             yield events
 

@@ -149,6 +149,12 @@ def test_a_body_is_told_what_is_wrong_with_it(server: Server, body: bytes, kind:
         (CHAT, {"messages": HI, "tool_choice": 3}, "tool_choice", "text or an object"),
         (TEXT, {"prompt": [1, "a"]}, "prompt", "text or a list of texts or a list of numbers or a list of lists"),
         (CHAT, {"messages": HI, "top_k": 3}, "top_k", "it is fledge.top_k here"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages.0.content.0.x",
+            "not known",
+        ),
     ],
 )
 def test_a_field_of_several_shapes_is_named_without_them(
@@ -521,3 +527,17 @@ def test_a_stream_that_never_begins_lets_go_of_its_place() -> None:
     with pytest.raises(ClientDisconnect):
         asyncio.run(stream(scope, receive, send))
     assert closed == ["exchange"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_still_waits_when_the_server_has_stopped_is_told_so(stream: bool) -> None:
+    with serving(random_model()) as server:
+        found = list[Any]()
+        ask = threading.Thread(target=lambda: found.append(server.post(TEXT, {**ENDLESS, "stream": stream})))
+        ask.start()
+        eventually(lambda: server.service.desk.jobs == 1 and server.service.desk.engine.running == 1)
+        server.service.desk.wind_up()
+        ask.join(timeout=60)
+    assert found[0].status_code == (200 if stream else 503)
+    told = found[0].text.strip().splitlines()[-1].removeprefix("data: ")
+    assert "shutting down" in told and json.loads(told)["error"]["code"] == "busy"
