@@ -182,6 +182,8 @@ def _stoppable(config: Any, service: Any) -> Any:
 def _spread(model: ModelOptions, settings: Settings, place: Place, count: int) -> None:
     if settings.folder is not None or settings.shared is None:
         raise UsageError("copies keep states where all of them see them: give --shared FOLDER and no --folder")
+    if place.log:
+        raise UsageError("--log: copies write no lines of their own, Ray does; leave it out")
     from fledge.server.replicas import run
 
     read_adapters(model.adapter or (), model.alpha, model.any_base)  # a mistake is told here, not by every copy

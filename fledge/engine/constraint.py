@@ -15,6 +15,7 @@ Not here: the draw (`sampling.py`), tool calls (`tools.py`), ends of texts by le
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from types import ModuleType
@@ -47,6 +48,9 @@ BOUNDS = (
 )
 LITERAL = ("const", "enum", "default", "examples")
 """Keywords that hold values, not schemas."""
+
+NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keywords that hold schemas by name."""
 
 MESSAGE_CHARACTERS = 200
 
@@ -215,20 +219,32 @@ def _narrow(record: dict[str, Any]) -> None:
 
     It does so where the other bound is less than 1 away. There the excluded one moves by a millionth of the way to it.
     """
-    inner = [value for value, _ in _walk(record) if isinstance(value, dict)]
-    values = [each for value in inner for key in LITERAL if key in value for each, _ in _walk(value[key])]
-    for value in inner:
-        if any(value is each for each in values):
-            continue
+    for schema in _schemas(record):
         for name, others, side in BOUNDS:
-            bound = value.get(name, 0.5)
-            ways = [side * (value[other] - bound) for other in others if _number(bound) and _number(value.get(other))]
-            if ways and float(bound).is_integer() and 0 < min(ways) < 1:
-                value[name] = bound + side * min(ways) * 1e-6
+            bound: Any = schema.get(name)
+            ways = [side * (schema[other] - bound) for other in others if _number(bound) and _number(schema.get(other))]
+            if ways and bound == int(bound) and 0 < min(ways) < 1:
+                moved = bound + side * min(ways) * 1e-6
+                schema[name] = moved if moved != bound else math.nextafter(bound, side * math.inf)
+
+
+def _schemas(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A schema and all inside it, without recursion; not what only looks like one, being a value."""
+    waiting: list[Any] = [record]
+    while waiting:
+        schema = waiting.pop()
+        if isinstance(schema, list):
+            waiting.extend(schema)
+        elif isinstance(schema, dict):
+            yield schema
+            for key, inner in schema.items():
+                named = key in NAMED and isinstance(inner, dict)
+                waiting.extend(inner.values() if named else [] if key in LITERAL else [inner])
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that a float can hold with room for what lies beside it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 50
 
 
 def _levels(record: dict[str, Any]) -> int:

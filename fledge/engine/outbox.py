@@ -75,6 +75,6 @@ class Outbox:
             events, self._events = self._events, []
             self._pieces.clear()
             self._urgent = self._rung = False
-            if events:  # who finds nothing does not come back by itself: what is told next must ring
-                self._collected = time.monotonic()
+            # Who finds nothing does not come back by itself: what is told next must ring.
+            self._collected = time.monotonic() if events else 0.0
         return events

@@ -213,13 +213,15 @@ async def _invalid(request: Request, error: Any) -> Response:
     if param is None:
         return await _api(request, ApiError(400, _no_object(request, first)))
     given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
-    text = _unknown(param) if first["type"] == "extra_forbidden" else wanted or first["msg"]
+    unknown = first["type"] == "extra_forbidden"
+    text = _unknown(param, request.url.path) if unknown else wanted or first["msg"]
     shown = f" (given: {given:.80})" if first["type"] not in ("missing", "extra_forbidden", ONLY_TEXT) else ""
     return await _api(request, ApiError(400, f"{param}: {text}{shown}", param=param))
 
 
-def _unknown(param: str) -> str:
-    return f"this field is not known{f'; it is fledge.{param} here' if param in Options.model_fields else ''}"
+def _unknown(param: str, path: str) -> str:
+    ours = path.endswith("/completions") and param in Options.model_fields
+    return f"this field is not known{f'; it is fledge.{param} here' if ours else ''}"
 
 
 def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
@@ -231,7 +233,8 @@ def _first_fault(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     at = next((at for at, part in enumerate(first["loc"]) if part in SHAPES), None)
     if at is None or first["type"] == "extra_forbidden":
-        return {**first, "loc": tuple(part for part in first["loc"] if part not in SHAPES)}, ""
+        *place, name = first["loc"]
+        return {**first, "loc": (*(part for part in place if part not in SHAPES), name)}, ""
     place = first["loc"][:at]
     same = [each for each in errors if each["loc"][:at] == place and each["loc"][at:]]
     names = list(dict.fromkeys(str(each["loc"][at]) for each in same))

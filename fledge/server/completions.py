@@ -129,7 +129,6 @@ class Reply:
         self._service, self._body, self._number = service, body, number
         self._first: list[Event] = []
         self._echo = ""
-        self.ids = exchange.order.prompt.ids  # those that are told, and paid for
 
     async def whole(self) -> None:
         """Have everything written."""
@@ -144,9 +143,9 @@ class Reply:
 
     def begin(self) -> None:
         """Once the prompt has been scored: what is repeated of it is what has scores, where a deadline cut it."""
-        known = self.exchange.known
-        self.ids = self.ids[: len(known)] if known else self.ids
-        self._echo = self._service.llm.tokenizer.decode(self.ids) if self._body.echo else ""
+        ids, known = self.exchange.order.prompt.ids, self.exchange.known
+        if self._body.echo:
+            self._echo = self._service.llm.tokenizer.decode(ids[: len(known)] if known else ids)
 
     async def stream(self) -> AsyncIterator[list[Event]]:
         """All events, after `open`."""
@@ -233,6 +232,6 @@ async def pieces(header: Header, body: CompletionRequest, replies: list[Reply]) 
 
 
 def _usage(replies: list[Reply]) -> dict[str, Any]:
-    prompt = sum(len(reply.ids) for reply in replies)
+    prompt = sum(reply.exchange.read for reply in replies)
     cached = sum(reply.exchange.cached for reply in replies)
     return usage(prompt, [end for reply in replies for end in reply.exchange.ends], cached)

@@ -141,6 +141,11 @@ class Exchange:
         self._paid = cost
 
     @property
+    def read(self) -> int:
+        """Tokens of the prompt; where a deadline cut its scoring, those before the cut."""
+        return self._read
+
+    @property
     def cached(self) -> int:
         """Tokens of the prompt that were known."""
         return max((end.cached for end in self.ends), default=0)

@@ -182,6 +182,18 @@ def test_values_in_a_schema_are_left_as_they_are() -> None:
     value = {"exclusiveMinimum": 2, "maximum": 2.5}
     constraint = json_schema({"enum": [value]}, vocabulary_of(WORLD))
     assert takes(constraint, json.dumps(value))
+    named = {"type": "object", "properties": {"enum": {"type": "number", **value}}, "required": ["enum"]}
+    constraint = json_schema(named, vocabulary_of(WORLD))
+    assert takes(constraint, '{"enum": 2.25}') and not takes(constraint, '{"enum": 2}')
+
+
+@pytest.mark.parametrize("bound", [10**400, -(10**400), 1e300, 2**60])
+def test_numbers_beyond_all_measure_do_no_harm(bound: float) -> None:
+    for name, other in (("exclusiveMinimum", "maximum"), ("exclusiveMaximum", "minimum")):
+        try:
+            json_schema({"type": "number", name: bound, other: 1.5}, vocabulary_of(BYTES))
+        except UsageError as error:
+            assert len(str(error)) < 400
 
 
 def test_a_fork_goes_its_own_way() -> None:

@@ -77,6 +77,9 @@ def test_who_has_found_nothing_is_rung_for(clock: Clock) -> None:
     clock.now += 0.1
     box.tell(mine, piece("b"))
     assert rung(box, rings)
+    assert box.collect() and not box.collect(), "the second time before the first one's hour"
+    box.tell(mine, piece("c"))
+    assert rung(box, rings)
 
 
 def test_what_waits_can_be_collected_unrung_and_rings_when_nothing_should_wait(clock: Clock) -> None:

@@ -180,7 +180,7 @@ def test_scoring_ends_at_the_deadline() -> None:
     scores = choice["logprobs"]["token_logprobs"]
     assert len(scores) == sum(calls) + 1 and scores[0] is None and all(score < 0 for score in scores[1:])
     assert choice["text"] == "".join(choice["logprobs"]["tokens"]), "the part that has scores"
-    assert answer["usage"]["prompt_tokens"] == len(scores)
+    assert answer["usage"]["prompt_tokens"] == sum(calls)
 
 
 def test_a_prompt_is_not_scored_where_the_queue_is_full() -> None:
