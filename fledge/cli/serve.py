@@ -136,6 +136,7 @@ def _run(model: ModelOptions, settings: Settings, place: Place) -> None:
     config = uvicorn.Config(
         create_app(service, place.host),
         log_level="warning",
+        ws="none",
         access_log=place.log,
         # The desk gives up before: then every client is told so.
         timeout_graceful_shutdown=math.ceil(settings.drain) + 2,

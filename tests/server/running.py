@@ -86,7 +86,7 @@ def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **se
     """A server for one model; it has stopped when this is left."""
     wanted = replace(Settings(folder=folder, drain=5.0, cache_memory=1 << 24, cache_every=16), **settings)
     service = Service(llm, wanted, identity)
-    config = uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=5, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
