@@ -29,17 +29,14 @@ def load_figures(clients: int, tokens: int, runs: Mapping[str, Sequence[Facts]])
         **{f"{prefix}tokens_per_s": rate.summary() for prefix, rate in rates.items()},
         "overhead": 1 - rates[""].median / rates["engine_"].median,
         "client_cores": max(run["client_cores"] for run in runs["server"]),
-        "tokens_per_event": statistics.median(tokens / events(run) for run in runs["server"]),
+        "tokens_per_event": statistics.median(
+            tokens / (len(run["first_s"]) + len(run["gaps_s"])) for run in runs["server"]
+        ),
     }
     for name, measured in runs.items():
         for key in () if name == "engine" else ("first_s", "gaps_s"):
             found[names.get(name, "peer_") + key] = _times([value for run in measured for value in run[key]])
     return found
-
-
-def events(run: Facts) -> int:
-    """How many the answers of one run had."""
-    return len(run["first_s"]) + len(run["gaps_s"])
 
 
 def _times(values: Sequence[float]) -> dict[str, float] | None:

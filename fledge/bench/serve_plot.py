@@ -1,4 +1,4 @@
-"""A picture of a record of `fledge bench serve`: tokens a second and times between tokens, by number of clients."""
+"""A picture of a record of `fledge bench serve`: tokens a second and times between events, by number of clients."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def serve(
 
 def _show(outcome: Outcome) -> None:
     print_heading(visible(outcome.model))
-    heads = ("clients", "program", "tokens/s", "first token", "p95", "between tokens", "p95")
+    heads = ("clients", "program", "tokens/s", "first token", "p95", "between events", "p95")
     print_rows([row for load in outcome.loads for row in _rows(load)], heads)
     for found in outcome.documents:
         names = [name[:-2] for name in found if name.endswith("_s")]

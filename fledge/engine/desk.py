@@ -65,15 +65,12 @@ class Desk:
             if len(self._admitted) >= self.engine.queue:
                 raise Busy(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
             self._admitted.add(job)
-            self._inbox.append(lambda: self._take(job))
-            self._wake.notify()
+            self._post(lambda: self._take(job))
 
     def cancel(self, job: Job) -> None:
         """Stop a job; nothing more comes of it, but for events that are on their way."""
         job.cancelled = True
-        with self._wake:
-            self._inbox.append(lambda: self._drop(job))
-            self._wake.notify()
+        self._post(lambda: self._drop(job))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Do something in the desk's thread: one such thing between two steps, so that texts go on meanwhile.
@@ -114,6 +111,11 @@ class Desk:
         """Jobs taken in and not ended."""
         return len(self._admitted)
 
+    def _post(self, work: Callable[[], None]) -> None:
+        with self._wake:  # which its holder may take again
+            self._inbox.append(work)
+            self._wake.notify()
+
     def _run(self) -> None:
         try:
             while self._go_on():
@@ -130,8 +132,9 @@ class Desk:
                 self._inbox.popleft()()
             self._fail_all(Busy(CLOSED))
             self._outbox.ring(now=True)
-            while self._calls:
-                _answer(self._calls.popleft()[0], _refuse)
+            for future, _ in self._calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Busy(CLOSED))
 
     def _turn(self) -> None:
         """What has come in, one called thing, one step."""
@@ -259,10 +262,6 @@ def _answer(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_exception(error)
     else:
         future.set_result(found)
-
-
-def _refuse() -> None:
-    raise Busy(CLOSED)
 
 
 def _shown(error: Exception) -> FledgeError:

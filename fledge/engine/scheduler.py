@@ -135,12 +135,16 @@ class Scheduler:
         if not written:
             self._purse.fill()  # nobody is kept waiting
             return self._shared(readers, self.chunk) if readers else []
+        if not readers:
+            self._purse.earn(pace.seconds(len(written)))
+            return written
+        each = pace.each
         ordinary = max(LEAST, int(pace.tokens(self.patience)) - len(written))
-        extra = int(self._purse.worth / pace.each) if pace.each else 0
-        read = self._shared(readers, min(self.chunk, ordinary + extra)) if readers else []
+        extra = int(self._purse.worth / each) if each else 0
+        read = self._shared(readers, min(self.chunk, ordinary + extra))
         count = sum(len(piece.ids) for piece in read)
         if count > ordinary:
-            self._purse.pay((count - ordinary) * pace.each)
+            self._purse.pay((count - ordinary) * each)
         else:
             self._purse.earn(pace.seconds(len(written) + count))
         return written + read

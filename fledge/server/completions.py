@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -128,7 +128,6 @@ class Reply:
         self.exchange, self.texts = exchange, [Text() for _ in range(body.n)]
         self._service, self._body, self._number = service, body, number
         self._first: list[Event] = []
-        self._echo = ""
 
     async def whole(self) -> None:
         """Have everything written."""
@@ -141,11 +140,13 @@ class Reply:
         """Wait for the first events, while an error can still be told by the status."""
         self._first = await self.exchange.open()
 
-    def begin(self) -> None:
-        """Once the prompt has been scored: what is repeated of it is what has scores, where a deadline cut it."""
+    @cached_property
+    def _echo(self) -> str:
+        """What is repeated of the prompt; where a deadline cut its scoring, the part that has scores."""
+        if not self._body.echo:
+            return ""
         ids, known = self.exchange.order.prompt.ids, self.exchange.known
-        if self._body.echo:
-            self._echo = self._service.llm.tokenizer.decode(ids[: len(known)] if known else ids)
+        return self._service.llm.tokenizer.decode(ids[: len(known)] if known else ids)
 
     async def stream(self) -> AsyncIterator[list[Event]]:
         """All events, after `open`."""
@@ -169,7 +170,6 @@ class Reply:
 
     def choices(self) -> list[dict[str, Any]]:
         """The finished texts; of a prompt that was only read, the prompt."""
-        self.begin()
         for text in self.texts:
             text.end = text.end or self.texts[0].end
         return [
@@ -204,7 +204,6 @@ class Reply:
 
     def opening(self, header: Header) -> bytes:
         """The beginning of a stream that repeats the prompt."""
-        self.begin()
         choices = [self.choice(number, self._echo, self.exchange.known, None) for number in range(len(self.texts))]
         return b"".join(event(header.body([choice], stream=True)) for choice in choices)
 
