@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fledge.core.errors import FledgeError
-    from fledge.engine import LLM, Chat, Completion, SamplingParams, Scores, Stream, load
+    from fledge.engine import LLM, Chat, Completion, SamplingParams, ScoredText, Stream, load
     from fledge.models import ModelConfig, State
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _ROOM = {
     "Chat": "engine",
     "Completion": "engine",
     "SamplingParams": "engine",
-    "Scores": "engine",
+    "ScoredText": "engine",
     "Stream": "engine",
     "load": "engine",
     "ModelConfig": "models",
@@ -38,7 +38,7 @@ __all__ = [
     "FledgeError",
     "ModelConfig",
     "SamplingParams",
-    "Scores",
+    "ScoredText",
     "State",
     "Stream",
     "__version__",

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from fledge.core.files import asset, atomic_path
-from fledge.tokenizer import worldfile
+from fledge.tokenizer import vocabulary_file
 
 SOURCE_NAME = "rwkv_vocab_v20230424.txt"
 SOURCE_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
@@ -58,16 +58,16 @@ def main() -> None:
     digest = hashlib.sha256(content).hexdigest()
     if digest != SOURCE_SHA256:
         sys.exit(f"{source}: SHA-256 with LF line ends is {digest}, expected {SOURCE_SHA256}")
-    payload = worldfile.pack(parse(content.decode("utf-8")))
+    payload = vocabulary_file.pack(parse(content.decode("utf-8")))
     payload_digest = hashlib.sha256(payload).hexdigest()
-    target = asset(worldfile.FILE_NAME)
+    target = asset(vocabulary_file.FILE_NAME)
     if options.check:
         if not target.exists() or lzma.decompress(target.read_bytes()) != payload:
             sys.exit(f"{target} does not hold the vocabulary of {source}")
         print(f"{target} holds the vocabulary of {source}")
         return
     with atomic_path(target) as temporary:
-        temporary.write_bytes(worldfile.compress(payload))
+        temporary.write_bytes(vocabulary_file.compress(payload))
     print(f"{target}: {target.stat().st_size} bytes, payload {len(payload)} bytes, SHA-256 {payload_digest}")
 
 

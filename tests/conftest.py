@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 
 # Unlike the small seeds that tests give to their own generators, whose numbers would otherwise come a second time.
 SEED = 20240410

@@ -23,7 +23,7 @@ import typer.main
 from fledge.cli.main import app, main
 from fledge.core.files import asset
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/quickstart.md", "docs/quantisation.md")
 GUIDES = ("docs/guides/tuning.md", "docs/guides/training.md", "docs/guides/states.md")
 BUNDLED = "tiny-finch.safetensors"

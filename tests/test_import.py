@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 
 TORCH = {"torch", "triton"}
 HEAVY = TORCH | {"numpy", "safetensors", "typer", "rich"}
@@ -34,7 +34,7 @@ def loaded_after(statement: str) -> set[str]:
         ("import fledge.core.errors, fledge.core.config, fledge.core.files", HEAVY),
         ("import fledge.tokenizer", TORCH),
         ("import fledge.cli.main", TORCH),
-        ("import fledge.cli.serve", TORCH | {"fastapi", "pydantic", "uvicorn"}),
+        ("import fledge.cli.commands.serve", TORCH | {"fastapi", "pydantic", "uvicorn"}),
     ],
 )
 def test_import_is_light(statement: str, forbidden: set[str]) -> None:

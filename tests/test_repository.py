@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 
 # Written so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|root|home)/")

@@ -29,7 +29,7 @@ from fledge.bench.limits import Limits
 from fledge.bench.random_model import config_of
 from fledge.checkpoint import inspect
 from fledge.core.errors import UsageError
-from fledge.engine.loading import locate
+from fledge.engine.llm.loading import locate
 
 WIDTHS = ("fp32", "bf16", "int8", "int4")
 DEFAULT_WIDTHS = ("bf16", "int8", "int4")

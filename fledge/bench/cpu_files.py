@@ -18,10 +18,10 @@ import torch
 
 from fledge import checkpoint
 from fledge.bench.random_model import config_of, random_tensors
-from fledge.checkpoint.gguf_header import read_header
-from fledge.checkpoint.quantise import quantise
+from fledge.checkpoint.formats.gguf.header import read_header
+from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import UsageError
-from fledge.engine.loading import locate
+from fledge.engine.llm.loading import locate
 from fledge.models import ModelConfig
 
 KINDS = {
@@ -80,7 +80,7 @@ def _derived(source: Path, folder: Path, stem: str, kinds: Iterable[str], *, aga
         if again and paths[kind].exists():
             continue
         if kind.startswith("int"):
-            quantise(source, paths[kind], kind, force=True)
+            quantize(source, paths[kind], kind, force=True)
         else:
             checkpoint.convert(source, paths[kind], matrix_type=kind, force=True)
     return paths

@@ -14,9 +14,9 @@ from fledge.checkpoint import verify
 from fledge.core.device import choose_device
 from fledge.core.errors import FledgeError
 from fledge.core.files import asset, sha256
-from fledge.engine.loading import BUNDLED
+from fledge.engine.llm.loading import BUNDLED
 from fledge.kernels import explain
-from fledge.kernels.dispatch import Choice
+from fledge.kernels.dispatch import BackendChoice
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Diagnosis:
 
     machine: dict[str, Any]
     threads: int
-    kernels: tuple[Choice, ...]
+    kernels: tuple[BackendChoice, ...]
     checks: tuple[Check, ...]
     bundled: Bundled
     extras: tuple[Extra, ...]

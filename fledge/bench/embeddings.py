@@ -2,7 +2,7 @@
 
 The measure is Spearman's rank correlation between the scores and the cosines of the vectors, by language. Beside the
 model stands what needs no model at all: the cosine of how often each token occurs in both ("words in common").
-Not here: how a vector is made (fledge.engine.embedding).
+Not here: how a vector is made (fledge.engine.llm.embedding).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fledge.bench.environment import machine_facts
 from fledge.core.errors import UsageError
 from fledge.core.files import sha256
 from fledge.data.documents import numbered_lines
-from fledge.engine.loading import load
-from fledge.engine.text import LLM
+from fledge.engine.llm.llm import LLM
+from fledge.engine.llm.loading import load
 
 FEWEST = 3  # pairs of a language
 

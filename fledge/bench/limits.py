@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from fledge.bench.harness import Sample
-from fledge.core.native import why_missing
-from fledge.kernels.native import KINDS, follow_torch_threads, functions, instruction_set
+from fledge.kernels.native_ops import KINDS, follow_torch_threads, functions, instruction_set
+from fledge.native.library import why_missing
 
 READ_BYTES = 512 << 20  # many times the largest cache
 MATRIX = 2048  # rows and columns of torch's product

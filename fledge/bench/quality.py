@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from fledge import checkpoint
 from fledge.bench.environment import machine_facts
 from fledge.bench.sparsity import LayerSparsity, sparsity
-from fledge.checkpoint.quantise import SCHEMES, is_matrix, quantise_tensors
+from fledge.checkpoint.quantization.quantizer import SCHEMES, is_matrix, quantize_tensors
 from fledge.core.errors import UsageError
 from fledge.core.files import sha256
-from fledge.core.native import why_missing
 from fledge.data.texts import read_texts
-from fledge.engine.loading import locate, tokenizer_of
+from fledge.engine.llm.loading import locate, tokenizer_of
 from fledge.models.state import State
+from fledge.native.library import why_missing
 from fledge.tokenizer import NO_EOS, Tokenizer
 
 REFERENCE = "float32"
@@ -206,7 +206,7 @@ def _variant(name: str, found: checkpoint.Checkpoint) -> Variant:
     """The model of `found` in a format, or that of a file. What is not quantised runs in float32, but for "bf16"."""
     tensors, quantised = found.tensors, found.quantised
     if name in SCHEMES:
-        tensors, quantised = quantise_tensors(tensors, name)
+        tensors, quantised = quantize_tensors(tensors, name)
     elif name not in DENSE:
         other = checkpoint.read(name)
         if other.config != found.config or other.tokenizer_spec != found.tokenizer_spec:
@@ -214,7 +214,7 @@ def _variant(name: str, found: checkpoint.Checkpoint) -> Variant:
         name, tensors, quantised = Path(name).name, other.tensors, other.quantised
     dtype = DENSE.get(name, torch.float32)
     dense = [tensor.numel() for key, tensor in tensors.items() if is_matrix(key)]
-    model = checkpoint.assemble(found.config, checkpoint.Weights(tensors, quantised), dtype=dtype, pack=True)
+    model = checkpoint.assemble(found.config, checkpoint.ModelWeights(tensors, quantised), dtype=dtype, pack=True)
     return Variant(
         name,
         model,

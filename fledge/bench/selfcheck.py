@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.core.native import why_missing
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native, pack, packed_linear, why_not, wkv, wkv4
-from fledge.kernels.rounding import quantise
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native_ops, pack, packed_linear, why_not, wkv, wkv4
+from fledge.kernels.rounding import quantize
+from fledge.native.library import why_missing
 
 TOLERANCE = 1e-4
 """Largest error taken for sound, relative to the largest number of its tensor. Rounding gives a hundredth of it."""
@@ -61,7 +61,7 @@ def check_kernels() -> list[Check]:
             _check(_run_wkv, "wkv", "native", _wkv_inputs(), "cpu"),
             _check_inference(_run_wkv4, "wkv4", _wkv4_inputs()),
         ]
-        checks += [_check_native_product(format) for format in native.FORMATS]
+        checks += [_check_native_product(format) for format in native_ops.FORMATS]
     return checks if why_not(torch.float32) else [*checks, _check_packed()]
 
 
@@ -84,14 +84,14 @@ def _check_native_product(format: str) -> Check:
     if format == "float16 exact":
         weight = weight.half()
     if format in ("int8", "int4"):
-        rounded, _ = quantise(weight, format)
-        matrix, dense = native.PackedMatrix.of(rounded), rounded.dequantise(torch.float64)
+        rounded, _ = quantize(weight, format)
+        matrix, dense = native_ops.PackedMatrix.of(rounded), rounded.dequantise(torch.float64)
     else:
-        matrix, dense = native.pack(weight, format), weight.double()
+        matrix, dense = native_ops.pack(weight, format), weight.double()
     expected = x.double() @ dense.T
-    found = torch.cat((native.matmul(x, matrix), native.matmul(x[:1], matrix, sparse=True)))
+    found = torch.cat((native_ops.matmul(x, matrix), native_ops.matmul(x[:1], matrix, sparse=True)))
     error = _error([_plain(found)], [torch.cat((expected, expected[:1]))])
-    return Check(f"product, {format}", f"native, {native.instruction_set()}", "cpu", error, 0.0)
+    return Check(f"product, {format}", f"native, {native_ops.instruction_set()}", "cpu", error, 0.0)
 
 
 def _check_packed() -> Check:

@@ -21,7 +21,7 @@ from fledge.bench.serve_figures import load_figures, targets
 from fledge.bench.serve_process import PEER, Model, ends_of, fledge_server, peer_server, prepared, why_no_peer
 from fledge.bench.serve_worker import resident
 from fledge.core.errors import UsageError
-from fledge.engine.loading import load
+from fledge.engine.llm.loading import load
 from fledge.tokenizer import Tokenizer
 
 WORKER = "fledge.bench.serve_worker"

@@ -18,10 +18,10 @@ from pathlib import Path
 from fledge import checkpoint
 from fledge.bench.cpu_files import random_files
 from fledge.bench.harness import PACKAGE_PARENT
-from fledge.checkpoint.gguf_header import read_header
+from fledge.checkpoint.formats.gguf.header import read_header
 from fledge.core.device import usable_cores
 from fledge.core.errors import FledgeError
-from fledge.engine.loading import locate
+from fledge.engine.llm.loading import locate
 
 PEER = "llama-cpp-python"
 VOCABULARY = 65536  # of random models

@@ -122,7 +122,7 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
 def engine(job: dict[str, Any]) -> dict[str, Any]:
     """The requests of a load, by Engine.step alone, no text made of them; tokens by the wall clock."""
     from fledge.engine.engine import Engine
-    from fledge.engine.loading import load as load_model
+    from fledge.engine.llm.loading import load as load_model
     from fledge.engine.request import Request
     from fledge.engine.sampling import SamplingParams
 
@@ -151,14 +151,14 @@ def hold(job: dict[str, Any]) -> dict[str, Any]:
     """Fill a server's shelf with different states; times of Shelf.get, this process's memory, bytes on disk."""
     import torch
 
-    from fledge.engine.loading import load as load_model
-    from fledge.engine.statefile import identity_of
-    from fledge.server.keys import Tenant
+    from fledge.engine.llm.loading import load as load_model
+    from fledge.engine.states.state_file import identity_of
+    from fledge.server.auth import Tenant
     from fledge.server.service import Service
-    from fledge.server.settings import Settings
+    from fledge.server.settings import ServerSettings
 
     llm = load_model(job["model"], dtype=job["dtype"])
-    service = Service(llm, Settings(folder=Path(job["folder"]), shelf=1 << 40), identity_of(llm))
+    service = Service(llm, ServerSettings(folder=Path(job["folder"]), shelf=1 << 40), identity_of(llm))
     shelf, tenant, card = service.states, Tenant(OWNER), service.card(1, None)
     owner, draw, before = service.owner(tenant), random.Random(0), resident()
     ids, began = list[str](), time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.checkpoint import Checkpoint, assemble
-from fledge.models import Trunk
+from fledge.models import BaseModel
 from fledge.models.state import State
 
 WINDOW = 512  # tokens
@@ -54,7 +54,7 @@ class LayerSparsity:
 def sparsity(found: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[LayerSparsity]:
     """Read each sequence of ids from a fresh state with the plain model of a dense checkpoint, and count."""
     model = assemble(found.config, found.tensors, dtype=torch.float32)
-    assert isinstance(model, Trunk)
+    assert isinstance(model, BaseModel)
     layers = [LayerSparsity(number) for number in range(found.config.n_layer)]
     for layer, block in zip(layers, model.blocks, strict=True):
         cast(Any, block).ffn.value.register_forward_pre_hook(layer.count)

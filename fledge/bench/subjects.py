@@ -61,7 +61,7 @@ class FledgeSubject:
         """Import it."""
         import torch
 
-        import fledge.checkpoint.assembly
+        import fledge.checkpoint.model_loader
         import fledge.engine.generation  # noqa: F401 - the two modules that the calls below use
 
         torch.set_num_threads(threads)

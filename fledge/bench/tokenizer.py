@@ -24,7 +24,7 @@ from fledge.core.device import usable_cores
 from fledge.core.errors import FledgeError, UsageError
 from fledge.data.texts import read_texts
 from fledge.tokenizer import Tokenizer, load_world
-from fledge.tokenizer.native import available
+from fledge.tokenizer.native_tokenizer import available
 
 MEGABYTE = 1_000_000
 SLOW_SHARE = 16

@@ -23,8 +23,8 @@ from fledge.bench.train_figures import Case, Figures, Group, KernelGroup, figure
 from fledge.checkpoint import expected_shapes
 from fledge.core.device import choose_device
 from fledge.core.errors import UsageError
-from fledge.core.native import why_missing
 from fledge.models import ModelConfig
+from fledge.native.library import why_missing
 
 DTYPES = ("fp32", "bf16")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

@@ -25,19 +25,19 @@ from torch import Tensor, nn
 
 from fledge.bench.harness import peak_memory, time_calls
 from fledge.bench.limits import product
-from fledge.checkpoint.hf_config import fla_settings
+from fledge.checkpoint.formats.huggingface.settings import fla_settings
 from fledge.core.config import from_dict
 from fledge.data.batches import Batch
 from fledge.kernels import wkv
 from fledge.kernels.dispatch import prefer
 from fledge.models import ModelConfig, build, init_weights
 from fledge.models.layers import set_compute_dtype
+from fledge.train.distributed import Distributed
 from fledge.train.loop import TrainSettings, gradients
 from fledge.train.loss import head_loss, next_token_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
-from fledge.train.schedule import Schedule
-from fledge.train.team import Team
+from fledge.train.schedule import LearningRateSchedule
 
 BACKENDS = {"chunked": "chunked", "loop": "reference"}  # of the recurrence, for programs that ask for one
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -162,12 +162,12 @@ def measure_passing(job: dict[str, Any]) -> dict[str, Any]:
     model = ours(config, torch.float32).to(device)
     optimizer = build_optimizer(model, AdamSettings())
     set_learning_rate(optimizer, RATE)
-    schedule = Schedule(RATE, RATE, 0, job["steps"])
+    schedule = LearningRateSchedule(RATE, RATE, 0, job["steps"])
     settings = TrainSettings(schedule, window=job["window"], through=job["through"])
     batch = Batch(torch.randint(config.vocab_size, (1, job["length"] + 1)).to(device))
     losses = []
     for _ in range(job["steps"]):
-        losses.append(gradients(model, [batch], settings, Team())[0])
+        losses.append(gradients(model, [batch], settings, Distributed())[0])
         optimizer.step()
     return {"peak_bytes": _peak(device), "loss": losses[-1]}
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fledge.checkpoint.adapters import (
+    from fledge.checkpoint.adapters.files import (
         Adapter,
         base_of,
         check_base,
@@ -21,65 +21,65 @@ if TYPE_CHECKING:
         read_adapters,
         save_adapter,
     )
-    from fledge.checkpoint.assembly import LoadedModel, Weights, assemble, load_model
-    from fledge.checkpoint.conversion import Conversion, convert
+    from fledge.checkpoint.adapters.merging import CombinedAdapter, MergeReport, combined, merge_file, merged
+    from fledge.checkpoint.adapters.tuned_state import load_tuned_state, merge_tuned_state
+    from fledge.checkpoint.conversion import ConversionReport, convert
     from fledge.checkpoint.detection import detect
     from fledge.checkpoint.identity import identity_of, short
     from fledge.checkpoint.info import CheckpointInfo, inspect
-    from fledge.checkpoint.merging import Changes, Merged, combined, merge_file, merged
     from fledge.checkpoint.metadata import check_same_vocabulary
+    from fledge.checkpoint.model_loader import LoadedModel, ModelWeights, assemble, load_model
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
     from fledge.checkpoint.shapes import expected_shapes
-    from fledge.checkpoint.tuned import load_tuned_state, merge_tuned_state
     from fledge.checkpoint.writer import save
 
 # No module may bear the name of a function here: importing the module would hide the function.
 _HOME = {
-    "Adapter": "adapters",
-    "Changes": "merging",
+    "Adapter": "adapters.files",
+    "CombinedAdapter": "adapters.merging",
     "Checkpoint": "record",
     "CheckpointInfo": "info",
-    "Conversion": "conversion",
-    "LoadedModel": "assembly",
-    "Merged": "merging",
-    "Weights": "assembly",
-    "assemble": "assembly",
-    "base_of": "adapters",
-    "check_base": "adapters",
+    "ConversionReport": "conversion",
+    "LoadedModel": "model_loader",
+    "MergeReport": "adapters.merging",
+    "ModelWeights": "model_loader",
+    "assemble": "model_loader",
+    "base_of": "adapters.files",
+    "check_base": "adapters.files",
     "check_same_vocabulary": "metadata",
-    "combined": "merging",
+    "combined": "adapters.merging",
     "convert": "conversion",
-    "convert_adapter": "adapters",
+    "convert_adapter": "adapters.files",
     "detect": "detection",
     "expected_shapes": "shapes",
     "identity_of": "identity",
     "inspect": "info",
-    "inspect_adapter": "adapters",
+    "inspect_adapter": "adapters.files",
     "load": "reader",
-    "load_model": "assembly",
-    "load_tuned_state": "tuned",
-    "merge_file": "merging",
-    "merge_tuned_state": "tuned",
-    "merged": "merging",
+    "load_model": "model_loader",
+    "load_tuned_state": "adapters.tuned_state",
+    "merge_file": "adapters.merging",
+    "merge_tuned_state": "adapters.tuned_state",
+    "merged": "adapters.merging",
     "read": "reader",
-    "read_adapter": "adapters",
-    "read_adapters": "adapters",
+    "read_adapter": "adapters.files",
+    "read_adapters": "adapters.files",
     "save": "writer",
-    "save_adapter": "adapters",
+    "save_adapter": "adapters.files",
     "short": "identity",
     "verify": "reader",
 }
 
 __all__ = [
     "Adapter",
-    "Changes",
     "Checkpoint",
     "CheckpointInfo",
-    "Conversion",
+    "CombinedAdapter",
+    "ConversionReport",
     "LoadedModel",
-    "Merged",
-    "Weights",
+    "MergeReport",
+    "ModelWeights",
     "assemble",
     "base_of",
     "check_base",

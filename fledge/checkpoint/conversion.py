@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoint import metadata
-from fledge.checkpoint.fla_names import to_fla
-from fledge.checkpoint.folder import MODEL_TYPES
-from fledge.checkpoint.gguf_write import write_gguf
-from fledge.checkpoint.hf_config import FLA_NOTES, fla_settings, hf_notes, hf_settings
-from fledge.checkpoint.names import to_hf
-from fledge.checkpoint.pth import check_sums
+from fledge.checkpoint.formats.container import container_of
+from fledge.checkpoint.formats.fla import to_fla
+from fledge.checkpoint.formats.gguf.writer import write_gguf
+from fledge.checkpoint.formats.huggingface.folder import MODEL_TYPES
+from fledge.checkpoint.formats.huggingface.names import to_hf
+from fledge.checkpoint.formats.huggingface.settings import FLA_NOTES, fla_settings, hf_notes, hf_settings
+from fledge.checkpoint.formats.pth import check_sums
+from fledge.checkpoint.formats.safetensors import write_safetensors
 from fledge.checkpoint.reader import read
-from fledge.checkpoint.record import Checkpoint, Stored
-from fledge.checkpoint.sniff import container_of
-from fledge.checkpoint.st_file import write_safetensors
+from fledge.checkpoint.record import Checkpoint, StoredMetadata
 from fledge.checkpoint.writer import check_absent, check_space, save
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.core.files import atomic_path
@@ -57,7 +57,7 @@ OURS = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetenso
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConversionReport:
     """What was done: where the result is, and what its reader should know."""
 
     source: Path
@@ -74,7 +74,7 @@ def convert(
     to: str | None = None,
     matrix_type: str | None = None,
     force: bool = False,
-) -> Conversion:
+) -> ConversionReport:
     """Write the checkpoint `source` as `target`, in the format `to`, or by suffix (a folder is "hf").
 
     Every byte of a .pth is compared with its checksum on the way. An existing target is refused unless `force`; a
@@ -106,7 +106,7 @@ def convert(
         write = _write_file if kind in FILES else _write_folder
         notes = (*write(checkpoint, target, kind), *unpacked)
     files = [target] if target.is_file() else list(target.iterdir())
-    return Conversion(checkpoint.path, target, kind, sum(file.stat().st_size for file in files), notes)
+    return ConversionReport(checkpoint.path, target, kind, sum(file.stat().st_size for file in files), notes)
 
 
 def _kind_of(target: Path) -> str:
@@ -207,7 +207,7 @@ def _write_folder(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str,
     else:
         tensors = {to_hf(name): tensor for name, tensor in checkpoint.tensors.items()}
         settings, notes = hf_settings(config), hf_notes(config)
-    stored = Stored(config, checkpoint.tokenizer_spec, checkpoint.extra)
+    stored = StoredMetadata(config, checkpoint.tokenizer_spec, checkpoint.extra)
     with _atomic_folder(target) as folder:
         write_safetensors(folder / "model.safetensors", tensors, metadata.encode(stored))
         with atomic_path(folder / "config.json") as temporary:

@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from fledge.checkpoint.foreign import refuse_unknown, refuse_unsupported
 from fledge.checkpoint.shapes import Shape, expected_shapes
+from fledge.checkpoint.unsupported import refuse_unknown, refuse_unsupported
 from fledge.core.errors import CheckpointError, ConfigError
 from fledge.models.config import ModelConfig
 

@@ -24,7 +24,7 @@ KINDS = {"world": "World", "bytes": "bytes", "pruned": "World, pruned to {} rows
 
 
 @dataclass(frozen=True)
-class Share:
+class QuantizedShare:
     """The quantised matrices of one format."""
 
     matrices: int
@@ -47,7 +47,7 @@ class CheckpointInfo:
     tokenizer: str  # for people
     tokenizer_spec: dict[str, Any] | None
     extra: dict[str, Any]
-    quantised: dict[str, Share] = field(default_factory=dict)  # format -> what is in it
+    quantised: dict[str, QuantizedShare] = field(default_factory=dict)  # format -> what is in it
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -95,7 +95,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     checkpoint = read(path, weights=False)
     config = checkpoint.config
     bytes_of: dict[str, int] = {}
-    shares: dict[str, Share] = {}
+    shares: dict[str, QuantizedShare] = {}
     parameters = 0
     for name, tensor in checkpoint.tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -104,9 +104,9 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     for matrix in checkpoint.quantised.values():
         bytes_of[matrix.format] = bytes_of.get(matrix.format, 0) + matrix.nbytes
         parameters += matrix.rows * matrix.columns
-        share = shares.get(matrix.format, Share(0, 0, 0))
+        share = shares.get(matrix.format, QuantizedShare(0, 0, 0))
         weights, nbytes = share.weights + matrix.rows * matrix.columns, share.nbytes + matrix.nbytes
-        shares[matrix.format] = Share(share.matrices + 1, weights, nbytes)
+        shares[matrix.format] = QuantizedShare(share.matrices + 1, weights, nbytes)
     return CheckpointInfo(
         path=checkpoint.path,
         format=checkpoint.format,

@@ -3,7 +3,7 @@
 It sits in the header's string map under the key "fledge", where other readers ignore it:
     {"format": 1, "config": {...}, "tokenizer": {...} or null, "extra": {...}}
 A file with quantised matrices has format 2, and in addition "quantised": {name: [format, rows, columns]}; the tensor of
-that name is then uint8, laid out as fledge/kernels/quantised.py says. No tensors here, no files.
+that name is then uint8, laid out as fledge/kernels/quantized.py says. No tensors here, no files.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fledge.checkpoint.record import Form, Stored
+from fledge.checkpoint.record import Form, StoredMetadata
 from fledge.core.config import from_dict
 from fledge.core.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, UsageError
-from fledge.kernels.quantised import FORMATS
+from fledge.kernels.quantized import FORMATS
 from fledge.models.config import ModelConfig
 from fledge.tokenizer.vocabulary import Vocabulary
 
@@ -25,7 +25,7 @@ FORMAT = 2  # the newest that is read; a file is written as old as its content a
 LARGEST_SIDE = 1 << 32
 
 
-def encode(stored: Stored) -> dict[str, str]:
+def encode(stored: StoredMetadata) -> dict[str, str]:
     """The header's string map. "format": "pt" is what Hugging Face's loaders ask for."""
     assert stored.config is not None
     record = {
@@ -43,10 +43,10 @@ def encode(stored: Stored) -> dict[str, str]:
     return {"format": "pt", KEY: text}
 
 
-def decode(metadata: Mapping[str, str], source: str) -> Stored:
+def decode(metadata: Mapping[str, str], source: str) -> StoredMetadata:
     """The inverse; an empty record where the file was not written by Fledge. Raises CheckpointError on damage."""
     if KEY not in metadata:
-        return Stored()
+        return StoredMetadata()
     try:
         record = json.loads(metadata[KEY])
     except (ValueError, RecursionError) as error:
@@ -63,7 +63,7 @@ def decode(metadata: Mapping[str, str], source: str) -> Stored:
         raise CheckpointError(f"{source}: the Fledge record in its header is incomplete; the file is damaged")
     quantised = _forms(record.get("quantised", {}), source)
     try:
-        return Stored(from_dict(ModelConfig, config), tokenizer, extra, quantised)
+        return StoredMetadata(from_dict(ModelConfig, config), tokenizer, extra, quantised)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: the config in its header is impossible: {error}") from error
 

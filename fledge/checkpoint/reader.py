@@ -17,22 +17,22 @@ from torch import Tensor
 
 from fledge.checkpoint import metadata
 from fledge.checkpoint.detection import detect
-from fledge.checkpoint.fla_names import from_fla
-from fledge.checkpoint.folder import read_folder
-from fledge.checkpoint.foreign import refuse_unsupported
-from fledge.checkpoint.gguf_file import read_gguf
-from fledge.checkpoint.hf_config import LARGEST_NUMBER, apply_settings
+from fledge.checkpoint.formats.container import container_of
+from fledge.checkpoint.formats.fla import from_fla
+from fledge.checkpoint.formats.gguf.reader import read_gguf
+from fledge.checkpoint.formats.huggingface.folder import read_folder
+from fledge.checkpoint.formats.huggingface.names import PREFIX, from_hf, layout_of
+from fledge.checkpoint.formats.huggingface.settings import LARGEST_NUMBER, apply_settings
+from fledge.checkpoint.formats.pth import check_sums, read_pth
+from fledge.checkpoint.formats.safetensors import DTYPES, read_safetensors
 from fledge.checkpoint.hub import locate
-from fledge.checkpoint.names import PREFIX, from_hf, layout_of
-from fledge.checkpoint.pth import check_sums, read_pth
-from fledge.checkpoint.record import Checkpoint, RawFile, Stored
+from fledge.checkpoint.record import Checkpoint, RawFile, StoredMetadata
 from fledge.checkpoint.shapes import Shape, expected_shapes
-from fledge.checkpoint.sniff import container_of
-from fledge.checkpoint.st_file import DTYPES, read_safetensors
+from fledge.checkpoint.unsupported import refuse_unsupported
 from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError
-from fledge.kernels.quantised import Quantised
+from fledge.kernels.quantized import QuantizedMatrix
 from fledge.models.config import UNTOLD, ModelConfig
-from fledge.models.native import MATRICES
+from fledge.models.native_model import MATRICES
 
 StrPath = str | os.PathLike[str]
 BLOCK = re.compile(r"^blocks\.\d+\.")
@@ -87,16 +87,16 @@ def read_raw(path: Path, *, weights: bool = True) -> RawFile:
     return RawFile(path, "pth", read_pth(path, weights=weights), (path,))
 
 
-def _quantised(tensors: dict[str, Tensor], stored: Stored, path: Path) -> dict[str, Quantised]:
+def _quantised(tensors: dict[str, Tensor], stored: StoredMetadata, path: Path) -> dict[str, QuantizedMatrix]:
     """The matrices that the file's record calls quantised, taken out of `tensors`."""
-    found: dict[str, Quantised] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for name, form in stored.quantised.items():
         if name != "head.weight" and BLOCK.sub("", name, count=1) not in MATRICES:
             raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, which is never done; refused")
         if name not in tensors:
             raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, but no such tensor is there")
         try:
-            found[name] = Quantised(*form, tensors.pop(name))
+            found[name] = QuantizedMatrix(*form, tensors.pop(name))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {name}: {error}; the file is damaged") from error
     return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoint.shapes import expected_shapes
-from fledge.kernels.quantised import Quantised
+from fledge.kernels.quantized import QuantizedMatrix
 from fledge.models.config import ModelConfig
 
 Form = tuple[str, int, int]
@@ -21,7 +21,7 @@ Form = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredMetadata:
     """What Fledge writes beside the tensors (see metadata.py); files of others have none of it."""
 
     config: ModelConfig | None = None
@@ -38,9 +38,11 @@ class RawFile:
     container: str  # "pth", "safetensors", "gguf" or "folder"
     tensors: dict[str, Tensor]  # on "meta" where only names, shapes and dtypes were read
     files: tuple[Path, ...]  # the files that hold tensors
-    stored: Stored = Stored()
+    stored: StoredMetadata = StoredMetadata()
     settings: dict[str, Any] = field(default_factory=dict)  # the folder's config.json
-    quantised: dict[str, Quantised] = field(default_factory=dict)  # under official names, which `tensors` then lacks
+    quantised: dict[str, QuantizedMatrix] = field(
+        default_factory=dict
+    )  # under official names, which `tensors` then lacks
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tokenizer_spec: dict[str, Any] | None = None  # the vocabulary's JSON record, where the file carries one
     extra: dict[str, Any] = field(default_factory=dict)  # whatever the writer added, training facts say
-    quantised: dict[str, Quantised] = field(default_factory=dict)  # matrices that `tensors` lacks
+    quantised: dict[str, QuantizedMatrix] = field(default_factory=dict)  # matrices that `tensors` lacks
 
     @property
     def template(self) -> str | None:

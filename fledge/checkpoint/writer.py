@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fledge.checkpoint import metadata
 from fledge.checkpoint.detection import check_shapes
-from fledge.checkpoint.pth import write_pth
-from fledge.checkpoint.record import Stored
+from fledge.checkpoint.formats.pth import write_pth
+from fledge.checkpoint.formats.safetensors import DTYPES, write_safetensors
+from fledge.checkpoint.record import StoredMetadata
 from fledge.checkpoint.shapes import expected_shapes
-from fledge.checkpoint.st_file import DTYPES, write_safetensors
 from fledge.core.errors import CheckpointError, UsageError
-from fledge.kernels import Quantised
+from fledge.kernels import QuantizedMatrix
 from fledge.models.config import ModelConfig
 
 SLACK = 4 << 20  # bytes; headers, names and file system blocks beside the tensors
@@ -33,7 +33,7 @@ def save(
     *,
     tokenizer_spec: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
-    quantised: Mapping[str, Quantised] | None = None,
+    quantised: Mapping[str, QuantizedMatrix] | None = None,
 ) -> None:
     """Write a model as `.safetensors` (with everything) or as official `.pth` (tensors only), chosen by the suffix.
 
@@ -52,7 +52,7 @@ def save(
     check_space(path.parent, together)
     if path.suffix == ".safetensors":
         forms = {name: (matrix.format, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
-        stored = Stored(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), forms)
+        stored = StoredMetadata(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), forms)
         write_safetensors(path, together, metadata.encode(stored))
     elif path.suffix == ".pth":
         if config.version == "llama":
@@ -71,7 +71,7 @@ def check_writable(
     tensors: Mapping[str, Tensor],
     spec: Mapping[str, Any] | None,
     source: str,
-    quantised: Mapping[str, Quantised],
+    quantised: Mapping[str, QuantizedMatrix],
 ) -> None:
     """Raise CheckpointError unless this is a complete model that the readers will take back."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

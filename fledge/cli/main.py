@@ -29,19 +29,19 @@ from fledge.core.files import FULL, disk_trouble
 from fledge.core.interrupts import Interrupted
 
 COMMANDS = {
-    "generate": "fledge.cli.generate",
-    "chat": "fledge.cli.chat",
-    "ask": "fledge.cli.ask",
-    "state": "fledge.cli.state",
-    "serve": "fledge.cli.serve",
-    "info": "fledge.cli.info",
-    "tokenize": "fledge.cli.tokenize",
-    "convert": "fledge.cli.convert",
-    "quantize": "fledge.cli.quantize",
-    "data": "fledge.cli.data",
-    "train": "fledge.cli.train",
-    "tune": "fledge.cli.tune",
-    "doctor": "fledge.cli.doctor",
+    "generate": "fledge.cli.commands.generate",
+    "chat": "fledge.cli.commands.chat",
+    "ask": "fledge.cli.commands.ask",
+    "state": "fledge.cli.commands.state",
+    "serve": "fledge.cli.commands.serve",
+    "info": "fledge.cli.commands.info",
+    "tokenize": "fledge.cli.commands.tokenize",
+    "convert": "fledge.cli.commands.convert",
+    "quantize": "fledge.cli.commands.quantize",
+    "data": "fledge.cli.commands.data",
+    "train": "fledge.cli.commands.train",
+    "tune": "fledge.cli.commands.tune",
+    "doctor": "fledge.cli.commands.doctor",
     "bench": "fledge.cli.bench",
 }
 """Command -> the module with its `app`, in the order in which help lists them."""
@@ -51,7 +51,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "Unable to allocate", "si
 """As torch and numpy put it."""
 
 
-class Commands(TyperGroup):
+class CommandTable(TyperGroup):
     """The commands of the table, each imported when asked for."""
 
     def __init__(self, **settings: Any) -> None:
@@ -73,14 +73,14 @@ class Commands(TyperGroup):
 
 
 @dataclass
-class Settings:
+class CliSettings:
     """What the options before the command say; the callback fills it in, `main` reads it."""
 
     traceback: bool = False
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandTable,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -118,7 +118,7 @@ def run() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code. Raises the error itself where `--traceback` was given."""
-    settings = Settings()
+    settings = CliSettings()
     try:
         code = get_command(app)(
             args=list(arguments) or ["--help"], prog_name="fledge", standalone_mode=False, obj=settings

@@ -21,7 +21,7 @@ BLOCK = 1 << 18
 PACKED = 1 << 10  # bytes of a .zst that are unpacked at once; at the worst they become 32 MiB
 
 
-class Damaged(Exception):
+class CompressionError(Exception):
     """A file cannot be read, or what is read cannot be unpacked. Never leaves the room: readers name the place."""
 
 
@@ -52,13 +52,13 @@ class _Zstd(io.RawIOBase):
             self._packed = self._packed or self._file.read(PACKED)
             if not self._packed:
                 if self._frame is not None:
-                    raise Damaged("the last frame ends too early")
+                    raise CompressionError("the last frame ends too early")
                 return 0
             try:
                 self._frame = self._frame or self._package.ZstdDecompressor().decompressobj()
                 plain, self._packed = self._frame.decompress(self._packed), b""
             except self._package.ZstdError as error:
-                raise Damaged(str(error)) from None
+                raise CompressionError(str(error)) from None
             if plain:
                 self._plain = io.BytesIO(plain)
             if self._frame.eof:
@@ -90,11 +90,11 @@ def plain_stem(path: Path) -> str:
 
 @contextmanager
 def open_plain(path: Path) -> Iterator[IO[bytes]]:
-    """The plain bytes of a file, in a block in which whatever is wrong with the file raises `Damaged`."""
+    """The plain bytes of a file, in a block in which whatever is wrong with the file raises `CompressionError`."""
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise Damaged(str(error)) from None
+        raise CompressionError(str(error)) from None
     except OSError as error:  # gzip.BadGzipFile among them
-        raise Damaged(error.strerror or str(error)) from None
+        raise CompressionError(error.strerror or str(error)) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import UsageError
-from fledge.data.compression import OPENERS, Damaged, open_plain, plain_stem, plain_suffix
+from fledge.data.compression import OPENERS, CompressionError, open_plain, plain_stem, plain_suffix
 
 Bad = Callable[[int, Exception], None]
 """What to do about line `number`, which is no document: raise, or count it."""
@@ -32,7 +32,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Fields:
+class RecordFields:
     """How a record becomes a document: names of its fields, and what holds where it has none."""
 
     text: str = "text"
@@ -64,7 +64,7 @@ def base_language(code: str) -> str:
     return code if code.startswith("code:") else code.replace("_", "-").split("-")[0].lower()
 
 
-def parse_lines(lines: Iterable[bytes], fields: Fields, bad: Bad, first: int = 1) -> Iterator[Document]:
+def parse_lines(lines: Iterable[bytes], fields: RecordFields, bad: Bad, first: int = 1) -> Iterator[Document]:
     """The documents of JSON lines, the first of which has the number `first`. Blank lines are left out."""
     for number, line in enumerate(lines, first):
         if line.isspace():
@@ -93,7 +93,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         with open_plain(path) as lines:
             for number, line in enumerate(lines, 1):
                 yield number, line
-    except Damaged as error:
+    except CompressionError as error:
         where = f"cannot be read beyond line {number}" if number else "cannot be read"
         raise UsageError(f"{path}: {where}: {error}") from None
 
@@ -104,4 +104,4 @@ def read_jsonl(path: Path) -> Iterator[Document]:
     def bad(number: int, error: Exception) -> None:
         raise bad_line(path, number, error)
 
-    yield from parse_lines((line for _, line in numbered_lines(path)), Fields(source=plain_stem(path)), bad)
+    yield from parse_lines((line for _, line in numbered_lines(path)), RecordFields(source=plain_stem(path)), bad)

@@ -3,7 +3,8 @@
     {"text": "..."}                                             every token counts, and the end of the text
     {"messages": [{"role": "user", "content": "..."}, ...]}     the answers count, with the blank line that ends each
 
-A conversation becomes the very ids that `fledge chat` reads and writes (fledge.engine.chat says how it cuts a text into
+A conversation becomes the very ids that `fledge chat` reads and writes (fledge.engine.llm.chat says how it cuts a text
+into
 pieces): the opening, each question up to where the answer begins, the answer with its space in front, the separator.
 Whatever follows the last answer teaches nothing and is left out. Other keys of a line ("lang", "src") are ignored.
 
@@ -27,8 +28,8 @@ import torch
 from fledge.core.errors import TokenizerError, UsageError
 from fledge.data.batches import Batch
 from fledge.data.documents import numbered_lines
-from fledge.tokenizer import NO_EOS, Template, Tokenizer, template_named
-from fledge.tokenizer.chat import ASSISTANT, SEPARATOR, normalize
+from fledge.tokenizer import NO_EOS, ChatTemplate, Tokenizer, template_named
+from fledge.tokenizer.chat_template import ASSISTANT, SEPARATOR, normalize
 
 PAD = 0
 """What fills a row. Any id would do: it is read after everything that counts."""
@@ -133,7 +134,9 @@ Messages = list[tuple[str, str]]
 """(role, content)."""
 
 
-def _example(line: bytes, number: int, tokenizer: Tokenizer, form: Template, where: str) -> tuple[Example, Messages]:
+def _example(
+    line: bytes, number: int, tokenizer: Tokenizer, form: ChatTemplate, where: str
+) -> tuple[Example, Messages]:
     """The whole example of a line, and the messages it is made of; none for a text."""
     try:
         record = json.loads(line.decode("utf-8").rstrip("\r\n"))
@@ -171,7 +174,7 @@ def _text_pieces(text: Any, tokenizer: Tokenizer, where: str) -> Pieces:
     return [(tokenizer.encode(text), True), (end, True)]
 
 
-def _messages(messages: Any, form: Template, where: str) -> Messages:
+def _messages(messages: Any, form: ChatTemplate, where: str) -> Messages:
     """(role, content), checked, up to the last answer."""
     if not isinstance(messages, list) or not messages:
         raise UsageError(f'{where}: "messages" must be a list with at least one message')
@@ -185,7 +188,7 @@ def _messages(messages: Any, form: Template, where: str) -> Messages:
     return found[: answers[-1] + 1]
 
 
-def _message(message: Any, at: int, form: Template, where: str) -> tuple[str, str]:
+def _message(message: Any, at: int, form: ChatTemplate, where: str) -> tuple[str, str]:
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise UsageError(f'{where}: message {at} needs a "role" and a "content" that are texts')
@@ -196,7 +199,7 @@ def _message(message: Any, at: int, form: Template, where: str) -> tuple[str, st
     return role, content
 
 
-def _chat_pieces(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, form: Template) -> Pieces:
+def _chat_pieces(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, form: ChatTemplate) -> Pieces:
     """The pieces that fledge.engine.Chat encodes one by one, so that the ids are the same."""
     pieces: Pieces = []
     said = [(role, content) for role, content in messages if role == ASSISTANT or normalize(content)]

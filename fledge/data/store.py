@@ -40,7 +40,7 @@ READ = 1 << 24  # bytes of ids at a time
 
 
 @dataclass(frozen=True)
-class Span:
+class ValidationDocument:
     """One validation document: what is known of it, and its ids without the separator."""
 
     language: str
@@ -49,7 +49,7 @@ class Span:
     ids: npt.NDArray[Any]
 
 
-class Store:
+class TokenStore:
     """An open store. Ids are mapped, never read whole."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Store:
         possible = int(np.iinfo(dtype).max)
         return possible if dtype.kind == "u" and possible < rows else self.largest
 
-    def with_rows(self, rows: int) -> Store:
+    def with_rows(self, rows: int) -> TokenStore:
         """This store for a model of so many rows; 0: as many as the vocabulary has.
 
         What a pair of files does not say, its user can: without a recorded vocabulary, any number above all ids will
@@ -104,7 +104,7 @@ class Store:
         if rows <= most:
             advice = "leave it at 0" if self.recorded else f"set it to {most + 1} or more"
             raise ConfigError(f"vocab_size is {rows}, but the data has ids up to {most}; {advice}")
-        return self if rows == size else Store(self._prefixes, None, self.manifest, rows)
+        return self if rows == size else TokenStore(self._prefixes, None, self.manifest, rows)
 
     @cached_property
     def sha256(self) -> str:
@@ -129,7 +129,7 @@ class Store:
         """All ids of a part in one array, mapped."""
         return self.index(part).tokens
 
-    def documents(self) -> Iterator[Span]:
+    def documents(self) -> Iterator[ValidationDocument]:
         """The documents of the validation part, in order; the others, of which less is known, are in index()."""
         index = self.index("validation")
         place = self._prefixes["validation"].with_name(SPANS)
@@ -141,14 +141,14 @@ class Store:
             ids = index[number]
             if len(ids) and ids[-1] == SEPARATOR:
                 ids = ids[:-1]
-            yield Span(line["language"], line["source"], line["bytes"], ids)
+            yield ValidationDocument(line["language"], line["source"], line["bytes"], ids)
 
     @cached_property
     def _open(self) -> dict[str, BinIdx]:
         return {part: BinIdx(prefix) for part, prefix in self._prefixes.items()}
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: str | Path) -> TokenStore:
     """The store in a folder of `fledge data build`, or of a pair X.bin, X.idx: X, X.bin or X.idx.
 
     The ids of a pair are taken for World's, unless it lies in such a folder, which has their vocabulary.
@@ -159,13 +159,13 @@ def open_store(path: str | Path) -> Store:
         return _folder(path)
     for prefix in (path, path.with_name(f"{path.name}_text_document")):  # as json2binidx names its files
         if all(file.is_file() for file in files_of(prefix)):
-            store = Store({"train": prefix}, _spec_beside(prefix), {})
+            store = TokenStore({"train": prefix}, _spec_beside(prefix), {})
             store.index("train")
             return store
     raise UsageError(f"there is no token store {path}: no folder of `fledge data build`, and no pair .bin and .idx")
 
 
-def _folder(path: Path) -> Store:
+def _folder(path: Path) -> TokenStore:
     if not (path / MANIFEST).is_file():
         raise UsageError(f"{path} holds no finished token store: it has no {MANIFEST}; run `fledge data build` (again)")
     try:
@@ -180,7 +180,7 @@ def _folder(path: Path) -> Store:
         raise DataError(f"{path}: {what}: {error!r:.200}; build the store again") from None
     if wrong:
         raise DataError(f"{path / wrong[0]} has not the size that the manifest records; build the store again")
-    store = Store({part: path / part for part in PARTS}, spec, manifest)
+    store = TokenStore({part: path / part for part in PARTS}, spec, manifest)
     for part in PARTS:
         store.index(part)
     return store

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fledge.core.errors import UsageError
-from fledge.data.compression import Damaged, open_plain, plain_stem, plain_suffix
+from fledge.data.compression import CompressionError, open_plain, plain_stem, plain_suffix
 from fledge.data.documents import Document, read_jsonl
 
 ADVICE = "give a plain text, JSON lines with a text each, or a folder of such files"
@@ -44,7 +44,7 @@ def _documents(file: Path, lenient: bool) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         if not lenient:
             raise UsageError(f"{file} is not a text in UTF-8: {error}") from None
-    except Damaged as error:
+    except CompressionError as error:
         raise UsageError(f"{file} cannot be read: {error}") from None
 
 

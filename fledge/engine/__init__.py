@@ -13,27 +13,27 @@ What is exported here has to do with one text at a time. Beside it, by their own
 Not here: HTTP, checkpoints (fledge.checkpoint reads those), the mathematics (fledge.models).
 """
 
-from fledge.engine.chat import Chat, Turn
-from fledge.engine.generation import Cursor, Step, prefill, tokens
-from fledge.engine.loading import load
+from fledge.engine.generation import ModelOutput, SampledToken, prefill, tokens
+from fledge.engine.llm.chat import Chat, ChatTurn
+from fledge.engine.llm.llm import LLM
+from fledge.engine.llm.loading import load
+from fledge.engine.llm.scoring import ScoredText, ScoredToken
+from fledge.engine.llm.stream import Completion, Stream, Timings
 from fledge.engine.sampling import Sampler, SamplingParams
-from fledge.engine.scoring import Score, Scores
-from fledge.engine.stream import Completion, Stream, Timings
-from fledge.engine.text import LLM
 
 __all__ = [
     "LLM",
     "Chat",
+    "ChatTurn",
     "Completion",
-    "Cursor",
+    "ModelOutput",
+    "SampledToken",
     "Sampler",
     "SamplingParams",
-    "Score",
-    "Scores",
-    "Step",
+    "ScoredText",
+    "ScoredToken",
     "Stream",
     "Timings",
-    "Turn",
     "load",
     "prefill",
     "tokens",

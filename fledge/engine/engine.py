@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.engine.batch import read
-from fledge.engine.cache import PrefixCache
-from fledge.engine.generation import Cursor, check_ids, config_of, device_of, fresh_state
-from fledge.engine.request import Busy, Finish, Likelihood, Output, Request
+from fledge.engine.generation import ModelOutput, check_ids, config_of, device_of, fresh_state
+from fledge.engine.model_runner import read
+from fledge.engine.prefix_cache.cache import PrefixCache
+from fledge.engine.request import Finish, QueueFull, Request, TokenLogprob, TokenOutput
 from fledge.engine.sampling import LARGEST_SEED, Sampler
-from fledge.engine.scheduler import Pace, Piece, Scheduler
-from fledge.engine.task import Due, Strand, Task, next_tokens
+from fledge.engine.scheduler import LatencyModel, ScheduledTokens, Scheduler
+from fledge.engine.sequence import PendingSample, RequestState, Sequence, next_tokens
 from fledge.models.config import ModelConfig
-from fledge.models.rows import Row
+from fledge.models.state_slice import StateSlice
 from fledge.tokenizer import NO_EOS
 
 
 @dataclass
-class Tally:
+class EngineStats:
     """What the engine has done since it began."""
 
     calls: int = 0
@@ -63,10 +63,10 @@ class Engine:
         self.model, self.eos_id, self.cache = model, eos_id, cache
         self.scheduler = scheduler or Scheduler()
         self.queue = queue
-        self.tally = Tally()
+        self.tally = EngineStats()
         self._clock = clock
-        self._pace = Pace()
-        self._tasks: dict[int, Task] = {}
+        self._pace = LatencyModel()
+        self._tasks: dict[int, RequestState] = {}
         self._fresh, self._device = fresh_state(model), device_of(model)
         self._next = 0
 
@@ -96,12 +96,12 @@ class Engine:
         Raises Busy where it is, and the errors of `check`.
         """
         if len(self._tasks) >= self.queue and not extra:
-            raise Busy(f"{self.queue} requests are on their way, and no more may wait; try again later")
+            raise QueueFull(f"{self.queue} requests are on their way, and no more may wait; try again later")
         self.check(request)
         number, self._next = self._next, self._next + 1
         rank = self.scheduler.rank(self._clock(), request.priority)
-        start = request.start.state if isinstance(request.start, Cursor) else request.start or self._fresh
-        self._tasks[number] = Task(number, request, rank, Row(start.to(self._device)))
+        start = request.start.state if isinstance(request.start, ModelOutput) else request.start or self._fresh
+        self._tasks[number] = RequestState(number, request, rank, StateSlice(start.to(self._device)))
         self.tally.requests += 1
         return number
 
@@ -117,7 +117,7 @@ class Engine:
             if not task.strands:
                 del self._tasks[number]
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[TokenOutput]:
         """One call of the model and what came of it; nothing where there is nothing to do."""
         outputs = self._expired()
         chosen = self.scheduler.chosen(list(self._tasks.values()))
@@ -134,7 +134,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise UsageError, TokenizerError or StateError for what cannot be run. May be called from any thread."""
-        known = isinstance(request.start, Cursor)
+        known = isinstance(request.start, ModelOutput)
         if not request.ids and not known:
             raise UsageError("the prompt is empty; give at least one token")
         assert not (request.ids and known), "a Cursor has read its prompt"
@@ -142,31 +142,31 @@ class Engine:
         if not 0 <= request.n <= self.scheduler.slots:
             raise UsageError(f"n is {request.n}; this engine writes up to {self.scheduler.slots} texts at once")
         if request.start is not None:
-            state = request.start.state if isinstance(request.start, Cursor) else request.start
+            state = request.start.state if isinstance(request.start, ModelOutput) else request.start
             state.check(self.config, 1)
 
-    def _expired(self) -> list[Output]:
-        now, outputs = self._clock(), list[Output]()
+    def _expired(self) -> list[TokenOutput]:
+        now, outputs = self._clock(), list[TokenOutput]()
         for task in list(self._tasks.values()):
             if task.request.deadline is not None and now >= task.request.deadline:
                 for strand in task.strands:
-                    outputs.append(self._end(Output(task.number, strand.choice, strand.row), strand, "deadline"))
+                    outputs.append(self._end(TokenOutput(task.number, strand.choice, strand.row), strand, "deadline"))
                 for choice in range(0 if task.strands else max(task.request.n, 1)):
-                    outputs.append(self._end(Output(task.number, choice, task.row, unread=True), None, "deadline"))
+                    outputs.append(self._end(TokenOutput(task.number, choice, task.row, unread=True), None, "deadline"))
                 self.abort(task.number)
         return outputs
 
-    def _begin(self, task: Task, outputs: list[Output]) -> list[Due]:
+    def _begin(self, task: RequestState, outputs: list[TokenOutput]) -> list[PendingSample]:
         """Look up what is known of a prompt. Returns what is to be drawn where that is all of it."""
         task.begun = True
         request = task.request
-        if isinstance(request.start, Cursor):
+        if isinstance(request.start, ModelOutput):
             return self._write(task, request.start.logits.float().cpu(), outputs)
         if self.cache is not None and request.space is not None:
             hit = self.cache.find(request.space, request.ids)
             if hit.state is not None:
                 # From the disk it comes on the CPU.
-                task.row, task.done, task.cached = Row(hit.state.to(self._device)), hit.length, hit.length
+                task.row, task.done, task.cached = StateSlice(hit.state.to(self._device)), hit.length, hit.length
                 self.tally.cached += hit.length
             if hit.logits is not None and hit.length == len(request.ids):
                 return self._write(task, hit.logits, outputs)
@@ -174,7 +174,7 @@ class Engine:
             self.cache.learn(request.space, request.ids)
         return []
 
-    def _call(self, pieces: list[Piece], outputs: list[Output]) -> None:
+    def _call(self, pieces: list[ScheduledTokens], outputs: list[TokenOutput]) -> None:
         began = time.perf_counter()
         rows = [piece.task.row if piece.strand is None else piece.strand.row for piece in pieces]
         logits, after = read(self.model, [piece.ids for piece in pieces], rows)
@@ -184,16 +184,18 @@ class Engine:
         self.tally.batch = len(pieces)
         self.tally.seconds += seconds
         self.tally.read += sum(len(piece.ids) for piece in pieces if piece.strand is None)
-        due = list[Due]()
+        due = list[PendingSample]()
         for piece, scores, row in zip(pieces, logits, after, strict=True):
             if piece.strand is None:
                 due += self._advance(piece, scores, row, outputs)
             else:
                 piece.strand.row = row
-                due.append(Due(piece.task, piece.strand, scores))
+                due.append(PendingSample(piece.task, piece.strand, scores))
         self._draw(due, outputs)
 
-    def _advance(self, piece: Piece, scores: Tensor, row: Row, outputs: list[Output]) -> list[Due]:
+    def _advance(
+        self, piece: ScheduledTokens, scores: Tensor, row: StateSlice, outputs: list[TokenOutput]
+    ) -> list[PendingSample]:
         """A prompt has been read a little further. Returns what is to be drawn where that was the end of it."""
         task = piece.task
         task.row, task.done = row, task.done + len(piece.ids)
@@ -203,19 +205,19 @@ class Engine:
             self._keep(task, scores if complete else None)
         return self._write(task, scores, outputs) if complete else []
 
-    def _keep(self, task: Task, scores: Tensor | None) -> None:
+    def _keep(self, task: RequestState, scores: Tensor | None) -> None:
         """Give the cache the state at this place of the prompt."""
         assert self.cache is not None and task.request.space is not None
         state = task.row.alone()
-        task.row = Row(state)
+        task.row = StateSlice(state)
         known = task.request.ids[: task.done]
         self.cache.put(task.request.space, known, state, None if scores is None else scores.clone())
 
-    def _write(self, task: Task, scores: Tensor, outputs: list[Output]) -> list[Due]:
+    def _write(self, task: RequestState, scores: Tensor, outputs: list[TokenOutput]) -> list[PendingSample]:
         """All has been read: begin the continuations, whose first tokens are due then."""
         request = task.request
         if request.n == 0:
-            output = Output(task.number, 0, task.row, logits=scores.clone(), cached=task.cached)
+            output = TokenOutput(task.number, 0, task.row, logits=scores.clone(), cached=task.cached)
             outputs.append(self._end(output, None, "read"))
             self.abort(task.number)
             return []
@@ -224,28 +226,28 @@ class Engine:
             if params.seed is not None and choice:
                 params = params.with_overrides({"seed": (params.seed + choice) % (LARGEST_SEED + 1)})
             constraint = request.constraint.fork() if request.constraint is not None else None
-            task.strands.append(Strand(choice, task.row, Sampler(params), params.max_tokens, constraint, -1))
-        return [Due(task, strand, scores) for strand in task.strands]
+            task.strands.append(Sequence(choice, task.row, Sampler(params), params.max_tokens, constraint, -1))
+        return [PendingSample(task, strand, scores) for strand in task.strands]
 
-    def _draw(self, due: list[Due], outputs: list[Output]) -> None:
+    def _draw(self, due: list[PendingSample], outputs: list[TokenOutput]) -> None:
         """The next token of each of these continuations."""
         for (task, strand, scores), token in zip(due, next_tokens(due), strict=True):
             about = (task.number, strand.choice, strand.row)
             if isinstance(token, FledgeError):
-                outputs.append(self._end(Output(*about, cached=task.cached, error=token), strand, "failed"))
+                outputs.append(self._end(TokenOutput(*about, cached=task.cached, error=token), strand, "failed"))
                 self.abort_choice(task.number, strand.choice)
                 continue
             strand.token, strand.left = token, strand.left - 1
             self.tally.drawn += 1
             top = task.request.logprobs
             likely = None if top is None else likelihood(scores, token, top)
-            output = Output(*about, token, None, strand.sampler.seed, task.cached, likely)
+            output = TokenOutput(*about, token, None, strand.sampler.seed, task.cached, likely)
             reason = self._reason(strand)
             outputs.append(output if reason is None else self._end(output, strand, reason))
             if reason is not None:
                 self.abort_choice(task.number, strand.choice)
 
-    def _reason(self, strand: Strand) -> Finish | None:
+    def _reason(self, strand: Sequence) -> Finish | None:
         """Why the token just drawn is the last one, if it is."""
         if strand.token == self.eos_id:
             return "eos"
@@ -253,13 +255,13 @@ class Engine:
             return "complete"
         return None if strand.left else "length"
 
-    def _end(self, output: Output, strand: Strand | None, reason: Finish) -> Output:
+    def _end(self, output: TokenOutput, strand: Sequence | None, reason: Finish) -> TokenOutput:
         self.tally.finished[reason] = self.tally.finished.get(reason, 0) + 1
         return output._replace(finish=reason, seed=0 if strand is None else strand.sampler.seed)
 
 
-def likelihood(scores: Tensor, token: int, top: int) -> Likelihood:
+def likelihood(scores: Tensor, token: int, top: int) -> TokenLogprob:
     """scores (V,): log probability of the token, and of the `top` most probable ones."""
     logprobs = torch.log_softmax(scores.float(), dim=-1)
     values, ids = logprobs.topk(min(top, len(logprobs)))
-    return Likelihood(float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return TokenLogprob(float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

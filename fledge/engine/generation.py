@@ -25,21 +25,21 @@ CHUNK = 512
 """Tokens of a prompt read in one call: enough to be fast, few enough that memory does not grow with the prompt."""
 
 
-class Cursor(NamedTuple):
+class ModelOutput(NamedTuple):
     """A place in a text: the scores of the next token (V,) float32, and the state after everything before it."""
 
     logits: Tensor
     state: State
 
 
-class Step(NamedTuple):
+class SampledToken(NamedTuple):
     """One drawn token; `before` is the state that has not read it yet."""
 
     id: int
     before: State
 
 
-def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> Cursor:
+def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> ModelOutput:
     """Read `ids` (at least one) in one call, without gradients.
 
     Not in inference mode: its tensors could never again take part in training, and a state is anybody's to use.
@@ -47,12 +47,12 @@ def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> Cursor
     idx = torch.tensor([list(ids)], dtype=torch.long, device=device_of(model))  # (1, T)
     with torch.no_grad():
         logits, state = model(idx, state, last=True)
-    return Cursor(logits[0, -1], state)
+    return ModelOutput(logits[0, -1], state)
 
 
 def chunks(
     model: nn.Module, ids: Sequence[int], state: State | None, chunk: int = CHUNK
-) -> Iterator[tuple[int, Cursor]]:
+) -> Iterator[tuple[int, ModelOutput]]:
     """Read `ids` by pieces of `chunk`: after each, how many have been read and the place reached."""
     if chunk < 1:
         raise UsageError(f"chunk is {chunk}; it must be at least 1")
@@ -70,7 +70,7 @@ def prefill(
     *,
     chunk: int = CHUNK,
     progress: Progress | None = None,
-) -> Cursor:
+) -> ModelOutput:
     """Read a whole prompt of at least one token, after `state` or from the beginning: (logits (V,), state)."""
     cursor = None
     for done, cursor in chunks(model, ids, state, chunk):  # noqa: B007 - the last one is the result
@@ -86,14 +86,14 @@ def feed(model: nn.Module, ids: Sequence[int], state: State) -> State:
     return prefill(model, ids, state).state if ids else state
 
 
-def tokens(model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max_tokens: int) -> Iterator[Step]:
+def tokens(model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max_tokens: int) -> Iterator[SampledToken]:
     """Draw up to `max_tokens` tokens from the place (logits (V,), state).
 
     A token is read by the model only when the next one is asked for; so the last one is in nobody's state yet.
     """
     for left in range(max_tokens, 0, -1):
         token = sampler.next(logits)
-        yield Step(token, state)
+        yield SampledToken(token, state)
         if left > 1:
             logits, state = forward(model, [token], state)
 

@@ -11,13 +11,13 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 
-from fledge.kernels.native import enough_memory, follow_torch_threads, functions
+from fledge.kernels.native_ops import enough_memory, follow_torch_threads, functions
 
 NOT_NUMBERS, INFINITE, NOTHING, BEYOND = -1, -2, -3, -4
 """In place of a token: there is NaN or infinity among the scores, no token is left, a banned id is not below V."""
 
 
-class Row(ctypes.Structure):
+class NativeSampleInput(ctypes.Structure):
     """What `Draw` in native/sample.h is. It holds addresses only: what is there must stay until the call has ended."""
 
     _fields_ = (
@@ -37,10 +37,10 @@ class Row(ctypes.Structure):
     )
 
 
-def draw(rows: Sequence[Row], vocab_size: int) -> list[int]:
+def draw(rows: Sequence[NativeSampleInput], vocab_size: int) -> list[int]:
     """A token for each row, or one of the codes above."""
     found = (c_int64 * len(rows))()
     follow_torch_threads()
-    failed = functions().fledge_sample((Row * len(rows))(*rows), len(rows), vocab_size, found)
+    failed = functions().fledge_sample((NativeSampleInput * len(rows))(*rows), len(rows), vocab_size, found)
     enough_memory(failed, f"the draw of {len(rows)} tokens")
     return list(found)

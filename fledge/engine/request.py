@@ -11,18 +11,18 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from fledge.core.errors import FledgeError
-from fledge.engine.constraint import Constraint
-from fledge.engine.generation import Cursor
+from fledge.engine.generation import ModelOutput
 from fledge.engine.sampling import SamplingParams
-from fledge.models.rows import Row
+from fledge.engine.structured.grammar import Constraint
 from fledge.models.state import State
+from fledge.models.state_slice import StateSlice
 
 Finish = Literal["eos", "length", "complete", "read", "deadline", "failed"]
 """Why nothing more comes: the end-of-text id, `max_tokens`, a constraint that is complete, all ids of a request without
 continuations, a deadline that has passed, or an error of this request alone."""
 
 
-class Busy(FledgeError):
+class QueueFull(FledgeError):
     """As many requests as may wait are waiting."""
 
 
@@ -32,7 +32,7 @@ class Request:
 
     ids: tuple[int, ...]  # at least one; none where `start` is a Cursor
     params: SamplingParams = field(default_factory=SamplingParams)
-    start: State | Cursor | None = None  # what they follow; None: the model's own beginning
+    start: State | ModelOutput | None = None  # what they follow; None: the model's own beginning
     n: int = 1  # continuations; 0 reads only
     priority: int = 0  # higher goes first: one step of it is worth `Scheduler.grace` seconds of waiting
     deadline: float | None = None  # on the engine's clock
@@ -42,24 +42,24 @@ class Request:
     logprobs: int | None = None  # how many of the most probable ids are told with every token; None: not even its own
 
 
-class Likelihood(NamedTuple):
+class TokenLogprob(NamedTuple):
     """How probable the model found a token, before bans, penalties and cuts; and the most probable ones beside it."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]  # (id, log probability), falling
 
 
-class Output(NamedTuple):
+class TokenOutput(NamedTuple):
     """One event of one continuation: a token, an end, or both in one."""
 
     request: int
     choice: int  # of the n; 0 where nothing is drawn
-    before: Row  # the state that has not read `token`
+    before: StateSlice  # the state that has not read `token`
     token: int | None = None
     finish: Finish | None = None
     seed: int = 0  # gives this continuation again
     cached: int = 0  # tokens of the prompt that the cache spared
-    likelihood: Likelihood | None = None
+    likelihood: TokenLogprob | None = None
     logits: Tensor | None = None  # (V,), with "read": of the token that would follow
     error: FledgeError | None = None  # with "failed"
     unread: bool = False  # with "deadline": the prompt was not read to its end, and `before` knows a part of it

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.core.native import library
 from fledge.engine import native_sampling
+from fledge.native.library import library
 
 LARGEST_SEED = 2**63 - 1
 
@@ -110,7 +110,7 @@ class Sampler:
             raise drawn
         return drawn
 
-    def chance(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> Chance:
+    def chance(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> SampleInput:
         """The draw that is next. Takes its number off the stream."""
         if not self._numbers:
             self._numbers = torch.rand(64, generator=self._random, dtype=torch.float64).tolist()[::-1]
@@ -120,7 +120,7 @@ class Sampler:
             allowed = np.ascontiguousarray(allowed)
         count = len(self._places)
         known, times = self._known[:count], self._times[:count]
-        return Chance(self.params, logits, allowed, self._banned, known, times, self._numbers.pop())
+        return SampleInput(self.params, logits, allowed, self._banned, known, times, self._numbers.pop())
 
     def remember(self, token: int) -> None:
         """Count a token that was drawn."""
@@ -135,7 +135,7 @@ class Sampler:
             self._known[place] = token
 
 
-class Chance(NamedTuple):
+class SampleInput(NamedTuple):
     """One draw: all that decides which token it gives."""
 
     params: SamplingParams
@@ -163,7 +163,7 @@ def draw_all(
     return found
 
 
-def draw_native(chances: Sequence[Chance]) -> list[int | FledgeError]:
+def draw_native(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
     """As `draw_reference`, in the native library."""
     if not chances:
         return []
@@ -173,9 +173,9 @@ def draw_native(chances: Sequence[Chance]) -> list[int | FledgeError]:
     return [token if token >= 0 else _refusal(token, chance) for token, chance in zip(found, chances, strict=True)]
 
 
-def _row(chance: Chance) -> native_sampling.Row:
+def _row(chance: SampleInput) -> native_sampling.NativeSampleInput:
     params, allowed = chance.params, chance.allowed
-    return native_sampling.Row(
+    return native_sampling.NativeSampleInput(
         chance.logits.data_ptr(),
         None if allowed is None else allowed.ctypes.data,
         *_array(chance.banned),
@@ -195,7 +195,7 @@ def _array(values: Ids | Floats) -> tuple[int | None, int]:
     return (values.ctypes.data, len(values)) if len(values) else (None, 0)
 
 
-def _refusal(code: int, chance: Chance) -> FledgeError:
+def _refusal(code: int, chance: SampleInput) -> FledgeError:
     if code == native_sampling.BEYOND:
         return _unknown_ban(chance)
     if code != native_sampling.NOTHING:
@@ -205,7 +205,7 @@ def _refusal(code: int, chance: Chance) -> FledgeError:
     return _none_allowed(int(chance.allowed.sum()))
 
 
-def draw_reference(chances: Sequence[Chance]) -> list[int | FledgeError]:
+def draw_reference(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
     """The token of each chance, or the error in its way. This is the specification."""
     found = list[int | FledgeError]()
     for chance in chances:
@@ -216,7 +216,7 @@ def draw_reference(chances: Sequence[Chance]) -> list[int | FledgeError]:
     return found
 
 
-def _drawn(chance: Chance) -> int:
+def _drawn(chance: SampleInput) -> int:
     scores = _penalised(chance)
     among = None if chance.allowed is None else _among(chance.allowed, scores)
     ids, weights = distribution(scores if among is None else scores[among], chance.params)
@@ -225,7 +225,7 @@ def _drawn(chance: Chance) -> int:
     return int(drawn if among is None else among[drawn])
 
 
-def _penalised(chance: Chance) -> Tensor:
+def _penalised(chance: SampleInput) -> Tensor:
     if len(chance.banned) and chance.banned.max() >= len(chance.logits):
         raise _unknown_ban(chance)
     # Copied by numpy: torch would copy with several threads, and those then wait in a loop for more of such work,
@@ -304,7 +304,7 @@ def _top_k(scores: Scores, top_k: int) -> Ids:
     return np.sort(np.concatenate([above, level[: top_k - len(above)]]))
 
 
-def _unknown_ban(chance: Chance) -> UsageError:
+def _unknown_ban(chance: SampleInput) -> UsageError:
     return UsageError(f"ban holds {max(chance.params.ban)}; this model's ids end at {len(chance.logits) - 1}")
 
 

@@ -12,25 +12,25 @@ Not here: states, models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fledge.engine.task import Strand, Task
+from fledge.engine.sequence import RequestState, Sequence
 
 LEAST = 16
 """Tokens of prompts that a call may always hold: reading must come forward however long a call takes."""
 
 
-class Piece(NamedTuple):
+class ScheduledTokens(NamedTuple):
     """Some tokens of one sequence: of a prompt (no strand), or the last one written."""
 
-    task: Task
-    strand: Strand | None
+    task: RequestState
+    strand: Sequence | None
     ids: tuple[int, ...]
 
 
-class Pace:
+class LatencyModel:
     """How long a call takes, a + b tokens, learnt from the calls so far; the older, the less they count."""
 
     FADING = 0.98
@@ -73,7 +73,7 @@ class Pace:
         return (max((self._t - each * self._x) / self._n, 0.0), each) if each > 0 else (0.0, 0.0)
 
 
-class Purse:
+class BurstBudget:
     """Seconds by which calls may be longer than the ordinary, saved up while they are not."""
 
     def __init__(self, limit: float, saving: float) -> None:
@@ -110,13 +110,13 @@ class Scheduler:
     grace: float = 10.0  # seconds that one step of priority is worth
 
     def __post_init__(self) -> None:
-        self._purse = Purse(self.stall, self.saving)
+        self._purse = BurstBudget(self.stall, self.saving)
 
     def rank(self, arrived: float, priority: int) -> float:
         """The place in the line; the lower goes first."""
         return arrived - self.grace * priority
 
-    def chosen(self, tasks: Sequence[Task]) -> list[Task]:
+    def chosen(self, tasks: abc.Sequence[RequestState]) -> list[RequestState]:
         """Those that take part, first ones first. Who needs more slots than are free stands by; the next may try."""
         free, found = self.slots, []
         for task in sorted(tasks, key=lambda task: (task.rank, task.number)):
@@ -125,12 +125,12 @@ class Scheduler:
                 free -= task.width
         return found
 
-    def pieces(self, chosen: Sequence[Task], pace: Pace) -> list[Piece]:
+    def pieces(self, chosen: abc.Sequence[RequestState], pace: LatencyModel) -> list[ScheduledTokens]:
         """What the next call reads: the tokens written last, and as much of the prompts as there is time for.
 
         That time is spent by asking.
         """
-        written = [Piece(task, strand, (strand.token,)) for task in chosen for strand in task.strands]
+        written = [ScheduledTokens(task, strand, (strand.token,)) for task in chosen for strand in task.strands]
         readers = [task for task in chosen if task.reading]
         if not written:
             self._purse.fill()  # nobody is kept waiting
@@ -149,7 +149,7 @@ class Scheduler:
             self._purse.earn(pace.seconds(len(written) + count))
         return written + read
 
-    def _shared(self, readers: Sequence[Task], budget: int) -> list[Piece]:
+    def _shared(self, readers: abc.Sequence[RequestState], budget: int) -> list[ScheduledTokens]:
         """The budget divided: everybody a share of one half, the rest to the first in line."""
         share = max(1, budget // (2 * len(readers)))
         wanted = [len(task.ahead(share)) for task in readers]
@@ -158,5 +158,5 @@ class Scheduler:
         for task, least in zip(readers, wanted, strict=True):
             ids = task.ahead(least + max(rest, 0))
             rest -= len(ids) - least
-            found.append(Piece(task, None, ids))
+            found.append(ScheduledTokens(task, None, ids))
         return found

@@ -9,22 +9,22 @@ from fledge.kernels.dispatch import (
     WKV4_INFERENCE,
     WKV_BACKENDS,
     WKV_NATIVE,
-    Choice,
+    BackendChoice,
     explain,
     prepare_tracing,
     wkv,
     wkv4,
 )
-from fledge.kernels.packed import pack, packed_linear, why_not
-from fledge.kernels.quantised import Quantised
+from fledge.kernels.onednn import pack, packed_linear, why_not
+from fledge.kernels.quantized import QuantizedMatrix
 
 __all__ = [
     "WKV4_BACKENDS",
     "WKV4_INFERENCE",
     "WKV_BACKENDS",
     "WKV_NATIVE",
-    "Choice",
-    "Quantised",
+    "BackendChoice",
+    "QuantizedMatrix",
     "explain",
     "pack",
     "packed_linear",

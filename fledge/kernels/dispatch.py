@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import BackendError
-from fledge.core.native import why_missing
-from fledge.kernels.native import instruction_set, readable, usable, wkv4_native
-from fledge.kernels.packed import why_not
+from fledge.kernels.native_ops import instruction_set, readable, usable, wkv4_native
+from fledge.kernels.onednn import why_not
 from fledge.kernels.wkv.chunked import wkv_chunked
 from fledge.kernels.wkv.native import wkv_trained
 from fledge.kernels.wkv.reference import wkv_reference
 from fledge.kernels.wkv4.chunked import wkv4_chunked
 from fledge.kernels.wkv4.reference import State4, wkv4_reference
+from fledge.native.library import why_missing
 
 WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
 WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}
@@ -44,7 +44,7 @@ def prepare_tracing() -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """One line of `explain()`: a situation, the backend that serves it, and why."""
 
     kernel: str
@@ -53,31 +53,35 @@ class Choice:
     reason: str
 
 
-def explain() -> list[Choice]:
+def explain() -> list[BackendChoice]:
     """What runs when nobody passes `backend=`, and why; shown by `fledge doctor`."""
     return [
         *_explain_inference(),
-        Choice("wkv, wkv4", f"else up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"),
-        Choice("wkv", "else longer", "chunked", "matrix products over chunks, any device, exact for every decay"),
-        Choice("wkv4", "else longer", "chunked", "parallel within short chunks, any device"),
-        Choice("linear", "any other", "plain", "torch's own product, with gradients"),
+        BackendChoice(
+            "wkv, wkv4", f"else up to {SHORT} tokens", "reference", "one step has nothing to run in parallel"
+        ),
+        BackendChoice(
+            "wkv", "else longer", "chunked", "matrix products over chunks, any device, exact for every decay"
+        ),
+        BackendChoice("wkv4", "else longer", "chunked", "parallel within short chunks, any device"),
+        BackendChoice("linear", "any other", "plain", "torch's own product, with gradients"),
     ]
 
 
-def _explain_inference() -> list[Choice]:
+def _explain_inference() -> list[BackendChoice]:
     """What serves inference on a CPU: the native library, or else torch with packed matrices."""
     missing = why_missing()
     if missing is None:
         reason = f"one call for all layers, instruction set {instruction_set()}"
         return [
-            Choice("whole model", "inference on a CPU", "native", reason),
-            Choice("wkv", "on a CPU", "native", "the loop in vector instructions, also with a gradient"),
-            Choice("wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
+            BackendChoice("whole model", "inference on a CPU", "native", reason),
+            BackendChoice("wkv", "on a CPU", "native", "the loop in vector instructions, also with a gradient"),
+            BackendChoice("wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
         ]
     reason = why_not(torch.float32) or ""
     return [
-        Choice("whole model", "inference on a CPU", "torch", missing),
-        Choice(
+        BackendChoice("whole model", "inference on a CPU", "torch", missing),
+        BackendChoice(
             "linear",
             "large, inference on a CPU",
             "plain" if reason else "packed",

@@ -6,7 +6,7 @@ than a coarser grid for everybody else. With `importance`, one number for each i
 activations it meets), errors count by how much they move the output.
 
 The native library does the same about a hundred times as fast; the torch form here is its twin and its stand-in.
-Not here: which matrices are quantised (fledge.checkpoint.quantise).
+Not here: which matrices are quantised (fledge.checkpoint.quantization.quantizer).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import CheckpointError
-from fledge.core.native import library
-from fledge.kernels.native import quantise_native
-from fledge.kernels.quantised import GROUP, LEVELS, Quantised, assemble
+from fledge.kernels.native_ops import quantize_native
+from fledge.kernels.quantized import GROUP, LEVELS, QuantizedMatrix, assemble
+from fledge.native.library import library
 
 RANGES = tuple(1.0 - 0.04 * step for step in range(6))
 
 
-def quantise(weight: Tensor, format: str, importance: Tensor | None = None) -> tuple[Quantised, float]:
+def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> tuple[QuantizedMatrix, float]:
     """weight (rows, columns), any float dtype, as "int8" or "int4"; and the weighted sum of squared errors.
 
     importance: (columns,), not negative. Raises CheckpointError where a weight is not finite or exceeds float16.
     """
-    run = quantise_reference if library() is None else quantise_native
+    run = quantize_reference if library() is None else quantize_native
     found = run(weight, format, importance)
     if found is None:
         raise CheckpointError(
@@ -36,7 +36,9 @@ def quantise(weight: Tensor, format: str, importance: Tensor | None = None) -> t
     return found
 
 
-def quantise_reference(weight: Tensor, format: str, importance: Tensor | None = None) -> tuple[Quantised, float] | None:
+def quantize_reference(
+    weight: Tensor, format: str, importance: Tensor | None = None
+) -> tuple[QuantizedMatrix, float] | None:
     """The same in plain torch; None where a number cannot be held."""
     rows, columns = weight.shape
     w = torch.nn.functional.pad(weight.detach().float(), (0, -columns % GROUP)).view(rows, -1, GROUP)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fledge.models.base import BaseModel
 from fledge.models.config import ModelConfig
 from fledge.models.eagle import Eagle
 from fledge.models.finch import Finch
@@ -15,11 +16,11 @@ from fledge.models.init import init_weights
 from fledge.models.rwkv4 import Rwkv4
 from fledge.models.state import KvState, Rwkv4State, State, WkvState, zero_state
 from fledge.models.transformer import Transformer
-from fledge.models.trunk import Trunk
 
-FAMILIES: dict[str, type[Trunk]] = {"4": Rwkv4, "5": Eagle, "6": Finch, "llama": Transformer}
+FAMILIES: dict[str, type[BaseModel]] = {"4": Rwkv4, "5": Eagle, "6": Finch, "llama": Transformer}
 
 __all__ = [
+    "BaseModel",
     "Eagle",
     "Finch",
     "KvState",
@@ -28,7 +29,6 @@ __all__ = [
     "Rwkv4State",
     "State",
     "Transformer",
-    "Trunk",
     "WkvState",
     "build",
     "init_weights",
@@ -36,6 +36,6 @@ __all__ = [
 ]
 
 
-def build(config: ModelConfig, device: torch.device | str = "cpu") -> Trunk:
+def build(config: ModelConfig, device: torch.device | str = "cpu") -> BaseModel:
     """An uninitialised model of these sizes on `device`; "meta" takes no memory until weights are assigned."""
     return FAMILIES[config.generation](config, device)

@@ -8,7 +8,7 @@ factors are called as RWKV-PEFT calls them, and so loads and saves them:
 
 Two adapters at once add up; as factors that is one of rank r1 + r2 (`stacked`), so a Linear never has more than one.
 A tuned initial state is no adapter in this sense: it is a `State`, a value that a text begins from.
-Not here: files (fledge.checkpoint.adapters), training (fledge.train.tuning).
+Not here: files (fledge.checkpoint.adapters.files), training (fledge.train.tuning.settings).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import UsageError
+from fledge.models.base import BaseModel
 from fledge.models.config import ModelConfig
 from fledge.models.layers import Linear
 from fledge.models.state import State, tuned_state
-from fledge.models.trunk import Trunk
 
 TARGETS = (
     *("att.receptance", "att.key", "att.value", "att.gate", "att.output"),
@@ -34,7 +34,7 @@ TARGETS = (
 """What can have factors, as it is called inside a block: the products of all versions (5.0 and RWKV-4 have no gate)."""
 
 
-class Factors(NamedTuple):
+class LoraFactors(NamedTuple):
     """What is added to one Linear: y += scale B (A x)."""
 
     down: Tensor  # A (r, in)
@@ -48,7 +48,7 @@ class LoraLinear(Linear):
     The factors are float32, or `compute_dtype` as the weight where that is set; the sum is float32.
     """
 
-    def __init__(self, linear: Linear, factors: Factors) -> None:
+    def __init__(self, linear: Linear, factors: LoraFactors) -> None:
         nn.Module.__init__(self)
         self.register_parameter("weight", linear.weight)
         self.compute_dtype, self.packed = linear.compute_dtype, linear.packed
@@ -57,9 +57,9 @@ class LoraLinear(Linear):
         self.scale = factors.scale
 
     @property
-    def factors(self) -> Factors:
+    def factors(self) -> LoraFactors:
         """What it adds."""
-        return Factors(self.lora_A, self.lora_B, self.scale)
+        return LoraFactors(self.lora_A, self.lora_B, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or torch.float32
@@ -67,7 +67,7 @@ class LoraLinear(Linear):
         return super().forward(x) + self.scale * nn.functional.linear(low, self.lora_B.to(dtype)).float()
 
 
-def add_lora(model: Trunk, factors: Mapping[str, Factors]) -> None:
+def add_lora(model: BaseModel, factors: Mapping[str, LoraFactors]) -> None:
     """Give the Linears called `blocks.<i>.att.key` and so on their factors, which require gradients.
 
     In place; the weights stay the same tensors. Factors that a Linear has already stay in force: the two add up.
@@ -79,7 +79,9 @@ def add_lora(model: Trunk, factors: Mapping[str, Factors]) -> None:
         _put(model, name, LoraLinear(linear, both))
 
 
-def adapted(model: Trunk, factors: Mapping[str, Factors], parts: Mapping[str, Tensor] | None = None) -> Trunk:
+def adapted(
+    model: BaseModel, factors: Mapping[str, LoraFactors], parts: Mapping[str, Tensor] | None = None
+) -> BaseModel:
     """Another model on the same weights: with these factors, and with `parts` in place of parameters of those names.
 
     Nothing is copied but the tree of modules, so any number of adapted models cost the memory of one. For inference:
@@ -87,7 +89,9 @@ def adapted(model: Trunk, factors: Mapping[str, Factors], parts: Mapping[str, Te
     """
     twin = shared_copy(model)
     device = model.emb.weight.device
-    add_lora(twin, {name: Factors(one.down.to(device), one.up.to(device), one.scale) for name, one in factors.items()})
+    add_lora(
+        twin, {name: LoraFactors(one.down.to(device), one.up.to(device), one.scale) for name, one in factors.items()}
+    )
     for name in factors:
         twin.get_submodule(name).requires_grad_(False)
     for name, tensor in (parts or {}).items():
@@ -96,7 +100,7 @@ def adapted(model: Trunk, factors: Mapping[str, Factors], parts: Mapping[str, Te
     return twin
 
 
-def _unpacked(model: Trunk, name: str) -> torch.dtype:
+def _unpacked(model: BaseModel, name: str) -> torch.dtype:
     """The dtype of a parameter that will be replaced; where its Linear holds a packed copy, that goes."""
     linear = model.get_submodule(name.rpartition(".")[0])
     if isinstance(linear, Linear) and linear.packed is not None:
@@ -105,34 +109,34 @@ def _unpacked(model: Trunk, name: str) -> torch.dtype:
     return model.get_parameter(name).dtype
 
 
-def _put(model: Trunk, name: str, part: nn.Module | nn.Parameter) -> None:
+def _put(model: BaseModel, name: str, part: nn.Module | nn.Parameter) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, part)
 
 
-def shared_copy(model: Trunk) -> Trunk:
+def shared_copy(model: BaseModel) -> BaseModel:
     """A tree of modules of its own around the very same tensors."""
     kept: list[Tensor] = [*model.parameters(), *model.buffers()]
     kept += [module.packed for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
-def stacked(adapters: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+def stacked(adapters: Sequence[Mapping[str, LoraFactors]]) -> dict[str, LoraFactors]:
     """Several adapters as one that does what all of them do together: B1 A1 + B2 A2 = [B1 B2] [A1; A2]."""
-    together: dict[str, list[Factors]] = {}
+    together: dict[str, list[LoraFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.items():
             together.setdefault(name, []).append(factors)
     return {name: found[0] if len(found) == 1 else _joined(found) for name, found in together.items()}
 
 
-def _joined(found: Sequence[Factors]) -> Factors:
+def _joined(found: Sequence[LoraFactors]) -> LoraFactors:
     down = torch.cat([one.down.detach().float() for one in found])
     up = torch.cat([one.scale * one.up.detach().float() for one in found], dim=1)
-    return Factors(down, up, 1.0)
+    return LoraFactors(down, up, 1.0)
 
 
-def merged_weight(weight: Tensor, factors: Factors, dtype: torch.dtype | None = None) -> Tensor:
+def merged_weight(weight: Tensor, factors: LoraFactors, dtype: torch.dtype | None = None) -> Tensor:
     """W + scale B A in float32, rounded once to `dtype`; None is that of W."""
     change = factors.up.float() @ factors.down.float()
     return torch.add(weight.float(), change, alpha=factors.scale).to(dtype or weight.dtype)
@@ -161,19 +165,19 @@ def _check_present(target: str, found: set[str], names: Sequence[str]) -> None:
         raise UsageError(f"this model has no {target}; leave it out of the LoRA targets")
 
 
-def fresh_factors(model: Trunk, names: Sequence[str], rank: int, alpha: float, seed: int) -> dict[str, Factors]:
+def fresh_factors(model: BaseModel, names: Sequence[str], rank: int, alpha: float, seed: int) -> dict[str, LoraFactors]:
     """Untrained factors for the Linears `names`. Drawn on the CPU, so that a seed means the same everywhere."""
     if rank < 1 or not alpha > 0:
         raise UsageError(f"a LoRA needs a rank of at least 1 and an alpha above 0, not {rank} and {alpha:g}")
     generator = torch.Generator().manual_seed(seed)
-    factors: dict[str, Factors] = {}
+    factors: dict[str, LoraFactors] = {}
     for name in names:
         weight = model.get_parameter(f"{name}.weight")
         n_out, n_in = weight.shape
         bound = 1 / math.sqrt(n_in)  # Kaiming's uniform with a = sqrt(5)
         down = (torch.rand(rank, n_in, generator=generator) * 2 - 1) * bound
         zero = torch.zeros(n_out, rank)
-        factors[name] = Factors(down.to(weight.device), zero.to(weight.device), alpha / rank)
+        factors[name] = LoraFactors(down.to(weight.device), zero.to(weight.device), alpha / rank)
     return factors
 
 

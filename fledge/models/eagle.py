@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fledge.kernels import wkv
+from fledge.models.base import BaseModel, TokenMask
 from fledge.models.config import ModelConfig
 from fledge.models.layers import HeadNorm, LayerNorm, Linear, channel_mix, own_value, vector
 from fledge.models.state import WkvState
-from fledge.models.trunk import Layout, Trunk
 
 
 class TimeMix(nn.Module):
@@ -61,7 +61,7 @@ class TimeMix(nn.Module):
             w, u = (x[:, None].expand(-1, self.head_size) for x in (w, u))
         return w, u
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
@@ -92,7 +92,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         previous = layout.shifted(x, shift)
         delta = x - previous
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: WkvState, layer: int, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: WkvState, layer: int, layout: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
         out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], layout)
         x = x + out
@@ -121,8 +121,8 @@ class Block(nn.Module):
         return x + out, {"att_shift": att_shift, "wkv": wkv_state, "ffn_shift": ffn_shift}
 
 
-class Eagle(Trunk):
-    """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
+class Eagle(BaseModel):
+    """The whole model: see `BaseModel` for `forward(idx, state) -> (logits, state)`."""
 
     block_class = Block
     state_class = WkvState

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fledge.kernels import wkv
+from fledge.models.base import BaseModel, TokenMask
 from fledge.models.config import ModelConfig
 from fledge.models.layers import HeadNorm, LayerNorm, Linear, channel_mix, own_value, vector
 from fledge.models.state import WkvState
-from fledge.models.trunk import Layout, Trunk
 
 
 class TimeMix(nn.Module):
@@ -63,7 +63,7 @@ class TimeMix(nn.Module):
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return torch.addcmul(x, delta, mix + torch.stack(static).float()).unbind(0)
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
@@ -95,7 +95,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         delta = layout.shifted(x, shift) - x
         xk, xr = torch.addcmul(x, delta, self.time_maa_k.float()), torch.addcmul(x, delta, self.time_maa_r.float())
@@ -115,7 +115,7 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: WkvState, layer: int, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: WkvState, layer: int, layout: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
         out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], layout)
         x = x + out
@@ -123,8 +123,8 @@ class Block(nn.Module):
         return x + out, {"att_shift": att_shift, "wkv": wkv_state, "ffn_shift": ffn_shift}
 
 
-class Finch(Trunk):
-    """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
+class Finch(BaseModel):
+    """The whole model: see `BaseModel` for `forward(idx, state) -> (logits, state)`."""
 
     block_class = Block
     state_class = WkvState

@@ -38,15 +38,15 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import ConfigError
+from fledge.models.base import BaseModel
 from fledge.models.layers import HeadNorm, LayerNorm, Linear
 from fledge.models.transformer import RMSNorm, Transformer
-from fledge.models.trunk import Trunk
 
 DEVIATION = 0.02
 
 
 @torch.no_grad()
-def init_weights(model: Trunk, seed: int | None = None) -> None:
+def init_weights(model: BaseModel, seed: int | None = None) -> None:
     """Fill every parameter of an RWKV-4, Eagle (5.2), Finch or transformer. `seed` makes it repeatable, whatever came
     before.
     """
@@ -81,13 +81,13 @@ def _init_transformer(model: Transformer, generator: torch.Generator) -> None:
             module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * scale)
 
 
-def _init_ends(model: Trunk, generator: torch.Generator) -> None:
+def _init_ends(model: BaseModel, generator: torch.Generator) -> None:
     vocab, width = model.head.weight.shape
     model.emb.weight.copy_(_uniform(model.emb.weight, 1e-4, generator))
     _orthogonal(model.head.weight, 0.5 * math.sqrt(max(vocab / width, 1.0)), generator)
 
 
-def _init_mixes(block: Any, layer: int, model: Trunk) -> None:
+def _init_mixes(block: Any, layer: int, model: BaseModel) -> None:
     L, C = model.config.n_layer, model.config.n_embd
     rho, q = _depth(layer, L), 1 - layer / L
     c = (torch.arange(C) / C).view(1, 1, C)
@@ -112,7 +112,7 @@ def _init_mixes(block: Any, layer: int, model: Trunk) -> None:
         parameter.copy_(c**q)
 
 
-def _init_recurrence(att: Any, layer: int, model: Trunk) -> None:
+def _init_recurrence(att: Any, layer: int, model: BaseModel) -> None:
     L, A = model.config.n_layer, model.config.dim_att
     rho = _depth(layer, L)
     n = torch.arange(A)
@@ -125,7 +125,7 @@ def _init_recurrence(att: Any, layer: int, model: Trunk) -> None:
         att.time_state.zero_()
 
 
-def _init_sums(att: Any, layer: int, model: Trunk) -> None:
+def _init_sums(att: Any, layer: int, model: BaseModel) -> None:
     A, rho = model.config.dim_att, _depth(layer, model.config.n_layer)
     n = torch.arange(A)
     att.time_decay.copy_(-5 + 8 * (n / max(A - 1, 1)) ** (0.7 + 1.3 * rho))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fledge.kernels import wkv4
+from fledge.models.base import BaseModel, TokenMask
 from fledge.models.config import ModelConfig
 from fledge.models.layers import LayerNorm, Linear, channel_mix, vector
 from fledge.models.state import Rwkv4State
-from fledge.models.trunk import Layout, Trunk
 
 # The key of a padded token: its weight exp(k) is zero whatever else is in the state.
 SILENT = -1e38
@@ -41,7 +41,7 @@ class TimeMix(nn.Module):
         self.output = Linear(A, C, device)
 
     def forward(
-        self, x: Tensor, shift: Tensor, state: tuple[Tensor, Tensor, Tensor], layout: Layout
+        self, x: Tensor, shift: Tensor, state: tuple[Tensor, Tensor, Tensor], layout: TokenMask
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x (B, T, C), shift (B, C), state aa, bb, pp (B, A) -> output (B, T, C), new shift, new state."""
         previous = layout.shifted(x, shift)
@@ -67,7 +67,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
         previous = layout.shifted(x, shift)
         delta = x - previous
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: Rwkv4State, layer: int, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: Rwkv4State, layer: int, layout: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
         sums = (state.aa[layer], state.bb[layer], state.pp[layer])
         out, att_shift, (aa, bb, pp) = self.att(self.ln1(x), state.att_shift[layer], sums, layout)
@@ -97,8 +97,8 @@ class Block(nn.Module):
         return x + out, {"att_shift": att_shift, "aa": aa, "bb": bb, "pp": pp, "ffn_shift": ffn_shift}
 
 
-class Rwkv4(Trunk):
-    """The whole model: see `Trunk` for `forward(idx, state) -> (logits, state)`."""
+class Rwkv4(BaseModel):
+    """The whole model: see `BaseModel` for `forward(idx, state) -> (logits, state)`."""
 
     block_class = Block
     state_class = Rwkv4State

@@ -20,10 +20,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fledge.models.base import BaseModel, Readout, TokenMask
 from fledge.models.config import ModelConfig
 from fledge.models.layers import Linear
 from fledge.models.state import KvState, State
-from fledge.models.trunk import Layout, Readout, Trunk
 
 ROTARY_BASE = 10000.0
 
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionWindow:
     """What the tokens of one call see and where they go, the same in every layer. Columns: S of the state, then T."""
 
     cos: Tensor  # (B or 1, T, 1, N/2)
@@ -54,7 +54,7 @@ class View:
     end: Tensor  # (1, B) of the new state
 
     @staticmethod
-    def of(state: KvState, length: int, layout: Layout, head_size: int) -> View:
+    def of(state: KvState, length: int, layout: TokenMask, head_size: int) -> AttentionWindow:
         """For `length` new tokens after `state`."""
         begin, end, places = state.begin[0], state.end[0], state.places
         B, device = begin.shape[0], begin.device
@@ -80,7 +80,7 @@ class View:
             kept = torch.where(place < end[:, None], place, places + place - end[:, None])
             filled = place < (end + read)[:, None]
             kept, filled = kept.where(filled, 0), filled[:, :, None, None]
-        return View(cos, sin, mask, places == 0, kept, filled, begin[None], (end + read)[None])
+        return AttentionWindow(cos, sin, mask, places == 0, kept, filled, begin[None], (end + read)[None])
 
     def keep(self, columns: Tensor) -> Tensor:
         """What the new state keeps of keys or values (B, S + T, H, N): (B, S', H, N)."""
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         self.value = Linear(C, A, device)
         self.output = Linear(A, C, device)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, view: AttentionWindow) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), keys and values of the state (B, S, H, N) -> output (B, T, C), new keys and values."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         y = self._read(q, k, v, view) if q.numel() else q
         return self.output(y.reshape(B, T, self.n_head * self.head_size)), view.keep(k), view.keep(v)
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionWindow) -> Tensor:
         weight = self.key.weight if self.key.packed is None else self.key.packed
         dtype = self.key.compute_dtype or weight.dtype
         q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))  # (B, H, T or S + T, N)
@@ -173,15 +173,17 @@ class Block(nn.Module):
         self.att = Attention(config, device)
         self.ffn = SwiGlu(config, device)
 
-    def forward(self, x: Tensor, state: KvState, layer: int, view: View) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, state: KvState, layer: int, view: AttentionWindow
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new keys and values."""
         out, keys, values = self.att(self.ln1(x), state.keys[layer], state.values[layer], view)
         x = x + out
         return x + self.ffn(self.ln2(x)), (keys, values)
 
 
-class Transformer(Trunk):
-    """The whole model, with the forward of `Trunk`; its state grows with the text."""
+class Transformer(BaseModel):
+    """The whole model, with the forward of `BaseModel`; its state grows with the text."""
 
     block_class = Block
     state_class = KvState
@@ -200,14 +202,14 @@ class Transformer(Trunk):
         fresh: Tensor | None = None,
         readout: Readout | None = None,
     ) -> tuple[Tensor, State]:
-        """As `Trunk.forward`. fresh: (B, T) bool, True where a document begins: nothing before it is seen.
+        """As `BaseModel.forward`. fresh: (B, T) bool, True where a document begins: nothing before it is seen.
 
         Positions go on counting over the beginning of a document; only the distances of tokens matter to attention.
         """
         self._check(idx, state, last)
-        layout = Layout.of(lengths, fresh, idx)
+        layout = TokenMask.of(lengths, fresh, idx)
         before = cast(KvState, self.initial_state(idx.shape[0]) if state is None else state)
-        view = View.of(before, idx.shape[1], layout, self.config.head_size)
+        view = AttentionWindow.of(before, idx.shape[1], layout, self.config.head_size)
         x = self.emb(idx).float()  # (B, T, C)
         layers: list[tuple[Tensor, Tensor]] = []
         for number, block in enumerate(self.blocks):

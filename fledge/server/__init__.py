@@ -21,5 +21,5 @@
     metrics      figures for Prometheus
     replicas     the same app in several copies, on Ray
 
-Not here: how text is made (fledge.engine), the command line (fledge.cli.serve).
+Not here: how text is made (fledge.engine), the command line (fledge.cli.commands.serve).
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from fledge.server.keys import Tenant
+from fledge.server.auth import Tenant
 from fledge.server.service import Service
 
 

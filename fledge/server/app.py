@@ -22,13 +22,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fledge.core.errors import FledgeError
-from fledge.server import chat, completions, plain, states
 from fledge.server.errors import ApiError, api_error
-from fledge.server.hosts import Hosts
-from fledge.server.schema import ONLY_TEXT, Options
+from fledge.server.host_check import HostCheck
+from fledge.server.routes import chat, completions, misc, states
+from fledge.server.schema import ONLY_TEXT, FledgeOptions
 from fledge.server.service import Service
 
-PAGE = Path(__file__).with_name("page")
+PAGE = Path(__file__).with_name("web")
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -36,7 +36,7 @@ HEADERS = (
     (b"content-security-policy", POLICY.encode()),
 )
 
-ROUTERS = (chat.router, completions.router, states.router, plain.router)
+ROUTERS = (chat.router, completions.router, states.router, misc.router)
 PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))
 
 UNREADABLE = {UnicodeDecodeError: "the body is not UTF-8", RecursionError: "the body is nested too deeply"}
@@ -83,11 +83,11 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
     mimetypes.add_type("text/javascript", ".js")  # whatever the machine's own table says: browsers insist on it
-    page = Page(directory=PAGE, html=True)
+    page = WebFiles(directory=PAGE, html=True)
     for name in ("", *(file.name for file in PAGE.iterdir())):  # not a mount, which would take every path there is
         app.router.routes.append(Route(f"/{name}", page, methods=["GET"], name="page", include_in_schema=False))
-    hosts = None if service.keys.needed else Hosts(host, service.settings.origins)
-    app.add_middleware(Border, service=service, hosts=hosts)
+    hosts = None if service.keys.needed else HostCheck(host, service.settings.origins)
+    app.add_middleware(Middleware, service=service, hosts=hosts)
     if service.settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -98,7 +98,7 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
     return app
 
 
-class Page(StaticFiles):
+class WebFiles(StaticFiles):
     """The page's files, asked for anew each time: a browser must not mix those of two versions."""
 
     def file_response(self, *arguments: Any, **more: Any) -> Response:
@@ -108,7 +108,7 @@ class Page(StaticFiles):
         return answer
 
 
-class Refusal(JSONResponse):
+class ErrorResponse(JSONResponse):
     """An error. In ASCII: what it shows of a request may be half a surrogate pair, which UTF-8 has no bytes for."""
 
     def __init__(self, error: ApiError) -> None:
@@ -119,10 +119,10 @@ class Refusal(JSONResponse):
         return json.dumps(content).encode("ascii") + b"\n"
 
 
-class Border:
+class Middleware:
     """What every request passes: names, the limit of its size, headers that keep pages safe, the count of answers."""
 
-    def __init__(self, app: ASGIApp, service: Service, hosts: Hosts | None) -> None:
+    def __init__(self, app: ASGIApp, service: Service, hosts: HostCheck | None) -> None:
         """hosts: the names that are answered to; None: any."""
         self._app, self._service, self._hosts = app, service, hosts
 
@@ -159,7 +159,7 @@ class Border:
         finally:
             if refused:
                 status = refused.status
-                await Refusal(refused)(scope, receive, send)
+                await ErrorResponse(refused)(scope, receive, send)
             route = getattr(scope.get("route"), "path", "page")
             self._service.metrics.requests.labels(route, str(status)).inc()
 
@@ -179,7 +179,7 @@ def _too_large(most: int) -> ApiError:
 
 
 async def _api(request: Request, error: Any) -> Response:
-    return Refusal(error)
+    return ErrorResponse(error)
 
 
 async def _fledge(request: Request, error: Any) -> Response:
@@ -191,7 +191,9 @@ async def _http(request: Request, error: Any) -> Response:
     method, path = request.method, request.url.path
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        refusal = Refusal(ApiError(405, f"{path:.80} takes {allowed}, not {method:.10}", code="method_not_allowed"))
+        refusal = ErrorResponse(
+            ApiError(405, f"{path:.80} takes {allowed}, not {method:.10}", code="method_not_allowed")
+        )
         refusal.headers["allow"] = allowed
         return refusal
     if error.status_code != 404:
@@ -220,7 +222,7 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 def _unknown(param: str, path: str) -> str:
-    ours = path.endswith("/completions") and param in Options.model_fields
+    ours = path.endswith("/completions") and param in FledgeOptions.model_fields
     return f"this field is not known{f'; it is fledge.{param} here' if ours else ''}"
 
 
@@ -256,4 +258,4 @@ def _no_object(request: Request, fault: dict[str, Any]) -> str:
 
 async def _unexpected(request: Request, error: Any) -> Response:
     log.error("a request to %s failed", request.url.path, exc_info=error)
-    return Refusal(ApiError(500, "the server failed; its log says how"))
+    return ErrorResponse(ApiError(500, "the server failed; its log says how"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.engine.request import Busy
+from fledge.engine.request import QueueFull
 
 KINDS = {
     400: "invalid_request_error",
@@ -44,7 +44,7 @@ class ApiError(Exception):
 
 def api_error(error: FledgeError, param: str | None = None) -> ApiError:
     """An error of the rooms below as the client sees it: their messages are written for people."""
-    if isinstance(error, Busy):
+    if isinstance(error, QueueFull):
         return ApiError(503 if "shutting down" in str(error) else 429, str(error), code="busy", wait=1)
     told = str(error)
     if isinstance(error, StateError) and not told.startswith("the state"):  # elsewhere the file's name comes first

@@ -6,26 +6,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.engine import tools as calling
-from fledge.engine.chat import CHAT_PARAMS
-from fledge.engine.constraint import Constraint, GrammarVocabulary, json_object, json_schema, regex
+from fledge.engine.llm.chat import CHAT_PARAMS
 from fledge.engine.sampling import SamplingParams
+from fledge.engine.structured import tool_calls as calling
+from fledge.engine.structured.grammar import Constraint, GrammarVocabulary, json_object, json_schema, regex
 from fledge.server.errors import ApiError, api_error
-from fledge.server.schema import ChatRequest, Generation, Message, ResponseFormat
-from fledge.tokenizer import Template, Tokenizer, pieces, template_named
+from fledge.server.schema import ChatMessage, ChatRequest, GenerationRequest, ResponseFormat
+from fledge.tokenizer import ChatTemplate, Tokenizer, pieces, template_named
 
 NO_TOOLS = "none"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ChatPrompt:
     """Token ids, and the places in them where messages end."""
 
     ids: tuple[int, ...]
     marks: tuple[int, ...] = ()
 
 
-def template_of(name: str | None, standard: str, param: str = "fledge.template") -> Template:
+def template_of(name: str | None, standard: str, param: str = "fledge.template") -> ChatTemplate:
     """The template a request names, else the model's."""
     try:
         return template_named(name or standard)
@@ -34,7 +34,7 @@ def template_of(name: str | None, standard: str, param: str = "fledge.template")
 
 
 def turns(
-    messages: list[Message], template: Template, tools: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage], template: ChatTemplate, tools: list[dict[str, Any]] | None = None
 ) -> list[tuple[str, str]]:
     """Messages of the protocol as the roles and texts of a template.
 
@@ -58,33 +58,33 @@ def turns(
     return found
 
 
-def prompt(turns: list[tuple[str, str]], template: Template, tokenizer: Tokenizer) -> Prompt:
+def prompt(turns: list[tuple[str, str]], template: ChatTemplate, tokenizer: Tokenizer) -> ChatPrompt:
     """The ids of a conversation, up to where the model answers."""
     ids, marks = list[int](), list[int]()
     for piece in pieces(turns, template):
         ids += tokenizer.encode(piece)
         marks.append(len(ids))
-    return Prompt(tuple(ids), tuple(marks))
+    return ChatPrompt(tuple(ids), tuple(marks))
 
 
-def closing(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+def closing(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     """What the state reads after an answer, so that a next message can follow."""
     return tuple(tokenizer.encode(template.close_turn()))
 
 
-def chat_params(request: ChatRequest, template: Template, most: int) -> SamplingParams:
+def chat_params(request: ChatRequest, template: ChatTemplate, most: int) -> SamplingParams:
     """The settings of a chat request; what it leaves open is as in `fledge chat`."""
     wanted = request.max_completion_tokens or request.max_tokens
     params = _params(request, replace(CHAT_PARAMS, max_tokens=most), wanted)
     return replace(params, stop=tuple(dict.fromkeys((*template.stops, *params.stop))))
 
 
-def completion_params(request: Generation, most: int, wanted: int | None) -> SamplingParams:
+def completion_params(request: GenerationRequest, most: int, wanted: int | None) -> SamplingParams:
     """The settings of a completion request; what it leaves open is as in `fledge generate`."""
     return _params(request, SamplingParams(max_tokens=most), wanted)
 
 
-def _params(request: Generation, standard: SamplingParams, max_tokens: int | None) -> SamplingParams:
+def _params(request: GenerationRequest, standard: SamplingParams, max_tokens: int | None) -> SamplingParams:
     options = request.fledge
     given = {
         "temperature": request.temperature,
@@ -147,7 +147,7 @@ def _format(wanted: ResponseFormat, vocabulary: GrammarVocabulary) -> Constraint
     return json_schema(wanted.json_schema.schema_, vocabulary, space=True)
 
 
-def _turn(message: Message, number: int) -> tuple[str, str]:
+def _turn(message: ChatMessage, number: int) -> tuple[str, str]:
     content = message.content
     text = content if isinstance(content, str) else "".join(part.text for part in content or ())
     if content is None and not message.tool_calls:
@@ -155,7 +155,7 @@ def _turn(message: Message, number: int) -> tuple[str, str]:
     if message.tool_calls:
         if message.role != "assistant":
             raise ApiError(400, "only an assistant calls functions", param=f"messages.{number}.tool_calls")
-        calls = [calling.Call(call.function.name, call.function.arguments) for call in message.tool_calls]
+        calls = [calling.ParsedToolCall(call.function.name, call.function.arguments) for call in message.tool_calls]
         text = "\n".join(filter(None, [text, calling.render_calls(calls)]))
     if message.role == "tool":
         return "user", calling.render_result(text)

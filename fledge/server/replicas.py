@@ -1,7 +1,8 @@
 """Past one machine: the same app as a Ray Serve deployment, in as many copies as wanted.
 
 Each copy loads the model and has an engine and a cache of its own. What is kept on purpose lies in a folder that all of
-them see, signed (fledge.engine.commons), so any copy answers for any other: one that dies takes the texts along that it
+them see, signed (fledge.engine.states.shared_store), so any copy answers for any other: one that dies takes the texts
+along that it
 was writing, and no conversation. Ray starts another in its place.
 """
 
@@ -18,15 +19,15 @@ from fastapi import FastAPI
 
 from fledge.checkpoint import read_adapters
 from fledge.core.errors import FledgeError, UsageError
-from fledge.engine.loading import load
-from fledge.engine.statefile import identity_of
-from fledge.engine.text import LLM
+from fledge.engine.llm.llm import LLM
+from fledge.engine.llm.loading import load
+from fledge.engine.states.state_file import identity_of
 from fledge.server.app import create_app
 from fledge.server.service import Service, read_secret
-from fledge.server.settings import Settings
+from fledge.server.settings import ServerSettings
 
 
-def build(arguments: dict[str, Any], settings: Settings, host: str) -> FastAPI:
+def build(arguments: dict[str, Any], settings: ServerSettings, host: str) -> FastAPI:
     """The app of one copy, made where the copy runs."""
     llm = _loaded(**arguments)
     return create_app(Service(llm, settings, identity_of(llm)), host)
@@ -38,7 +39,7 @@ def _loaded(adapter: Sequence[str] = (), alpha: float | None = None, any_base: b
 
 
 def application(
-    arguments: dict[str, Any], settings: Settings, replicas: int, cpus: float = 1.0, host: str = "127.0.0.1"
+    arguments: dict[str, Any], settings: ServerSettings, replicas: int, cpus: float = 1.0, host: str = "127.0.0.1"
 ) -> Any:
     """What `ray.serve.run` takes.
 
@@ -73,7 +74,7 @@ def application(
 
 def run(
     arguments: dict[str, Any],
-    settings: Settings,
+    settings: ServerSettings,
     replicas: int,
     host: str,
     port: int,

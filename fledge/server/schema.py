@@ -24,7 +24,7 @@ Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Base of all: no coercion, nothing unknown; null stands for a field that is left out, where one may be."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -38,7 +38,7 @@ class Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name not in free}
 
 
-class Options(Strict):
+class FledgeOptions(StrictModel):
     """The field `fledge` of a request: what OpenAI's protocol has no words for."""
 
     state: Annotated[str, Field(min_length=1)] | None = None
@@ -55,14 +55,14 @@ class Options(Strict):
     cache: bool = True
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     """What a stream tells beside the text."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class Generation(Strict):
+class GenerationRequest(StrictModel):
     """What all requests for text have in common."""
 
     model: str | None = None
@@ -78,24 +78,24 @@ class Generation(Strict):
     stop: Stop | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
-    fledge: Options = Field(default_factory=Options)
+    fledge: FledgeOptions = Field(default_factory=FledgeOptions)
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(Strict):
+class FunctionCall(StrictModel):
     """A call as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(Strict):
+class ToolCall(StrictModel):
     """A call with the name by which its result is told."""
 
     id: str
@@ -103,7 +103,7 @@ class ToolCall(Strict):
     function: FunctionCall
 
 
-class Message(Strict):
+class ChatMessage(StrictModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "input"]
@@ -124,7 +124,7 @@ class Message(Strict):
         return given
 
 
-class JsonSchema(Strict):
+class JsonSchema(StrictModel):
     """A schema with its name."""
 
     name: str = "answer"
@@ -133,17 +133,17 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictModel):
     """Free text, any JSON object, or one that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -160,7 +160,7 @@ class ChatRequest(Generation):
     modalities: list[Literal["text"]] | None = None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -171,7 +171,7 @@ class CompletionRequest(Generation):
     suffix: Literal[""] | None = None
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(StrictModel):
     """Body of /v1/embeddings."""
 
     input: str | list[str] | list[int] | list[list[int]]
@@ -181,31 +181,31 @@ class EmbeddingRequest(Strict):
     user: str | None = None
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(StrictModel):
     """Body of /tokenize."""
 
     content: str
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(StrictModel):
     """Body of /detokenize."""
 
     tokens: Annotated[list[int], Field(max_length=MOST_TOKENS)]
 
 
-class ReadRequest(Strict):
+class ReadRequest(StrictModel):
     """Body of POST /v1/fledge/states: something to read and to remember."""
 
     text: str | None = None
-    messages: list[Message] | None = None
+    messages: list[ChatMessage] | None = None
     state: str | None = None
     name: Name | None = None
     template: str | None = None
 
 
-class ViewRequest(Strict):
+class ViewRequest(StrictModel):
     """Body of /v1/fledge/view and /v1/fledge/render."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     state: str | None = None
     template: str | None = None

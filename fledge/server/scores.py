@@ -9,23 +9,23 @@ from collections.abc import AsyncIterator
 import torch
 
 from fledge.engine.engine import likelihood
-from fledge.engine.generation import Cursor, device_of
-from fledge.engine.job import Token
-from fledge.engine.request import Busy
-from fledge.engine.scoring import CHUNK
+from fledge.engine.events import TextToken
+from fledge.engine.generation import ModelOutput, device_of
+from fledge.engine.llm.scoring import CHUNK
+from fledge.engine.request import QueueFull
 from fledge.models.state import State
 from fledge.server.errors import api_error
 from fledge.server.service import Service
 
 
-class Scoring:
+class PromptScoring:
     """One prompt, read once: `tokens` and `cursor` are there when `pieces` has come to its end."""
 
     def __init__(self, service: Service, start: State | None, ids: tuple[int, ...], top: int) -> None:
         """start: what the prompt follows; ids: at least one; top: how many of the most probable tokens are told."""
         self._service, self._ids, self._top = service, ids, top
         self._state = (service.beginning if start is None else start).to(service.llm.device)
-        self.tokens = [Token(ids[0], None)]  # whose scores nobody has kept
+        self.tokens = [TextToken(ids[0], None)]  # whose scores nobody has kept
 
     async def pieces(self, deadline: float | None = None) -> AsyncIterator[int]:
         """Read: after each piece its tokens. Where nobody waits for the next, as the client has gone, it ends there.
@@ -35,20 +35,22 @@ class Scoring:
         """
         desk = self._service.desk
         if desk.jobs >= desk.engine.queue:
-            raise api_error(Busy(f"{desk.engine.queue} requests are on their way; try again later"))
+            raise api_error(QueueFull(f"{desk.engine.queue} requests are on their way; try again later"))
         for begin in range(0, len(self._ids), CHUNK):
             self.tokens += await asyncio.wrap_future(desk.call(lambda begin=begin: self._piece(begin)))  # type: ignore[misc]
             yield len(self._ids[begin : begin + CHUNK])
             if deadline is not None and time.monotonic() >= deadline:
                 return
 
-    def _piece(self, begin: int) -> list[Token]:
+    def _piece(self, begin: int) -> list[TextToken]:
         model, part = self._service.llm.model, self._ids[begin : begin + CHUNK]
         tally, began = self._service.desk.engine.tally, time.perf_counter()
         with torch.no_grad():
             scores, self._state = model(torch.tensor([part], dtype=torch.long, device=device_of(model)), self._state)
         tally.calls, tally.read = tally.calls + 1, tally.read + len(part)
         tally.seconds += time.perf_counter() - began
-        self.cursor = Cursor(scores[0, -1], self._state)
+        self.cursor = ModelOutput(scores[0, -1], self._state)
         after = self._ids[begin + 1 : begin + CHUNK + 1]
-        return [Token(token, likelihood(scores[0, place].cpu(), token, self._top)) for place, token in enumerate(after)]
+        return [
+            TextToken(token, likelihood(scores[0, place].cpu(), token, self._top)) for place, token in enumerate(after)
+        ]

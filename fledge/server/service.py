@@ -21,35 +21,35 @@ import torch
 
 from fledge.core.errors import FledgeError, UsageError
 from fledge.core.files import secret_once
-from fledge.engine.cache import PrefixCache
-from fledge.engine.commons import Commons
-from fledge.engine.constraint import GrammarVocabulary
-from fledge.engine.desk import Desk
+from fledge.engine.async_engine import AsyncEngine
 from fledge.engine.engine import Engine
+from fledge.engine.event_buffer import FRAME
+from fledge.engine.events import ErrorEvent, Event, FinishEvent, TextRequest
 from fledge.engine.generation import fresh_state
-from fledge.engine.job import End, Event, Failure, Job
-from fledge.engine.outbox import FRAME
-from fledge.engine.reading import source_of
-from fledge.engine.request import Busy
-from fledge.engine.room import SHARE
+from fledge.engine.llm.llm import LLM
+from fledge.engine.prefix_cache.cache import PrefixCache
+from fledge.engine.prefix_cache.disk_cache import DiskCache
+from fledge.engine.request import QueueFull
 from fledge.engine.scheduler import Scheduler
-from fledge.engine.shelf import Moved, Shelf
-from fledge.engine.snapshots import Snapshots
-from fledge.engine.statefile import StateCard, dump, parse
-from fledge.engine.text import LLM
-from fledge.kernels.native import instruction_set
-from fledge.models.native import NativeModel
+from fledge.engine.states.eviction import SHARE
+from fledge.engine.states.read_document import source_of
+from fledge.engine.states.shared_store import SharedStateStore
+from fledge.engine.states.state_file import StateMetadata, dump, parse
+from fledge.engine.states.store import SessionConflict, StateStore
+from fledge.engine.structured.grammar import GrammarVocabulary
+from fledge.kernels.native_ops import instruction_set
+from fledge.models.native_model import NativeModel
 from fledge.models.state import State
+from fledge.server.auth import KeyStore, Tenant
 from fledge.server.errors import ApiError, api_error
-from fledge.server.keys import Keys, Tenant
-from fledge.server.metrics import Metrics
-from fledge.server.settings import Settings
+from fledge.server.metrics import ServerMetrics
+from fledge.server.settings import ServerSettings
 
 KEEP_ALIVE = 15.0
 """Seconds without an event after which a stream says that it still lives."""
 
 
-class Box:
+class EventQueue:
     """The events of one job that nobody has fetched yet. All of it in the event loop's thread."""
 
     def __init__(self) -> None:
@@ -84,18 +84,18 @@ class Box:
 class Service:
     """One model, served."""
 
-    def __init__(self, llm: LLM, settings: Settings, identity: str) -> None:
+    def __init__(self, llm: LLM, settings: ServerSettings, identity: str) -> None:
         """identity: of the model's weights; states of other ones are refused."""
         self.llm, self.settings, self.identity = llm, settings, identity
-        self.keys = Keys() if settings.keys is None else Keys.read(settings.keys)
+        self.keys = KeyStore() if settings.keys is None else KeyStore.read(settings.keys)
         self.secret = read_secret(settings)
-        self.metrics = Metrics(self)
+        self.metrics = ServerMetrics(self)
         self.began = int(time.time())
         folder = settings.folder
         self.disk = None
         if folder is not None and settings.cache_disk and settings.cache_memory:
             began = source_of(llm, ())  # a tuned initial state is no part of the identity
-            self.disk = Snapshots(folder / "cache", f"{identity} {_arithmetic(llm)} {began}", limit=settings.cache_disk)
+            self.disk = DiskCache(folder / "cache", f"{identity} {_arithmetic(llm)} {began}", limit=settings.cache_disk)
         self.cache = (
             PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
             if settings.cache_memory
@@ -106,18 +106,20 @@ class Service:
         engine = Engine(
             llm.model, eos_id=llm.tokenizer.eos_id, scheduler=scheduler, queue=settings.queue, cache=self.cache
         )
-        self.desk = Desk(engine, llm.tokenizer, self._bell)
-        self._boxes: dict[Job, Box] = {}
+        self.desk = AsyncEngine(engine, llm.tokenizer, self._bell)
+        self._boxes: dict[TextRequest, EventQueue] = {}
         self._alarm: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions = dict[tuple[str, str], str | None]()  # in use, and the state at which each stood
 
-    def _states(self) -> Shelf | Commons | None:
+    def _states(self) -> StateStore | SharedStateStore | None:
         settings, share = self.settings, SHARE if self.keys.several else 1.0
         if settings.shared is not None:
-            return Commons(settings.shared, self.identity, self.secret, limit_bytes=settings.shelf, share=share)
+            return SharedStateStore(
+                settings.shared, self.identity, self.secret, limit_bytes=settings.shelf, share=share
+            )
         if settings.folder is not None:
-            return Shelf(settings.folder / "states", self.identity, limit_bytes=settings.shelf, share=share)
+            return StateStore(settings.folder / "states", self.identity, limit_bytes=settings.shelf, share=share)
         return None
 
     @cached_property
@@ -142,9 +144,9 @@ class Service:
             message = f"there is no model {name!r} here; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def card(self, tokens: int, template: str | None) -> StateCard:
+    def card(self, tokens: int, template: str | None) -> StateMetadata:
         """What a state that has read so much is described by."""
-        return StateCard.of(self.llm, self.identity, tokens=tokens, template=template)
+        return StateMetadata.of(self.llm, self.identity, tokens=tokens, template=template)
 
     @property
     def template(self) -> str:
@@ -170,12 +172,12 @@ class Service:
             self.shelf.close()
 
     @asynccontextmanager
-    async def events(self, job: Job) -> AsyncIterator[AsyncIterator[list[Event]]]:
+    async def events(self, job: TextRequest) -> AsyncIterator[AsyncIterator[list[Event]]]:
         """Have a job done: its events, some at a time (none: still waiting), until every choice has ended.
 
         Leaving early, as when the client has gone, stops the job. Raises ApiError for what is refused or fails.
         """
-        box = self._boxes[job] = Box()
+        box = self._boxes[job] = EventQueue()
         try:
             self.desk.submit(job)
             yield self._each(job, box)
@@ -186,22 +188,22 @@ class Service:
             if job.open:
                 self.desk.cancel(job)
 
-    async def _each(self, job: Job, box: Box) -> AsyncIterator[list[Event]]:
+    async def _each(self, job: TextRequest, box: EventQueue) -> AsyncIterator[list[Event]]:
         left = max(job.request.n, 1)
         while left:
             events = await box.take()
             for event in events:
-                if isinstance(event, Failure):
-                    broken = event.choice < 0 and not isinstance(event.error, Busy)
+                if isinstance(event, ErrorEvent):
+                    broken = event.choice < 0 and not isinstance(event.error, QueueFull)
                     raise ApiError(500, str(event.error)) if broken else api_error(event.error)
-                left -= isinstance(event, End)
+                left -= isinstance(event, FinishEvent)
             yield events
 
     def owner(self, tenant: Tenant) -> str:
         """Whose states are whose."""
         return tenant.name if self.keys.needed else ""
 
-    async def known_state(self, tenant: Tenant, text: str, param: str = "fledge.state") -> tuple[State, StateCard]:
+    async def known_state(self, tenant: Tenant, text: str, param: str = "fledge.state") -> tuple[State, StateMetadata]:
         """The state that a request names by its handle, or brings, where the model is.
 
         Raises ApiError for one that is not theirs.
@@ -209,7 +211,7 @@ class Service:
         # Beside the event loop: the shelf waits for the disk, and a state that is brought may be large.
         return await asyncio.to_thread(self._known_state, tenant, text, param)
 
-    def _known_state(self, tenant: Tenant, text: str, param: str) -> tuple[State, StateCard]:
+    def _known_state(self, tenant: Tenant, text: str, param: str) -> tuple[State, StateMetadata]:
         try:
             if text.startswith("st_"):
                 state, card = self._taken(self.owner(tenant), self.opened(tenant, text, param), param)
@@ -223,7 +225,7 @@ class Service:
             raise api_error(error, param) from None
         return state.to(self.llm.device), card
 
-    def _taken(self, owner: str, id: str, param: str) -> tuple[State, StateCard]:
+    def _taken(self, owner: str, id: str, param: str) -> tuple[State, StateMetadata]:
         """A kept state. Raises ApiError 404 for one that has been forgotten."""
         shelf = self.shelf_for(param)
         try:
@@ -232,7 +234,7 @@ class Service:
             raise ApiError(404, str(error), param=param, code="state_not_found") from None
         return shelf.get(owner, id)
 
-    async def kept(self, tenant: Tenant, state: State, card: StateCard, name: str | None = None) -> str:
+    async def kept(self, tenant: Tenant, state: State, card: StateMetadata, name: str | None = None) -> str:
         """Keep a state; its handle."""
         owner = self.owner(tenant)
         try:
@@ -242,7 +244,7 @@ class Service:
         except FledgeError as error:
             raise ApiError(507, str(error), code="no_space") from None
 
-    def packed(self, state: State, card: StateCard) -> str:
+    def packed(self, state: State, card: StateMetadata) -> str:
         """A state for the client to keep, signed."""
         return base64.b64encode(dump(state, card, self.secret)).decode()
 
@@ -263,11 +265,11 @@ class Service:
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
     @property
-    def states(self) -> Shelf | Commons:
+    def states(self) -> StateStore | SharedStateStore:
         """Where states are kept. Raises ApiError where they are not."""
         return self.shelf_for("fledge")
 
-    def shelf_for(self, param: str) -> Shelf | Commons:
+    def shelf_for(self, param: str) -> StateStore | SharedStateStore:
         """As `states`; the error names the field that asks for it."""
         if self.shelf is None:
             raise ApiError(400, "this server keeps no states: start it with --folder", param=param)
@@ -295,7 +297,7 @@ class Service:
         set_head = partial(self.shelf_for("fledge.session").set_head, *key, id, expected=self._sessions[key])
         try:
             await asyncio.to_thread(set_head)
-        except Moved as error:
+        except SessionConflict as error:
             message = f"{error}, perhaps by another server: this answer is no part of it; ask again"
             raise ApiError(409, message, param="fledge.session") from None
         except UsageError as error:
@@ -330,7 +332,7 @@ def _arithmetic(llm: LLM) -> str:
     return f"{llm.weights} {llm.device.type} {native}"
 
 
-def read_secret(settings: Settings) -> bytes:
+def read_secret(settings: ServerSettings) -> bytes:
     """What states are signed with: that of a file, made on first use; without any file, of this process."""
     path = (
         settings.secret

@@ -9,7 +9,7 @@ MB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Numbers and places. Sizes are in bytes, times in seconds."""
 
     name: str | None = None  # what the model is called; None: as its file

@@ -1,9 +1,9 @@
 """Text to token ids and back: vocabularies, the World tokenizer, streaming text, chat templates. Needs no torch."""
 
 from fledge.tokenizer.base import NO_EOS, Tokenizer
-from fledge.tokenizer.chat import TEMPLATES, Message, Template, pieces, render, template_named
-from fledge.tokenizer.native import NativeTokenizer
-from fledge.tokenizer.stream import StreamDecoder
+from fledge.tokenizer.chat_template import TEMPLATES, ChatTemplate, Message, pieces, render, template_named
+from fledge.tokenizer.native_tokenizer import NativeTokenizer
+from fledge.tokenizer.stream_decoder import StreamDecoder
 from fledge.tokenizer.trie import TrieTokenizer
 from fledge.tokenizer.vocabulary import Vocabulary, byte_vocabulary, prune, world_vocabulary
 from fledge.tokenizer.world import load_world, tokenizer_for
@@ -11,10 +11,10 @@ from fledge.tokenizer.world import load_world, tokenizer_for
 __all__ = [
     "NO_EOS",
     "TEMPLATES",
+    "ChatTemplate",
     "Message",
     "NativeTokenizer",
     "StreamDecoder",
-    "Template",
     "Tokenizer",
     "TrieTokenizer",
     "Vocabulary",

@@ -24,7 +24,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from fledge.core.errors import TokenizerError
-from fledge.tokenizer import worldfile
+from fledge.tokenizer import vocabulary_file
 from fledge.tokenizer.base import NO_EOS
 
 WORLD_SIZE = 65536
@@ -125,7 +125,7 @@ class Vocabulary:
 @lru_cache(maxsize=1)
 def world_vocabulary() -> Vocabulary:
     """The World vocabulary, V = 65536, read from the package once."""
-    tokens = worldfile.read()
+    tokens = vocabulary_file.read()
     reserved = WORLD_SIZE - 1 - len(tokens)
     return Vocabulary("world", (b"", *tokens, *[b""] * reserved))
 

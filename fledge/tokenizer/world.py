@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fledge.core.errors import UsageError
 from fledge.tokenizer.base import Tokenizer
-from fledge.tokenizer.native import NativeTokenizer, available
+from fledge.tokenizer.native_tokenizer import NativeTokenizer, available
 from fledge.tokenizer.trie import TrieTokenizer
 from fledge.tokenizer.vocabulary import Vocabulary, world_vocabulary
 

@@ -28,20 +28,20 @@ from fledge.data.batches import Batch, Batches
 from fledge.kernels import prepare_tracing
 from fledge.models import State
 from fledge.models.layers import set_compute_dtype
-from fledge.train.checkpoint import RunCheckpoint, SaveError
+from fledge.train.distributed import Distributed, whole
 from fledge.train.loss import batch_loss
 from fledge.train.memory import return_freed_memory
-from fledge.train.meter import Meter, Report
+from fledge.train.metrics import MetricsLogger, Report
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
-from fledge.train.schedule import Schedule
-from fledge.train.team import Team, whole
+from fledge.train.run_checkpoint import RunCheckpoint, SaveError
+from fledge.train.schedule import LearningRateSchedule
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """One run. `batches` gives micro-batches for all processes together; `accumulate` of them make a step."""
 
-    schedule: Schedule
+    schedule: LearningRateSchedule
     adam: AdamSettings = field(default_factory=AdamSettings)
     accumulate: int = 1
     clip: float = 1.0
@@ -81,7 +81,7 @@ def train(
     validate: Validate = lambda model: {},
     report: Report = lambda line: None,
     *,
-    team: Team = Team(),  # noqa: B008 - a value, never changed
+    team: Distributed = Distributed(),  # noqa: B008 - a value, never changed
     identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
@@ -107,7 +107,7 @@ def train(
         step, held = saved.resume(model, optimizer)
         if team.leads:
             write_json(folder / RECORD, {"settings": _plain(settings), **(identity or {})})
-        meter = Meter(folder / "metrics.jsonl", report, writes=team.leads)
+        meter = MetricsLogger(folder / "metrics.jsonl", report, writes=team.leads)
         meter.rewind(step, held)
         if 0 < step < settings.schedule.steps and team.leads:
             report({"step": step})
@@ -140,7 +140,7 @@ class _Progress:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     saved: RunCheckpoint
-    meter: Meter
+    meter: MetricsLogger
     stop: Stop
     step: int  # steps that are done
     whole: bool = True  # False while weights and number of steps do not belong together
@@ -187,7 +187,7 @@ def _plain(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _tell(
-    meter: Meter, settings: TrainSettings, validate: Callable[[], dict[str, float]], stop: Stop, step: int
+    meter: MetricsLogger, settings: TrainSettings, validate: Callable[[], dict[str, float]], stop: Stop, step: int
 ) -> None:
     """The lines that are due after a step, all or none of them, each once."""
     if step == meter.told:
@@ -221,7 +221,7 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
     return model
 
 
-def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, team: Team) -> tuple[float, int]:
+def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, team: Distributed) -> tuple[float, int]:
     """Forward and backward over a step's rows. Returns the mean loss and the number of targets, over all processes."""
     # Where several backward passes add up, gradients keep their places: made anew in the middle of a step they lie in
     # the gaps between activations, and the next pass needs more room (5 % in all, at rows of 65,536 tokens).
@@ -237,7 +237,7 @@ def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, te
 
 
 def backward(
-    called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, team: Team, *, last: bool
+    called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, team: Distributed, *, last: bool
 ) -> float:
     """One micro-batch, window by window. `last`: after it the processes exchange their gradients."""
     state: State | None = None

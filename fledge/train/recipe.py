@@ -23,7 +23,7 @@ from fledge.data.windows import OfficialWindows, Tokens, Windows
 from fledge.models import ModelConfig
 from fledge.train.loop import TrainSettings
 from fledge.train.optim import AdamSettings
-from fledge.train.schedule import Schedule
+from fledge.train.schedule import LearningRateSchedule
 
 FAMILIES: dict[str, Callable[..., ModelConfig]] = {
     "finch": ModelConfig.finch,
@@ -106,7 +106,7 @@ class Recipe:
     def settings(self) -> TrainSettings:
         """What the loop needs."""
         return TrainSettings(
-            schedule=Schedule(self.peak, self.final, self.warmup, self.steps),
+            schedule=LearningRateSchedule(self.peak, self.final, self.warmup, self.steps),
             adam=AdamSettings(self.beta1, self.beta2, self.eps, self.weight_decay),
             accumulate=self.batch // self.micro,
             compute_dtype=DTYPES[self.dtype],
@@ -162,7 +162,7 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
 
 def find_recipe(name: str) -> Recipe:
     """The recipe of this name, or of `file.py:function`, whose file is run. Raises UsageError where there is none."""
-    from fledge.train.recipes import RECIPES
+    from fledge.train.builtin_recipes import RECIPES
 
     if name in RECIPES:
         return RECIPES[name]()

@@ -20,14 +20,14 @@ from fledge import checkpoint
 from fledge.core.device import choose_device
 from fledge.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from fledge.data.batches import Batch
-from fledge.data.store import TOKENIZER, Store, open_store
-from fledge.models import ModelConfig, Trunk, build, init_weights
+from fledge.data.store import TOKENIZER, TokenStore, open_store
+from fledge.models import BaseModel, ModelConfig, build, init_weights
+from fledge.train.distributed import Distributed, whole
+from fledge.train.evaluate import Validation, ValidationText
 from fledge.train.loop import train
 from fledge.train.memory import keep_freed_memory
-from fledge.train.meter import Report
+from fledge.train.metrics import Report
 from fledge.train.recipe import Recipe, settings_of
-from fledge.train.score import Text, Validation
-from fledge.train.team import Team, whole
 
 RESULT = "model.safetensors"
 FINAL_BYTES = 1_000_000  # a language, of which the finished model is asked
@@ -40,7 +40,7 @@ def run(
     report: Report = lambda line: None,
     *,
     start: str | os.PathLike[str] | None = None,
-    team: Team = Team(),  # noqa: B008 - a value, never changed
+    team: Distributed = Distributed(),  # noqa: B008 - a value, never changed
     device: str | None = None,
 ) -> Path:
     """Train, or go on training, until the recipe's last step; returns the model file.
@@ -85,7 +85,7 @@ def run(
     return target
 
 
-def _device(device: str | None, team: Team) -> torch.device:
+def _device(device: str | None, team: Distributed) -> torch.device:
     chosen, _ = choose_device(device)
     if chosen.type == "cuda" and team.world > 1:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -93,7 +93,9 @@ def _device(device: str | None, team: Team) -> torch.device:
     return chosen
 
 
-def _first_weights(config: ModelConfig, recipe: Recipe, store: Store, start: str | os.PathLike[str] | None) -> Trunk:
+def _first_weights(
+    config: ModelConfig, recipe: Recipe, store: TokenStore, start: str | os.PathLike[str] | None
+) -> BaseModel:
     if start is None:
         model = build(config)
         init_weights(model, recipe.seed)
@@ -101,7 +103,7 @@ def _first_weights(config: ModelConfig, recipe: Recipe, store: Store, start: str
     found = checkpoint.load_model(start, dtype=torch.float32)
     _check_start(found, config, str(start))
     checkpoint.check_same_vocabulary(found.tokenizer_spec, store.tokenizer_spec, str(start))
-    assert isinstance(found.model, Trunk)
+    assert isinstance(found.model, BaseModel)
     return found.model.requires_grad_(True)
 
 
@@ -136,7 +138,7 @@ def _check_start(found: checkpoint.LoadedModel, config: ModelConfig, start: str)
 class _Checked:
     """The rows of a store, in whose ids the model's vocabulary is believed only after a look."""
 
-    def __init__(self, recipe: Recipe, store: Store, name: str) -> None:
+    def __init__(self, recipe: Recipe, store: TokenStore, name: str) -> None:
         self.name, self.size = name, store.vocab_size
         try:
             self.batches = recipe.batches(store.tokens("train"))
@@ -161,10 +163,10 @@ def _check_ids(ids: Tensor, size: int, store: str) -> None:
         raise DataError(f"{store} is damaged: it holds the token id {wrong}, and its vocabulary ends at {size - 1}")
 
 
-def _texts(store: Store, name: str) -> list[Text]:
+def _texts(store: TokenStore, name: str) -> list[ValidationText]:
     if not store.has("validation"):
         return []
-    found = [Text(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
+    found = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
     for text in found:
         if text.ids:
             _check_ids(torch.tensor(text.ids), store.vocab_size, name)

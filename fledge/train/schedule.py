@@ -11,7 +11,7 @@ HIGHEST = 10.0
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LearningRateSchedule:
     """Warm up from 1 % of `peak` over `warmup` steps, then fall to `final` along a cosine by step `steps`."""
 
     peak: float

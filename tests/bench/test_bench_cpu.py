@@ -18,9 +18,9 @@ from fledge.bench.cpu_figures import Case
 from fledge.bench.cpu_files import gguf_bytes, model_files, random_files
 from fledge.bench.random_model import config_of
 from fledge.checkpoint import convert, expected_shapes, load_model, read
-from fledge.checkpoint.quantise import is_matrix
+from fledge.checkpoint.quantization.quantizer import is_matrix
 from fledge.core.errors import CheckpointError, FledgeError, UsageError
-from fledge.models.native import why_not_native
+from fledge.models.native_model import why_not_native
 
 TINY: dict[str, Any] = {"shapes": ("L2-D64",), "vocab": 256, "prompt": 9, "tokens": 3, "batch": 4, "threads": 1}
 NATIVE = why_not_native(config_of("L2-D64", 256)) is None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fledge.bench.limits import Limits, measure
-from fledge.core.native import why_missing
-from fledge.kernels.native import KINDS
+from fledge.kernels.native_ops import KINDS
+from fledge.native.library import why_missing
 
 
 def small() -> dict[str, int | float]:

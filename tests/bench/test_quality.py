@@ -15,7 +15,7 @@ from fledge import checkpoint
 from fledge.bench import quality
 from fledge.bench.quality import Spec, run
 from fledge.bench.sparsity import sparsity
-from fledge.checkpoint.quantise import quantise
+from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import UsageError
 from fledge.tokenizer import prune, world_vocabulary
 
@@ -102,7 +102,7 @@ def test_so_many_tokens_of_each_language(folder: Path) -> None:
 
 def test_a_file_among_the_formats(folder: Path, tmp_path: Path) -> None:
     source = folder / "world.safetensors"
-    quantise(source, tmp_path / "small.safetensors", "int4")
+    quantize(source, tmp_path / "small.safetensors", "int4")
     figures = run(Spec(folder / "text.txt", str(source), ("int4", str(tmp_path / "small.safetensors")))).figures()
     assert figures["small.safetensors"] == figures["int4"]
     with pytest.raises(UsageError, match="is quantised; give the checkpoint it was made from"):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fledge.bench import selfcheck
 from fledge.bench.selfcheck import TOLERANCE, check_kernels
-from fledge.core.native import why_missing
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native, why_not
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native_ops, why_not
 from fledge.kernels.wkv.reference import wkv_reference
+from fledge.native.library import why_missing
 
 
 def test_every_backend_passes_with_room_to_spare() -> None:
@@ -24,7 +24,7 @@ def test_every_backend_passes_with_room_to_spare() -> None:
     plain = {("wkv", name) for name in WKV_BACKENDS} | {("wkv4", name) for name in WKV4_BACKENDS} | packed
     assert {name for name in names if not name[1].startswith("native")} == plain
     forward_only = {kernel for kernel, backend in names if backend.startswith("native")}
-    wanted = {"wkv", "wkv4", *(f"product, {format}" for format in native.FORMATS)}
+    wanted = {"wkv", "wkv4", *(f"product, {format}" for format in native_ops.FORMATS)}
     assert forward_only == (set() if why_missing() else wanted)
     for check in checks:
         room = 4 if "int" in check.kernel else 20  # quantised products round their inputs to 16 bits

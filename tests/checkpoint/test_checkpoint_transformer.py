@@ -11,11 +11,11 @@ from torch import Tensor
 
 import fledge
 from fledge.checkpoint import convert, detect, expected_shapes, inspect, load, load_model, merge_tuned_state, save
-from fledge.checkpoint.quantise import quantise
+from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
-from fledge.engine.calibration import calibrate
+from fledge.engine.llm.calibration import calibrate
 from fledge.models import KvState, ModelConfig, Transformer, build, init_weights
-from fledge.models.native import why_not_native
+from fledge.models.native_model import why_not_native
 
 CONFIG = ModelConfig("llama", 256, n_layer=2, n_embd=24, dim_att=30, dim_ffn=40, n_head=3, norm_eps=1e-6)
 
@@ -80,7 +80,7 @@ def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -
         (lambda: convert(file, tmp_path / "m.pth"), UnsupportedError, "only a .safetensors can hold, not a pth"),
         (lambda: convert(file, tmp_path / "m.gguf"), UnsupportedError, "only a .safetensors can hold, not a gguf"),
         (lambda: convert(file, tmp_path / "folder"), UnsupportedError, "only a .safetensors can hold, not a hf"),
-        (lambda: quantise(file, tmp_path / "q.safetensors", "int8"), UnsupportedError, "only RWKV models can be"),
+        (lambda: quantize(file, tmp_path / "q.safetensors", "int8"), UnsupportedError, "only RWKV models can be"),
         (lambda: calibrate(str(file), ["some text"]), UnsupportedError, "only RWKV models can be quantised"),
         (lambda: fledge.load(file, quant="int8"), UnsupportedError, "only RWKV models can be quantised"),
         (merged, CheckpointError, "cannot be used with a transformer, which has no matrix state"),

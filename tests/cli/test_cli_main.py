@@ -75,7 +75,7 @@ def broken(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         def fail(_model: str | None) -> None:
             raise error
 
-        monkeypatch.setattr(import_module("fledge.cli.tokenize"), "_tokenizer", fail)
+        monkeypatch.setattr(import_module("fledge.cli.commands.tokenize"), "_tokenizer", fail)
         return fledge(*before, "tokenize", "a b")
 
     return run

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fledge.cli.options import SamplingOptions, spread
 from fledge.engine import SamplingParams
-from fledge.engine.chat import CHAT_PARAMS
+from fledge.engine.llm.chat import CHAT_PARAMS
 
 
 def _help_of(name: str) -> str:

@@ -12,7 +12,7 @@ from test_binidx import by_hand
 from fledge.core.errors import ConfigError, DataError, UsageError
 from fledge.data import store as module
 from fledge.data.binidx import writing
-from fledge.data.build import Options, build
+from fledge.data.pipeline.build import BuildOptions, build
 from fledge.data.store import damaged, open_store, type_for
 
 
@@ -60,7 +60,7 @@ def test_the_rows_that_a_pair_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def built(tmp_path: Path) -> Path:
     """A store of our own with 300 ids."""
     write_jsonl(tmp_path / "corpus.jsonl", [{"text": text(number), "lang": "en"} for number in range(30)])
-    build(config(dedup={"near": False}, vocabulary=300), tmp_path, tmp_path / "store", Options(workers=1))
+    build(config(dedup={"near": False}, vocabulary=300), tmp_path, tmp_path / "store", BuildOptions(workers=1))
     return tmp_path / "store"
 
 
@@ -122,7 +122,7 @@ def test_types() -> None:
 def test_spans_that_do_not_fit(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", [{"text": text(number), "lang": "en"} for number in range(30)])
     settings = {"dedup": {"near": False}, "validation": {"share": 0.3}}
-    store = build(config(**settings), tmp_path, tmp_path / "store", Options(workers=1))
+    store = build(config(**settings), tmp_path, tmp_path / "store", BuildOptions(workers=1))
     spans = list(store.documents())
     assert len(spans) == len(store.index("validation")) > 2 and all(span.source == "corpus" for span in spans)
     place = tmp_path / "store" / "validation.jsonl"

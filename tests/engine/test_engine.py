@@ -16,8 +16,8 @@ from torch import nn
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import StateError, TokenizerError, UsageError
 from fledge.engine.engine import Engine
-from fledge.engine.generation import Cursor, fresh_state, prefill, tokens
-from fledge.engine.request import Busy, Output, Request
+from fledge.engine.generation import ModelOutput, fresh_state, prefill, tokens
+from fledge.engine.request import QueueFull, Request, TokenOutput
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.engine.scheduler import Scheduler
 from fledge.models.state import State
@@ -39,7 +39,7 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 def plain(model: nn.Module, request: Request, choice: int = 0) -> list[tuple[int, State]]:
     """The tokens of one continuation by the loop, each with the state before it."""
     start = request.start
-    cursor = start if isinstance(start, Cursor) else prefill(model, request.ids, start or fresh_state(model))
+    cursor = start if isinstance(start, ModelOutput) else prefill(model, request.ids, start or fresh_state(model))
     assert request.params.seed is not None
     sampler = Sampler(replace(request.params, seed=request.params.seed + choice))
     found = []
@@ -50,7 +50,7 @@ def plain(model: nn.Module, request: Request, choice: int = 0) -> list[tuple[int
     return found
 
 
-def run(engine: Engine, numbers: list[int] | None = None) -> dict[tuple[int, int], list[Output]]:
+def run(engine: Engine, numbers: list[int] | None = None) -> dict[tuple[int, int], list[TokenOutput]]:
     """Step until nothing is left: the outputs of each continuation."""
     found = defaultdict(list)
     while engine.busy:
@@ -59,7 +59,7 @@ def run(engine: Engine, numbers: list[int] | None = None) -> dict[tuple[int, int
     return found
 
 
-def drawn(outputs: list[Output]) -> list[int]:
+def drawn(outputs: list[TokenOutput]) -> list[int]:
     return [output.token for output in outputs if output.token is not None]
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_run_is_refused_and_the_queue_has_an_end() -> None:
     assert not engine.busy
     first = engine.add(Request((1,)))
     engine.add(Request((1,)))
-    with pytest.raises(Busy, match="2 requests are on their way"):
+    with pytest.raises(QueueFull, match="2 requests are on their way"):
         engine.add(Request((1,)))
     engine.abort(first)
     engine.add(Request((1,)))

@@ -19,7 +19,7 @@ from native_library import every_instruction_set, forced, needs_native
 
 from fledge.core.errors import FledgeError
 from fledge.engine import sampling
-from fledge.engine.sampling import Chance, Sampler, SamplingParams, draw_all, draw_native, draw_reference
+from fledge.engine.sampling import SampleInput, Sampler, SamplingParams, draw_all, draw_native, draw_reference
 
 pytestmark = needs_native
 
@@ -53,7 +53,7 @@ def random_params(random: np.random.Generator, size: int) -> SamplingParams:
     )
 
 
-def random_chance(random: np.random.Generator, size: int) -> Chance:
+def random_chance(random: np.random.Generator, size: int) -> SampleInput:
     """A draw with settings of all kinds; some cannot be done."""
     scores, params = scores_of(str(random.choice(SHAPES)), size, random), random_params(random, size)
     if random.random() < 0.2:
@@ -64,7 +64,7 @@ def random_chance(random: np.random.Generator, size: int) -> Chance:
     known = random.permutation(size)[: random.choice([0, 1, 17])]
     number = random.choice([0.0, BELOW_ONE]) if random.random() < 0.1 else random.random()
     banned, times = np.array(params.ban, np.int64), random.random(len(known)) * 3
-    return Chance(params, torch.from_numpy(scores), allowed, banned, known, times, float(number))
+    return SampleInput(params, torch.from_numpy(scores), allowed, banned, known, times, float(number))
 
 
 def answers(found: Sequence[int | FledgeError]) -> list[int | tuple[type, str]]:
@@ -72,7 +72,7 @@ def answers(found: Sequence[int | FledgeError]) -> list[int | tuple[type, str]]:
     return [(type(one), str(one)) if isinstance(one, FledgeError) else one for one in found]
 
 
-def beside(chance: Chance) -> list[int | tuple[type, str]]:
+def beside(chance: SampleInput) -> list[int | tuple[type, str]]:
     """What the twin draws where the number and top_p are a little smaller or larger."""
     found = list[int | tuple[type, str]]()
     for number in (-NEAR, 0, NEAR):
@@ -105,7 +105,7 @@ def test_every_draw_is_that_of_the_twin(instruction_set: str, sizes: tuple[int, 
 @every_instruction_set
 def test_weights_are_exact_to_the_last_bits(instruction_set: str) -> None:
     """Of two tokens the improbable one comes first: below its probability it is drawn, and above it is not."""
-    chance = Chance(SamplingParams(top_p=1.0), torch.zeros(2), None, *np.zeros((2, 0), np.int64), np.zeros(0), 0.5)
+    chance = SampleInput(SamplingParams(top_p=1.0), torch.zeros(2), None, *np.zeros((2, 0), np.int64), np.zeros(0), 0.5)
     for gap in np.concatenate([np.linspace(0, 40, 400), np.linspace(40, 707, 400)]).astype(np.float32):
         for temperature in (1.0, 1.25):
             heated = float(gap) / temperature
@@ -127,7 +127,7 @@ def test_what_is_too_far_below_is_never_drawn(instruction_set: str) -> None:
     """However hot: with top_p and the temperature out of the way only the distance decides."""
     params = SamplingParams(top_p=1.0, temperature=1e6)
     logits = torch.tensor([-708.001, -math.inf, 0.0, -707.999])
-    chance = Chance(params, logits, None, *np.zeros((2, 0), np.int64), np.zeros(0), 0.0)
+    chance = SampleInput(params, logits, None, *np.zeros((2, 0), np.int64), np.zeros(0), 0.0)
     rows = [chance._replace(number=number) for number in (0.0, 0.49, 0.51, BELOW_ONE)]
     with forced(instruction_set):
         assert draw_native(rows) == draw_reference(rows) == [2, 2, 3, 3]

@@ -8,21 +8,21 @@ from fakes import random_finch
 from fledge.engine.generation import fresh_state
 from fledge.engine.request import Request
 from fledge.engine.sampling import Sampler, SamplingParams
-from fledge.engine.scheduler import LEAST, Pace, Scheduler
-from fledge.engine.task import Strand, Task
-from fledge.models.rows import Row
+from fledge.engine.scheduler import LEAST, LatencyModel, Scheduler
+from fledge.engine.sequence import RequestState, Sequence
+from fledge.models.state_slice import StateSlice
 
-ROW = Row(fresh_state(random_finch(9)))
+ROW = StateSlice(fresh_state(random_finch(9)))
 
 
-def task(number: int, rank: float, *, length: int = 100, n: int = 1, writes: int = 0) -> Task:
+def task(number: int, rank: float, *, length: int = 100, n: int = 1, writes: int = 0) -> RequestState:
     """A request that is read, or one with `writes` continuations under way."""
-    made = Task(number, Request(tuple(range(length)), n=n), rank, ROW, begun=bool(writes))
-    made.strands = [Strand(choice, ROW, Sampler(SamplingParams()), 9, None, 7) for choice in range(writes)]
+    made = RequestState(number, Request(tuple(range(length)), n=n), rank, ROW, begun=bool(writes))
+    made.strands = [Sequence(choice, ROW, Sampler(SamplingParams()), 9, None, 7) for choice in range(writes)]
     return made
 
 
-def even(pace: Pace) -> Pace:
+def even(pace: LatencyModel) -> LatencyModel:
     """A model that takes 10 ms and 1 ms more for every token."""
     for tokens in (1, 5, 30, 200):
         pace.learn(tokens, 0.010 + 0.001 * tokens)
@@ -47,22 +47,22 @@ def test_a_wide_request_is_not_passed_over_for_ever() -> None:
 
 def test_prompts_share_half_of_the_budget_and_the_first_takes_the_rest() -> None:
     scheduler = Scheduler(chunk=80)
-    pieces = scheduler.pieces([task(number, number) for number in range(4)], Pace())
+    pieces = scheduler.pieces([task(number, number) for number in range(4)], LatencyModel())
     assert [len(piece.ids) for piece in pieces] == [50, 10, 10, 10]
     short = [task(0, 0, length=4), task(1, 1), task(2, 2)]
-    assert [len(piece.ids) for piece in scheduler.pieces(short, Pace())] == [4, 63, 13]
+    assert [len(piece.ids) for piece in scheduler.pieces(short, LatencyModel())] == [4, 63, 13]
     many = [task(number, number) for number in range(200)]
-    assert all(piece.ids for piece in scheduler.pieces(many, Pace())), "everybody comes forward in every call"
+    assert all(piece.ids for piece in scheduler.pieces(many, LatencyModel())), "everybody comes forward in every call"
 
 
 def test_reading_stops_where_a_snapshot_is_due() -> None:
     reader, other = task(0, 0), task(1, 1)
     reader.cuts.extend((7, 20))
-    assert [len(piece.ids) for piece in Scheduler(chunk=64).pieces([reader, other], Pace())] == [7, 57]
+    assert [len(piece.ids) for piece in Scheduler(chunk=64).pieces([reader, other], LatencyModel())] == [7, 57]
 
 
 def test_calls_stay_short_while_somebody_writes() -> None:
-    scheduler, pace = Scheduler(chunk=512, patience=3.0, stall=0.0), even(Pace())
+    scheduler, pace = Scheduler(chunk=512, patience=3.0, stall=0.0), even(LatencyModel())
     assert pace.tokens(3.0) == pytest.approx(23)  # three times 11 ms
     writer, reader = task(0, 0, writes=4), task(1, 1, length=600)
     pieces = scheduler.pieces([writer, reader], pace)
@@ -74,7 +74,7 @@ def test_calls_stay_short_while_somebody_writes() -> None:
 
 
 def test_prompts_that_come_after_a_quiet_time_are_read_at_once() -> None:
-    scheduler, pace = Scheduler(chunk=512, stall=0.2), even(Pace())
+    scheduler, pace = Scheduler(chunk=512, stall=0.2), even(LatencyModel())
     writer, readers = task(0, 0, writes=2), [task(number, number, length=40) for number in range(1, 5)]
     assert [len(piece.ids) for piece in scheduler.pieces([writer, *readers], pace)[2:]] == [40] * 4, "0.16 s"
     late = task(9, 9, length=300)
@@ -87,7 +87,7 @@ def test_prompts_that_come_after_a_quiet_time_are_read_at_once() -> None:
 
 def test_more_readers_than_a_call_has_room_for_make_no_debts() -> None:
     """Each of them reads a token at least, whatever is ordinary."""
-    scheduler, pace = Scheduler(stall=0.2), even(Pace())
+    scheduler, pace = Scheduler(stall=0.2), even(LatencyModel())
     writer, crowd = task(0, 0, writes=2), [task(number, number, length=400) for number in range(1, 60)]
     for _ in range(300):
         scheduler.pieces([writer, *crowd], pace)
@@ -97,7 +97,7 @@ def test_more_readers_than_a_call_has_room_for_make_no_debts() -> None:
 
 
 def test_where_nobody_writes_nobody_is_kept_waiting() -> None:
-    scheduler, pace = Scheduler(chunk=512, stall=0.2), even(Pace())
+    scheduler, pace = Scheduler(chunk=512, stall=0.2), even(LatencyModel())
     writer, reader = task(0, 0, writes=2), task(1, 1, length=5000)
     assert (
         len(scheduler.pieces([writer, reader], pace)[-1].ids)
@@ -110,7 +110,7 @@ def test_where_nobody_writes_nobody_is_kept_waiting() -> None:
 
 def test_of_many_calls_few_are_long() -> None:
     """However much there is to read."""
-    scheduler, pace = Scheduler(chunk=512), even(Pace())
+    scheduler, pace = Scheduler(chunk=512), even(LatencyModel())
     writer, reader = task(0, 0, writes=3), task(1, 1, length=100_000)
     sizes = [len(scheduler.pieces([writer, reader], pace)[-1].ids) for _ in range(1000)]
     long = [size for size in sizes if size > LEAST + 10]
@@ -121,14 +121,14 @@ def test_of_many_calls_few_are_long() -> None:
 
 @pytest.mark.parametrize("calls", [[], [(1, 0.01)], [(1, 0.01)] * 50, [(4, 0.01), (1, 0.02)]])
 def test_a_pace_that_cannot_be_told_is_slow(calls: list[tuple[int, float]]) -> None:
-    pace = Pace()
+    pace = LatencyModel()
     for call in calls:
         pace.learn(*call)
     assert pace.tokens(3.0) == 0.0
 
 
 def test_the_pace_follows_what_changes() -> None:
-    pace = even(Pace())
+    pace = even(LatencyModel())
     for _ in range(100):
         for tokens in (1, 30):
             pace.learn(tokens, 0.02 + 0.001 * tokens)

@@ -9,9 +9,9 @@ import torch
 from native_library import every_instruction_set, forced, needs_native
 from torch import Tensor
 
-from fledge.kernels.native import FORMATS, PackedMatrix, instruction_set, instruction_sets, matmul, pack
-from fledge.kernels.quantised import quantised_linear
-from fledge.kernels.rounding import quantise
+from fledge.kernels.native_ops import FORMATS, PackedMatrix, instruction_set, instruction_sets, matmul, pack
+from fledge.kernels.quantized import quantized_linear
+from fledge.kernels.rounding import quantize
 
 pytestmark = needs_native
 
@@ -27,7 +27,7 @@ def packed_and_dense(format: str, rows: int, columns: int) -> tuple[PackedMatrix
     """A weight in this format, and the numbers it stands for."""
     weight = torch.randn(rows, columns)
     if format in ("int8", "int4"):
-        matrix, _ = quantise(weight, format)
+        matrix, _ = quantize(weight, format)
         return PackedMatrix.of(matrix), matrix.dequantise(torch.float64)
     if format != "float32":
         weight = weight.half() if format == "float16 exact" else weight.bfloat16()
@@ -108,9 +108,9 @@ def test_inputs_of_any_size(format: str, scale: float) -> None:
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_the_readable_twin_is_the_same_function(format: str) -> None:
-    matrix, _ = quantise(torch.randn(67, 45), format)
+    matrix, _ = quantize(torch.randn(67, 45), format)
     x = torch.randn(5, 45)
-    torch.testing.assert_close(matmul(x, PackedMatrix.of(matrix)), quantised_linear(x, matrix), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(matmul(x, PackedMatrix.of(matrix)), quantized_linear(x, matrix), rtol=1e-3, atol=1e-3)
 
 
 def test_threads_change_nothing() -> None:

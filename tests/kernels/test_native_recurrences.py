@@ -10,7 +10,7 @@ from torch import Tensor
 from fledge.core.errors import BackendError
 from fledge.kernels import wkv, wkv4
 from fledge.kernels.dispatch import prefer
-from fledge.kernels.native import wkv_native
+from fledge.kernels.native_ops import wkv_native
 
 pytestmark = needs_native
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import CheckpointError
-from fledge.core.native import why_missing
-from fledge.kernels.native import quantise_native
-from fledge.kernels.quantised import FORMATS, GROUP, Quantised
-from fledge.kernels.rounding import quantise, quantise_reference
+from fledge.kernels.native_ops import quantize_native
+from fledge.kernels.quantized import FORMATS, GROUP, QuantizedMatrix
+from fledge.kernels.rounding import quantize, quantize_reference
+from fledge.native.library import why_missing
 
 needs_native = pytest.mark.skipif(why_missing() is not None, reason=f"needs the native library: {why_missing()}")
 
@@ -49,7 +49,7 @@ WEIGHTS = {
 }
 
 
-def squared_error(weight: Tensor, matrix: Quantised, importance: Tensor | None = None) -> float:
+def squared_error(weight: Tensor, matrix: QuantizedMatrix, importance: Tensor | None = None) -> float:
     off = (weight.double() - matrix.dequantise(torch.float64)).square()
     return float((off if importance is None else off * importance.double()).sum())
 
@@ -61,7 +61,7 @@ def squared_error(weight: Tensor, matrix: Quantised, importance: Tensor | None =
 def test_the_native_fit_equals_its_twin(format: str, name: str, weighted: bool) -> None:
     weight = WEIGHTS[name]()
     importance = torch.rand(weight.shape[1]) ** 4 if weighted else None
-    native, twin = quantise_native(weight, format, importance), quantise_reference(weight, format, importance)
+    native, twin = quantize_native(weight, format, importance), quantize_reference(weight, format, importance)
     assert native is not None and twin is not None
     if format == "int8":
         assert torch.equal(native[0].data, twin[0].data)
@@ -76,15 +76,15 @@ def test_the_native_fit_equals_its_twin(format: str, name: str, weighted: bool) 
 def test_what_cannot_be_held_is_an_error(format: str, value: float) -> None:
     weight = torch.randn(70, 75)
     weight[69, 74] = value
-    assert quantise_reference(weight, format) is None
+    assert quantize_reference(weight, format) is None
     with pytest.raises(CheckpointError, match=rf"a weight of \(70, 75\) has numbers that {format} cannot hold"):
-        quantise(weight, format)
+        quantize(weight, format)
 
 
 @pytest.mark.parametrize("name", list(WEIGHTS))
 def test_int8_is_off_by_half_a_step_at_most(name: str) -> None:
     weight = WEIGHTS[name]().float()
-    matrix, error = quantise(weight, "int8")
+    matrix, error = quantize(weight, "int8")
     _, scale, _ = matrix.groups()
     step = scale.repeat_interleave(GROUP, dim=1)[:, : weight.shape[1]]
     off = (weight - matrix.dequantise()).abs()
@@ -100,15 +100,15 @@ def test_int4_is_no_worse_than_plain_rounding_and_better_with_outliers() -> None
         low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
         step = (high - low) / 15
         plain = ((padded - low) / step).round() * step + low
-        assert quantise(weight, "int4")[1] < gain * float((plain - padded).square().sum())
+        assert quantize(weight, "int4")[1] < gain * float((plain - padded).square().sum())
 
 
 def test_constant_groups_are_exact_in_int4() -> None:
-    matrix, error = quantise(torch.full((3, 64), 0.375), "int4")
+    matrix, error = quantize(torch.full((3, 64), 0.375), "int4")
     assert error == 0 and torch.equal(matrix.dequantise(), torch.full((3, 64), 0.375))
 
 
-@pytest.mark.parametrize("run", [quantise_reference, quantise], ids=["torch", "chosen"])
+@pytest.mark.parametrize("run", [quantize_reference, quantize], ids=["torch", "chosen"])
 def test_importance_moves_the_error_to_where_it_counts_less(run: object) -> None:
     weight, importance = torch.randn(64, 96), torch.ones(96)
     importance[::4] = 100
@@ -123,5 +123,5 @@ def test_columns_that_no_input_reaches_cost_nothing() -> None:
     weight, importance = torch.randn(5, 64), torch.zeros(64)
     importance[0] = 1
     for format in FORMATS:
-        matrix, error = quantise(weight, format, importance)
+        matrix, error = quantize(weight, format, importance)
         assert error < 0.02 and bool(torch.isfinite(matrix.dequantise()).all())

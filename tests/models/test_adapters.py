@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import UsageError
-from fledge.models import Trunk
+from fledge.models import BaseModel
 from fledge.models.adapters import (
     TARGETS,
-    Factors,
+    LoraFactors,
     LoraLinear,
     adapted,
     add_lora,
@@ -30,23 +30,23 @@ IDX = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1)
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
 
-def model_of(version: str = "6.0", **sizes: object) -> Trunk:
+def model_of(version: str = "6.0", **sizes: object) -> BaseModel:
     tensors = random_checkpoint(version, n_layer=2, n_embd=24, dim_ffn=40, vocab_size=VOCAB, **sizes)  # type: ignore[arg-type]
     model = assemble(detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors)
-    assert isinstance(model, Trunk)
+    assert isinstance(model, BaseModel)
     return model.requires_grad_(False)
 
 
-def names_of(model: Trunk) -> list[str]:
+def names_of(model: BaseModel) -> list[str]:
     return target_names([name for name, _ in model.named_parameters()])
 
 
-def random_factors(model: Trunk, rank: int = 3, seed: int = 0) -> dict[str, Factors]:
+def random_factors(model: BaseModel, rank: int = 3, seed: int = 0) -> dict[str, LoraFactors]:
     """Factors whose product is visible in the logits."""
     fresh = fresh_factors(model, names_of(model), rank, 2.0 * rank, seed)
     draw = torch.Generator().manual_seed(seed + 50)
     return {
-        name: Factors(one.down, 0.3 * torch.randn(one.up.shape, generator=draw), one.scale)
+        name: LoraFactors(one.down, 0.3 * torch.randn(one.up.shape, generator=draw), one.scale)
         for name, one in fresh.items()
     }
 
@@ -139,7 +139,7 @@ def test_only_the_factors_learn() -> None:
 def test_merging_rounds_once() -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 7, generator=draw)
-    factors = Factors(torch.randn(2, 7, generator=draw), torch.randn(5, 2, generator=draw), 0.5)
+    factors = LoraFactors(torch.randn(2, 7, generator=draw), torch.randn(5, 2, generator=draw), 0.5)
     exact = weight.bfloat16().double() + 0.5 * factors.up.double() @ factors.down.double()
     merged = merged_weight(weight.bfloat16(), factors)
     assert merged.dtype == torch.bfloat16

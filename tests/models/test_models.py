@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fledge.core.errors import ConfigError, StateError, TokenizerError, UsageError
 from fledge.kernels import wkv
-from fledge.models import ModelConfig, State, Trunk, WkvState, build, init_weights, zero_state
+from fledge.models import BaseModel, ModelConfig, State, WkvState, build, init_weights, zero_state
 from fledge.models.layers import pack_linears
 
 VOCAB = 23
@@ -33,7 +33,7 @@ every_family = pytest.mark.parametrize("name", CONFIGS)
 
 
 @lru_cache
-def model_of(name: str) -> Trunk:
+def model_of(name: str) -> BaseModel:
     config = CONFIGS[name]
     sizes = {"head_size": config.head_size or 8, "bonus": config.bonus, "tuned_state": config.tuned_state}
     if config.version == "6.0":

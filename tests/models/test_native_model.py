@@ -13,13 +13,13 @@ from native_library import every_instruction_set, forced, needs_native
 from random_checkpoints import VERSIONS, random_checkpoint
 from torch import Tensor
 
-from fledge.checkpoint import Weights, assemble, detect
-from fledge.checkpoint.quantise import quantise_tensors
+from fledge.checkpoint import ModelWeights, assemble, detect
+from fledge.checkpoint.quantization.quantizer import quantize_tensors
 from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
-from fledge.models import Trunk
+from fledge.models import BaseModel
+from fledge.models.buffer_pool import KEPT, BufferPool
 from fledge.models.config import ModelConfig
-from fledge.models.native import NativeModel
-from fledge.models.recycled import KEPT, Recycler
+from fledge.models.native_model import NativeModel
 
 pytestmark = needs_native
 
@@ -117,12 +117,12 @@ def test_float16_weights_stay_so_and_are_multiplied_in_float32(version: str) -> 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str) -> None:
     config, tensors = weights_of(version, 2, 72, 24)
-    rest, quantised = quantise_tensors(tensors, scheme)
-    given = Weights(rest, quantised)
+    rest, quantised = quantize_tensors(tensors, scheme)
+    given = ModelWeights(rest, quantised)
     idx = tokens(2, 30)
     with torch.no_grad():
         expected, _ = assemble(config, given)(idx)
-    assert isinstance(assemble(config, given), Trunk)
+    assert isinstance(assemble(config, given), BaseModel)
     model = assemble(config, given, pack=True)
     assert isinstance(model, NativeModel) and scheme in model.formats
     assert largest_difference(model(idx)[0], expected) < 1e-3
@@ -133,7 +133,7 @@ def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str)
 @pytest.mark.parametrize("version", ["4", "5.2", "6.0"])
 def test_the_same_bits_in_any_batch_and_any_cut(instruction_set: str, version: str, scheme: str | None) -> None:
     config, tensors = weights_of(version, 2, 72, 24, dtype=torch.bfloat16)
-    rest, quantised = quantise_tensors(tensors, scheme) if scheme else (tensors, {})
+    rest, quantised = quantize_tensors(tensors, scheme) if scheme else (tensors, {})
     model, idx = NativeModel(config, rest, quantised), tokens(4, 40)
     with forced(instruction_set):
         logits, state = model(idx)
@@ -282,7 +282,7 @@ def test_a_state_is_never_written_again() -> None:
 
 
 def test_unused_memory_is_bounded_and_lies_on_cache_lines() -> None:
-    memory = Recycler()
+    memory = BufferPool()
     for rows in range(300_000, 300_020):
         assert memory.empty((rows,)).data_ptr() % 64 == 0
     assert len(memory._free) == KEPT
@@ -297,6 +297,6 @@ def test_weights_that_do_not_fit_the_config_are_refused() -> None:
         assemble(config, wrong, pack=True)
     with pytest.raises(CheckpointError, match=r"emb\.weight is missing or has another size"):
         NativeModel(config, {**tensors, "emb.weight": wrong["emb.weight"]})
-    rest, quantised = quantise_tensors(tensors, "int8")
+    rest, quantised = quantize_tensors(tensors, "int8")
     with pytest.raises(UsageError, match="is quantised already"):
-        assemble(config, Weights(rest, quantised), pack=True, quant="int4")
+        assemble(config, ModelWeights(rest, quantised), pack=True, quant="int4")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fledge.core.errors import ConfigError, StateError, UsageError
-from fledge.models import KvState, ModelConfig, State, Transformer, Trunk, WkvState, build, init_weights, zero_state
+from fledge.models import BaseModel, KvState, ModelConfig, State, Transformer, WkvState, build, init_weights, zero_state
 from fledge.models.layers import pack_linears
 
 VOCAB = 23
@@ -21,7 +21,7 @@ CONFIG = ModelConfig("llama", VOCAB, n_layer=2, n_embd=24, dim_att=30, dim_ffn=4
 
 
 @lru_cache
-def model() -> Trunk:
+def model() -> BaseModel:
     """With weights of the scale of a trained model, so that attention is far from uniform."""
     made, draw = build(CONFIG), torch.Generator().manual_seed(3)
     for name, parameter in made.named_parameters():

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from fledge.data.config import Dedup
-from fledge.data.signature import SEED, Signer, sampled_pieces, similarity
+from fledge.data.pipeline.config import DedupConfig
+from fledge.data.pipeline.dedup.minhash import SEED, MinHasher, sampled_pieces, similarity
 
 datasketch = pytest.importorskip("datasketch")
 pytest.importorskip("rensa")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.peer
 def test_estimates_agree() -> None:
     rng = random.Random(SEED)
     alphabet = "abcdefghij klmno"
-    signer = Signer(Dedup())
+    signer = MinHasher(DedupConfig())
     differences = []
     for _ in range(25):
         one = "".join(rng.choices(alphabet, k=3000))

@@ -18,8 +18,8 @@ from test_peer_rwkv import MODES, TOLERANCE, ask_rwkv, check_agreement, pieces_o
 import fledge
 from fledge.checkpoint import read
 from fledge.tokenizer import byte_vocabulary, tokenizer_for
-from fledge.train.tuning import TuneSettings
-from fledge.train.tuning_run import prepare
+from fledge.train.tuning.run import prepare
+from fledge.train.tuning.settings import TuneSettings
 
 VOCAB = 256
 

@@ -13,8 +13,8 @@ from running import Server, random_model, serving
 from test_http import ENDLESS, TEXT, eventually
 from test_many_prompts import asked
 
-from fledge.engine.text import LLM
-from fledge.server import completions
+from fledge.engine.llm.llm import LLM
+from fledge.server.routes import completions
 
 LONG: dict[str, Any] = {"text": "word " * 5000}
 LONG_MESSAGES: dict[str, Any] = {"messages": [{"role": "user", "content": "word " * 5000}]}

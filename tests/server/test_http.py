@@ -19,13 +19,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from fledge.core.errors import ConfigError
-from fledge.engine.chat import CHAT_PARAMS
+from fledge.engine.llm.chat import CHAT_PARAMS
+from fledge.engine.llm.llm import LLM
 from fledge.engine.sampling import SamplingParams
-from fledge.engine.text import LLM
-from fledge.server.exchange import EventStream
-from fledge.server.keys import Bucket, Keys
-from fledge.server.schema import MOST_CHOICES, MOST_STOPS, ChatRequest, Options
-from fledge.server.settings import Settings
+from fledge.server.auth import KeyStore, TokenBucket
+from fledge.server.generation import EventStream
+from fledge.server.schema import MOST_CHOICES, MOST_STOPS, ChatRequest, FledgeOptions
+from fledge.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -227,7 +227,7 @@ def test_what_changes_nothing_is_taken_and_listed(server: Server) -> None:
 def test_null_is_as_good_as_nothing(server: Server) -> None:
     chat: Any = {"messages": HI, "seed": 1, "max_tokens": 4}
     names = [name for name, field in ChatRequest.model_fields.items() if not field.is_required() and name not in chat]
-    options = dict.fromkeys(Options.model_fields)
+    options = dict.fromkeys(FledgeOptions.model_fields)
     schema: Any = {"type": "json_schema", "json_schema": {"name": None, "schema": None, "strict": None}}
     for more in (dict.fromkeys(names), {"fledge": options}, {"stream_options": {"include_usage": None}}):
         answer = server.post(CHAT, {**chat, **more})
@@ -244,7 +244,13 @@ def test_how_text_is_drawn_is_told_as_it_is() -> None:
     for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "penalty_decay"):
         shown = "fledge.penalty_decay" if name == "penalty_decay" else name
         assert f"| `{shown}` | {getattr(CHAT_PARAMS, name):g} | {getattr(plain, name):g} |" in told, name
-    for number in (Settings.max_tokens, Settings.most_tokens, Settings.prompt_tokens, MOST_STOPS, MOST_CHOICES):
+    for number in (
+        ServerSettings.max_tokens,
+        ServerSettings.most_tokens,
+        ServerSettings.prompt_tokens,
+        MOST_STOPS,
+        MOST_CHOICES,
+    ):
         assert re.search(rf"\b{number}\b", told), number
 
 
@@ -472,14 +478,14 @@ def test_keys_and_their_limits(tmp_path: Path) -> None:
 def test_a_bad_file_of_keys_says_where(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=words):
-        Keys.read(tmp_path / "keys.toml")
+        KeyStore.read(tmp_path / "keys.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        Keys.read(tmp_path / "none.toml")
+        KeyStore.read(tmp_path / "none.toml")
 
 
 def test_an_allowance_refills_evenly() -> None:
     now = [0.0]
-    bucket = Bucket(60, clock=lambda: now[0])
+    bucket = TokenBucket(60, clock=lambda: now[0])
     assert [bucket.take(30) for _ in range(2)] == [0, 0] and bucket.take(1) == 1
     bucket.spend(30)
     assert bucket.wait() == 31

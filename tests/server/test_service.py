@@ -18,20 +18,20 @@ from running import IDENTITY, fake, random_model
 
 from fledge.core.errors import FledgeError
 from fledge.engine.generation import fresh_state
-from fledge.engine.radix import packed
-from fledge.engine.shelf import Shelf
-from fledge.engine.snapshot_store import Snapshot
-from fledge.engine.statefile import parse
-from fledge.engine.text import LLM
+from fledge.engine.llm.llm import LLM
+from fledge.engine.prefix_cache.disk_store import Snapshot
+from fledge.engine.prefix_cache.radix_tree import packed
+from fledge.engine.states.state_file import parse
+from fledge.engine.states.store import StateStore
 from fledge.models.state import State
 from fledge.server.service import Service, read_secret
-from fledge.server.settings import Settings
+from fledge.server.settings import ServerSettings
 
 
 @contextmanager
 def serviced(llm: LLM, **settings: Any) -> Iterator[Service]:
     """A service that answers nobody; it has stopped when this is left."""
-    made = Service(llm, replace(Settings(cache_memory=1 << 24), **settings), IDENTITY)
+    made = Service(llm, replace(ServerSettings(cache_memory=1 << 24), **settings), IDENTITY)
     try:
         yield made
     finally:
@@ -63,7 +63,7 @@ def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> No
 
 
 def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Path) -> None:
-    settings = Settings(shared=tmp_path / "shared")
+    settings = ServerSettings(shared=tmp_path / "shared")
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda _: read_secret(settings), range(8)))
     path = tmp_path / "shared" / "secret"
@@ -88,7 +88,7 @@ def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.M
     with serviced(fake("a"), folder=tmp_path) as made:
         tenant, state, card = made.keys.tenant(None), made.beginning, made.card(3, None)
         handle, inline = asyncio.run(made.kept(tenant, state, card)), made.packed(state, card)
-        monkeypatch.setattr(Shelf, "describe", noted(Shelf.describe))
+        monkeypatch.setattr(StateStore, "describe", noted(StateStore.describe))
         monkeypatch.setattr("fledge.server.service.parse", noted(parse))
         for text in (handle, inline):
             found, _ = asyncio.run(made.known_state(tenant, text))

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.core.errors import BackendError, TokenizerError, UsageError
-from fledge.core.native import library, why_missing
+from fledge.native.library import library, why_missing
 from fledge.tokenizer import (
     NativeTokenizer,
     Tokenizer,
@@ -28,7 +28,7 @@ from fledge.tokenizer import (
     Vocabulary,
     byte_vocabulary,
     load_world,
-    native,
+    native_tokenizer,
     prune,
     tokenizer_for,
     world,
@@ -183,7 +183,7 @@ def test_batches(name: str, threads: int | None) -> None:
 def test_batches_larger_than_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _ = twins("world")
     texts = [shuffled(seed, 3000) for seed in range(9)]
-    monkeypatch.setattr(native, "WINDOW", 7000)
+    monkeypatch.setattr(native_tokenizer, "WINDOW", 7000)
     assert fast.encode_batch(texts) == [fast.encode(text) for text in texts]
 
 
@@ -288,12 +288,12 @@ def test_vocabularies_that_native_code_cannot_hold() -> None:
     assert longest.encode(b"a" * 600) == [256, 256, *[97] * 90]
     for tokens in (every_byte[:97] + every_byte[98:], (*every_byte[:97], b"ab", *every_byte[98:]), ()):
         lengths = bytes(map(len, tokens))
-        assert not native._functions().free.fledge_trie_new(b"".join(tokens), lengths, len(tokens))
+        assert not native_tokenizer._functions().free.fledge_trie_new(b"".join(tokens), lengths, len(tokens))
 
 
 def test_buffers_without_room_are_left_alone() -> None:
     fast, _ = twins("world")
-    functions, buffer = native._functions().free, (ctypes.c_uint16 * 8)(*[7] * 8)
+    functions, buffer = native_tokenizer._functions().free, (ctypes.c_uint16 * 8)(*[7] * 8)
     assert functions.fledge_trie_encode(fast._trie, b"\0" * 9, 9, buffer, 8) == -1 and list(buffer) == [7] * 8
     assert functions.fledge_trie_decode(fast._trie, buffer, 2, 8, None, 0) == 8
 
@@ -322,13 +322,13 @@ def test_both_backends_can_be_asked_for() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "why_missing", lambda: "the native library was not built")
-    monkeypatch.setattr(world, "available", native.available.__wrapped__)
-    native._functions.cache_clear()
+    monkeypatch.setattr(native_tokenizer, "library", lambda: None)
+    monkeypatch.setattr(native_tokenizer, "why_missing", lambda: "the native library was not built")
+    monkeypatch.setattr(world, "available", native_tokenizer.available.__wrapped__)
+    native_tokenizer._functions.cache_clear()
     try:
         assert isinstance(load_world(), TrieTokenizer)
         with pytest.raises(BackendError, match="was not built"):
             tokenizer_for(byte_vocabulary(), "native")
     finally:
-        native._functions.cache_clear()
+        native_tokenizer._functions.cache_clear()

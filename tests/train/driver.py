@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from fledge.models import build, init_weights
+from fledge.train.distributed import join, whole
+from fledge.train.evaluate import Validation, ValidationText
 from fledge.train.loop import train
 from fledge.train.recipe import Recipe
-from fledge.train.schedule import Schedule
-from fledge.train.score import Text, Validation
-from fledge.train.team import join, whole
+from fledge.train.schedule import LearningRateSchedule
 
 TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 6000)
 BASE = Recipe(
@@ -39,10 +39,10 @@ BASE = Recipe(
 )
 
 
-class Stopped(Schedule):
+class Stopped(LearningRateSchedule):
     """The rates of another schedule, but fewer steps."""
 
-    def __init__(self, whole: Schedule, steps: int) -> None:
+    def __init__(self, whole: LearningRateSchedule, steps: int) -> None:
         super().__init__(whole.peak, whole.final, whole.warmup, steps)
         object.__setattr__(self, "whole", whole)
 
@@ -60,7 +60,7 @@ def main(folder: Path, settings: dict[str, object]) -> None:
     config = recipe.model(40)
     model = build(config)
     init_weights(model, recipe.seed)
-    validate = Validation([Text("en", 60.0, list(range(1, 31))), Text("de", 20.0, [5, 6, 7])])
+    validate = Validation([ValidationText("en", 60.0, list(range(1, 31))), ValidationText("de", 20.0, [5, 6, 7])])
     whole_run = recipe.settings()
     stopped = Stopped(whole_run.schedule, int(str(stop_after))) if stop_after else whole_run.schedule
     with join(parallel) as team:

@@ -9,8 +9,8 @@ import torch
 
 from fledge.core.errors import ConfigError, UsageError
 from fledge.models import build
+from fledge.train.builtin_recipes import RECIPES
 from fledge.train.recipe import Recipe, find_recipe
-from fledge.train.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -19,33 +19,35 @@ from fledge.core.files import exclusive
 from fledge.core.interrupts import Interrupted
 from fledge.data.batches import Batch
 from fledge.data.windows import Windows
-from fledge.models import ModelConfig, Trunk, build, init_weights
+from fledge.models import BaseModel, ModelConfig, build, init_weights
 from fledge.models.layers import Linear
 from fledge.train import loss as loss_module
-from fledge.train.checkpoint import RunCheckpoint
+from fledge.train.distributed import Distributed
+from fledge.train.evaluate import Validation, ValidationText, bits_per_byte, documents_nats
 from fledge.train.loop import TrainSettings, gradients, prepare, train, windows
 from fledge.train.loss import PULL, head_loss, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory, return_freed_memory
-from fledge.train.meter import Meter
+from fledge.train.metrics import MetricsLogger
 from fledge.train.optim import AdamSettings, build_optimizer, parameter_groups, set_learning_rate
-from fledge.train.schedule import Schedule
-from fledge.train.score import Text, Validation, bits_per_byte, documents_nats
-from fledge.train.team import Team
+from fledge.train.run_checkpoint import RunCheckpoint
+from fledge.train.schedule import LearningRateSchedule
 
 CONFIG = ModelConfig.finch(2, 32, vocab_size=40, head_size=8)
 TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 60)
 
 
-def fresh() -> Trunk:
+def fresh() -> BaseModel:
     model = build(CONFIG)
     init_weights(model, 0)
     return model
 
 
-def run(folder: Path, steps: int, total: int = 30, **options: Any) -> tuple[Trunk, list[dict[str, float]]]:
+def run(folder: Path, steps: int, total: int = 30, **options: Any) -> tuple[BaseModel, list[dict[str, float]]]:
     """Train for `steps` steps of a schedule of `total`, as a run that is stopped then."""
     model, lines = fresh(), []
-    settings = TrainSettings(Schedule(5e-3, 1e-4, 2, total), accumulate=2, log_every=5, save_every=5, **options)
+    settings = TrainSettings(
+        LearningRateSchedule(5e-3, 1e-4, 2, total), accumulate=2, log_every=5, save_every=5, **options
+    )
     rows = Windows(TEXT, length=16, batch=3, seed=0)
 
     def report(line: dict[str, float]) -> None:
@@ -142,7 +144,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path: Path, at: in
             raise KeyboardInterrupt
         return {"bpb": 1.0}
 
-    settings = TrainSettings(Schedule(5e-3, 1e-4, 2, 20), log_every=3, validate_every=7, save_every=100)
+    settings = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 20), log_every=3, validate_every=7, save_every=100)
     rows = Windows(TEXT, 16, 3, 0)
     with contextlib.suppress(KeyboardInterrupt):
         train(fresh(), rows, settings, tmp_path / "cut", validate)
@@ -160,7 +162,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> None:
-    settings, rows = TrainSettings(Schedule(5e-3, 1e-4, 1, 3)), Windows(TEXT, 16, 3, 0)
+    settings, rows = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 1, 3)), Windows(TEXT, 16, 3, 0)
     train(fresh(), rows, settings, tmp_path, identity={"data": "a"})
     kept = (tmp_path / "run.json").read_bytes()
     assert json.loads(kept)["settings"]["schedule"]["peak"] == 5e-3
@@ -177,11 +179,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(tmp_path
         return gradient * float("nan") if next(poison) == 6 else gradient
 
     model.head.weight.register_hook(hook)
-    settings = TrainSettings(Schedule(5e-3, 1e-4, 2, 30))
+    settings = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30))
     with pytest.raises(TrainingError, match="step 6: the gradient is not finite"):
         train(model, Windows(TEXT, 16, 3, 0), settings, tmp_path, lambda model: {}, lambda line: None)
     again = fresh()
-    assert RunCheckpoint(tmp_path, Team(), {}).resume(again, build_optimizer(again, AdamSettings()))[0] == 6
+    assert RunCheckpoint(tmp_path, Distributed(), {}).resume(again, build_optimizer(again, AdamSettings()))[0] == 6
     assert all(p.isfinite().all() for p in again.parameters())
 
 
@@ -216,7 +218,12 @@ def test_signals_inside_a_save_do_not_harm_it(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(Interrupted, match="saved at step 11; the same command goes on from there") as caught:
-        train(fresh(), Windows(TEXT, 16, 3, 0), TrainSettings(Schedule(5e-3, 1e-4, 2, 30), save_every=10), tmp_path)
+        train(
+            fresh(),
+            Windows(TEXT, 16, 3, 0),
+            TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30), save_every=10),
+            tmp_path,
+        )
     assert caught.value.exit_code == 143 and len(saves) == 2
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 11
 
@@ -230,9 +237,14 @@ def test_a_second_signal_gives_up_the_step(tmp_path: Path) -> None:
             return super().__getitem__(number)
 
     with pytest.raises(Interrupted, match="saved at step 4"):
-        train(fresh(), Slow(TEXT, 16, 3, 0), TrainSettings(Schedule(5e-3, 1e-4, 2, 30)), tmp_path)
+        train(fresh(), Slow(TEXT, 16, 3, 0), TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30)), tmp_path)
     with pytest.raises(Interrupted, match="stopped before the first step"):
-        train(fresh(), Slow(TEXT, 16, 3, 0), TrainSettings(Schedule(5e-3, 1e-4, 2, 30), accumulate=5), tmp_path / "b")
+        train(
+            fresh(),
+            Slow(TEXT, 16, 3, 0),
+            TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30), accumulate=5),
+            tmp_path / "b",
+        )
 
 
 @pytest.mark.parametrize(("broken", "kept"), [(3, None), (7, 5), (10, 5), (30, 25)])
@@ -268,7 +280,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path) -> 
 
 def test_a_metrics_file_without_room_is_named(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    meter = Meter(tmp_path / "metrics.jsonl", lambda line: None)
+    meter = MetricsLogger(tmp_path / "metrics.jsonl", lambda line: None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
@@ -288,7 +300,7 @@ def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
     run(tmp_path, 5)
     model = fresh()
     optimizer = build_optimizer(model, AdamSettings(beta2=0.95, eps=1e-8, weight_decay=0.3))
-    assert RunCheckpoint(tmp_path, Team(), {}).resume(model, optimizer)[0] == 5
+    assert RunCheckpoint(tmp_path, Distributed(), {}).resume(model, optimizer)[0] == 5
     group = optimizer.param_groups[1]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-8, 0.3)
     assert optimizer.state_dict()["state"]
@@ -296,12 +308,12 @@ def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="log_every is 0"):
-        TrainSettings(Schedule(1.0, 0.1, 1, 5), log_every=0)
+        TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), log_every=0)
     with pytest.raises(ConfigError, match="clip is 0"):
-        TrainSettings(Schedule(1.0, 0.1, 1, 5), clip=0)
+        TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), clip=0)
     for peak in (math.inf, math.nan, 11.0, 0.0):
         with pytest.raises(ConfigError, match=f"learning rate would fall from {peak:g} to .*0 < final <= peak <= 10"):
-            Schedule(peak, min(peak, 0.1), 1, 5)
+            LearningRateSchedule(peak, min(peak, 0.1), 1, 5)
     for name, value in (("eps", 0.0), ("eps", 1e-50), ("eps", math.nan), ("weight_decay", math.inf), ("beta2", 1.5)):
         with pytest.raises(ConfigError, match=f"{name} is {value:g}; it must be"):
             AdamSettings(**{name: value})
@@ -311,29 +323,33 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     model = fresh()
     with pytest.raises(CheckpointError, match=r"last\.pt is damaged, so the run cannot go on.*move it away"):
-        RunCheckpoint(tmp_path, Team(), {}).resume(model, build_optimizer(model, AdamSettings()))
+        RunCheckpoint(tmp_path, Distributed(), {}).resume(model, build_optimizer(model, AdamSettings()))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     model = fresh()
     optimizer = build_optimizer(model, AdamSettings())
-    RunCheckpoint(tmp_path, Team(), {"seed": 1, "n_embd": 32}).save(model, optimizer, 3, {})
+    RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).save(model, optimizer, 3, {})
     with pytest.raises(CheckpointError, match=r"last\.pt is of another run: seed was 1 and is 2 now"):
-        RunCheckpoint(tmp_path, Team(), {"seed": 2, "n_embd": 32}).resume(model, optimizer)
+        RunCheckpoint(tmp_path, Distributed(), {"seed": 2, "n_embd": 32}).resume(model, optimizer)
     other = build(ModelConfig.finch(2, 40, vocab_size=40, head_size=8))
     with pytest.raises(CheckpointError, match=r"is \(40, 32\) in the checkpoint, \(40, 40\) here"):
-        RunCheckpoint(tmp_path, Team(), {"seed": 1, "n_embd": 32}).resume(other, build_optimizer(other, AdamSettings()))
+        RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).resume(
+            other, build_optimizer(other, AdamSettings())
+        )
     model.emb.weight.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"trains other parameters; emb\.weight"):
-        RunCheckpoint(tmp_path, Team(), {"seed": 1, "n_embd": 32}).resume(model, build_optimizer(model, AdamSettings()))
+        RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).resume(
+            model, build_optimizer(model, AdamSettings())
+        )
 
 
 def gradients_of(rows: list[Batch], **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    model, settings = fresh(), TrainSettings(Schedule(1.0, 0.1, 1, 5), **options)
+    model, settings = fresh(), TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
-    loss, _ = gradients(prepare(model, settings), rows, settings, Team())
+    loss, _ = gradients(prepare(model, settings), rows, settings, Distributed())
     return loss, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -401,13 +417,13 @@ def test_parameter_groups_are_the_official_ones() -> None:
 
 
 def test_schedule() -> None:
-    schedule = Schedule(peak=1.0, final=0.1, warmup=10, steps=110)
+    schedule = LearningRateSchedule(peak=1.0, final=0.1, warmup=10, steps=110)
     assert schedule.rate(0) == pytest.approx(0.01)
     assert schedule.rate(10) == pytest.approx(1.0)
     assert schedule.rate(60) == pytest.approx(0.55)
     assert schedule.rate(110) == schedule.rate(10**6) == pytest.approx(0.1)
     with pytest.raises(ConfigError, match="warmup < steps"):
-        Schedule(1.0, 0.1, 5, 5)
+        LearningRateSchedule(1.0, 0.1, 5, 5)
 
 
 def test_l2wrap_pulls_only_the_largest_logit_and_leaves_the_loss() -> None:
@@ -439,12 +455,19 @@ def test_documents_of_different_lengths_are_scored_together() -> None:
     texts = [[int(x) for x in TEXT[:size]] for size in (30, 3, 17)]
     expected = [documents_nats(model, [ids])[0] for ids in texts]
     assert documents_nats(model, texts, window=8) == pytest.approx(expected, rel=1e-5)
-    validate = Validation([Text("en", 60.0, texts[0]), Text("de", 6.0, texts[1]), Text("de", 34.0, texts[2])], rows=2)
+    validate = Validation(
+        [
+            ValidationText("en", 60.0, texts[0]),
+            ValidationText("de", 6.0, texts[1]),
+            ValidationText("de", 34.0, texts[2]),
+        ],
+        rows=2,
+    )
     scores = validate(model)
     assert scores["bpb_en"] == pytest.approx(bits_per_byte(expected[0], 60))
     assert scores["bpb_de"] == pytest.approx(bits_per_byte(expected[1] + expected[2], 40))
     assert scores["bpb_mean"] == pytest.approx((scores["bpb_en"] + scores["bpb_de"]) / 2)
-    limited = Validation([Text("en", 60.0, texts[0]), Text("en", 6.0, texts[1])], size=20.0)
+    limited = Validation([ValidationText("en", 60.0, texts[0]), ValidationText("en", 6.0, texts[1])], size=20.0)
     assert [(text.size, len(text.ids)) for text in limited._chosen] == [(20.0, 10)]
     assert Validation([])(model) == {}
 

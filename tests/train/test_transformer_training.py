@@ -12,7 +12,7 @@ from fledge.data.windows import Windows
 from fledge.models import ModelConfig, build, init_weights
 from fledge.train.loop import TrainSettings, train
 from fledge.train.optim import AdamSettings, parameter_groups
-from fledge.train.schedule import Schedule
+from fledge.train.schedule import LearningRateSchedule
 
 CONFIG = ModelConfig.transformer(2, 32, vocab_size=40, head_size=8)
 
@@ -30,7 +30,9 @@ def test_matrices_decay_and_norms_do_not() -> None:
 def test_the_loss_falls(tmp_path: Path, dtype: torch.dtype | None) -> None:
     model = build(CONFIG)
     init_weights(model, 0)
-    settings = TrainSettings(Schedule(1e-2, 1e-2, 0, 20), AdamSettings(eps=1e-8), compute_dtype=dtype, log_every=1)
+    settings = TrainSettings(
+        LearningRateSchedule(1e-2, 1e-2, 0, 20), AdamSettings(eps=1e-8), compute_dtype=dtype, log_every=1
+    )
     rows = Windows(np.tile(np.arange(1, 38, dtype=np.uint16), 40), length=32, batch=6, seed=0)
     lines: list[dict[str, float]] = []
     train(model, rows, settings, tmp_path, lambda model: {}, lines.append)

@@ -20,10 +20,10 @@ from fledge.checkpoint import load_tuned_state, read, read_adapter, save
 from fledge.core.errors import CheckpointError, ConfigError, UsageError
 from fledge.data.examples import ExampleBatches
 from fledge.tokenizer import byte_vocabulary, tokenizer_for
-from fledge.train import checkpoint
+from fledge.train import run_checkpoint
 from fledge.train.loss import batch_loss
-from fledge.train.tuning import LoraSettings, TuneSettings, train_settings, tunable
-from fledge.train.tuning_run import Run, Tuned, mean_loss, prepare
+from fledge.train.tuning.run import TuningResult, TuningRun, mean_loss, prepare
+from fledge.train.tuning.settings import LoraSettings, TuneSettings, train_settings, tunable
 
 TOKENIZER = tokenizer_for(byte_vocabulary())
 RATES = {"full": 2e-3, "lora": 1e-2, "state": 0.3}
@@ -61,11 +61,13 @@ def settings_of(mode: str, steps: int = 20, **more: Any) -> TuneSettings:
     return TuneSettings(mode, batch=2, accumulate=2, length=64, steps=steps, rate=RATES[mode], seed=3, **more)
 
 
-def prepared(base: Path, data: Path, settings: TuneSettings, **more: Any) -> Run:
+def prepared(base: Path, data: Path, settings: TuneSettings, **more: Any) -> TuningRun:
     return prepare(read(base), TOKENIZER, data, settings, device="cpu", **more)
 
 
-def trained(run: Run, folder: Path, stop_at: int | None = None) -> tuple[Tuned | None, list[dict[str, float]]]:
+def trained(
+    run: TuningRun, folder: Path, stop_at: int | None = None
+) -> tuple[TuningResult | None, list[dict[str, float]]]:
     """Start a run; with `stop_at`, interrupt it when it reports that step."""
     lines: list[dict[str, float]] = []
 
@@ -165,7 +167,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path
     if mode != "full":
         assert (
             torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["model"].keys()
-            == checkpoint.trained(again.model).keys()
+            == run_checkpoint.trained(again.model).keys()
         )
 
 
@@ -255,7 +257,7 @@ def test_an_estimate_of_time_is_the_whole_run_at_the_speed_of_the_trial(
 ) -> None:
     """With a clock that says that the trial took three seconds, one for each of its batches."""
     run, clock = prepared(base, data, settings_of("lora")), iter([10.0, 13.0])
-    monkeypatch.setattr("fledge.train.estimate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("fledge.train.tuning.estimate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     seconds = run.estimate().seconds
     per_batch = [3 * (size - 2) / sum(size - 2 for size in run.batches.sizes[:3]) for size in run.batches.sizes]
     whole = 20 * 2 * sum(per_batch) / len(per_batch)

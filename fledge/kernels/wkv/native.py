@@ -3,7 +3,7 @@
 The loop itself, in vector instructions (native/isa/recurrence.h), and a gradient that computes the states again from
 the beginnings of segments (native/isa/gradient.h). Exact for every decay. Saved for the gradient: the inputs alone.
 Both are operators of torch's, so that torch.compile knows their shapes and gradient without looking into the library.
-Not here: finding the library, and the recurrence without a gradient (fledge.kernels.native).
+Not here: finding the library, and the recurrence without a gradient (fledge.kernels.native_ops).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.kernels.native import enough_memory, follow_torch_threads, functions, wkv_native
+from fledge.kernels.native_ops import enough_memory, follow_torch_threads, functions, wkv_native
 
 
 def wkv_trained(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

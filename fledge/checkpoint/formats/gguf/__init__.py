@@ -1,0 +1,1 @@
+"""GGUF files of RWKV-6 Finch, as llama.cpp reads and writes them."""

@@ -1,0 +1,156 @@
+"""Tensor names and shapes of a Finch in GGUF (llama.cpp's architecture `rwkv6`) and the official ones, both ways.
+
+    official                       GGUF                                        change
+    att.time_maa_{w,k,v,r,g}       time_mix_lerp_fused                         stacked (5, 1, 1, C), in this order
+    att.time_maa_x, att.time_decay time_mix_lerp_x, time_mix_decay             (1, 1, C) -> (C)
+    ffn.time_maa_{k,r}             channel_mix_lerp_{k,r}                      (1, 1, C) -> (C)
+    att.time_maa_w1                time_mix_w1                                 transposed: (5 Dm, C)
+    att.time_maa_w2                time_mix_w2                                 last axes swapped: (5, C, Dm)
+    att.time_decay_{w1,w2}         time_mix_decay_{w1,w2}                      transposed: (Dd, C), (A, Dd)
+    the rest                       see the tables                              none
+
+Files from before the five mixes were stacked hold them one by one. llama.cpp's converter divides att.output and
+ffn.value of layer i by 2 ** (i // rescale_every_n_layers), and llama.cpp halves the stream after that many layers, in
+case something computes in float16; `rescale_of` is what undoes it. ggml drops axes of length 1 at the slow end, so
+shapes are restored from the fast end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fledge.core.errors import CheckpointError
+
+LETTERS = "wkvrg"
+OUTSIDE = {
+    "token_embd.weight": "emb.weight",
+    "token_embd_norm.weight": "blocks.0.ln0.weight",
+    "token_embd_norm.bias": "blocks.0.ln0.bias",
+    "output_norm.weight": "ln_out.weight",
+    "output_norm.bias": "ln_out.bias",
+    "output.weight": "head.weight",
+}
+# Inside a block, by what happens to them.
+MATRICES = {
+    **{f"time_mix_{name}.weight": f"att.{name}.weight" for name in ("receptance", "key", "value", "gate", "output")},
+    **{f"channel_mix_{name}.weight": f"ffn.{name}.weight" for name in ("key", "receptance", "value")},
+}
+NORMS = {
+    f"{theirs}.{part}": f"{ours}.{part}"
+    for theirs, ours in (("attn_norm", "ln1"), ("attn_norm_2", "ln2"), ("time_mix_ln", "att.ln_x"))
+    for part in ("weight", "bias")
+}
+VECTORS = {
+    "time_mix_lerp_x.weight": "att.time_maa_x",
+    "time_mix_decay.weight": "att.time_decay",
+    "channel_mix_lerp_k.weight": "ffn.time_maa_k",
+    "channel_mix_lerp_r.weight": "ffn.time_maa_r",
+}
+SEPARATE = {f"time_mix_lerp_{letter}.weight": f"att.time_maa_{letter}" for letter in LETTERS}
+TRANSPOSED = {
+    "time_mix_w1.weight": "att.time_maa_w1",
+    "time_mix_decay_w1.weight": "att.time_decay_w1",
+    "time_mix_decay_w2.weight": "att.time_decay_w2",
+}
+SWAPPED = {"time_mix_w2.weight": "att.time_maa_w2"}
+HEADS = {"time_mix_first.weight": "att.time_faaaa"}
+FUSED = "time_mix_lerp_fused.weight"
+RESCALED = ("att.output.weight", "ffn.value.weight")
+LARGEST_EXPONENT = 100  # of the power of two of a rescaling; Finch 14B has 10
+BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
+OURS = re.compile(r"blocks\.(\d+)\.(.+)")
+
+Parts = dict[str, Tensor]
+
+
+class OutputTensor(NamedTuple):
+    """One tensor of a GGUF file to be written."""
+
+    name: str
+    sources: tuple[str, ...]  # official names; five of them for the stacked mixes
+
+
+def official_name(name: str) -> str:
+    """The official name of a norm or a matrix; any other name, of nobody too, stays as it is."""
+    match = BLOCK.fullmatch(name)
+    if match is None:
+        return OUTSIDE.get(name, name)
+    ours = NORMS.get(match[2]) or MATRICES.get(match[2])
+    return f"blocks.{match[1]}.{ours}" if ours else name
+
+
+def is_matrix(official: str) -> bool:
+    """Whether this is one of the matrices that may be quantised."""
+    match = OURS.fullmatch(official)
+    return official in ("emb.weight", "head.weight") or (match is not None and match[2] in MATRICES.values())
+
+
+def rescale_of(official: str, every: int, source: str) -> float:
+    """What to multiply a tensor with that was divided on the way into a file with rescale_every_n_layers `every`."""
+    match = OURS.fullmatch(official)
+    if not every or match is None or match[2] not in RESCALED:
+        return 1.0
+    exponent = int(match[1]) // every
+    if exponent > LARGEST_EXPONENT:
+        raise CheckpointError(f"{source}: rescale_every_n_layers {every} cannot be meant; the file is damaged")
+    return 2.0**exponent
+
+
+def from_gguf(name: str, tensor: Tensor, head_size: int) -> Parts:
+    """One tensor -> official names and shapes. Raises CheckpointError for a shape that the name cannot have."""
+    match = BLOCK.fullmatch(name)
+    inner = match[2] if match else ""
+    prefix = f"blocks.{match[1]}." if match else ""
+    try:
+        if inner == FUSED:
+            rows = tensor.reshape(len(LETTERS), 1, 1, -1)
+            return {f"{prefix}att.time_maa_{letter}": row for letter, row in zip(LETTERS, rows, strict=True)}
+        if ours := VECTORS.get(inner) or SEPARATE.get(inner):
+            return {prefix + ours: tensor.reshape(1, 1, -1)}
+        if ours := TRANSPOSED.get(inner):
+            return {prefix + ours: tensor.reshape(-1, tensor.shape[-1]).t().contiguous()}
+        if ours := SWAPPED.get(inner):
+            swapped = tensor.reshape(len(LETTERS), -1, tensor.shape[-1]).transpose(1, 2)
+            return {prefix + ours: swapped.contiguous()}
+        if ours := HEADS.get(inner):
+            return {prefix + ours: tensor.reshape(-1, head_size) if tensor.dim() == 1 and head_size else tensor}
+    except RuntimeError as error:
+        raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
+    official = official_name(name)
+    return {official: tensor.reshape(-1, tensor.shape[-1]) if is_matrix(official) else tensor}
+
+
+def outgoing(names: Iterable[str]) -> list[OutputTensor]:
+    """The tensors of a GGUF file for official `names`, in their order."""
+    outside = {ours: theirs for theirs, ours in OUTSIDE.items()}
+    inside = {ours: theirs for theirs, ours in (MATRICES | NORMS | VECTORS | TRANSPOSED | SWAPPED | HEADS).items()}
+    found = []
+    for name in names:
+        match = OURS.fullmatch(name)
+        if name in outside or match is None:
+            found.append(OutputTensor(outside[name], (name,)))
+        elif match[2] in inside:
+            found.append(OutputTensor(f"blk.{match[1]}.{inside[match[2]]}", (name,)))
+        elif match[2] == SEPARATE["time_mix_lerp_w.weight"]:
+            sources = tuple(f"blocks.{match[1]}.{ours}" for ours in SEPARATE.values())
+            found.append(OutputTensor(f"blk.{match[1]}.{FUSED}", sources))
+    return found
+
+
+def to_gguf(piece: OutputTensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of `piece` as it lies in the file."""
+    tensor = tensors[piece.sources[0]]
+    match = BLOCK.fullmatch(piece.name)
+    inner = match[2] if match else ""
+    if inner == FUSED:
+        return torch.stack([tensors[name].reshape(1, 1, -1) for name in piece.sources])
+    if inner in VECTORS:
+        return tensor.reshape(-1)
+    if inner in TRANSPOSED:
+        return tensor.t()
+    return tensor.transpose(1, 2) if inner in SWAPPED else tensor

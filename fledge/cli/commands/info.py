@@ -1,0 +1,151 @@
+"""`fledge info`: what a checkpoint is. Reads names, shapes and metadata, never the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fledge.cli.terminal import print_rows
+
+if TYPE_CHECKING:
+    from fledge.checkpoint import Adapter, CheckpointInfo
+
+app = typer.Typer(name="info", add_completion=False)
+
+
+@app.command()
+def info(
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILE]", help="A checkpoint (file or folder) or a hub name. (default: the bundled model)"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a checkpoint or an adapter is, without reading its weights."""
+    from fledge.checkpoint import inspect, inspect_adapter
+    from fledge.engine.llm.loading import locate
+
+    path = locate(file)
+    if adapter := inspect_adapter(path):
+        if as_json:
+            print(json.dumps(adapter_record(adapter), ensure_ascii=False))
+        else:
+            print_rows(_adapter_rows(adapter))
+        return
+    found = inspect(path)
+    if as_json:
+        print(json.dumps(record(found), ensure_ascii=False))
+        return
+    print_rows([*found.rows(), *_model_rows(found.extra)])
+
+
+def record(found: CheckpointInfo) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "path": str(found.path),
+        "format": found.format,
+        "config": {**asdict(found.config), "family": found.config.family, "head_size": found.config.head_size},
+        "parameters": found.parameters,
+        "dtypes": list(found.dtypes),
+        "quantised": {format: asdict(share) for format, share in found.quantised.items()},
+        "bits_per_weight": found.bits_per_weight,
+        "bytes": found.nbytes,
+        "state_bytes": found.state_nbytes,
+        "flops_per_token": found.flops_per_token,
+        "tokenizer": found.tokenizer,
+        "tokenizer_spec": found.tokenizer_spec,
+        "extra": found.extra,
+    }
+
+
+def adapter_record(adapter: Adapter) -> dict[str, Any]:
+    """What `--json` prints of an adapter; null is what its kind has not, or its file does not tell."""
+    return {
+        "path": str(adapter.path),
+        "kind": adapter.kind,
+        "rank": adapter.rank or None,
+        "alpha": adapter.alpha,
+        "targets": list(adapter.targets),
+        "parts": sorted(adapter.parts),
+        "state": _state_shape(adapter),
+        "parameters": _numbers(adapter),
+        "bytes": adapter.nbytes,
+        "base": adapter.base and asdict(adapter.base),
+        "template": adapter.template,
+        "training": dict(adapter.training),
+    }
+
+
+def _numbers(adapter: Adapter) -> int:
+    return sum(tensor.numel() for tensor in adapter.tensors.values())
+
+
+def _state_shape(adapter: Adapter) -> list[int] | None:
+    """Layers, heads, and the sides of a head's matrix; None without a tuned state."""
+    shapes = [list(tensor.shape) for tensor in adapter.state.values()]
+    return [len(shapes), *shapes[0]] if shapes else None
+
+
+UNTOLD = "not recorded"
+
+
+def _adapter_rows(adapter: Adapter) -> list[tuple[str, str]]:
+    base, state = adapter.base, _state_shape(adapter)
+    rows = [("file", str(adapter.path)), ("kind", "tuned state" if adapter.kind == "state" else "LoRA")]
+    if adapter.kind == "lora":
+        alpha = f"{UNTOLD}; use it with --alpha" if adapter.alpha is None else f"{adapter.alpha:g}"
+        rows += [("rank", str(adapter.rank)), ("alpha", alpha), ("targets", ", ".join(adapter.targets))]
+    if adapter.parts:
+        rows.append(("trained whole", f"{len(adapter.parts)} tensors, {min(adapter.parts)} the first"))
+    if state is not None:
+        rows.append(("state", f"{state[0]} layers, {state[1]} heads of {' x '.join(str(side) for side in state[2:])}"))
+    if base is None:
+        rows.append(("base", UNTOLD))
+    else:
+        sizes = f"{base.config.n_layer} layers, width {base.config.n_embd}"
+        rows.append(("base", f"{base.name}: {base.config.family}, {sizes}, {base.identity}"))
+    facts = {key: value for key, value in adapter.training.items() if key not in ("template", "lora")}
+    return [
+        *rows,
+        ("template", adapter.template or UNTOLD),
+        ("numbers", f"{_numbers(adapter):,} in {adapter.nbytes:,} bytes"),
+        *_extra_rows(facts),
+    ]
+
+
+def _model_rows(extra: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the writer of a model file added; of one that `fledge tune full` made, how, a row a fact."""
+    tuned = extra.get("tuned")
+    if not isinstance(tuned, dict):
+        return _extra_rows(extra)
+    rest = {key: value for key, value in extra.items() if key != "tuned"}
+    shown = {key: value for key, value in tuned.items() if key not in ("mode", "from", "template")}
+    made = [("kind", "all weights tuned"), ("tuned from", _extra_text(tuned.get("from", UNTOLD)))]
+    return [*made, *_extra_rows({"template": UNTOLD, **rest}), *_extra_rows(shown)]
+
+
+def _extra_rows(extra: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the writer of the file added, one row a key."""
+    return [(str(key).replace("_", " "), _extra_text(value)) for key, value in extra.items() if value != {}]
+
+
+def _extra_text(value: Any) -> str:
+    """Short enough for a line: numbers to four digits, a table as "key number, ...", lists without brackets."""
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return "; ".join(map(_extra_text, value))
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_extra_text(inner)}" for key, inner in value.items())
+    return json.dumps(value)

@@ -1,0 +1,1 @@
+"""Which documents the store contains, and how often."""

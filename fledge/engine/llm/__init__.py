@@ -1,0 +1,1 @@
+"""Text in, text out: the `LLM` class and its parts."""

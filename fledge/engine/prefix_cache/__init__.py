@@ -1,0 +1,1 @@
+"""Exact prefix caching: states after token prefixes, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""States as files, stores of states, and documents that are read once."""

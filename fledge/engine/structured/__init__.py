@@ -1,0 +1,1 @@
+"""Constrained generation: grammars, JSON schemas and tool calls."""

@@ -1,0 +1,369 @@
+"""A whole model in the native library: one call for a prompt or for a written token, for inference on a CPU.
+
+The same seam as `Trunk`, `logits, state = model(idx, state)`, and the same numbers up to rounding: the torch models are
+its twins and its specification. A sequence gets the same bits alone, in any batch, and however its tokens are cut into
+calls, because every sum is taken in one order. Padding is never computed at all.
+
+Formats of the matrices are chosen from the weights that come in (see `fledge.kernels.native_ops.FORMATS`); norms,
+mixes,
+LoRA factors, decay and state are float32; factors that came with 16 bits stay so in memory.
+Not here: reading files, and the arithmetic (native/model.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
+from fledge.kernels.native_ops import STORED, PackedMatrix, enough_memory, follow_torch_threads, functions, pack
+from fledge.kernels.quantized import QuantizedMatrix
+from fledge.models.buffer_pool import BufferPool
+from fledge.models.config import ModelConfig
+from fledge.models.state import State, state_class, state_shapes, tuned_state, zero_state
+from fledge.models.state_slice import StateSlice
+from fledge.native.library import why_missing
+
+Release = Callable[[Tensor], None]
+LAST, ALL = 1, 2
+
+MATRICES = {
+    "att.receptance.weight",
+    "att.key.weight",
+    "att.value.weight",
+    "att.gate.weight",
+    "att.output.weight",
+    "ffn.key.weight",
+    "ffn.value.weight",
+    "ffn.receptance.weight",
+}
+"""The products of one block, as they are called in a checkpoint and in native/model.cpp."""
+
+EXACT = {torch.bfloat16: "bfloat16 exact", torch.float16: "float16 exact"}
+"""The format that keeps weights of 16 bits as they are where the arithmetic is to be float32."""
+
+MAX_HEAD = 1024
+
+
+def why_not_native(config: ModelConfig) -> str | None:
+    """None where a model of this config can run natively here, else the reason why not."""
+    if config.version == "llama":
+        return "the native library runs RWKV only, not a transformer"
+    if config.head_size > MAX_HEAD:
+        return f"heads of {config.head_size} are larger than {MAX_HEAD}"
+    return why_missing()
+
+
+class NativeModel(nn.Module):
+    """Weights in official names and shapes -> a model for inference. The tensors given are packed, not kept, but for
+    the embedding, which is used where it lies.
+
+    tensors: all that are not quantised. matrix_dtype: float32 or bfloat16, for the matrices among them; None: their
+    own (float16 is multiplied in float32). release: called with each tensor that is not needed any more.
+    """
+
+    embedding: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        quantised: Mapping[str, QuantizedMatrix] | None = None,
+        *,
+        matrix_dtype: torch.dtype | None = None,
+        release: Release | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.matrices: dict[str, PackedMatrix] = {}
+        self.time_decays: list[Tensor] = []  # of each layer, as the checkpoint has them: for whoever wants to see them
+        self._matrix_dtype = matrix_dtype
+        self._memory = BufferPool()
+        self._release = release or (lambda tensor: None)
+        self._handle = _new_model(config)
+        for name in _block_names(config, -1):
+            self._set_matrix(name, tensors, quantised or {})
+        for layer in range(config.n_layer):
+            for name in _block_names(config, layer):
+                self._set_matrix(name, tensors, quantised or {})
+            _set_block(self, layer, tensors)
+        for name in ("ln0", "ln_out"):
+            for part in ("weight", "bias"):
+                source = f"blocks.0.ln0.{part}" if name == "ln0" else f"ln_out.{part}"
+                self.set_vector(-1, f"{name}.{part}", tensors[source])
+        self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
+        # Held here as well: `model.to(...)` exchanges buffers, and the library keeps the address.
+        self._table = (self.embedding,)
+        functions().fledge_model_embedding(
+            self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
+        )
+        self._tuned = _tuned_layers(config, tensors)
+        missing = functions().fledge_model_check(self._handle)
+        if missing is not None:
+            raise CheckpointError(f"{missing.decode()} is missing or has another size than the config says")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a native model cannot be copied or pickled; load it again, or with pack=False")
+
+    def __del__(self) -> None:
+        handle = self.__dict__.pop("_handle", None)
+        if handle is not None:
+            functions().fledge_model_free(handle)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products with matrices that are not quantised (float32 where all are)."""
+        formats = {matrix.format for matrix in self.matrices.values()}
+        return torch.bfloat16 if "bfloat16" in formats else torch.float32
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """The formats of the matrices that are quantised: "int4", "int8" or both; empty where none is."""
+        return tuple(sorted({matrix.format for matrix in self.matrices.values()} & {"int4", "int8"}))
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Format -> bytes of the matrices stored in it."""
+        found: dict[str, int] = {}
+        for matrix in self.matrices.values():
+            found[matrix.format] = found.get(matrix.format, 0) + matrix.nbytes
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed matrices and the embedding."""
+        packed = sum(matrix.nbytes for matrix in self.matrices.values())
+        return packed + self.embedding.numel() * self.embedding.element_size()
+
+    def initial_state(self, batch: int) -> State:
+        """The state before the first token: zeros, or the tuned state the checkpoint came with."""
+        return tuned_state(self.config, self._tuned, batch) if self._tuned else zero_state(self.config, batch)
+
+    def forward(
+        self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
+    ) -> tuple[Tensor, State]:
+        """As `Trunk.forward`, with the same arguments, results and errors; logits at padded places are zero."""
+        B, T = self._check(idx, state)
+        before = self.initial_state(B) if state is None else state
+        counts = [T] * B if lengths is None else _checked(lengths, B, T)
+        if last and min(counts, default=1) < 1:
+            raise UsageError("last=True needs at least one token in every row")
+        ids = (
+            idx.reshape(-1)
+            if lengths is None
+            else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx.reshape(-1)])
+        )
+        logits, new_state = self._run(ids.contiguous(), [counts, [0] * B, range(B)], [before], LAST if last else ALL)
+        if last or lengths is None:
+            return logits.view(B, 1 if last else T, self.config.vocab_size), new_state
+        padded = torch.zeros(B, T, self.config.vocab_size, dtype=torch.float32)
+        for b, piece in enumerate(logits.split(counts)):
+            padded[b, : counts[b]] = piece
+        return padded, new_state
+
+    def read(self, pieces: Sequence[Sequence[int]], rows: Sequence[StateSlice]) -> tuple[Tensor, State]:
+        """One call for sequences of any lengths, at least one token each, whose states are read where they lie.
+
+        Returns the logits after each piece (B, vocab_size) and the state of all, the first piece's in row 0.
+        """
+        assert len(pieces) == len(rows) and all(pieces), "every row needs at least one token"
+        states = list({id(row.state): row.state for row in rows}.values())
+        for state in states:
+            self._check_state(state, state.batch)
+        number = {id(state): place for place, state in enumerate(states)}
+        ids = torch.tensor([token for piece in pieces for token in piece], dtype=torch.long)
+        self._check_ids(ids)
+        counts = [len(piece) for piece in pieces]
+        places = [counts, [number[id(row.state)] for row in rows], [row.index for row in rows]]
+        return self._run(ids, places, states, LAST)
+
+    def _run(
+        self, ids: Tensor, places: Sequence[Sequence[int]], states: Sequence[State], want: int
+    ) -> tuple[Tensor, State]:
+        """ids: of all sequences, one after the other. places: of each sequence its number of tokens, which of `states`
+        it begins from, and its row there. Returns logits (sequences or tokens, vocab_size) and the states after."""
+        counts, sources, lines = places
+        B = len(counts)
+        assert all(0 <= line < states[source].batch for source, line in zip(sources, lines, strict=True))
+        shape = (B if want == LAST else ids.numel(), self.config.vocab_size)
+        # Scores of every token of a text are kept or summed up, and of another size each time.
+        logits = self._memory.empty(shape) if want == LAST else torch.empty(shape, dtype=torch.float32)
+        after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
+        follow_torch_threads()
+        old = [t.detach().float().contiguous() for state in states for t in state.tensors().values()]
+        failed = functions().fledge_model_forward(
+            self._handle,
+            ids.data_ptr(),
+            ids.numel(),
+            B,
+            (ctypes.c_int64 * (3 * B + len(states)))(*counts, *sources, *lines, *(state.batch for state in states)),
+            (ctypes.c_void_p * len(old))(*(tensor.data_ptr() for tensor in old)),
+            (ctypes.c_void_p * len(after))(*(tensor.data_ptr() for tensor in after.values())),
+            len(after),
+            logits.data_ptr(),
+            want,
+        )
+        enough_memory(failed, f"{ids.numel()} tokens at once")
+        return logits, state_class(self.config)(**after)
+
+    def _check(self, idx: Tensor, state: State | None) -> tuple[int, int]:
+        if idx.dim() != 2:
+            raise UsageError(f"idx has shape {tuple(idx.shape)}; the model needs (batch, time)")
+        if idx.dtype != torch.long or idx.device.type != "cpu":
+            raise UsageError(f"idx is {idx.dtype} on {idx.device}; the model needs int64 on the CPU")
+        self._check_ids(idx)
+        if state is not None:
+            self._check_state(state, idx.shape[0])
+        return idx.shape[0], idx.shape[1]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise TokenizerError(f"token id {bad} is outside this model's vocabulary of {self.config.vocab_size}")
+
+    def _check_state(self, state: State, batch: int) -> None:
+        if not isinstance(state, state_class(self.config)):
+            raise StateError(f"a {type(state).__name__} does not fit a {self.config.family} model")
+        state.check(self.config, batch)
+        _check_readable(state)
+
+    def set_vector(self, layer: int, name: str, values: Tensor) -> None:
+        """Hand a vector of parameters over; the library copies it."""
+        flat = values.detach().float().reshape(-1).contiguous()
+        found = functions().fledge_model_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
+        assert found == 0, name
+
+    def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
+        """Hand a LoRA factor (out, in) over: float32 arithmetic, stored as small as its values allow."""
+        self._keep(layer, name, pack(weight, EXACT.get(weight.dtype, "float32")))
+
+    def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantised: Mapping[str, QuantizedMatrix]) -> None:
+        layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
+        if name in quantised:
+            self._keep(layer, inner, PackedMatrix.of(quantised[name]))
+            return
+        weight = tensors[name]
+        wanted = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+        format = "bfloat16" if wanted == torch.bfloat16 else "float32"
+        if format == "float32" and weight.dtype in EXACT:
+            format = EXACT[weight.dtype]
+        self._keep(layer, inner, pack(weight, format))
+        self._release(weight)
+
+    def _keep(self, layer: int, name: str, matrix: PackedMatrix) -> None:
+        self.matrices[name if layer < 0 else f"blocks.{layer}.{name}"] = matrix
+        found = functions().fledge_model_matrix(
+            self._handle, layer, name.encode(), matrix.code, matrix.rows, matrix.columns, matrix.data.data_ptr()
+        )
+        assert found == 0, name
+
+
+def _new_model(config: ModelConfig) -> int:
+    sizes = (
+        int(config.version[0]),
+        config.vocab_size,
+        config.n_layer,
+        config.n_embd,
+        config.dim_att,
+        config.dim_ffn,
+        config.n_head,
+        config.mix_rank,
+        config.decay_rank,
+        int(config.version not in ("4", "5.0")),
+        int(config.scaled_keys),
+    )
+    handle: int | None = functions().fledge_model_new(
+        (ctypes.c_int64 * len(sizes))(*sizes), config.norm_eps, config.group_norm_eps
+    )
+    enough_memory(handle is None, "the model")
+    assert handle is not None
+    return handle
+
+
+def _block_names(config: ModelConfig, layer: int) -> list[str]:
+    if layer < 0:
+        return ["head.weight"]
+    absent = {"att.gate.weight"} if config.version in ("4", "5.0") else set()
+    return [f"blocks.{layer}.{name}" for name in sorted(MATRICES - absent)]
+
+
+def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    """The vectors and LoRA factors of one block."""
+    config = model.config
+
+    def of(name: str) -> Tensor:
+        return tensors[f"blocks.{layer}.{name}"]
+
+    for norm in ("ln1", "ln2", *(["att.ln_x"] if config.version != "4" else [])):
+        for part in ("weight", "bias"):
+            model.set_vector(layer, f"{norm}.{part}", of(f"{norm}.{part}"))
+    if config.version == "6.0":
+        for letter in "xwkvrg":
+            model.set_vector(layer, f"att.mix_{letter}", of(f"att.time_maa_{letter}"))
+        for letter in "kr":
+            model.set_vector(layer, f"ffn.mix_{letter}", of(f"ffn.time_maa_{letter}"))
+        model.set_factor(layer, "att.mix_down", of("att.time_maa_w1").T)
+        for letter, factor in zip("wkvrg", of("att.time_maa_w2"), strict=True):
+            model.set_factor(layer, f"att.mix_up_{letter}", factor.T)
+        model.set_factor(layer, "att.decay_down", of("att.time_decay_w1").T)
+        model.set_factor(layer, "att.decay_up", of("att.time_decay_w2").T)
+    else:
+        # Before Finch the files hold the weight of the current token; the library wants that of the one before.
+        for letter in "kvr" if config.version in ("4", "5.0") else "kvrg":
+            model.set_vector(layer, f"att.mix_{letter}", 1 - of(f"att.time_mix_{letter}").float())
+        for letter in "kr":
+            model.set_vector(layer, f"ffn.mix_{letter}", 1 - of(f"ffn.time_mix_{letter}").float())
+    model.time_decays.append(of("att.time_decay").detach().float().clone())
+    decay, bonus = _decay_and_bonus(config, of)
+    model.set_vector(layer, "att.decay", decay)
+    model.set_vector(layer, "att.bonus", bonus)
+
+
+def _decay_and_bonus(config: ModelConfig, of: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Finch: the raw decay; Eagle: the factor; RWKV-4: its logarithm. And u; one number a channel each."""
+    raw = of("att.time_decay").float()
+    if config.version == "4":
+        return -torch.exp(raw), of("att.time_first").float()
+    bonus = of(f"att.{config.bonus}").float()
+    if config.version == "6.0":
+        return raw, bonus
+    if config.bonus == "time_first":
+        bonus = torch.exp(bonus)
+    decay = torch.exp(-torch.exp(raw))
+    if decay.dim() == 1:  # 5.0 and 5.1: one number a head
+        decay, bonus = (x[:, None].expand(-1, config.head_size) for x in (decay, bonus))
+    return decay, bonus
+
+
+def _embedding(weight: Tensor) -> Tensor:
+    """The table where it lies, if the library can read it; rows are looked up, so its dtype costs no speed."""
+    return weight.detach().to(weight.dtype if weight.dtype in STORED else torch.float32).contiguous()
+
+
+def _tuned_layers(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """(H, V, K) of each layer, copied out of the file; empty where the model has no tuned state."""
+    if not config.tuned_state:
+        return []
+    return [tensors[f"blocks.{layer}.att.time_state"].detach().float().clone() for layer in range(config.n_layer)]
+
+
+def _check_readable(state: State) -> None:
+    """Raise for a state that the library cannot read, or whose gradient would be lost."""
+    for tensor in state.tensors().values():
+        if tensor.device.type != "cpu":
+            raise StateError(f"the state is on {tensor.device}, the model on the CPU; move it with state.to('cpu')")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise UsageError("this model is native, for inference, and gives no gradients; load it with pack=False")
+
+
+def _checked(lengths: Tensor, B: int, T: int) -> list[int]:
+    counts: list[int] = lengths.tolist() if lengths.dim() == 1 else []
+    if len(counts) != B or any(not 0 <= count <= T for count in counts):
+        raise UsageError(f"lengths must hold {B} numbers between 0 and {T}, not {lengths.tolist()}")
+    return counts

@@ -1,0 +1,154 @@
+"""Several processes that train one model: who takes which rows, and what they exchange.
+
+    single   one process
+    ddp      every process holds the whole model and the gradients are averaged (DistributedDataParallel)
+    fsdp     every process holds a part of each parameter, its gradient and its optimiser state (FSDP2, by blocks)
+
+`torchrun` starts the processes and tells them of each other. Rows go round in turn, so that n processes see in a step
+exactly the rows that one would see.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fledge.core.device import choose_device
+from fledge.core.errors import ConfigError, TrainingError
+from fledge.data.batches import Batch
+
+MODES = ("ddp", "fsdp")
+LETTING_GO = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among all. `rank` 0 is the one that writes files and talks."""
+
+    rank: int = 0
+    world: int = 1
+    mode: str = "single"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and talks for all."""
+        return self.rank == 0
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows of a batch."""
+        if self.world > 1 and batch.idx.shape[0] % self.world:
+            raise ConfigError(
+                f"a batch has {batch.idx.shape[0]} rows, which {self.world} processes cannot share evenly; take a "
+                f"multiple of {self.world}"
+            )
+        return batch.rows(slice(self.rank, None, self.world))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """What is to be called in place of `model`, whose parameters stay where they are (ddp) or are parted (fsdp)."""
+        if self.mode == "ddp":
+            return DistributedDataParallel(model)
+        if self.mode == "fsdp":
+            _part(model)
+        return model
+
+    def quietly(self, called: nn.Module, quiet: bool) -> AbstractContextManager[Any]:
+        """Around a forward and backward pass: with `quiet`, gradients stay here, to be exchanged by a later one."""
+        if self.mode == "ddp" and quiet:
+            assert isinstance(called, DistributedDataParallel)
+            return called.no_sync()
+        if self.mode == "fsdp":
+            called.set_requires_gradient_sync(not quiet)  # type: ignore[operator]
+        return nullcontext()
+
+    def total(self, value: float) -> float:
+        """The sum over all processes."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64, device=_exchange_device())
+        dist.all_reduce(found)
+        return float(found)
+
+    def largest(self, value: int) -> int:
+        """The largest value that any process has: a question they answer together, 0 for no."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, device=_exchange_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join(mode: str = "ddp", device: str | None = None) -> Iterator[Distributed]:
+    """The team that torchrun has started, or a team of one; device: on which it will train, None for the best one.
+
+    Raises TrainingError where it cannot be joined.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if mode not in MODES:
+        raise ConfigError(f"parallel is {mode!r}; choose from {', '.join(MODES)}")
+    if world == 1 and mode == "ddp":
+        yield Distributed()
+        return
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"parallel = {mode!r} needs processes; start them with `torchrun --nproc-per-node N -m fledge`"
+        )
+    try:
+        dist.init_process_group("nccl" if choose_device(device)[0].type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"the processes that torchrun started cannot reach each other: {error}") from error
+    try:
+        with warnings.catch_warnings():
+            # Of the last token's input, which a block hands on as part of the state. Nobody writes into a state.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield Distributed(dist.get_rank(), world, mode)
+    finally:
+        # gloo's threads may still hold tensors of the last exchange. One that lets go of them while Python is already
+        # ending aborts the process, and nothing can be asked to wait for it.
+        time.sleep(LETTING_GO)
+        dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which fsdp holds parts, put together; any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+def _exchange_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _part(model: Any) -> None:
+    """FSDP2 by blocks. The first block's ln0 is called by itself, before the block, so it is a part of its own."""
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:  # torch 2.5 had it elsewhere
+        raise ConfigError(f"parallel = 'fsdp' needs a torch with FSDP2: {error}") from error
+    mesh = dist.device_mesh.init_device_mesh(_exchange_device().type, (dist.get_world_size(),))
+    for block in model.blocks:
+        if hasattr(block, "ln0"):
+            fully_shard(block.ln0, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

@@ -1,0 +1,1 @@
+"""Fine-tuning: full, LoRA and initial-state tuning of a checkpoint."""

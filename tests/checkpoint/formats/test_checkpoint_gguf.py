@@ -1,0 +1,335 @@
+"""GGUF files of others: the same tensors as the original's, quantised ones without loss, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_checkpoints import make, same, saved
+from torch import Tensor
+
+gguf = pytest.importorskip("gguf")
+
+import foreign_gguf as foreign  # noqa: E402 - it needs the package
+
+from fledge.checkpoint import assemble, convert, inspect, load, load_model, read, verify  # noqa: E402
+from fledge.checkpoint.formats.gguf.header import read_header  # noqa: E402
+from fledge.checkpoint.formats.gguf.vocabulary import spec_of, tokenizer_keys  # noqa: E402
+from fledge.core.errors import CheckpointError, UnsupportedError  # noqa: E402
+from fledge.tokenizer import byte_vocabulary, prune, world_vocabulary  # noqa: E402
+
+TYPE = gguf.GGMLQuantizationType
+SIZES: dict[str, Any] = {"n_layer": 3, "n_embd": 64, "head_size": 16}
+MATRICES = ("receptance.weight", "key.weight", "value.weight", "gate.weight", "output.weight", "head.weight")
+
+
+def finch(**sizes: Any) -> dict[str, Tensor]:
+    return make("6.0", **(SIZES | sizes))
+
+
+def foreign_file(path: Path, tensors: dict[str, Tensor], rescale: int = 0, **options: Any) -> Path:
+    keys = foreign.keys_of(tensors, rescale) | options.pop("keys", {})
+    return foreign.write(path, foreign.converted(tensors, rescale), keys, **options)
+
+
+def is_matrix(name: str) -> bool:
+    return name.endswith(MATRICES)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rescale", [0, 1, 2, 6])
+def test_a_converted_file_holds_the_original(rescale: int, fused: bool, tmp_path: Path) -> None:
+    """Divided and multiplied by powers of two, F16 is exact down to 2^-24: these matrices have nothing smaller."""
+    tensors = finch(n_layer=8)
+    for name in filter(is_matrix, tensors):
+        tensors[name] = (tensors[name] * 4096).round() / 4096
+    halves = {name: t.half() if is_matrix(name) or name == "emb.weight" else t for name, t in tensors.items()}
+    arrays = foreign.converted(halves, rescale, fused=fused)
+    path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, rescale))
+    config, found = load(path)
+    assert same(halves, found) and list(found) == list(tensors)
+    assert (config.version, config.n_head, config.mix_rank, config.decay_rank) == ("6.0", 4, 8, 12)
+    assert config == load(saved(tmp_path, tensors))[0]
+
+
+@pytest.mark.parametrize(
+    "kind", [TYPE.F32, TYPE.BF16, TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1, TYPE.Q5_0, TYPE.Q5_1, TYPE.Q6_K]
+)
+def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> None:
+    """Against gguf's own unpacking; Q6_K has no packing there, so its bytes are random."""
+    tensors = finch(n_layer=2, n_embd=256, dim_ffn=512)
+    arrays = foreign.converted(tensors, 1)
+    path = tmp_path / "m.gguf"
+    if kind != TYPE.Q6_K:
+        path = foreign.write(path, arrays, foreign.keys_of(tensors, 1), kind=kind)
+    else:
+        write_k_types(path, arrays, foreign.keys_of(tensors, 1))
+    found, meta = read(path), read(path, weights=False)
+    assert bool(found.quantised) == (kind in (TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1)) and "emb.weight" in found.tensors
+    assert {name: t.dtype for name, t in found.tensors.items()} == {name: t.dtype for name, t in meta.tensors.items()}
+    assert {n: (m.format, m.shape) for n, m in found.quantised.items()} == {
+        n: (m.format, m.shape) for n, m in meta.quantised.items()
+    }
+    dense = found.dense()
+    for tensor in gguf.GGUFReader(path).tensors:
+        name = ours(tensor.name)
+        if not is_matrix(name) and name != "emb.weight":
+            continue
+        factor = 2 if name in ("blocks.1.att.output.weight", "blocks.1.ffn.value.weight") else 1
+        theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type)) * factor
+        exact = name in found.quantised or dense[name].dtype != torch.float16
+        assert torch.equal(dense[name].float(), theirs if exact else theirs.half().float()), name
+
+
+def ours(name: str) -> str:
+    """The official name of a matrix, from the test's own table."""
+    if name in foreign.OUTSIDE.values():
+        return next(official for official, theirs in foreign.OUTSIDE.items() if theirs == name)
+    layer, inner = name.removeprefix("blk.").split(".", 1)
+    return next((f"blocks.{layer}.{official}" for official, theirs in foreign.NAMES.items() if theirs == inner), name)
+
+
+def write_k_types(path: Path, arrays: dict[str, Any], keys: dict[str, Any]) -> None:
+    """Matrices in Q6_K: random integers and scales, small ones, so that none overflows."""
+    numbers, size = gguf.GGML_QUANT_SIZES[TYPE.Q6_K]
+    generator = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "rwkv6")
+    for key, value in keys.items():
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
+    for name, array in arrays.items():
+        if array.ndim == 1 or any(part in name for part in foreign.ALWAYS_F32):
+            writer.add_tensor(name, np.ascontiguousarray(array))
+            continue
+        blocks = generator.integers(0, 256, (array.size // numbers, size), dtype=np.uint8)
+        blocks[:, -2:] = generator.normal(0, 1e-3, len(blocks)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        writer.add_tensor(name, blocks.reshape(len(array), -1), raw_dtype=TYPE.Q6_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_quantised_matrices_that_ours_cannot_hold_become_dense(tmp_path: Path) -> None:
+    """-8 times the scale of a Q4_0 may overflow float16, a Q8_0 of others may hold -128, rescaling may overflow."""
+    tensors = finch()
+    path = foreign_file(tmp_path / "a.gguf", tensors, kind=TYPE.Q4_0)
+    change_first_block(path, "blk.0.time_mix_key.weight", np.float16(9000).tobytes())
+    found = read(path)
+    assert "blocks.0.att.key.weight" not in found.quantised and "blocks.1.att.key.weight" in found.quantised
+    key = found.tensors["blocks.0.att.key.weight"]
+    assert key.dtype == torch.float32 and bool(key.isfinite().all()) and float(key.abs().max()) >= 9000
+
+    path = foreign_file(tmp_path / "b.gguf", tensors, 1, kind=TYPE.Q8_0)
+    change_first_block(path, "blk.2.time_mix_value.weight", np.float16(2).tobytes() + b"\x80")
+    change_first_block(path, "blk.2.time_mix_output.weight", np.float16(60000).tobytes() + b"\x01")
+    found = read(path)
+    assert float(found.tensors["blocks.2.att.value.weight"][0, 0]) == -256
+    assert float(found.tensors["blocks.2.att.output.weight"][0, 0]) == 240000
+    assert "blocks.2.att.gate.weight" in found.quantised
+
+
+def test_halves_that_rescaling_overflows_become_float32(tmp_path: Path) -> None:
+    tensors = finch()
+    tensors["blocks.2.att.output.weight"][0, 0] = 100000.0
+    found = load(foreign_file(tmp_path / "m.gguf", tensors, 1))[1]
+    output = found["blocks.2.att.output.weight"]
+    assert output.dtype == torch.float32 and float(output[0, 0]) == pytest.approx(100000, rel=1e-3)
+    assert found["blocks.1.att.output.weight"].dtype == torch.float16
+
+
+def change_first_block(path: Path, name: str, start: bytes) -> None:
+    place = read_header(path).places[name]
+    data = bytearray(path.read_bytes())
+    data[place.begin : place.begin + len(start)] = start
+    path.write_bytes(data)
+
+
+def test_dense_tensors_are_mapped_and_the_file_is_never_written(tmp_path: Path) -> None:
+    path = foreign_file(tmp_path / "m.gguf", finch())
+    before = path.read_bytes()
+    found = load(path)[1]
+    pointers = {found[name].untyped_storage().data_ptr() for name in ("emb.weight", "head.weight", "ln_out.bias")}
+    assert len(pointers) == 1
+    found["emb.weight"].zero_()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 4096])
+def test_any_alignment(alignment: int, tmp_path: Path) -> None:
+    tensors = finch()
+    path = foreign_file(tmp_path / "m.gguf", tensors, kind=foreign.F32, keys={"general.alignment": alignment})
+    assert same(tensors, load(path)[1])
+
+
+def test_the_header_is_what_the_package_reads(tmp_path: Path) -> None:
+    keys = foreign.world_keys(byte_vocabulary().tokens) | {"general.name": "a 名", "x.floats": [0.5, 2.0]}
+    path = foreign_file(tmp_path / "m.gguf", finch(vocab_size=256), kind=TYPE.Q4_1, keys=keys)
+    header, theirs = read_header(path), gguf.GGUFReader(path)
+    assert {key for key in theirs.fields if not key.startswith("GGUF.")} == header.values.keys()
+    for key, value in header.values.items():
+        if isinstance(value, list):
+            value = [text.decode() for text in value]
+        elif isinstance(value, tuple):
+            value = list(value.unpack())
+        assert theirs.fields[key].contents() == value, key
+    assert [tensor.name for tensor in theirs.tensors] == list(header.places)
+    for tensor, place in zip(theirs.tensors, header.places.values(), strict=True):
+        assert (tensor.tensor_type, tensor.shape.tolist()[::-1]) == (place.type, list(place.shape))
+        assert (tensor.data_offset, tensor.n_bytes) == (place.begin, place.nbytes)
+
+
+def test_info_tells_types_and_names(tmp_path: Path) -> None:
+    keys = {"general.name": "Small Finch", "tokenizer.chat_template": "rwkv-world"}
+    info = inspect(foreign_file(tmp_path / "m.gguf", finch(), kind=TYPE.Q8_0, keys=keys))
+    assert info.format == "gguf" and info.dtypes[0] == "int8" and "float32" in info.dtypes
+    assert info.parameters == sum(tensor.numel() for tensor in finch().values())
+    assert info.extra == {"name": "Small Finch", "chat_template": "rwkv-world", "gguf_types": "Q8_0, F32"}
+    long = inspect(foreign_file(tmp_path / "n.gguf", finch(), keys={"tokenizer.chat_template": "{{ x }}" * 40}))
+    assert long.extra == {"gguf_types": "F16, F32"}
+
+
+def test_a_quantised_file_runs_and_is_verified(tmp_path: Path) -> None:
+    path = foreign_file(tmp_path / "m.gguf", finch(vocab_size=256), kind=TYPE.Q8_0)
+    assert verify(path).quantised
+    with torch.no_grad():
+        quantised = load_model(path).model(torch.tensor([[3, 1, 4]]))[0]
+        expected = assemble(*load(path))(torch.tensor([[3, 1, 4]]))[0]
+    torch.testing.assert_close(quantised, expected, atol=1e-4, rtol=0)
+    change_first_block(path, "blk.1.channel_mix_key.weight", np.float16(np.inf).tobytes())
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight holds numbers that are not finite"):
+        verify(path)
+
+
+def test_a_single_head_whose_axis_ggml_dropped(tmp_path: Path) -> None:
+    tensors = finch(head_size=64)
+    arrays = foreign.converted(tensors, 0)
+    for name in arrays:
+        if "time_mix_first" in name:
+            arrays[name] = arrays[name].reshape(-1)
+    path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, 0), kind=foreign.F32)
+    assert same(tensors, load(path)[1])
+
+
+def test_the_epsilon_of_the_norms(tmp_path: Path) -> None:
+    keys = {"rwkv6.attention.layer_norm_epsilon": 3e-6}
+    config = load(foreign_file(tmp_path / "m.gguf", finch(), keys=keys))[0]
+    assert (config.norm_eps, config.group_norm_eps) == (3e-6, 64e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"rwkv6.embedding_length": 128}, "embedding_length says 128, its tensors say 64"),
+        ({"rwkv6.block_count": 4}, "block_count says 4"),
+        ({"rwkv6.wkv.head_size": 32}, "head_size says 32"),
+        ({"rwkv6.wkv.head_size": 7}, "head_size says 7"),
+        ({"rwkv6.wkv.head_size": "x"}, "no count"),
+        ({"rwkv6.rescale_every_n_layers": -1.0}, "no count"),
+        ({"rwkv6.attention.layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+        ({"rwkv6.attention.layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'"),
+        ({"rwkv6.attention.layer_norm_epsilon": 1e30}, "impossible epsilons"),
+    ],
+)
+def test_keys_that_contradict_the_tensors(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = foreign_file(tmp_path / "m.gguf", finch(), keys=keys)
+    with pytest.raises(CheckpointError, match=rf"m\.gguf.*({words})"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["rwkv7", "arwkv7", "rwkv6qwen2", "llama"])
+def test_other_architectures_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = foreign_file(tmp_path / "m.gguf", finch(), architecture=name)
+    words = "RWKV-7 model" if "rwkv7" in name else f"'{name}'"
+    with pytest.raises(UnsupportedError, match=rf"m\.gguf is .*{words}, which is not supported"):
+        load(path)
+
+
+def test_one_file_of_several_is_refused(tmp_path: Path) -> None:
+    path = foreign_file(tmp_path / "m.gguf", finch(), keys={"split.count": 3})
+    with pytest.raises(UnsupportedError, match=r"m\.gguf is one of 3 files of a model; merge them"):
+        load(path)
+
+
+def test_missing_strange_and_repeated_tensors(tmp_path: Path) -> None:
+    tensors, keys = finch(), foreign.keys_of(finch(), 0)
+    arrays = foreign.converted(tensors, 0)
+    without = {name: array for name, array in arrays.items() if name != "blk.1.time_mix_gate.weight"}
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.att\.gate\.weight \(64, 64\)"):
+        load(foreign.write(tmp_path / "a.gguf", without, keys))
+    with pytest.raises(CheckpointError, match=r"unexpected: 'blk\.0\.strange\.weight'"):
+        load(foreign.write(tmp_path / "b.gguf", {**arrays, "blk.0.strange.weight": arrays["output.weight"]}, keys))
+    both = arrays | {"blk.1.time_mix_lerp_k.weight": np.zeros(64, dtype=np.float32)}
+    with pytest.raises(CheckpointError, match=r"holds 'blocks\.1\.att\.time_maa_k' twice"):
+        load(foreign.write(tmp_path / "c.gguf", both, keys))
+    integers = {**arrays, "output_norm.bias": np.zeros(64, dtype=np.int32)}
+    with pytest.raises(UnsupportedError, match=r"d\.gguf.*I32"):
+        load(foreign.write(tmp_path / "d.gguf", integers, keys, kinds={"output_norm.bias": TYPE.I32}))
+
+
+VOCABULARIES = {
+    "world": world_vocabulary(),
+    "pruned": prune(world_vocabulary(), [300, 261, 5000, 65529], size=300),
+    "bytes": byte_vocabulary(),
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_vocabularies_come_back(kind: str) -> None:
+    vocabulary = VOCABULARIES[kind]
+    for keys in (foreign.world_keys(vocabulary.tokens), plain(tokenizer_keys(vocabulary, vocabulary.size))):
+        if kind == "bytes" and "tokenizer.ggml.eot_token_id" in keys:
+            keys["tokenizer.ggml.token_type"] = [1] * 256
+        assert spec_of(as_read(keys), vocabulary.size, "x") == vocabulary.to_spec()
+        if kind != "bytes":
+            del keys["tokenizer.ggml.token_type"]  # then the texts alone decide
+
+
+def plain(keys: dict[str, Any]) -> dict[str, Any]:
+    return {f"tokenizer.{key}": value for key, value in keys.items()}
+
+
+def as_read(keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys as the header gives them."""
+    from fledge.checkpoint.formats.gguf.header import NumberArray
+
+    found = dict(keys)
+    found["tokenizer.ggml.tokens"] = [
+        text.encode() if isinstance(text, str) else text for text in keys["tokenizer.ggml.tokens"]
+    ]
+    if "tokenizer.ggml.token_type" in keys:
+        types = np.array(keys["tokenizer.ggml.token_type"], dtype="<i4")
+        found["tokenizer.ggml.token_type"] = NumberArray("i", types.tobytes())
+    return found
+
+
+def test_lists_that_are_no_vocabulary_of_ours() -> None:
+    world = world_vocabulary()
+    keys = as_read(foreign.world_keys(world.tokens))
+    texts = keys["tokenizer.ggml.tokens"]
+    assert spec_of(keys, 65535, "x") is None and spec_of({}, 65536, "x") is None
+    renamed = [*texts[:65530], b"<|user|>", *texts[65531:]]  # a tune may name a reserved id
+    assert spec_of(keys | {"tokenizer.ggml.tokens": renamed}, 65536, "x") == {"kind": "world"}
+    with pytest.raises(UnsupportedError, match="x has 65536 token rows but not World's tokens"):
+        spec_of(keys | {"tokenizer.ggml.tokens": [texts[0], *texts[2:], texts[1]]}, 65536, "x")
+    shuffled = [*texts[:257], texts[400], texts[300]]
+    assert spec_of({"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": shuffled}, 259, "x") is None
+
+
+def test_without_the_package_common_types_are_read_and_others_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [foreign_file(tmp_path / f"{kind.name}.gguf", finch(), kind=kind) for kind in (TYPE.Q8_0, TYPE.Q5_1)]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert read(paths[0]).quantised
+    with pytest.raises(UnsupportedError, match=r'Q5_1\.gguf.* pip install "fledge\[gguf\]"'):
+        read(paths[1])
+    other = foreign_file(tmp_path / "llama.gguf", finch(), kind=TYPE.Q5_1, architecture="llama")
+    with pytest.raises(UnsupportedError, match="of the architecture 'llama'"):  # rather than of the package
+        read(other)
+    with pytest.raises(UnsupportedError, match=r'pip install "fledge\[gguf\]"'):
+        convert(paths[0], tmp_path / "new.gguf")
+    assert not (tmp_path / "new.gguf").exists()

@@ -1,0 +1,215 @@
+"""Damaged and hostile GGUF files: one line that names the file, or a model; never a crash or a huge allocation."""
+
+from __future__ import annotations
+
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_checkpoints import make
+
+gguf = pytest.importorskip("gguf")
+
+import foreign_gguf as foreign  # noqa: E402 - it needs the package
+
+from fledge.checkpoint import read  # noqa: E402
+from fledge.checkpoint.formats.gguf.header import read_header  # noqa: E402
+from fledge.core.errors import CheckpointError, FledgeError  # noqa: E402
+from fledge.tokenizer import byte_vocabulary  # noqa: E402
+
+LARGE = (0, 1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small file with a tokenizer, texts, arrays, and tensors of four types."""
+    tensors = make("6.0", n_layer=2, n_embd=32, head_size=16, vocab_size=256)
+    keys = foreign.keys_of(tensors, 1) | foreign.world_keys(byte_vocabulary().tokens) | {"general.name": "small"}
+    kinds = {
+        "output.weight": gguf.GGMLQuantizationType.Q4_0,
+        "blk.0.time_mix_key.weight": gguf.GGMLQuantizationType.Q4_1,
+        "blk.1.time_mix_key.weight": gguf.GGMLQuantizationType.Q5_0,
+        "blk.1.time_mix_output.weight": gguf.GGMLQuantizationType.Q8_0,
+    }
+    path = tmp_path_factory.mktemp("gguf") / "whole.gguf"
+    return foreign.write(path, foreign.converted(tensors, 1), keys, kinds=kinds)
+
+
+def header_end(path: Path) -> int:
+    return min(place.begin for place in read_header(path).places.values())
+
+
+def outcome(path: Path, data: bytes) -> str:
+    """ "loaded", or the message of the one error that is allowed."""
+    path.write_bytes(data)
+    texts = []
+    for weights in (False, True):
+        try:
+            checkpoint = read(path, weights=weights)
+            assert not weights or len([tensor.sum() for tensor in checkpoint.dense().values()])
+        except FledgeError as error:
+            text = str(error)
+            assert path.name in text and "\n" not in text and len(text) < 1500, text
+            texts.append(text)
+    return texts[-1] if texts else "loaded"
+
+
+def check(path: Path, damaged: list[bytes]) -> list[str]:
+    """Read every file; the memory of Python and numpy stays near the size of the file."""
+    tracemalloc.start()
+    found = [outcome(path, data) for data in damaged]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20, f"{peak} bytes"
+    return found
+
+
+def test_truncated_anywhere(whole: Path, tmp_path: Path) -> None:
+    data, end = whole.read_bytes(), header_end(whole)
+    rng = random.Random(1)
+    cuts = [*range(4, 40), *rng.sample(range(40, end), 60), *rng.sample(range(end, len(data)), 20)]
+    found = check(tmp_path / "cut.gguf", [data[:cut] for cut in cuts])
+    assert "loaded" not in found and all("damaged" in text for text in found)
+
+
+def test_changed_bytes(whole: Path, tmp_path: Path) -> None:
+    data, end = whole.read_bytes(), header_end(whole)
+    rng = random.Random(2)
+    damaged = []
+    for _ in range(200):
+        changed = bytearray(data)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            changed[rng.randrange(end)] = rng.randrange(256)
+        damaged.append(bytes(changed))
+    found = check(tmp_path / "changed.gguf", damaged)
+    assert 0 < found.count("loaded") < len(found)
+
+
+def lengths(path: Path) -> list[tuple[int, str]]:
+    """Where the header's lengths, counts, sizes, types and offsets are, and of what struct code each of them is."""
+    reader = gguf.GGUFReader(path)
+    found = [(4, "<I"), (8, "<Q"), (16, "<Q")]
+    fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
+    for field in (*fields, *(tensor.field for tensor in reader.tensors)):
+        at = field.offset
+        for part in field.parts[:9]:
+            size = part.dtype.itemsize
+            if size in (4, 8):
+                found += [(at + begin, "<I" if size == 4 else "<Q") for begin in range(0, part.nbytes, size)]
+            at += part.nbytes
+    return found
+
+
+def test_lying_lengths(whole: Path, tmp_path: Path) -> None:
+    data = whole.read_bytes()
+    rng = random.Random(3)
+    damaged = []
+    for at, code in rng.choices(lengths(whole), k=250):
+        old = struct.unpack_from(code, data, at)[0]
+        value = rng.choice((*LARGE, old + 1, old - 1, 2 * old, old + 32)) % 2 ** (8 * struct.calcsize(code))
+        changed = bytearray(data)
+        struct.pack_into(code, changed, at, value)
+        damaged.append(bytes(changed))
+    found = check(tmp_path / "lying.gguf", damaged)
+    assert found.count("loaded") < len(found) // 2
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(keys: bytes = b"", count: int = 0, tensors: bytes = b"", number: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, number, count) + keys + tensors + bytes(999)
+
+
+def array(kind: int, count: int) -> bytes:
+    """A header with one key, an array that claims so many items."""
+    return header(text("a") + struct.pack("<IIQ", 9, kind, count), 1)
+
+
+def tensor(*sizes: int, kind: int = 0, offset: int = 0, name: str = "t") -> bytes:
+    return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+
+
+def of(*tensors: bytes) -> bytes:
+    """A header with these tensors."""
+    return header(KIND, 1, b"".join(tensors), len(tensors))
+
+
+KIND = text("general.architecture") + struct.pack("<I", 8) + text("rwkv6")
+BYTE = text("a") + struct.pack("<IB", 0, 1)
+ALIGNMENT = text("general.alignment") + struct.pack("<I", 4)
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "many keys": (header(count=2**63), "claims 0 tensors and 9223372036854775808 keys"),
+    "many tensors": (header(number=2**40), "claims 1099511627776 tensors"),
+    "a long key": (header(struct.pack("<Q", 2**62), 1), "ends too early"),
+    "a name of a kilobyte and more": (header(struct.pack("<Q", 1025) + bytes(2000), 1), "is no name"),
+    "many texts": (array(8, 2**50), "claims 1125899906842624 texts"),
+    "texts past the end": (array(8, 2**20), "ends too early"),
+    "many numbers": (array(4, 2**62), "ends too early"),
+    "arrays of arrays": (array(9, 1), "array of the type 9"),
+    "an unknown type": (header(text("a") + struct.pack("<I", 77), 1), "unknown type 77"),
+    "no UTF-8": (header(struct.pack("<Q", 2) + b"\xff\xfe", 1), "is no name"),
+    "a key twice": (header(BYTE * 2, 2), "'a' is there twice"),
+    "alignment 3": (header(KIND + ALIGNMENT + struct.pack("<I", 3), 2), "no power of two"),
+    "alignment 0": (header(KIND + ALIGNMENT + struct.pack("<I", 0), 2), "no power of two"),
+    "100 axes": (of(tensor(*[1] * 100)), "has 100 axes"),
+    "no axes": (of(tensor()), "has 0 axes"),
+    "no size": (of(tensor(0)), "impossible shape"),
+    "a product that overflows": (of(tensor(2**32, 2**32)), "impossible shape"),
+    "half a block": (of(tensor(33, kind=8)), "impossible shape"),
+    "type 4000": (of(tensor(32, kind=4000)), "type 4000 is unknown"),
+    "between blocks": (of(tensor(1, offset=8)), "multiple of 32"),
+    "far away": (of(tensor(1, offset=2**63)), "the file has"),
+    "past the end": (of(tensor(999)), "the file has"),
+    "over another": (of(tensor(8), tensor(8, name="u")), "'t' and 'u' overlap"),
+    "a tensor twice": (of(tensor(8), tensor(8)), "'t' is there twice"),
+    "version 1": (header(version=1), "of version 1"),
+    "big-endian": (header(version=3 << 24), "big-endian"),
+    "nothing else": (b"GGUF", "ends too early"),
+    "no architecture": (header(), "architecture None"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers(name: str, tmp_path: Path) -> None:
+    data, words = HOSTILE[name]
+    (tmp_path / "h.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read(tmp_path / "h.gguf")
+    assert "h.gguf" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_header_without_end(tmp_path: Path) -> None:
+    """A header is given up after a fixed number of bytes."""
+    path = tmp_path / "endless.gguf"
+    keys = text("a") + struct.pack("<IIQ", 9, 0, 2**30)
+    with open(path, "wb") as file:
+        file.write(header(keys, 1))
+        file.truncate(2**30 + 100)  # a hole
+    with pytest.raises(CheckpointError, match=r"endless\.gguf is damaged: its header claims over 33554432 bytes"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:-1], lambda t: t.reshape(-1), lambda t: t[None], lambda t: t.repeat(2, -1)]
+)
+@pytest.mark.parametrize("part", ["w1", "w2", "first", "lerp_fused", "decay", "decay_w1", "lerp_x", "ln", "key"])
+def test_tensors_of_other_shapes(part: str, change: Callable[..., object], tmp_path: Path) -> None:
+    tensors = make("6.0", n_layer=2, n_embd=32, head_size=16)
+    arrays = foreign.converted(tensors, 0)
+    name = f"blk.1.time_mix_{part}.weight"
+    try:
+        arrays[name] = change(arrays[name])  # type: ignore[assignment]
+        path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, 0), kind=foreign.F32)
+    except ValueError:
+        pytest.skip("the package refuses to write it")
+    try:
+        found = read(path)
+        assert torch.equal(found.tensors["head.weight"], tensors["head.weight"])
+    except CheckpointError as error:
+        assert "m.gguf" in str(error)

@@ -1,0 +1,334 @@
+"""Quantised checkpoints: what is rounded, what stays, the file that is written, and files that lie."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from small_checkpoints import KINDS, make, same, saved
+from torch import Tensor
+
+from fledge.checkpoint import assemble, base_of, inspect, load, load_model, read, save
+from fledge.checkpoint.quantization.quantizer import BITS, SCHEMES, is_matrix, quantize, quantize_tensors
+from fledge.checkpoint.quantization.sensitivity import USUAL, MatrixImportance, choose, measured_cost, usual_cost
+from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
+from fledge.kernels.rounding import quantize as round_weight
+
+# Wide enough that filling blocks up does not outweigh what 4 bits save; vocabulary rows fill whole panels.
+WIDE: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "vocab_size": 256}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Finch with extras."""
+    folder = tmp_path_factory.mktemp("source")
+    config, tensors = load(saved(folder, make("6.0", **WIDE)))
+    path = folder / "model.safetensors"
+    save(path, config, tensors, tokenizer_spec={"kind": "bytes"}, extra={"steps": 7})
+    return path
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_all_products_and_nothing_else_are_quantised(kind: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, make(kind))
+    outcome = quantize(source, tmp_path / "q.safetensors", "int8")
+    before, after = read(source), read(tmp_path / "q.safetensors")
+    products = {name for name, tensor in before.tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
+    assert set(after.quantised) == products - {"emb.weight"} == set(outcome.formats)
+    assert same(after.tensors, {name: t for name, t in before.tensors.items() if name not in after.quantised})
+    assert after.config == before.config and set(outcome.formats.values()) == {"int8"}
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    with torch.no_grad():
+        dense, _ = load_model(source).model(ids)
+        rounded, _ = load_model(tmp_path / "q.safetensors").model(ids)
+    assert float((dense - rounded).norm() / dense.norm()) < 0.05
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_file_holds_exactly_what_was_rounded(scheme: str, source: Path, tmp_path: Path) -> None:
+    outcome = quantize(source, tmp_path / "q.safetensors", scheme)
+    _, tensors = load(source)
+    rest, matrices = quantize_tensors(tensors, scheme)
+    found = read(tmp_path / "q.safetensors")
+    assert same(found.tensors, rest) and found.quantised.keys() == matrices.keys()
+    for name, matrix in found.quantised.items():
+        assert (matrix.format, matrix.shape) == (matrices[name].format, matrices[name].shape)
+        assert torch.equal(matrix.data, matrices[name].data)
+    assert found.tokenizer_spec == {"kind": "bytes"}
+    facts = {"scheme": scheme, "calibrated": False, "base": base_of(read(source)).identity}
+    assert found.extra == {"steps": 7, "quantised": facts}
+    assert outcome.nbytes == (tmp_path / "q.safetensors").stat().st_size < outcome.nbytes_before
+    assert outcome.bits_per_weight == inspect(tmp_path / "q.safetensors").bits_per_weight
+    assert all(
+        0 < error < (0.006 if found.quantised[name].format == "int8" else 0.1) for name, error in outcome.errors.items()
+    )
+    dense = found.dense()
+    assert torch.equal(dense["head.weight"], matrices["head.weight"].dequantise())
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quantize(source, tmp_path / f"{name}.safetensors", "mixed")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_matrices_are_mapped_not_read(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    quantize(source, path, "int4")
+    matrices = read(path).quantised
+    assert all(matrix.data.data_ptr() % 64 == 0 for matrix in matrices.values())
+    if not sys.platform.startswith("linux"):
+        pytest.skip("only Linux tells what is mapped")
+    spans = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+    ]
+    places = [range(int(start, 16), int(end, 16)) for start, end in spans]
+    assert all(any(matrix.data.data_ptr() in place for place in places) for matrix in matrices.values())
+
+
+def test_what_is_quantised_runs_without_a_file_too(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q.safetensors", "int4")
+    config, tensors = load(source)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    for pack in (False, True):
+        from_file, _ = load_model(tmp_path / "q.safetensors", dtype=torch.float32, pack=pack).model(ids)
+        at_once, _ = assemble(config, tensors, dtype=torch.float32, pack=pack, quant="int4")(ids)
+        assert torch.equal(from_file, at_once)
+
+
+# The policy of "mixed".
+
+
+def test_mixed_keeps_in_int8_what_counts_most_as_a_rule(source: Path, tmp_path: Path) -> None:
+    outcome = quantize(source, tmp_path / "q.safetensors", "mixed")
+    in_int8 = {name for name, format in outcome.formats.items() if format == "int8"}
+    assert 5.0 < outcome.bits_per_weight <= BITS and in_int8
+    assert not any(".ffn.receptance." in name for name in in_int8)
+
+
+def test_mixed_keeps_in_int8_what_a_text_says_counts(source: Path, tmp_path: Path) -> None:
+    _, tensors = load(source)
+    wanted = "blocks.1.ffn.receptance.weight"
+    importance = {
+        name: MatrixImportance(
+            torch.ones(tensor.shape[1]), torch.full((tensor.shape[0],), 1e4 if name == wanted else 1.0)
+        )
+        for name, tensor in tensors.items()
+        if is_matrix(name)
+    }
+    outcome = quantize(source, tmp_path / "q.safetensors", "mixed", importance=importance)
+    assert outcome.formats[wanted] == "int8" and outcome.calibrated
+    assert read(tmp_path / "q.safetensors").extra["quantised"]["calibrated"] is True
+
+
+def test_what_no_input_reaches_does_no_harm(source: Path, tmp_path: Path) -> None:
+    _, tensors = load(source)
+    zero = {
+        n: MatrixImportance(torch.zeros(t.shape[1]), torch.zeros(t.shape[0]))
+        for n, t in tensors.items()
+        if is_matrix(n)
+    }
+    outcome = quantize(source, tmp_path / "q.safetensors", "mixed", importance=zero)
+    assert set(outcome.errors.values()) == {0.0} and set(outcome.formats.values()) == {"int4"}
+
+
+def test_cost_is_the_formula() -> None:
+    weight = torch.randn(70, 40)
+    importance = MatrixImportance(torch.rand(40), torch.rand(70))
+    matrix, _ = round_weight(weight, "int4")
+    off = (weight.double() - matrix.dequantise(torch.float64)).square()
+    expected = 0.5 * (off * importance.outputs.double()[:, None] * importance.inputs.double()).sum()
+    assert measured_cost(weight, matrix, importance) == pytest.approx(float(expected), rel=1e-5)
+    assert usual_cost("blocks.3.att.output.weight", 10, 0.1) == pytest.approx(USUAL["att.output.weight"] * 0.1)
+    assert usual_cost("head.weight", 10, 0.0) == 0
+
+
+def test_choice_is_the_best_there_is() -> None:
+    draw = random.Random(1)
+    for _ in range(30):
+        names = [str(number) for number in range(9)]
+        gains = {name: draw.random() for name in names}
+        prices = {name: draw.randint(1, 20) * 1000 for name in names}  # whole thousandths of the budget
+        budget = 40_000
+        every = [set(some) for count in range(10) for some in itertools.combinations(names, count)]
+        affordable = [some for some in every if sum(prices[name] for name in some) <= budget]
+        best = max(affordable, key=lambda some: sum(gains[name] for name in some))
+        assert choose(gains, prices, budget) == best
+    assert choose({"a": 1.0}, {"a": 5}, -3) == choose({"a": 1.0}, {"a": 5}, 0) == choose({}, {}, 10) == set()
+    assert choose({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, 7) == {"b"}
+
+
+# What is refused.
+
+
+def test_what_cannot_be_quantised(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="quantisation 'int3' is unknown; choose one of int8, int4, mixed"):
+        quantize(source, tmp_path / "q.safetensors", "int3")
+    with pytest.raises(UsageError, match=r"q\.pth: quantised models are written as \.safetensors"):
+        quantize(source, tmp_path / "q.pth", "int8")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder"):
+        quantize(source, tmp_path / "folder.safetensors", "int8", force=True)
+    quantize(source, tmp_path / "q.safetensors", "int8")
+    with pytest.raises(CheckpointError, match="exists"):
+        quantize(source, tmp_path / "q.safetensors", "int4")
+    with pytest.raises(CheckpointError, match="is quantised already"):
+        quantize(tmp_path / "q.safetensors", tmp_path / "r.safetensors", "int4")
+    assert quantize(source, tmp_path / "q.safetensors", "int4", force=True).scheme == "int4"
+
+
+def test_a_weight_that_cannot_be_held_is_named(tmp_path: Path) -> None:
+    tensors = make("5.2")
+    tensors["blocks.1.ffn.key.weight"][3, 4] = float("nan")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight: .*numbers that int4 cannot hold"):
+        quantize(saved(tmp_path, tensors), tmp_path / "q.safetensors", "int4")
+    assert not (tmp_path / "q.safetensors").exists()
+
+
+# Files that lie.
+
+
+def rewritten(path: Path, target: Path, change: Any = lambda record, tensors: None) -> Path:
+    """The same safetensors after `change` has had its record and tensors."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    record = json.loads(metadata["fledge"])
+    change(record, tensors)
+    save_file(tensors, target, {**metadata, "fledge": json.dumps(record)})
+    return target
+
+
+NAME = "blocks.1.ffn.value.weight"
+
+
+def _shape(rows: int, columns: int) -> Any:
+    return lambda record, _tensors: record["quantised"].update({NAME: ["int4", rows, columns]})
+
+
+def _form(form: object) -> Any:
+    return lambda record, _tensors: record["quantised"].update({NAME: form})
+
+
+def _unlisted(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+    del record["quantised"][NAME]
+
+
+def _no_list(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+    del record["quantised"]
+
+
+def _no_map(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+    record["quantised"] = ["int4"]
+
+
+def _float(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[NAME] = torch.zeros(64, 224)
+
+
+def _too_short(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[NAME] = tensors[NAME][:, :-1].contiguous()
+
+
+def _gone(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors[NAME]
+
+
+def _another(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    record["quantised"]["emb.weight"] = ["int4", 256, 64]
+
+
+def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["ln_out.bias"] = torch.zeros(1, 2, 1280, dtype=torch.uint8)
+    record["quantised"]["ln_out.bias"] = ["int4", 1, 64]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_shape(64, 225), f"{NAME}: an int4 matrix of 64 x 225 is uint8"),
+        (_shape(63, 224), r"blocks\.1\.ffn\.value\.weight"),
+        (_shape(1 << 31, 1 << 31), f"{NAME}: an int4 matrix"),
+        (_form(["int3", 64, 224]), "no such form"),
+        (_form(["int4", 64]), "no such form"),
+        (_form(["int4", 64, 0]), "no such form"),
+        (_form(["int4", 64, True]), "no such form"),
+        (_form([["int4"], 64, 224]), "no such form"),
+        (_form("int4"), "no such form"),
+        (_form(["int8", 64, 224]), f"{NAME}: an int8 matrix of 64 x 224 is uint8"),
+        (_unlisted, rf"wrong shape: {NAME} is \(1, 7, 1280\)"),
+        (_no_list, "256 rows but head.weight has 4"),
+        (_no_map, "list of quantised matrices in its header is damaged"),
+        (_float, r"not float32 \(64, 224\)"),
+        (_too_short, f"{NAME}: an int4 matrix"),
+        (_gone, "lists .* as quantised, but no such tensor is there"),
+        (_another, "lists 'emb.weight' as quantised, which is never done"),
+        (_vector, r"ln_out\.bias"),
+    ],
+)
+def test_records_that_lie(change: Any, message: str, source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q.safetensors", "int4")
+    path = rewritten(tmp_path / "q.safetensors", tmp_path / "bad.safetensors", change)
+    for weights in (True, False):
+        with pytest.raises(CheckpointError, match=message):
+            read(path, weights=weights)
+
+
+def test_bytes_in_a_file_of_somebody_else_are_unsupported(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q.safetensors", "int4")
+    with safe_open(tmp_path / "q.safetensors", framework="pt") as file:
+        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "bare.safetensors")  # noqa: SIM118
+    with pytest.raises((UnsupportedError, CheckpointError)):
+        read(tmp_path / "bare.safetensors")
+
+
+def test_truncated_files_are_errors(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q.safetensors", "int4")
+    whole = (tmp_path / "q.safetensors").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    path = tmp_path / "cut.safetensors"
+    for length in (0, 7, 8, header - 1, header, header + 1280, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        for weights in (True, False):
+            with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+                read(path, weights=weights)
+
+
+def test_flipped_bytes_in_the_header_never_break_anything_else(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q.safetensors", "mixed")
+    whole = (tmp_path / "q.safetensors").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    path, draw, refused = tmp_path / "flipped.safetensors", random.Random(20), 0
+    for number in range(250):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 2, 8))):
+            at = draw.randrange(8 if number % 10 == 0 else header)
+            damaged[at] = draw.choice((damaged[at] ^ 1 << draw.randrange(8), draw.choice(b'0123456789"[]{},:')))
+        path.write_bytes(damaged)
+        try:
+            found = read(path)
+            inspect(path)
+            assemble(found.config, found.dense())
+        except FledgeError:
+            refused += 1
+    assert refused > 150
+
+
+def test_flipped_bytes_in_the_weights_load(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q.safetensors", "int4")
+    whole = bytearray((tmp_path / "q.safetensors").read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(21)
+    for _ in range(500):
+        whole[draw.randrange(header, len(whole))] ^= 1 << draw.randrange(8)
+    (tmp_path / "q.safetensors").write_bytes(whole)
+    logits, _ = load_model(tmp_path / "q.safetensors", pack=True).model(torch.tensor([[1, 2, 3]]))
+    assert logits.shape == (1, 3, 256)

@@ -1,0 +1,134 @@
+"""The TOML of a build: values of the right type or one line that names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fledge.core.errors import ConfigError
+from fledge.data.pipeline.config import MixtureGroup, build_config, read_config
+
+WHOLE = """
+seed = 7
+vocabulary = 8192
+cut_characters = 0
+clean = ["newlines", {min_letters = 0.3}]
+
+[[sources]]
+path = "books/*.jsonl"
+language = "en"
+
+[[sources]]
+hub = "some/data"
+template = "Q: {question}"
+
+[languages]
+identify = false
+
+[dedup]
+threshold = 1
+
+[validation]
+bytes = "50 KB"
+
+[mixture]
+total_bytes = "1.5GB"
+source_bytes = {"reference/dict" = "2MB"}
+
+[[mixture.groups]]
+name = "english"
+languages = ["en"]
+weight = 70
+
+[[mixture.groups]]
+name = "code"
+languages = ["code:*"]
+weight = 30
+epochs = 2
+max_bytes = "10MiB"
+"""
+
+
+def test_every_section(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(WHOLE)
+    config = read_config(tmp_path / "c.toml")
+    assert (config.seed, config.vocabulary, config.cut_characters) == (7, 8192, 0)
+    assert config.clean == ("newlines", {"min_letters": 0.3})
+    assert [source.label for source in config.sources] == ["books/*.jsonl", "some/data"]
+    assert not config.languages.identify and config.dedup.threshold == 1.0 and config.validation.bytes == 50_000
+    assert config.mixture.total_bytes == 1_500_000_000 and config.mixture.source_bytes == {"reference/dict": 2_000_000}
+    assert config.mixture.groups[1] == MixtureGroup("code", ("code:*",), weight=30.0, epochs=2.0, max_bytes=10 * 2**20)
+
+
+ONE = {"sources": [{"path": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "needs sources"),
+        ({"sources": []}, r"no \[\[sources\]\]"),
+        ({"sources": "x"}, "sources must be a table"),
+        ({"sources": [{}]}, "either a path or a hub"),
+        ({"sources": [{"path": "x", "hub": "y"}]}, "either a path or a hub"),
+        ({"sources": [{"pth": "x"}]}, "no setting 'pth'; did you mean 'path'"),
+        ({"sources": [{"path": 5}]}, "sources.path must be a str, not 5"),
+        ({"sources": [{"path": "x", "format": "csv"}]}, "format 'csv' is unknown"),
+        ({**ONE, "sed": 1}, "no setting 'sed'; did you mean 'seed'"),
+        ({**ONE, "seed": "1"}, "seed must be a whole number, not '1'"),
+        ({**ONE, "seed": True}, "seed must be a whole number"),
+        ({**ONE, "vocabulary": "worlds"}, "vocabulary 'worlds' is unknown"),
+        ({**ONE, "vocabulary": 256}, "vocabulary is 256; it must be from 257 to 65536"),
+        ({**ONE, "vocabulary": 1.5}, "vocabulary must be world"),
+        ({**ONE, "dtype": "uint8"}, "dtype 'uint8' is unknown"),
+        ({**ONE, "on_error": "go"}, "on_error 'go' is unknown"),
+        ({**ONE, "clean": "nfc"}, "clean must be a list"),
+        ({**ONE, "dedup": {"threshold": 0.1}}, "dedup.threshold is 0.1"),
+        ({**ONE, "dedup": 5}, "dedup must be a table"),
+        ({**ONE, "piece_bytes": "16 parsecs"}, "piece_bytes must be a size"),
+        ({**ONE, "piece_bytes": "1.2.3MB"}, "piece_bytes must be a size"),
+        ({**ONE, "languages": {"identify": 1}}, "languages.identify must be a bool"),
+        ({**ONE, "validation": {"share": 2}}, "validation.share is 2"),
+        ({**ONE, "mixture": {"groups": [{"weight": 1}]}}, "Group needs name"),
+        ({**ONE, "mixture": {"groups": [{"name": "a"}, {"name": "a"}]}}, "same name"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "languages": [1]}]}}, "languages must be a list of texts"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "weight": -1}]}}, "weight of group a is -1"),
+        ({**ONE, "mixture": {"total_bytes": "1GB"}}, "needs groups with a weight"),
+        ({**ONE, "mixture": {"source_bytes": {"a": "x"}}}, "source_bytes of a must be a size"),
+        ({**ONE, "mixture": {"source_bytes": {"a": -1}}}, "mixture.source_bytes of a is -1"),
+        ({**ONE, "mixture": {"total_bytes": -1}}, "mixture.total_bytes is -1"),
+        ({**ONE, "mixture": {"groups": []}}, "mixture.groups is empty"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "epochs": 0}]}}, "epochs is 0 in every group"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "epochs": 0, "weight": 1}]}}, "epochs of group a is 0, but"),
+        ({**ONE, "mixture": {"groups": [{"name": "a", "sources": []}]}}, "sources of group a is empty"),
+        ({**ONE, "dedup": {"threshold": 1.5}}, "dedup.threshold is 1.5"),
+        ({**ONE, "validation": {"share": -0.1}}, "validation.share is -0.1"),
+        ({**ONE, "validation": {"documents": -1}}, "validation.documents is -1"),
+        ({**ONE, "languages": {"characters": 0}}, "languages.characters is 0"),
+        ({**ONE, "cut_characters": -5}, "cut_characters is -5; it must be from 100"),
+        ({**ONE, "cut_characters": 3}, "cut_characters is 3; it must be from 100"),
+    ],
+)
+def test_mistakes(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(values)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("seed = = 1")
+    (tmp_path / "b.toml").write_bytes(b"\xff")
+    (tmp_path / "c.toml").write_text("seed = 1")
+    for name, message in (("a", r"a\.toml: Invalid"), ("b", r"b\.toml: "), ("c", r"c\.toml: .*needs sources")):
+        with pytest.raises(ConfigError, match=message):
+            read_config(tmp_path / f"{name}.toml")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1\xff")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}')
+    for name in ("x.parquet", "x.jsonl"):
+        with pytest.raises(ConfigError, match=rf"{name} is no config: a config is a TOML file .* path = '{name}'"):
+            read_config(tmp_path / name)
+    with pytest.raises(ConfigError, match="there is no config"):
+        read_config(tmp_path / "d.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path)

@@ -1,0 +1,232 @@
+"""Conversations: what is read, what is never read again, and the tree of turns."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import weakref
+
+import pytest
+import torch
+from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
+
+from fledge.core.errors import UsageError
+from fledge.engine import LLM, Chat, SamplingParams
+from fledge.engine.llm.chat import turn_seed
+from fledge.tokenizer import render
+
+TOKENIZER = ByteTokenizer("\n\n", "User", "Assistant", "System", ": ", ".\n")
+COLON = TOKENIZER.id_of(":")
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def fake_chat(*replies: str, system: str | None = None) -> tuple[FakeModel, Chat]:
+    """A chat whose n-th question is answered by the n-th reply. Only `Assistant:` is followed by a bare colon."""
+    model = FakeModel([TOKENIZER.encode(reply) for reply in replies], COLON, TOKENIZER.vocab_size)
+    return model, LLM(model, TOKENIZER).chat(system, params=GREEDY)
+
+
+def check_state(model: FakeModel, chat: Chat) -> None:
+    """The state is that of reading the transcript's ids from the beginning, in one go."""
+    fresh = FakeModel(model.replies, model.cue, TOKENIZER.vocab_size)
+    assert equal_states(chat.state, LLM(fresh, TOKENIZER).read(chat.ids))
+
+
+def test_three_turns_read_exactly_the_template() -> None:
+    model, chat = fake_chat(" Hi.", " Fine.\n\nUser: more", " Bye\n", system="Be kind.")
+    messages = [("system", "Be kind.")]
+    for question, answer in (("hello", "Hi."), ("how are\n\nyou?", "Fine."), ("bye", "Bye")):
+        assert "".join(chat.say(question)) == f" {answer}"
+        messages += [("user", question), ("assistant", answer)]
+        check_state(model, chat)
+    assert chat.messages == messages
+    assert chat.transcript == render(messages, "world", answer=False) + "\n\n"
+    assert [turn.completion.finish_reason for turn in chat.turns] == ["eos", "stop", "eos"]
+    assert chat.turns[2].parent is chat.turns[1]
+
+
+def test_without_a_system_text_nothing_is_read_before_the_first_question() -> None:
+    model, chat = fake_chat(" Hi.")
+    assert (model.calls, chat.ids, chat.transcript, chat.turns) == ([], (), "", ())
+    list(chat.say("hello"))
+    assert chat.transcript == "User: hello\n\nAssistant: Hi.\n\n"
+
+
+def test_old_text_is_never_read_again() -> None:
+    model, chat = fake_chat(" One.", " Two.", " Three.")
+    list(chat.say("first " * 50))
+    model.calls.clear()
+    list(chat.say("second"))
+    question = len(TOKENIZER.encode("User: second\n\nAssistant:"))
+    assert model.calls[0] == question and all(call == 1 for call in model.calls[1:])
+
+
+def test_a_full_length_answer_is_closed_like_any_other() -> None:
+    model, chat = fake_chat(" A long answer.\n", " Next.")
+    list(chat.say("hello", max_tokens=6))
+    assert chat.turns[-1].answer == " A lon" and chat.transcript.endswith("Assistant: A lon\n\n")
+    list(chat.say("and?"))
+    check_state(model, chat)
+
+
+def test_undo_goes_back_and_retry_answers_again_without_reading() -> None:
+    model, chat = fake_chat(" One.", " Two.", " Three.")
+    list(chat.say("a"))
+    before = chat.state
+    list(chat.say("b"))
+    model.calls.clear()
+    model.replies[1] = TOKENIZER.encode(" 2!")
+    assert "".join(chat.retry()) == " 2!"
+    assert all(call == 1 for call in model.calls), "the question was read again"
+    assert [turn.answer for turn in chat.turns] == [" One.", " 2!"]
+    check_state(model, chat)
+    assert chat.undo().user == "b"
+    assert equal_states(chat.state, before)
+    chat.undo()
+    with pytest.raises(UsageError, match="nothing to undo"):
+        chat.undo()
+    with pytest.raises(UsageError, match="nothing to retry"):
+        chat.retry()
+
+
+def test_retry_takes_the_next_seed_unless_told() -> None:
+    llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
+    chat = llm.chat(params=SamplingParams(top_p=1.0, seed=7, max_tokens=8))
+    first = "".join(chat.say("hello"))
+    second = "".join(chat.retry())
+    seed = turn_seed(7, 0)
+    assert (chat.turns[-1].completion.seed, second != first) == (seed + 1, True)
+    assert "".join(chat.retry()) not in (first, second) and chat.turns[-1].completion.seed == seed + 2
+    assert "".join(chat.retry(seed=seed)) == first
+
+
+def test_every_turn_has_its_own_seed_and_the_whole_chat_repeats() -> None:
+    llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
+
+    def talk() -> tuple[list[int], list[str]]:
+        chat = llm.chat(params=SamplingParams(top_p=1.0, seed=7, max_tokens=8))
+        for question in ("a", "b", "c"):
+            list(chat.say(question))
+        list(chat.retry())
+        list(chat.say("d", seed=7))
+        return [turn.completion.seed for turn in chat.turns], [turn.answer for turn in chat.turns]
+
+    seeds, answers = talk()
+    assert seeds == [turn_seed(7, 0), turn_seed(7, 1), turn_seed(7, 2) + 1, 7] and len(set(seeds)) == 4
+    assert talk() == (seeds, answers)
+    # As documented, so that other programs can repeat a chat.
+    assert turn_seed(7, 1) == int.from_bytes(hashlib.sha256(b"7 1").digest()[:4], "little")
+
+
+def test_a_finished_answer_is_let_go_of_without_the_garbage_collector() -> None:
+    llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
+    chat = llm.chat(params=SamplingParams(seed=7, max_tokens=4))
+    gc.collect()
+    gc.disable()
+    try:
+        stream = chat.say("a")
+        list(stream)
+        watched = [weakref.ref(stream), weakref.ref(chat.turns[-1]), weakref.ref(chat)]
+        del stream, chat
+        assert [reference() for reference in watched] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_branches_share_the_past_and_nothing_else() -> None:
+    model, chat = fake_chat(" One.", " Two.", " Three.")
+    list(chat.say("a"))
+    chat.branch("other")
+    list(chat.say("b"))
+    assert (chat.current, chat.branches) == ("other", ("main", "other"))
+    chat.switch("main")
+    assert [turn.user for turn in chat.turns] == ["a"]
+    list(chat.say("c"))
+    check_state(model, chat)
+    chat.switch("other")
+    assert [turn.user for turn in chat.turns] == ["a", "b"]
+    check_state(model, chat)
+    with pytest.raises(UsageError, match="branches: main, other"):
+        chat.switch("third")
+    with pytest.raises(UsageError, match="a branch 'main' already"):
+        chat.branch("main")
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_an_answer_broken_off_stays_as_far_as_it_was_shown(taken: int) -> None:
+    model, chat = fake_chat(" Hello there.", " Good.")
+    pieces = []
+    for piece in chat.say("hi"):
+        pieces.append(piece)
+        if len(pieces) > taken:
+            break
+    list(chat.say("go on"))
+    assert chat.turns[0].answer == "".join(pieces)
+    assert chat.turns[0].completion.finish_reason == "interrupted"
+    check_state(model, chat)
+
+
+def test_an_interrupt_in_any_call_leaves_a_chat_that_goes_on() -> None:
+    replies, asked = (" Hi.\n\nUser: x", " Good."), set[int]()
+    for calls in range(9):
+        model, chat = fake_chat(*replies)
+        model.fail_after = calls
+        stream, pieces = chat.say("hello"), list[str]()
+        try:
+            for piece in stream:
+                pieces.append(piece)
+        except KeyboardInterrupt:
+            pass
+        model.fail_after = None
+        list(chat.say("again"))
+        asked.add(len(chat.turns))
+        if len(chat.turns) == 2:
+            assert chat.turns[0].answer == "".join(pieces)
+        check_state(model, chat)
+    assert asked == {1, 2}, "only a question that was not read to its end is forgotten"
+
+
+def test_a_stream_that_is_never_taken_changes_nothing() -> None:
+    _, chat = fake_chat(" One.", " Two.")
+    list(chat.say("a"))
+    chat.retry()
+    chat.say("b")
+    chat.branch("other")
+    assert [(turn.user, turn.answer) for turn in chat.turns] == [("a", " One.")]
+
+
+def test_further_stop_texts_join_the_blank_line() -> None:
+    _, chat = fake_chat(" One. Two.\n\nUser:", " One. Two.\n\nUser:")
+    assert "".join(chat.say("a", stop=" Two")) == " One."
+    assert "".join(chat.say("b")) == " One. Two."
+    assert chat.params.stop == ("\n\n",)
+
+
+def test_other_templates_and_what_they_refuse() -> None:
+    llm = LLM(FakeModel([TOKENIZER.encode(" 42")], COLON, TOKENIZER.vocab_size), TOKENIZER)
+    chat = llm.chat(template="qa", params=GREEDY)
+    assert "".join(chat.say("How many?")) == " 42"
+    assert chat.transcript == "Question: How many?\n\nAnswer: 42\n\n"
+    with pytest.raises(UsageError, match="'nope' is unknown"):
+        llm.chat(template="nope")
+    with pytest.raises(UsageError, match="role 'system' is unknown"):
+        llm.chat("Be kind.", template="qa")
+    with pytest.raises(UsageError, match="no text to say"):
+        chat.say(" \n")
+
+
+def test_a_chat_may_follow_a_state() -> None:
+    model, _ = fake_chat(" Yes.")
+    llm = LLM(model, TOKENIZER)
+    chat = llm.chat(state=llm.read("A document.\n\n"), params=GREEDY)
+    list(chat.say("Is it?"))
+    assert equal_states(chat.state, llm.read((*TOKENIZER.encode("A document.\n\n"), *chat.ids)))
+
+
+def test_a_real_model_is_where_reading_the_transcript_would_bring_it() -> None:
+    llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
+    chat = llm.chat("Be kind.", params=SamplingParams(top_p=1.0, seed=1, max_tokens=10))
+    for question in ("hello", "how are you?", "bye"):
+        list(chat.say(question))
+    for name, tensor in llm.read(chat.ids).tensors().items():
+        assert torch.allclose(tensor, getattr(chat.state, name), atol=1e-4), name

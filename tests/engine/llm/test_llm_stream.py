@@ -1,0 +1,252 @@
+"""Streams: text and state agree however the text ends, at every token, interrupt and cut."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fledge.engine.generation import feed
+from fledge.engine.llm.stream import Completion, Stream
+from fledge.engine.sampling import SamplingParams
+from fledge.models import State
+
+TOKENIZER = ByteTokenizer("\n\n", "\u3002\n", "\nUs", "ser:", "\u3002", "lo", b"\xe5\xa5")
+PROMPT = TOKENIZER.encode("ask:")
+COLON = TOKENIZER.id_of(":")
+
+
+def fake(*reply: str | bytes) -> FakeModel:
+    """A model that answers with these pieces, each encoded on its own, and then the eos id."""
+    return FakeModel([[token for piece in reply for token in TOKENIZER.encode(piece)]], COLON, TOKENIZER.vocab_size)
+
+
+def stream_of(model: FakeModel, prompt: list[int] = PROMPT, show_held: bool = True, **settings: object) -> Stream:
+    params = SamplingParams(temperature=0.0).with_overrides(settings)
+    return Stream(model, TOKENIZER, prompt, model.initial_state(1), params, show_held=show_held)
+
+
+def read(model: FakeModel, ids: list[int]) -> State:
+    return feed(model, ids, model.initial_state(1))
+
+
+def check(model: FakeModel, done: Completion, pieces: list[str], prompt: list[int] = PROMPT) -> None:
+    """What holds for every completion: pieces, text, ids and state are the same thing."""
+    model.fail_after = None
+    assert "".join(pieces) == done.text
+    assert TOKENIZER.decode(done.ids) == done.text
+    assert equal_states(done.state, read(model, [*prompt[: done.prompt_tokens], *done.ids]))
+    assert done.timings.prefill_s >= 0 and done.timings.decode_s >= 0
+
+
+def test_a_text_that_ends_by_itself() -> None:
+    model = fake("hello")
+    stream = stream_of(model)
+    assert list(stream) == ["h", "e", "l", "lo"]
+    check(model, stream.completion, ["hello"])
+    assert (stream.completion.finish_reason, stream.completion.stop) == ("eos", None)
+    assert next(stream, None) is None
+
+
+def test_nothing_at_all() -> None:
+    model = fake()
+    stream = stream_of(model)
+    assert list(stream) == []
+    check(model, stream.completion, [])
+    assert stream.completion.finish_reason == "eos" and stream.completion.ids == ()
+
+
+def test_the_last_token_of_a_full_length_is_read_too() -> None:
+    model = fake("hello")
+    stream = stream_of(model, max_tokens=3)
+    pieces = list(stream)
+    assert stream.completion.finish_reason == "length" and stream.completion.text == "hel"
+    check(model, stream.completion, pieces)
+
+
+def test_a_stop_text_across_tokens_is_neither_shown_nor_read() -> None:
+    model = fake("he", "lo", "\n", "\nUs", "ser:", "more")
+    stream = stream_of(model, stop=("\n\nUs", "never"))
+    pieces = list(stream)
+    assert pieces == ["h", "e", "lo"]
+    check(model, stream.completion, pieces)
+    assert (stream.completion.finish_reason, stream.completion.stop) == ("stop", "\n\nUs")
+    assert stream.completion.ids == tuple(TOKENIZER.encode("helo"))
+
+
+def test_a_cut_inside_a_token_keeps_its_first_part() -> None:
+    model = fake("\u597d", "\u3002\n", "\n")
+    stream = stream_of(model, stop="\n\n")
+    pieces = list(stream)
+    assert stream.completion.text == "\u597d\u3002"
+    assert stream.completion.ids[-1] == TOKENIZER.id_of("\u3002") != TOKENIZER.id_of("\u3002\n")
+    check(model, stream.completion, pieces)
+
+
+def test_a_stop_text_in_the_first_token() -> None:
+    model = fake("\n\n", "more")
+    stream = stream_of(model, stop="\n\n")
+    assert list(stream) == []
+    check(model, stream.completion, [])
+    assert stream.completion.finish_reason == "stop" and stream.completion.ids == ()
+
+
+def test_text_held_back_is_shown_at_the_end_or_dropped_and_unread() -> None:
+    for show_held, text in ((True, "no\n"), (False, "no")):
+        model = fake("no", "\n")
+        stream = stream_of(model, stop="\n\n", show_held=show_held)
+        pieces = list(stream)
+        assert stream.completion.text == text
+        check(model, stream.completion, pieces)
+
+
+def test_characters_wait_for_their_last_byte_and_broken_ones_are_replaced() -> None:
+    model = fake(b"\xe5\xa5", b"\xbd", b"\xff", "a", b"\xe5")
+    stream = stream_of(model)
+    assert list(stream) == ["\u597d", "\ufffd", "a", "\ufffd"]
+    check(model, stream.completion, ["\u597d\ufffda\ufffd"])
+
+
+def test_breaking_off_anywhere_leaves_what_was_shown() -> None:
+    reply = ("h\u597d", b"\xe5\xa5", b"\xbd", "\u3002\n", "User:", "lo")
+    total = len(list(stream_of(fake(*reply), stop="\nUse!")))
+    for taken in range(total):
+        model = fake(*reply)
+        stream = stream_of(model, stop="\nUse!")
+        pieces = [next(stream) for _ in range(taken)]
+        done = stream.completion
+        check(model, done, pieces)
+        assert done.finish_reason == "interrupted" and next(stream, None) is None
+        assert stream.completion is done
+
+
+def test_an_interrupt_in_any_call_of_the_model_leaves_what_was_shown() -> None:
+    reply = ("h\u597d", b"\xe5\xa5", b"\xbd", "\u3002\n", "\n", "lo")
+    calls, reached = 0, set[str]()
+    while True:
+        model, pieces = fake(*reply), list[str]()
+        model.fail_after = calls
+        stream = stream_of(model, stop="\n\n")
+        try:
+            for piece in stream:
+                pieces.append(piece)
+        except KeyboardInterrupt:
+            model.fail_after = None
+            check(model, stream.completion, pieces)
+            reached.add(stream.completion.finish_reason)
+        else:
+            break
+        calls += 1
+    assert calls == 8 and reached == {"interrupted", "stop"}, "the last interrupt falls after the text has ended"
+
+
+def test_an_interrupt_at_any_line_leaves_text_ids_and_state_in_agreement() -> None:
+    """Ctrl-C does not wait for a good moment. Here it falls on the n-th line the engine executes, for every n."""
+    reply = ("h\u597d", b"\xe5\xa5", b"\xbd", "\u3002\n", "\n", "lo")
+    lines, ended = 0, False
+    while not ended:
+        model = fake(*reply)
+        stream = stream_of(model, stop="\n\n")
+        with contextlib.suppress(KeyboardInterrupt), interrupt_after(lines):
+            for _ in stream:
+                pass
+            ended = True
+        done = stream.completion
+        check(model, done, [done.text])
+        assert "h\u597d\u597d\u3002".startswith(done.text)
+        lines += 1
+    assert lines > 300
+
+
+@contextlib.contextmanager
+def interrupt_after(lines: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt at the line of fledge.engine that comes after so many."""
+    left, before = lines, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal left
+        if "/fledge/engine/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(before)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        torch.set_grad_enabled(True)  # an interrupt in the moment before torch.no_grad ends leaves gradients off
+
+
+def test_an_interrupt_while_the_prompt_is_read_keeps_the_part_that_was_read() -> None:
+    model, prompt = fake("hello"), TOKENIZER.encode("x" * 1200 + ":")
+
+    def stop_after_two(done: int, total: int) -> None:
+        assert total == len(prompt)
+        if done >= 1000:
+            raise KeyboardInterrupt
+
+    start = model.initial_state(1)
+    stream = Stream(model, TOKENIZER, prompt, start, SamplingParams(), progress=stop_after_two)
+    with contextlib.suppress(KeyboardInterrupt):
+        next(stream)
+    assert stream.begin is None
+    assert (stream.completion.prompt_tokens, stream.completion.text) == (1024, "")
+    check(model, stream.completion, [], prompt)
+    rest = Stream(model, TOKENIZER, prompt[1024:], stream.completion.state, SamplingParams(temperature=0.0))
+    assert "".join(rest) == "hello"
+
+
+def test_a_stream_that_was_never_begun_has_read_nothing() -> None:
+    model = fake("hello")
+    done = stream_of(model).completion
+    assert (done.finish_reason, done.prompt_tokens, model.calls) == ("interrupted", 0, [])
+    check(model, done, [])
+
+
+def test_only_the_states_still_needed_are_kept() -> None:
+    model = fake("abc" * 200)
+    stream = stream_of(model, stop="abcd", max_tokens=600)
+    for _ in range(100):
+        next(stream)
+        assert len(stream._writer._trail._marks) <= 5
+
+
+@given(
+    st.lists(st.sampled_from(["a", "\n", "\n\n", "\u3002\n", "\u3002", "\nUs", "ser:", "\u597d"]), max_size=8),
+    st.lists(st.sampled_from(["\n\n", "\nUser", "\u3002\n\n", "a\u3002", "s"]), max_size=2),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_text_ids_and_state_agree_for_any_reply(words: list[str], stops: list[str], most: int, held: bool) -> None:
+    model = fake(*(word for word in words if word != "ser:"))
+    stream = stream_of(model, stop=tuple(stops), max_tokens=most, show_held=held)
+    pieces = list(stream)
+    assert all(pieces)
+    check(model, stream.completion, pieces)
+    assert not any(stop in stream.completion.text for stop in stops)
+
+
+def test_a_real_model_agrees_with_reading_its_own_text() -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    start = model.initial_state(1)
+    for seed in range(2):
+        params = SamplingParams(top_p=1.0, seed=seed, max_tokens=25, stop=("e", "\n"))
+        stream = Stream(model, TOKENIZER, PROMPT, start, params)
+        pieces = list(stream)
+        done = stream.completion
+        assert "".join(pieces) == done.text
+        again = feed(model, [*PROMPT, *done.ids], start)
+        for name, tensor in again.tensors().items():
+            assert torch.allclose(tensor, getattr(done.state, name), atol=1e-4), name
+        assert "".join(Stream(model, TOKENIZER, PROMPT, start, params)) == done.text

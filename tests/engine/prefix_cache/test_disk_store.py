@@ -1,0 +1,108 @@
+"""The folder of snapshots: what opening it puts in order, and that room is made where the index takes no change."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from prefixes import logits_of, same, state_of
+
+from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encoded
+from fledge.models.state import State
+
+
+def row(number: int) -> SnapshotRecord:
+    return SnapshotRecord("model", b"space", b"ids %d" % number, b"anchor", length=number, kind="WkvState", logits=1)
+
+
+def fill(store: SnapshotStore, *numbers: int) -> list[SnapshotRecord]:
+    return [store.write(row(number), encoded(Snapshot(state_of([number]), logits_of([number])))) for number in numbers]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "states").iterdir()}
+
+
+def test_what_was_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path)
+    first, _ = fill(store, 3, 5)
+    store.close()
+    store = SnapshotStore(tmp_path)
+    assert first in store.rows and len(store.rows) == 2
+    found = store.read(first)
+    assert found is not None and found.logits is not None
+    assert same(found.state, [3]) and found.logits.equal(logits_of([3]))
+    store.close()
+
+
+def test_a_file_without_logits_is_a_state_file(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(encoded(Snapshot(state_of([3]), None)))
+    assert same(State.load(tmp_path / "state"), [3])
+
+
+def test_a_row_takes_the_place_of_another_with_its_file(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path)
+    (old,) = fill(store, 3)
+    new = store.write(old, encoded(Snapshot(state_of([3]), logits_of([3]))))
+    assert names(tmp_path) == {new.file} and new.file != old.file
+    store.close()
+    store = SnapshotStore(tmp_path)
+    assert store.rows == [new]
+    store.close()
+
+
+def test_opening_removes_rows_and_files_that_are_alone_and_nothing_else(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path)
+    kept, gone, short = fill(store, 3, 5, 7)
+    store.close()
+    states = tmp_path / "states"
+    (states / gone.file).unlink()
+    (states / short.file).write_bytes(b"short")
+    (states / f"{'0' * 32}.safetensors").write_bytes(b"without a row")
+    (states / f".{'0' * 32}.safetensors.x1_y.part").write_bytes(b"half")
+    (states / "mine.safetensors").write_bytes(b"put there by somebody")
+    store = SnapshotStore(tmp_path)
+    assert store.rows == [kept] and names(tmp_path) == {kept.file, "mine.safetensors"}
+    store.close()
+
+
+def test_an_index_that_takes_no_change_keeps_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SnapshotStore(tmp_path)
+    rows = fill(store, 3, 5)
+
+    def full(*arguments: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(store, "_forget", full)
+    with pytest.raises(sqlite3.OperationalError):
+        store.remove(rows[:1])
+    assert names(tmp_path) == {rows[1].file} and store.read(rows[0]) is None
+    store.close()
+    store = SnapshotStore(tmp_path)
+    assert store.rows == rows[1:]
+    store.close()
+
+
+@pytest.mark.parametrize("damage", [b"no database" * 500, b""])
+def test_a_damaged_index_is_begun_anew(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store = SnapshotStore(tmp_path)
+    fill(store, 3)
+    store.close()
+    (tmp_path / INDEX).write_bytes(damage)
+    store = SnapshotStore(tmp_path)
+    assert store.rows == [] and names(tmp_path) == set()
+    kept = fill(store, 5)
+    store.close()
+    store = SnapshotStore(tmp_path)
+    assert store.rows == kept
+    store.close()
+    assert len(caplog.records) == (tmp_path / "index.damaged").exists() == bool(damage), "an empty one is a new one"
+
+
+def test_an_index_of_another_version_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = SnapshotStore(tmp_path)
+    store._index.execute("PRAGMA user_version = 9")
+    store.close()
+    SnapshotStore(tmp_path).close()
+    assert "version 9, not 1" in caplog.text and (tmp_path / "index.damaged").exists()

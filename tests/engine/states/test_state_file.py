@@ -1,0 +1,174 @@
+"""State files: the same bits back, and nothing that is not sound, signed here, or of these weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from fakes import ByteTokenizer, equal_states, random_finch
+from native_library import needs_native
+from random_checkpoints import random_checkpoint
+
+from fledge.core.errors import StateError
+from fledge.engine.generation import feed, fresh_state
+from fledge.engine.llm.llm import LLM
+from fledge.engine.llm.loading import load
+from fledge.engine.states.state_file import (
+    CARD,
+    SIGNATURE,
+    StateMetadata,
+    dump,
+    identity_of,
+    parse,
+    read_state,
+    write_state,
+)
+from fledge.models.state import KIND, State
+
+SECRET = b"x" * 32
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    tokenizer = ByteTokenizer("ab")
+    return LLM(random_finch(tokenizer.vocab_size), tokenizer, "mine")
+
+
+@pytest.fixture(scope="module")
+def made(llm: LLM) -> tuple[State, StateMetadata]:
+    state = feed(llm.model, [5, 6, 7], fresh_state(llm.model))
+    return state, StateMetadata.of(llm, identity_of(llm), tokens=3, template="world", title="\u597d")
+
+
+def test_a_state_comes_back_with_its_card(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
+    write_state(tmp_path / "a.state", *made)
+    state, card = read_state(tmp_path / "a.state")
+    assert equal_states(state, made[0]) and card == made[1]
+    assert equal_states(State.load(tmp_path / "a.state"), made[0])
+
+
+def test_only_the_same_weights_go_on(llm: LLM, made: tuple[State, StateMetadata]) -> None:
+    made[1].check(identity_of(llm), llm.name)
+    model = random_finch(llm.tokenizer.vocab_size)
+    with torch.no_grad():
+        next(iter(model.parameters()))[0, 0] += 0.5
+    other = LLM(model, llm.tokenizer, "other")
+    with pytest.raises(StateError, match=r"made by mine \([0-9a-f]{12}\), not by other"):
+        made[1].check(identity_of(other), other.name)
+    assert identity_of(replace(llm, altered="00")) != identity_of(llm), "adapters make other weights"
+
+
+@needs_native
+def test_rounding_while_loading_makes_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    torch.save(random_checkpoint("6.0", n_layer=1, n_embd=64, head_size=32, vocab_size=256, dim_ffn=96), path)
+    plain, packed, rounded = load(path, pack=False), load(path), load(path, quant="int8")
+    assert identity_of(plain) == identity_of(packed) != identity_of(rounded)
+    assert (
+        identity_of(load(path, quant="int8", pack=False))
+        == identity_of(rounded)
+        != identity_of(load(path, quant="int4"))
+    )
+    assert identity_of(replace(plain, source="")) == identity_of(plain)
+    with pytest.raises(StateError, match="m was made in memory and keeps no weights"):
+        identity_of(replace(packed, source=""))
+    path.unlink()
+    assert identity_of(packed) == identity_of(plain), "it is computed once"
+
+
+def test_a_signed_state_is_taken_only_as_it_was(made: tuple[State, StateMetadata]) -> None:
+    data = dump(*made, SECRET)
+    assert parse(data, SECRET)[1] == made[1]
+    assert parse(data)[1] == made[1]
+    for forged in (dump(*made), dump(*made, b"y" * 32), data[:-1] + bytes([data[-1] ^ 1])):
+        with pytest.raises(StateError, match=r"not signed here|finite"):
+            parse(forged, SECRET)
+    card = replace(made[1], tokens=4)
+    with pytest.raises(StateError, match="not signed here"):
+        signature = safetensors_metadata(data)["fledge_signature"]
+        parse(rewritten(made[0], {**card_metadata(card), "fledge_signature": signature}), SECRET)
+
+
+def test_what_is_not_sound_is_refused_before_its_signature_is_asked_for(made: tuple[State, StateMetadata]) -> None:
+    tensors, good = made[0].tensors(), card_metadata(made[1])
+    shape = [0, 1 << 62, 1 << 62]  # no numbers, and more of them than torch can count
+    header = json.dumps(
+        {"__metadata__": good, "wkv": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    ).encode()
+    hostile = {
+        r"wkv is torch\.bfloat16": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].bfloat16()}, good),
+        r"wkv is torch\.float8": safetensors.torch.save(
+            {**tensors, "wkv": tensors["wkv"].to(torch.float8_e4m3fn)}, good
+        ),
+        "not signed here": safetensors.torch.save(tensors, {**good, SIGNATURE: "\u00e9"}),
+        "damaged": struct.pack("<Q", len(header)) + header,
+    }
+    for reason, content in hostile.items():
+        with pytest.raises(StateError, match=reason):
+            parse(content, SECRET)
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return found
+
+
+def card_metadata(card: StateMetadata) -> dict[str, str]:
+    return {KIND: "WkvState", CARD: json.dumps(vars(card))}
+
+
+def twice(data: bytes) -> bytes:
+    """The same file with two metadata in its header."""
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()[:-1] + b', "__metadata__": {}}'
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def rewritten(state: State, metadata: dict[str, str]) -> bytes:
+    return safetensors.torch.save(state.tensors(), metadata)
+
+
+def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
+    state, card = made
+    data, tensors = dump(state, card), state.tensors()
+    good = card_metadata(card)
+    infinite = {**tensors, "wkv": torch.full_like(tensors["wkv"], float("inf"))}
+    hostile = {
+        "nothing": b"",
+        "short": data[:40],
+        "cut": data[:-9],
+        "noise": b"\x00" * 200,
+        "huge header": b"\xff" * 7 + b"\x00" + data[8:],
+        "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5 + data,
+        "no card": safetensors.torch.save(tensors),
+        "no json": safetensors.torch.save(tensors, {**good, CARD: "{"}),
+        "other keys": safetensors.torch.save(tensors, {**good, CARD: '{"identity": "x", "exec": 1}'}),
+        "other kinds": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": "3"})}),
+        "a name twice": safetensors.torch.save(tensors, {**good, CARD: '{"tokens": 1, ' + good[CARD][1:]}),
+        "half a character": safetensors.torch.save(
+            tensors, {**good, CARD: json.dumps({**vars(card), "title": "\ud800"})}
+        ),
+        "a huge count": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": 10**99})}),
+        "header keys": safetensors.torch.save(tensors, {**good, "more": ""}),
+        "header twice": twice(data),
+        "flat": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].flatten(2)}, good),
+        "layers": safetensors.torch.save({**tensors, "wkv": tensors["wkv"][:1]}, good),
+        "texts": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].repeat(1, 2, 1, 1, 1)}, good),
+        "another class": safetensors.torch.save(tensors, {**good, KIND: "object"}),
+        "lacking": safetensors.torch.save({"wkv": tensors["wkv"]}, good),
+        "integers": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].long()}, good),
+        "infinite": safetensors.torch.save(infinite, good),
+    }
+    for name, content in hostile.items():
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(StateError, match="x is no state that can be used: ") as caught:
+            read_state(tmp_path / "x")
+        assert "\n" not in str(caught.value), name
+    with pytest.raises(StateError, match="cannot be read: No such file"):
+        read_state(tmp_path / "missing")

@@ -1,0 +1,199 @@
+"""Tool calls: the text is bound to the tools, and comes back as what was called."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import ByteTokenizer
+
+from fledge.core.errors import UsageError
+from fledge.engine.structured.grammar import Constraint, GrammarVocabulary
+from fledge.engine.structured.tool_calls import (
+    ParsedToolCall,
+    parse_calls,
+    render_calls,
+    render_result,
+    render_tools,
+    tool_call,
+)
+from fledge.tokenizer import render
+
+
+def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
+    function = {"name": name, **more} if parameters is None else {"name": name, "parameters": parameters, **more}
+    return {"type": "function", "function": function}
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "東京"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TREE = {
+    "$ref": "#/$defs/node",
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 2}},
+            "required": ["kids"],
+            "additionalProperties": False,
+        }
+    },
+}
+TOOLS = [
+    tool("weather", WEATHER, description="The weather.\n\nFor days."),
+    tool("weather_now"),
+    tool("tree", TREE, strict=True),
+]
+ROME = ParsedToolCall("weather", '{"city": "Rome", "days":3}')
+NOW = ParsedToolCall("weather_now", "{}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer("<tool", "_call>", "<tool_call>\n{", "name", '": "', "weather", "}\n</tool_call>")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: ByteTokenizer) -> GrammarVocabulary:
+    pytest.importorskip("llguidance", reason="needs llguidance")
+    return GrammarVocabulary(tokenizer)
+
+
+def taken(constraint: Constraint, tokenizer: ByteTokenizer, text: str) -> str:
+    """How much of `text` the constraint takes; a whole text that may end there is marked by a full stop."""
+    ids = tokenizer.encode(text)
+    for place, token in enumerate(ids):
+        if not constraint.mask()[token]:
+            # Where one text only can follow, the mask offers its own cut; others are taken all the same.
+            try:
+                constraint.fork().accept(token)
+            except UsageError:
+                return tokenizer.decode(ids[:place])
+        constraint.accept(token)
+    return text + "." * constraint.may_end
+
+
+def test_required_calls_and_nothing_else(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+    start = tool_call(TOOLS, "required", vocabulary)
+    for text in (render_calls([ROME]), render_calls([ROME, NOW, ROME]), " " + render_calls([NOW])):
+        assert taken(start.fork(), tokenizer, text) == text + "."
+    assert taken(start.fork(), tokenizer, "Hello") == ""
+    assert taken(start.fork(), tokenizer, render_calls([NOW]) + "\nHello") == render_calls([NOW]) + "\n"
+    far = render_calls([ParsedToolCall("weather", '{"city": "Oslo"')])
+    assert taken(start.fork(), tokenizer, far) == far[: far.index("Oslo")]
+    assert taken(start.fork(), tokenizer, render_calls([ParsedToolCall("wind", "{}")])).endswith('"name": "w')
+    kids = render_calls([ParsedToolCall("tree", '{"kids": [{"kids": []},{"kids":[]}]}')])
+    assert taken(start.fork(), tokenizer, kids) == kids + "."
+
+
+def test_one_call_of_one_function(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+    choice = {"type": "function", "function": {"name": "weather_now"}}
+    start = tool_call(TOOLS, choice, vocabulary)
+    for once in (start.fork(), tool_call(TOOLS, "required", vocabulary, parallel=False)):
+        assert taken(once, tokenizer, render_calls([NOW])) == render_calls([NOW]) + "." and once.done
+        assert np.flatnonzero(once.mask()).tolist() == [tokenizer.eos_id]
+    assert taken(start.fork(), tokenizer, render_calls([ROME])).endswith('"weather')
+    several = tool_call(TOOLS, "required", vocabulary)
+    taken(several, tokenizer, render_calls([NOW]))
+    assert several.may_end and not several.done
+
+
+def test_auto_is_free_until_a_call_begins(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+    start = tool_call(TOOLS, "auto", vocabulary)
+    for text in ("Hello <tool> & <tool_c 🙂\n\n", " I look.\n" + render_calls([ROME, NOW])):
+        assert taken(start.fork(), tokenizer, text) == text + "."
+    assert taken(start.fork(), tokenizer, "So <tool_call> is").startswith("So <tool_call>")
+    assert not taken(start.fork(), tokenizer, "So <tool_call> is").endswith("is.")
+    assert taken(start.fork(), tokenizer, render_calls([NOW]) + " And").endswith("</tool_call>")
+
+
+def test_random_calls_come_back(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+    start, random, names = tool_call(TOOLS, "required", vocabulary), np.random.default_rng(7), set[str]()
+    for _ in range(50):
+        constraint, ids = start.fork(), list[int]()
+        while not ids or ids[-1] != tokenizer.eos_id:
+            ids.append(int(random.choice(np.flatnonzero(constraint.mask()))))
+            constraint.accept(ids[-1])
+        content, calls = parse_calls(tokenizer.decode(ids))
+        assert content == "" and calls and parse_calls(render_calls(calls)) == ("", calls)
+        for call in calls:
+            names.add(call.name)
+            if call.name == "weather":
+                found = json.loads(call.arguments)
+                assert list(found) == ["city", "days"] and found["city"] in ("Rome", "東京") and 1 <= found["days"] <= 9
+    assert names == {"weather", "weather_now", "tree"}
+
+
+HARD = ParsedToolCall("say", '{"text": "</tool_call> } \\" <tool_call>", "n": ' + "9" * 5_000 + "}")
+
+
+@pytest.mark.parametrize(
+    "text, content, calls",
+    [
+        ("Hello.\n", "Hello.\n", []),
+        (render_calls([HARD, NOW]), "", [HARD, NOW]),
+        ("I look.\n" + render_calls([ROME]) + "\nThere.", "I look.\n\nThere.", [ROME]),
+        ('<tool_call>{"name":"a" , "arguments":{"b":[1]} }</tool_call>', "", [ParsedToolCall("a", '{"b":[1]}')]),
+        (render_calls([ROME])[:-3], render_calls([ROME])[:-3], []),
+        (
+            '<tool_call>\n{"name": "a", "arguments": {]}}\n</tool_call>',
+            '<tool_call>\n{"name": "a", "arguments": {]}}\n</tool_call>',
+            [],
+        ),
+        (
+            '<tool_call>\n{"name": "a", "arguments": 3}\n</tool_call>',
+            '<tool_call>\n{"name": "a", "arguments": 3}\n</tool_call>',
+            [],
+        ),
+    ],
+)
+def test_texts_are_read_back(text: str, content: str, calls: list[ParsedToolCall]) -> None:
+    assert parse_calls(text) == (content, calls)
+
+
+def test_a_cut_call_stays_text_beside_a_whole_one() -> None:
+    cut = '<tool_call>\n{"name": "a", "arguments": {"b": ' + "[" * 100_000
+    assert parse_calls(cut) == (cut, [])
+    assert parse_calls(render_calls([NOW]) + cut) == (cut, [NOW])
+
+
+def test_the_texts_fit_into_turns() -> None:
+    told = render_tools(TOOLS)
+    assert "\n\n" not in told + render_calls([ROME, NOW]) + render_result("18 C")
+    lines = [json.loads(line) for line in told.splitlines()[-3:]]
+    assert [line["name"] for line in lines] == ["weather", "weather_now", "tree"]
+    assert lines[0] == {"name": "weather", "description": "The weather.\n\nFor days.", "parameters": WEATHER}
+    assert told in render([("system", told), ("user", "Rome?")])
+    assert "18 C" in render([("user", render_result("18 C"))])
+
+
+@pytest.mark.parametrize(
+    "tools, choice, words",
+    [
+        ([], "auto", "1 to 128"),
+        ("tools", "auto", "1 to 128"),
+        ([tool(f"t{number}") for number in range(129)], "auto", "1 to 128"),
+        ([{"type": "retrieval"}], "auto", r"tools\[0\] must be"),
+        ([NOW], "auto", r"tools\[0\] must be"),
+        ([tool("a"), tool("b c")], "auto", r"tools\[1\] has the name 'b c'"),
+        ([tool("a"), tool("a")], "auto", "two tools have the name 'a'"),
+        ([tool("a", description=3)], "auto", "description 3"),
+        ([tool("a", ["x"])], "auto", "parameters of tool 'a'"),
+        ([tool("a", {"type": "array"})], "auto", "parameters of tool 'a'"),
+        ([tool("a", {"properties": {"x": {"type": "strin"}}})], "auto", "Invalid type: strin"),
+        ([tool("a", {"enum": ["x" * 70_000]})], "auto", "schema of tool 'a' has 70032 characters"),
+        ([tool(f"t{at}", {"description": "x" * 30_000}) for at in range(5)], "auto", "the tools have 1"),
+        (TOOLS, "none", "tool_choice is 'none'"),
+        (TOOLS, {"type": "function"}, "tool_choice is"),
+        (TOOLS, {"type": "function", "function": {"name": "rain"}}, "names 'rain'"),
+    ],
+)
+def test_bad_tools_and_choices_are_refused(vocabulary: GrammarVocabulary, tools: Any, choice: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        tool_call(tools, choice, vocabulary)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,129 @@
+"""Events on their way: what rings at once, what waits for more, and that nothing is lost or changes places."""
+
+from __future__ import annotations
+
+import pytest
+
+from fledge.core.errors import FledgeError
+from fledge.engine import event_buffer
+from fledge.engine.event_buffer import EventBuffer
+from fledge.engine.events import ErrorEvent, FinishEvent, TextEvent, TextRequest, TextToken
+from fledge.engine.request import Request
+
+
+class Clock:
+    """The time of a test."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(event_buffer, "time", clock)
+    return clock
+
+
+def job() -> TextRequest:
+    return TextRequest(Request((1,)))
+
+
+def piece(text: str, choice: int = 0) -> TextEvent:
+    return TextEvent(choice, text, tuple(TextToken(ord(letter), None) for letter in text))
+
+
+def end(choice: int = 0) -> FinishEvent:
+    return FinishEvent(choice, "length", None, (), 1, 0, 0)
+
+
+def rung(box: EventBuffer, rings: list[None]) -> bool:
+    """Whether the bell rings now."""
+    before = len(rings)
+    box.ring()
+    return len(rings) > before
+
+
+def test_beginnings_and_ends_ring_and_text_between_waits(clock: Clock) -> None:
+    rings = list[None]()
+    box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
+    assert not rung(box, rings), "there is nothing"
+    box.tell(mine, piece("a"))
+    assert rung(box, rings) and not rung(box, rings), "once is enough"
+    assert box.collect() == [(mine, piece("a"))]
+    box.tell(mine, piece("b"))
+    assert not rung(box, rings)
+    clock.now += 0.4
+    box.tell(mine, piece("cd"))
+    assert not rung(box, rings)
+    clock.now += 0.1
+    assert rung(box, rings) and box.collect() == [(mine, piece("bcd"))]
+    box.tell(mine, piece("e"))
+    box.tell(mine, end())
+    assert rung(box, rings) and box.collect() == [(mine, piece("e")), (mine, end())]
+    assert box.collect() == []
+
+
+def test_who_has_found_nothing_is_rung_for(clock: Clock) -> None:
+    """He comes back by himself only after he has found something."""
+    rings = list[None]()
+    box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
+    box.tell(mine, piece("a"))
+    assert box.collect()
+    clock.now += 1.0
+    assert not box.collect()
+    clock.now += 0.1
+    box.tell(mine, piece("b"))
+    assert rung(box, rings)
+    assert box.collect() and not box.collect(), "the second time before the first one's hour"
+    box.tell(mine, piece("c"))
+    assert rung(box, rings)
+
+
+def test_what_waits_can_be_collected_unrung_and_rings_when_nothing_should_wait(clock: Clock) -> None:
+    rings = list[None]()
+    box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
+    box.tell(mine, piece("a"))
+    box.collect()
+    box.tell(mine, piece("b"))
+    assert box.collect() == [(mine, piece("b"))] and not rings
+    box.tell(mine, piece("c"))
+    box.ring(now=True)
+    assert len(rings) == 1
+
+
+def test_texts_of_all_choices_and_jobs_are_joined_each_with_its_own(clock: Clock) -> None:
+    box = EventBuffer(lambda: None, 0.5)
+    one, two = job(), job()
+    for letter in "xyz":
+        for place, each in enumerate((one, two)):
+            for choice in range(2):
+                box.tell(each, piece(f"{letter}{place}{choice}", choice))
+    box.tell(one, end(1))
+    expected = [
+        (each, choice, f"x{place}{choice}y{place}{choice}z{place}{choice}")
+        for place, each in enumerate((one, two))
+        for choice in range(2)
+    ]
+    *told, last = box.collect()
+    assert [(each, event.choice, event.text) for each, event in told if isinstance(event, TextEvent)] == expected
+    assert last == (one, end(1))
+
+
+@pytest.mark.parametrize("way", ["ended", "failed", "failed whole", "cancelled"])
+def test_nothing_is_remembered_of_a_job_that_is_over(clock: Clock, way: str) -> None:
+    box, mine = EventBuffer(lambda: None, 0.5), job()
+    for choice in range(2):
+        box.tell(mine, piece("a", choice))
+    box.collect()
+    if way == "cancelled":
+        box.forget(mine)
+    elif way == "failed whole":
+        box.tell(mine, ErrorEvent(-1, FledgeError("it broke")))
+    else:
+        for choice in range(2):
+            box.tell(mine, end(choice) if way == "ended" else ErrorEvent(choice, FledgeError("it broke")))
+    box.collect()
+    assert not vars(box)["_begun"] and not vars(box)["_pieces"]

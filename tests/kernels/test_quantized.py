@@ -1,0 +1,103 @@
+"""The bytes of a quantised matrix: every number at its documented place, padding, and shapes that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fledge.core.errors import CheckpointError
+from fledge.kernels.quantized import (
+    BLOCK_BYTES,
+    FORMATS,
+    GROUP,
+    LEVELS,
+    PANEL,
+    QuantizedMatrix,
+    assemble,
+    blocks_shape,
+    quantized_linear,
+)
+
+# (rows, columns): one entry, whole panels and groups, and neither; odd numbers of columns.
+SHAPES = [(1, 1), (64, 32), (65, 33), (130, 97), (7, 160)]
+
+
+def random_parts(format: str, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q of every level, and scales and minima that float16 holds."""
+    low, high = LEVELS[format]
+    groups = -(-columns // GROUP)
+    q = torch.randint(low, high + 1, (rows, columns), dtype=torch.int8)
+    least = torch.randn(rows, groups).half().float() if format == "int4" else torch.zeros(rows, groups)
+    return q, torch.rand(rows, groups).half().float(), least
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_groups_are_the_inverse_of_assemble(format: str, shape: tuple[int, int]) -> None:
+    parts = random_parts(format, *shape)
+    matrix = assemble(format, *parts)
+    assert matrix.shape == shape and tuple(matrix.data.shape) == blocks_shape(format, *shape)
+    assert matrix.nbytes == matrix.data.shape[0] * matrix.data.shape[1] * BLOCK_BYTES[format]
+    for found, expected in zip(matrix.groups(), parts, strict=True):
+        assert torch.equal(found, expected)
+    q, scale, least = (part.double() for part in parts)
+    wide = [part.repeat_interleave(GROUP, dim=1)[:, : shape[1]] for part in (scale, least)]
+    assert torch.equal(matrix.dequantise(torch.float64), (q * wide[0] + wide[1]).float().double())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_fills_a_block_up_is_zero(format: str) -> None:
+    data = assemble(format, *random_parts(format, 65, 33)).data
+    whole = assemble(format, *(torch.ones_like(part) for part in random_parts(format, 128, 64))).data
+    assert data.shape == whole.shape
+    widened = QuantizedMatrix(format, 128, 64, data)
+    q, scale, least = widened.groups()
+    assert not q[65:].any() and not q[:, 33:].any() and not scale[65:].any() and not least[65:].any()
+
+
+def test_int8_bytes_lie_as_the_documentation_says() -> None:
+    q, scale, _ = random_parts("int8", 70, 40)
+    data = assemble("int8", q, scale).data
+    row, column = 67, 35  # panel 1, row 3 of it; group 1, odd input of pair 1
+    block = data[1, 1]
+    assert block[2 * 3 : 2 * 3 + 2].view(torch.float16).item() == scale[67, 1]
+    assert block[2 * PANEL + (1 * PANEL + 3) * 2 + 1].view(torch.int8).item() == q[row, column]
+
+
+def test_int4_bytes_lie_as_the_documentation_says() -> None:
+    q, scale, least = random_parts("int4", 70, 40)
+    data = assemble("int4", q, scale, least).data
+    for row, column in ((67, 35), (20, 6), (32, 7), (63, 39)):
+        panel, group = row // PANEL, column // GROUP
+        block, inside, pair = data[panel, group], row % PANEL, column % GROUP // 2
+        assert block[2 * inside : 2 * inside + 2].view(torch.float16).item() == scale[row, group]
+        at = 2 * PANEL + 2 * inside
+        assert block[at : at + 2].view(torch.float16).item() == least[row, group]
+        word = block[4 * PANEL + (pair * 16 + inside % 16) * 4 :][:4]
+        bits = int.from_bytes(bytes(word.tolist()), "little")
+        assert bits >> (inside // 16 * 4 + column % 2 * 16) & 15 == q[row, column]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_twin_of_the_products(format: str) -> None:
+    matrix = assemble(format, *random_parts(format, 65, 33))
+    x = torch.randn(2, 3, 33)
+    found = quantized_linear(x, matrix)
+    assert found.shape == (2, 3, 65) and found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), x.double() @ matrix.dequantise(torch.float64).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(2, 2, 1279, dtype=torch.uint8), r"is uint8 \(2, 2, 1280\), not uint8 \(2, 2, 1279\)"),
+        (torch.zeros(1, 2, 1280, dtype=torch.uint8), r"not uint8 \(1, 2, 1280\)"),
+        (torch.zeros(2, 2, 1280, dtype=torch.int8), r"not int8 \(2, 2, 1280\)"),
+        (torch.zeros(5120, dtype=torch.uint8), r"not uint8 \(5120,\)"),
+    ],
+)
+def test_bytes_that_do_not_fit_are_an_error(data: Tensor, message: str) -> None:
+    assert QuantizedMatrix("int4", 70, 40, torch.zeros(2, 2, 1280, dtype=torch.uint8)).shape == (70, 40)
+    with pytest.raises(CheckpointError, match=message):
+        QuantizedMatrix("int4", 70, 40, data)

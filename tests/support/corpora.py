@@ -1,0 +1,91 @@
+"""Made-up corpora: texts of invented words, in which every copy and near copy is known."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from fledge.data.pipeline.config import BuildConfig, build_config
+
+SYLLABLES = [
+    "ba",
+    "ce",
+    "di",
+    "fo",
+    "gu",
+    "ha",
+    "je",
+    "ki",
+    "lo",
+    "mu",
+    "na",
+    "pe",
+    "ri",
+    "so",
+    "tu",
+    "va",
+    "we",
+    "xi",
+    "yo",
+    "zu",
+]
+
+
+def words(rng: random.Random, count: int) -> list[str]:
+    """Invented words."""
+    return ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(count)]
+
+
+def text(seed: int, count: int = 60) -> str:
+    """A text of so many words in lines, the same for the same seed."""
+    rng = random.Random(f"text {seed}")
+    line = words(rng, count)
+    return "\n".join(" ".join(line[start : start + 9]) for start in range(0, count, 9))
+
+
+def nearly(original: str, seed: int, changes: int = 1) -> str:
+    """A near copy: some words are others."""
+    rng = random.Random(f"change {seed}")
+    found = original.split(" ")
+    for at in rng.sample(range(len(found)), changes):
+        found[at] = words(rng, 1)[0]
+    return " ".join(found)
+
+
+def corpus(count: int = 120) -> list[dict[str, str]]:
+    """Documents in three languages and two sources; every tenth is a copy, every twelfth a near copy of one before."""
+    rows: list[dict[str, str]] = []
+    for number in range(count):
+        language = ("en", "de", "code:python")[number % 3]
+        body = text(number, 40 + 7 * (number % 11))
+        if number % 10 == 9:
+            body = rows[number - 6]["text"].upper().replace(" ", "  ")
+        elif number % 12 == 11:
+            body = nearly(rows[number - 6]["text"], number)
+        rows.append({"text": body, "lang": language, "src": "ab"[number % 2]})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config(**settings: Any) -> BuildConfig:
+    """A config of small pieces that reads corpus*.jsonl; `settings` as TOML would have them."""
+    values: dict[str, Any] = {
+        "sources": [{"path": "corpus*.jsonl"}],
+        "piece_bytes": 9000,
+        "validation": {"share": 0.1, "documents": 0, "bytes": 2000},
+        **settings,
+    }
+    return build_config(values)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of every file of a store."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}

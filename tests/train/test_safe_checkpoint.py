@@ -1,0 +1,48 @@
+"""A list of parts runs nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.planner import ReadItem
+
+from fledge.core.errors import CheckpointError
+from fledge.train.safe_checkpoint import LIST, PartsPlanner, PartsReader
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_list_of_parts_that_names_a_function_is_refused(tmp_path: Path) -> None:
+    (tmp_path / LIST).write_bytes(pickle.dumps(Evil(tmp_path / "made")))
+    with pytest.raises(CheckpointError, match=r"names (posix|nt)\.mkdir, which no list of parts needs"):
+        PartsReader(tmp_path).read_metadata()
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_list_of_parts_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / LIST).write_bytes(pickle.dumps([torch.float32]))
+    with pytest.raises(CheckpointError, match="something else"):
+        PartsReader(tmp_path).read_metadata()
+
+
+def test_values_run_nothing(tmp_path: Path) -> None:
+    held = io.BytesIO()
+    torch.save(Evil(tmp_path / "made"), held)
+    held.seek(0)
+    item = ReadItem(None, None, None, None, None, None)  # type: ignore[arg-type]
+    with pytest.raises(pickle.UnpicklingError):
+        PartsPlanner().load_bytes(item, held)
+    assert not (tmp_path / "made").exists()
