@@ -26,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from fledge.core.files import name_hash
+from fledge.core.files import hash_name
 from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encoded
 from fledge.engine.prefix_cache.radix_tree import TOKEN
 
@@ -92,7 +92,7 @@ class DiskCache:
         """The longest snapshot of at least `least` tokens that is a prefix of `path`; one of all of it needs logits."""
         while True:
             with self._changed:
-                row = self._longest(name_hash(space), path, least)
+                row = self._longest(hash_name(space), path, least)
                 if row is None or self._store is None:
                     return None
                 self._touch(row)
@@ -105,7 +105,7 @@ class DiskCache:
 
     def kept(self, space: str, path: bytes, lengths: Collection[int]) -> dict[int, bool]:
         """Which of `lengths` of `path` have a snapshot -> whether with logits."""
-        found, hashed, place, owner = {}, sha256(), 0, name_hash(space)
+        found, hashed, place, owner = {}, sha256(), 0, hash_name(space)
         with self._changed:
             for length in sorted(lengths):
                 hashed.update(path[place * TOKEN : length * TOKEN])
@@ -119,7 +119,7 @@ class DiskCache:
         block = len(path) // (TOKEN * BLOCK) * (TOKEN * BLOCK)
         row = SnapshotRecord(
             self._identity,
-            name_hash(space),
+            hash_name(space),
             sha256(path).digest(),
             anchor=sha256(path[:block]).digest(),
             length=len(path) // TOKEN,
@@ -144,7 +144,7 @@ class DiskCache:
 
     def clear(self, space: str | None = None) -> None:
         """Remove the snapshots of this model, or those of one space."""
-        owner = None if space is None else name_hash(space)
+        owner = None if space is None else hash_name(space)
         with self._changed:
             rows = [row for row in self._rows.values() if row.identity == self._identity]
             self._discard([row for row in rows if owner in (None, row.space)])
