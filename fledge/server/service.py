@@ -20,7 +20,7 @@ from functools import cached_property, partial
 import torch
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.core.files import secret_once
+from fledge.core.files import read_or_create_secret
 from fledge.engine.async_engine import AsyncEngine
 from fledge.engine.engine import Engine
 from fledge.engine.events import FLUSH_INTERVAL, ErrorEvent, Event, FinishEvent, TextRequest
@@ -343,7 +343,7 @@ def read_secret(settings: ServerSettings) -> bytes:
     if path is None:
         return secrets.token_bytes(32)
     try:
-        found = secret_once(path, secrets.token_hex(32).encode()).strip()
+        found = read_or_create_secret(path, secrets.token_hex(32).encode()).strip()
     except OSError as error:
         raise FledgeError(f"{path}, which states are signed with, cannot be used: {error.strerror}") from None
     if len(found) < 32:

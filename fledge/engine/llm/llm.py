@@ -82,8 +82,8 @@ class LLM:
     @property
     def weights(self) -> str:
         """How the matrices are held, in words: "bfloat16", "int8", "int4+int8"."""
-        quantised = self.model.quantised if isinstance(self.model, NativeModel) else ()
-        return "+".join(quantised) or str(self.dtype).removeprefix("torch.")
+        quantized = self.model.quantized if isinstance(self.model, NativeModel) else ()
+        return "+".join(quantized) or str(self.dtype).removeprefix("torch.")
 
     def generate(
         self, prompt: Prompt, *, state: State | None = None, params: SamplingParams | None = None, **overrides: Any
@@ -172,7 +172,7 @@ class LLM:
         """
         adapters = adapter_list(adapter)
         check_fit(adapters, self)
-        return with_changes(self, checkpoint.combined(adapters))
+        return with_changes(self, checkpoint.combine_adapters(adapters))
 
     def _start(self, state: State | None) -> State:
         if state is None:

@@ -26,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from fledge.core.files import name_hash
+from fledge.core.files import hash_name
 from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.engine.prefix_cache.radix_tree import TOKEN_BYTES
 
@@ -94,7 +94,7 @@ class DiskCache:
         """The longest snapshot of at least `least` tokens that is a prefix of `path`; one of all of it needs logits."""
         while True:
             with self._changed:
-                row = self._longest(name_hash(namespace), path, least)
+                row = self._longest(hash_name(namespace), path, least)
                 if row is None or self._store is None:
                     return None
                 self._touch(row)
@@ -107,7 +107,7 @@ class DiskCache:
 
     def find_lengths(self, namespace: str, path: bytes, lengths: Collection[int]) -> dict[int, bool]:
         """Which of `lengths` of `path` have a snapshot -> whether with logits."""
-        found, hashed, place, owner = {}, sha256(), 0, name_hash(namespace)
+        found, hashed, place, owner = {}, sha256(), 0, hash_name(namespace)
         with self._changed:
             for length in sorted(lengths):
                 hashed.update(path[place * TOKEN_BYTES : length * TOKEN_BYTES])
@@ -121,7 +121,7 @@ class DiskCache:
         block = len(path) // (TOKEN_BYTES * BLOCK_TOKENS) * (TOKEN_BYTES * BLOCK_TOKENS)
         row = SnapshotRecord(
             self._identity,
-            name_hash(namespace),
+            hash_name(namespace),
             sha256(path).digest(),
             anchor=sha256(path[:block]).digest(),
             length=len(path) // TOKEN_BYTES,
@@ -146,7 +146,7 @@ class DiskCache:
 
     def clear(self, namespace: str | None = None) -> None:
         """Remove the snapshots of this model, or those of one space."""
-        owner = None if namespace is None else name_hash(namespace)
+        owner = None if namespace is None else hash_name(namespace)
         with self._changed:
             rows = [row for row in self._rows.values() if row.identity == self._identity]
             self._discard([row for row in rows if owner in (None, row.space)])

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fledge.core.errors import StateError, UsageError
-from fledge.core.interrupts import Interrupted, stoppable
+from fledge.core.interrupts import Interrupted, catch_signals
 from fledge.engine.generation import PREFILL_CHUNK, ProgressCallback, prefill_chunks
 from fledge.engine.llm.llm import LLM
 from fledge.engine.states.state_file import StateMetadata, identity_of, read_state, write_state
@@ -81,7 +81,7 @@ def read_kept(
         return ReadResult(state, before, 0)
     digest = _beginning(llm)
     digest.update(_packed(ids[:begin]))
-    with stoppable() as stop:
+    with catch_signals() as stop:
         for count, cursor in prefill_chunks(llm.model, ids[begin:], state):
             digest.update(_packed(ids[done : begin + count]))
             done, state = begin + count, cursor.state
