@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
     from fledge.checkpoint.shapes import expected_shapes
+    from fledge.checkpoint.tokenizers import load_tokenizer
     from fledge.checkpoint.writer import save
 
 # No module may bear the name of a function here: importing the module would hide the function.
@@ -58,6 +59,7 @@ _HOME = {
     "inspect_adapter": "adapters.files",
     "load": "reader",
     "load_model": "model_loader",
+    "load_tokenizer": "tokenizers",
     "load_tuned_state": "adapters.tuned_state",
     "merge_file": "adapters.merging",
     "merge_tuned_state": "adapters.tuned_state",
@@ -94,6 +96,7 @@ __all__ = [
     "inspect_adapter",
     "load",
     "load_model",
+    "load_tokenizer",
     "load_tuned_state",
     "merge_file",
     "merge_tuned_state",

@@ -193,22 +193,22 @@ class AsyncEngine:
         piece = choice.take(output)
         if piece is not None:
             self._outbox.tell(job, piece)
-        if choice.writer.outcome is not None:
+        if choice.detokenizer.outcome is not None:
             self.engine.abort_choice(output.request, output.choice)
             self._finish(job, choice)
             self._leave(job, output.request)
 
     def _finish(self, job: TextRequest, choice: CompletionState) -> None:
         """Tell the end of a text, at once or when its state has read all of it."""
-        outcome = choice.writer.outcome
+        outcome = choice.detokenizer.outcome
         assert outcome is not None
-        cut = choice.writer.cut()
-        rest = (*choice.writer.rest(cut), *job.closing)
+        cut = choice.detokenizer.rewind_point()
+        rest = (*choice.detokenizer.remaining_ids(cut), *job.closing)
         end = FinishEvent(
             choice.number,
             outcome.reason,
             outcome.stop,
-            (*cut.kept, *rest),
+            (*cut.ids, *rest),
             choice.drawn,
             choice.seed,
             choice.cached,
@@ -219,10 +219,10 @@ class AsyncEngine:
         if not (job.wants_state or keeps) or choice.unread:
             return
         if rest:
-            request = Request(rest, start=cut.row.alone(), n=0, priority=job.request.priority)
+            request = Request(rest, start=cut.state.alone(), n=0, priority=job.request.priority)
             self._endings[self.engine.add(request, extra=True)] = (job, end)
         else:
-            self._ended(job, end, cut.row.alone())
+            self._ended(job, end, cut.state.alone())
 
     def _ended(self, job: TextRequest, end: FinishEvent, state: State) -> None:
         """The state of a text is there."""

@@ -87,7 +87,7 @@ class CompletionState:
     def __init__(self, job: TextRequest, tokenizer: Tokenizer, first: TokenOutput) -> None:
         self.number, self.seed, self.cached, self.drawn = first.choice, first.seed, first.cached, 0
         self.unread = first.unread
-        self.writer = Detokenizer(tokenizer, job.request.params.stop, first.before, show_held=job.show_held)
+        self.detokenizer = Detokenizer(tokenizer, job.request.params.stop, first.before, show_held=job.show_held)
         self._tokenizer = tokenizer
         self._wanted = job.request.logprobs is not None
         # Tokens not shown yet, with the bytes they begin and end at.
@@ -101,9 +101,9 @@ class CompletionState:
             self.drawn += 1
             if self._wanted:
                 self._note(output)
-            text = self.writer.push(output.token, output.before)
-        if output.finish is not None and self.writer.outcome is None:
-            text += self.writer.end(REASONS.get(output.finish, "eos"))
+            text = self.detokenizer.add_token(output.token, output.before)
+        if output.finish is not None and self.detokenizer.outcome is None:
+            text += self.detokenizer.finish(REASONS.get(output.finish, "eos"))
         tokens = self._shown() if self._wanted else ()
         return TextEvent(self.number, text, tokens) if text or tokens else None
 
@@ -116,11 +116,11 @@ class CompletionState:
 
     def _shown(self) -> tuple[TextToken, ...]:
         """The tokens whose text has been shown, whole or, at the end, in part."""
-        ended = self.writer.outcome
+        ended = self.detokenizer.outcome
         found = []
         while self._open:
             begin, end, token = self._open[0]
-            if not (begin < ended.place if ended is not None else end <= self.writer.place):
+            if not (begin < ended.length if ended is not None else end <= self.detokenizer.emitted_bytes):
                 break
             found.append(token)
             self._open.popleft()

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fledge.core.files import name_hash
-from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encoded
+from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.engine.prefix_cache.radix_tree import TOKEN
 
 log = logging.getLogger("fledge")
@@ -268,7 +268,7 @@ class DiskCache:
             if self._rows.get(row.key) is not row:
                 return
         try:
-            data = encoded(snapshot)
+            data = encode_snapshot(snapshot)
             if len(data) > self._limit:
                 self._discard([row])
                 return

@@ -87,7 +87,7 @@ def test_what_cannot_be_done_is_one_line(
     fledge("state", "save", book, "--to", path, "-m", byte_model)
     fledge("state", "load", path, "x", "-m", other_model).check_error(1, "made by bytes", "not by other")
     fledge("state", "load", path, "", "-m", byte_model).check_error(2, "prompt is empty")
-    fledge("state", "load", book, "x", "-m", byte_model).check_error(1, "book.txt is no state that can be used")
+    fledge("state", "load", book, "x", "-m", byte_model).check_error(1, "book.txt is not a valid state file")
     fledge("state", "info", tmp_path / "missing").check_error(1, "missing cannot be read", "No such file")
     fledge("state", "save", book, "--to", path, "-m", byte_model).check_error(2, "book.state exists", "--force")
     assert fledge("state", "save", book, "--to", path, "-m", byte_model, "--force").code == 0

@@ -19,14 +19,14 @@ from prefixes import BYTES, logits_of, same, state_of
 
 from fledge.core.errors import UsageError
 from fledge.engine.prefix_cache.disk_cache import BLOCK, DiskCache, StoredSnapshot
-from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encoded
+from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.engine.prefix_cache.radix_tree import packed
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
 
 LIMIT = 1 << 20
 IDS = tuple(range(300))
-SIZE = len(encoded(Snapshot(state_of(IDS), None)))
+SIZE = len(encode_snapshot(Snapshot(state_of(IDS), None)))
 
 
 def put(snapshots: DiskCache, ids: tuple[int, ...], space: str = "a", logits: bool = False) -> None:
@@ -157,9 +157,9 @@ def test_what_waits_does_not_give_way_itself(tmp_path: Path, monkeypatch: pytest
 
         def slow(snapshot: Snapshot) -> bytes:
             going.wait()
-            return encoded(snapshot)
+            return encode_snapshot(snapshot)
 
-        monkeypatch.setattr("fledge.engine.prefix_cache.disk_cache.encoded", slow)
+        monkeypatch.setattr("fledge.engine.prefix_cache.disk_cache.encode_snapshot", slow)
         put(snapshots, (3, 9))
         assert longest(snapshots, (1, 9, 9)) is not None and longest(snapshots, (2, 9, 9)) is not None
         going.set()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prefixes import logits_of, same, state_of
 
-from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encoded
+from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.models.state import State
 
 
@@ -17,7 +17,10 @@ def row(number: int) -> SnapshotRecord:
 
 
 def fill(store: SnapshotStore, *numbers: int) -> list[SnapshotRecord]:
-    return [store.write(row(number), encoded(Snapshot(state_of([number]), logits_of([number])))) for number in numbers]
+    return [
+        store.write(row(number), encode_snapshot(Snapshot(state_of([number]), logits_of([number]))))
+        for number in numbers
+    ]
 
 
 def names(folder: Path) -> set[str]:
@@ -37,14 +40,14 @@ def test_what_was_written_is_read_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_file_without_logits_is_a_state_file(tmp_path: Path) -> None:
-    (tmp_path / "state").write_bytes(encoded(Snapshot(state_of([3]), None)))
+    (tmp_path / "state").write_bytes(encode_snapshot(Snapshot(state_of([3]), None)))
     assert same(State.load(tmp_path / "state"), [3])
 
 
 def test_a_row_takes_the_place_of_another_with_its_file(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path)
     (old,) = fill(store, 3)
-    new = store.write(old, encoded(Snapshot(state_of([3]), logits_of([3]))))
+    new = store.write(old, encode_snapshot(Snapshot(state_of([3]), logits_of([3]))))
     assert names(tmp_path) == {new.file} and new.file != old.file
     store.close()
     store = SnapshotStore(tmp_path)
