@@ -13,28 +13,32 @@ What is exported here has to do with one text at a time. Beside it, by their own
 Not here: HTTP, checkpoints (fledge.checkpoint reads those), the mathematics (fledge.models).
 """
 
-from fledge.engine.generation import ModelOutput, SampledToken, prefill, tokens
+from fledge.engine.generation import ModelOutput, SampledToken, generate_tokens, prefill
 from fledge.engine.llm.chat import Chat, ChatTurn
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
 from fledge.engine.llm.scoring import ScoredText, ScoredToken
 from fledge.engine.llm.stream import Completion, Stream, Timings
 from fledge.engine.sampling import Sampler, SamplingParams
+from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state
 
 __all__ = [
     "LLM",
     "Chat",
     "ChatTurn",
     "Completion",
+    "LoadedState",
     "ModelOutput",
     "SampledToken",
     "Sampler",
     "SamplingParams",
     "ScoredText",
     "ScoredToken",
+    "StateMetadata",
     "Stream",
     "Timings",
+    "generate_tokens",
     "load",
     "prefill",
-    "tokens",
+    "read_state",
 ]

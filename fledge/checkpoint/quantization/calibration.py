@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.checkpoint.model_loader import assemble
-from fledge.checkpoint.quantization.quantizer import check_model, is_matrix
+from fledge.checkpoint.quantization.quantizer import check_quantizable, is_quantizable
 from fledge.checkpoint.quantization.sensitivity import MatrixImportance
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.tokenizers import load_tokenizer
@@ -51,8 +51,8 @@ def calibrate(
     text.
     """
     loaded = read(source)
-    check_model(loaded.config, str(source))
-    if loaded.quantised:
+    check_quantizable(loaded.config, str(source))
+    if loaded.quantized:
         raise CheckpointError(f"{source} is already quantized; give the checkpoint from before quantization")
     tokenizer = load_tokenizer(loaded.tokenizer_spec, loaded.config.vocab_size, str(source))
     parameters = sum(tensor.numel() for tensor in loaded.tensors.values())
@@ -119,7 +119,7 @@ class _SquareSums:
 
 def _linears(model: BaseModel) -> Iterator[tuple[str, Linear]]:
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and is_matrix(f"{name}.weight"):
+        if isinstance(module, Linear) and is_quantizable(f"{name}.weight"):
             yield f"{name}.weight", module
 
 

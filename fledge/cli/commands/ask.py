@@ -12,7 +12,7 @@ import typer
 from fledge.cli.options import ModelOptions, SamplingOptions, spread
 from fledge.cli.terminal import SlowBar, note, remark_end, visible, write, write_answer
 from fledge.core.errors import UsageError
-from fledge.core.files import cache_folder
+from fledge.core.files import get_cache_folder
 
 if TYPE_CHECKING:
     from fledge.engine import LLM, Stream
@@ -90,7 +90,7 @@ def show_answer(stream: Stream) -> None:
 def _read(llm: LLM, data: bytes, template: str, book: str) -> ReadResult:
     from fledge.engine.states.read_document import evict_oldest, mark_used, source_hash
 
-    ids, folder = turn_ids(llm, data, template), cache_folder() / "books"
+    ids, folder = turn_ids(llm, data, template), get_cache_folder() / "books"
     with SlowBar(f"reading {visible(book)}", "tokens") as bar:
         path = folder / f"{source_hash(llm.read([]), ids)[:32]}-{llm.identity[:32]}.state"
         reading = llm.read_document(ids, path, title=Path(book).name, progress=bar.update, on_write_error=_not_kept)

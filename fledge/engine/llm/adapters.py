@@ -34,22 +34,22 @@ def adapt_model(model: nn.Module, changes: checkpoint.CombinedAdapter, name: str
 
     Raises UsageError for a native model, which cannot apply unmerged adapters. `name` is the model's name in the error.
     """
-    if not (changes.factors or changes.parts):
+    if not (changes.factors or changes.full_parameters):
         return model
     if not isinstance(model, BaseModel):
         raise UsageError(
             f"{name} uses the native library, which can apply a LoRA only while loading: load it with adapter=..., or "
             "with pack=False to switch between adapters on the same weights"
         )
-    return adapted(model, changes.factors, changes.parts).eval()
+    return adapted(model, changes.factors, changes.full_parameters).eval()
 
 
 def hash_changes(changes: checkpoint.CombinedAdapter, previous: str = "") -> str:
     """SHA-256 of the changes to the weights, applied after those of `previous`; `previous` if no weight changes."""
-    if not (changes.factors or changes.parts):
+    if not (changes.factors or changes.full_parameters):
         return previous
     digest = hashlib.sha256(previous.encode())
-    tensors = dict(changes.parts)
+    tensors = dict(changes.full_parameters)
     for name, factors in changes.factors.items():
         tensors |= {f"{name} down": factors.down * factors.scale, f"{name} up": factors.up}
     for name in sorted(tensors):

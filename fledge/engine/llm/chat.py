@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import ModelOutput, feed
+from fledge.engine.generation import ModelOutput, advance_state
 from fledge.engine.llm.stream import Completion, Stream
-from fledge.engine.sampling import LARGEST_SEED, SamplingParams
+from fledge.engine.sampling import MAX_SEED, SamplingParams
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer, template_named
 
@@ -69,7 +69,7 @@ class Chat:
         self._model, self._tokenizer = model, tokenizer
         opening = self.template.turn("system", system) + self.template.close_turn() if system else ""
         self._opening_ids = tuple(tokenizer.encode(opening))
-        self._opening_state = feed(model, self._opening_ids, start)
+        self._opening_state = advance_state(model, self._opening_ids, start)
         self._last_turns: dict[str, ChatTurn | None] = {"main": None}  # of each branch
         self._current = "main"
         self._running: Stream | None = None
@@ -139,7 +139,7 @@ class Chat:
         """
         self._close_running()
         last = self._last_turn("retry")
-        overrides = {"seed": (last.completion.seed + 1) % LARGEST_SEED, **overrides}
+        overrides = {"seed": (last.completion.seed + 1) % MAX_SEED, **overrides}
         return self._answer(last.user, last.question_ids, last.parent, last.prompt_output, overrides)
 
     def undo(self) -> ChatTurn:
@@ -212,7 +212,7 @@ class Chat:
             return
         closing = self._tokenizer.encode(self.template.close_turn())
         ids = (*question, *completion.ids, *closing)
-        state = feed(self._model, closing, completion.state)
+        state = advance_state(self._model, closing, completion.state)
         turn = ChatTurn(parent, user, completion.text, question, ids, prompt_output, state, completion)
         self._last_turns[self._current] = turn
 

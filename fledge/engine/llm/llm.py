@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from fledge import checkpoint
 from fledge.core.errors import StateError, TokenizerError, UsageError
-from fledge.engine.generation import Progress, check_ids, config_of, device_of, fresh_state, prefill
+from fledge.engine.generation import (
+    ProgressCallback,
+    check_token_ids,
+    get_config,
+    get_device,
+    make_initial_state,
+    prefill,
+)
 from fledge.engine.llm.adapters import AdapterSources, adapt_model, hash_changes, read_adapters
 from fledge.engine.llm.chat import Chat
 from fledge.engine.llm.embedding import embed_state
@@ -62,12 +69,12 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         """The model's sizes."""
-        return config_of(self.model)
+        return get_config(self.model)
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return device_of(self.model)
+        return get_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +86,7 @@ class LLM:
     @property
     def weights(self) -> str:
         """The formats of the matrices in words: "bfloat16", "int8", "int4+int8"."""
-        quantized = self.model.quantised if isinstance(self.model, NativeModel) else ()
+        quantized = self.model.quantized if isinstance(self.model, NativeModel) else ()
         return "+".join(quantized) or str(self.dtype).removeprefix("torch.")
 
     @cached_property
@@ -91,12 +98,15 @@ class LLM:
         StateError for a model without a checkpoint whose original weights are gone.
         """
         weights = self._read_weights()
-        if not weights.tensors.keys() | weights.quantised.keys() >= checkpoint.expected_shapes(weights.config).keys():
+        if (
+            not weights.tensors.keys() | weights.quantized.keys()
+            >= checkpoint.get_expected_shapes(weights.config).keys()
+        ):
             raise StateError(
                 f"{self.name} was made in memory and does not keep its original weights, so it cannot be compared with "
                 "the model of a saved state; load it from a checkpoint"
             )
-        base = checkpoint.identity_of(weights)
+        base = checkpoint.compute_identity(weights)
         return hashlib.sha256(f"{base}\n{self.weight_changes}".encode()).hexdigest() if self.weight_changes else base
 
     def generate(
@@ -119,7 +129,7 @@ class LLM:
         *,
         state: State | None = None,
         params: SamplingParams | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         **overrides: Any,
     ) -> Stream:
         """As `generate`, but returns the text in pieces as it is generated. Raises the same errors, before the first
@@ -131,7 +141,7 @@ class LLM:
         ids = self._prompt_ids(prompt, state)
         return Stream(self.model, self.tokenizer, ids, self._start(state), settings, progress=progress)
 
-    def read(self, text: Prompt, state: State | None = None, progress: Progress | None = None) -> State:
+    def read(self, text: Prompt, state: State | None = None, progress: ProgressCallback | None = None) -> State:
         """The state after `text`, which follows the text that `state` has read."""
         ids, start = self._ids(text), self._start(state)
         return prefill(self.model, ids, start, progress=progress).state if ids else start
@@ -143,7 +153,7 @@ class LLM:
         *,
         template: str | None = None,
         title: str = "",
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         on_write_error: Callable[[OSError], None] | None = None,
     ) -> ReadResult:
         """The state after a long text, kept in the file `path`, so that the same text is never read twice.
@@ -244,7 +254,7 @@ class LLM:
         """
         adapters = read_adapters(adapter)
         checkpoint.check_base(adapters, self._read_weights())
-        return self.with_changes(checkpoint.combined(adapters))
+        return self.with_changes(checkpoint.combine_adapters(adapters))
 
     def with_changes(self, changes: checkpoint.CombinedAdapter) -> LLM:
         """As `with_adapter`, for adapters that have been combined and checked."""
@@ -264,7 +274,7 @@ class LLM:
 
     def _start(self, state: State | None) -> State:
         if state is None:
-            return fresh_state(self.model) if self.initial_state is None else self.initial_state.to(self.device)
+            return make_initial_state(self.model) if self.initial_state is None else self.initial_state.to(self.device)
         state.check(self.config, 1)
         return state.to(self.device)
 
@@ -288,5 +298,5 @@ class LLM:
             ids = [operator.index(token) for token in prompt]
         except TypeError:
             raise UsageError(f"a prompt is text, bytes or token ids, not {prompt!r:.60}") from None
-        check_ids(ids, self.config.vocab_size)
+        check_token_ids(ids, self.config.vocab_size)
         return ids

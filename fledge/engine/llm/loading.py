@@ -17,7 +17,7 @@ import torch
 from fledge import checkpoint
 from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import CheckpointError
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 from fledge.engine.llm.adapters import AdapterSources, hash_changes, read_adapters
 from fledge.engine.llm.llm import LLM
 from fledge.models.native_model import why_not_native
@@ -54,17 +54,17 @@ def load(
     source = checkpoint.read(path)  # only once: the file could change between two reads, and a hub name asks the hub
     checkpoint.check_base(adapters, source)
     parameters = sum(tensor.numel() for tensor in source.tensors.values())
-    parameters += sum(matrix.rows * matrix.columns for matrix in source.quantised.values())
+    parameters += sum(matrix.rows * matrix.columns for matrix in source.quantized.values())
     chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, parameters)
     tokenizer = checkpoint.load_tokenizer(source.tokenizer_spec, source.config.vocab_size, str(path))
     name = source.path.stem if source.path.is_file() else Path(path).name
-    changes, weight_changes = checkpoint.combined(adapters), "" if quant is None else f"rounded to {quant}"
+    changes, weight_changes = checkpoint.combine_adapters(adapters), "" if quant is None else f"rounded to {quant}"
     if pack and chosen_device.type == "cpu" and why_not_native(source.config) is None:
         weight_changes = hash_changes(changes, weight_changes)
-        source = checkpoint.merged(source, replace(changes, state={}), chosen_dtype)
-        changes = replace(changes, factors={}, parts={})
+        source = checkpoint.merge_adapters(source, replace(changes, state={}), chosen_dtype)
+        changes = replace(changes, factors={}, full_parameters={})
     stored_dtype = source.tensors["emb.weight"].dtype
-    weights = checkpoint.ModelWeights(source.tensors, source.quantised, spend=True)
+    weights = checkpoint.ModelWeights(source.tensors, source.quantized, spend=True)
     model = checkpoint.assemble(
         source.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant
     )
@@ -81,7 +81,7 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str] | None) -> str | os.P
     """
     if name_or_path is not None and (os.fspath(name_or_path) != BUNDLED or os.path.exists(name_or_path)):
         return name_or_path
-    path = asset(f"{BUNDLED}.safetensors")
+    path = get_asset_path(f"{BUNDLED}.safetensors")
     if not path.is_file():
         raise CheckpointError(
             f"the bundled model {path} is missing from this installation; install Fledge again, "

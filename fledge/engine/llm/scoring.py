@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import ModelOutput, device_of
+from fledge.engine.generation import ModelOutput, get_device
 
 CHUNK = 128
 """Tokens scored in one call. All their logits exist at the same time: 33 MB for a vocabulary of 65,536 tokens."""
@@ -49,7 +49,7 @@ def score_tokens(model: nn.Module, start: ModelOutput, ids: Sequence[int], chunk
     logits_before, logprobs = start.logits, list[float]()
     state = start.state
     for begin in range(0, len(ids), chunk):
-        targets = torch.tensor(list(ids[begin : begin + chunk]), device=device_of(model))  # (T,)
+        targets = torch.tensor(list(ids[begin : begin + chunk]), device=get_device(model))  # (T,)
         with torch.no_grad():
             logits, state = model(targets[None], state)  # (1, T, V)
             shifted = torch.cat([logits_before[None], logits[0, :-1]])  # (T, V): the prediction before each token

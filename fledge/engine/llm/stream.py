@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fledge.engine.generation import ModelOutput, Progress, SampledToken, chunks, feed, tokens
+from fledge.engine.generation import (
+    ModelOutput,
+    ProgressCallback,
+    SampledToken,
+    advance_state,
+    generate_tokens,
+    prefill_chunks,
+)
 from fledge.engine.llm.detokenizer import Detokenizer, FinishReason
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.models.state import State
@@ -61,7 +68,7 @@ class Stream(Iterator[str]):
         start: State | ModelOutput,
         params: SamplingParams,
         *,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         on_end: Callable[[Completion], None] | None = None,
         show_held: bool = True,
     ) -> None:
@@ -127,18 +134,18 @@ class Stream(Iterator[str]):
         if isinstance(self._start, ModelOutput):
             output = self._start
         else:
-            for done, output in chunks(self._model, self._prompt, self._start):
+            for done, output in prefill_chunks(self._model, self._prompt, self._start):
                 self._detokenizer.set_prompt_state(StateSlice(output.state), done)
                 if self._progress is not None:
                     self._progress(done, len(self._prompt))
         self._prompt_output = output
         self._prefill_s = time.perf_counter() - began
-        return tokens(self._model, *output, self._sampler, self.params.max_tokens)
+        return generate_tokens(self._model, *output, self._sampler, self.params.max_tokens)
 
     def _decode(self, steps: Iterator[SampledToken]) -> str:
         """Sample tokens until there is text to emit."""
         for step in steps:
-            piece = self._detokenizer.add_token(step.id, StateSlice(step.before))
+            piece = self._detokenizer.add_token(step.id, StateSlice(step.state_before))
             if piece or self._detokenizer.outcome is not None:
                 return piece
         return self._detokenizer.finish("length")
@@ -158,7 +165,7 @@ class Stream(Iterator[str]):
                 stop=outcome.stop,
                 prompt_tokens=self._detokenizer.prompt_tokens,
                 seed=self._sampler.seed,
-                state=feed(self._model, remaining, point.state.alone()),
+                state=advance_state(self._model, remaining, point.state.alone()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
             if self._on_end is not None:

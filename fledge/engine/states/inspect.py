@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fledge.core.errors import StateError
-from fledge.engine.generation import config_of
+from fledge.engine.generation import get_config
 from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 from fledge.models.state import KvState, Rwkv4State, State, WkvState
@@ -29,7 +29,7 @@ def half_lives(model: nn.Module) -> Table | None:
     The decay of Eagle is constant. The decay of Finch depends on the token; this is its constant part. None for a
     transformer, which does not forget.
     """
-    config = config_of(model)
+    config = get_config(model)
     if config.version == "llama":
         return None
     if isinstance(model, NativeModel):

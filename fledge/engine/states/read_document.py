@@ -22,13 +22,13 @@ import numpy as np
 from torch import nn
 
 from fledge.core.errors import StateError, UsageError
-from fledge.core.interrupts import Interrupted, stoppable
-from fledge.engine.generation import CHUNK, Progress, chunks, config_of, device_of
+from fledge.core.interrupts import Interrupted, catch_signals
+from fledge.engine.generation import PREFILL_CHUNK, ProgressCallback, get_config, get_device, prefill_chunks
 from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state, write_state
 from fledge.models.state import State
 
 PARTIAL = ".part"
-SAVE_INTERVAL = 64 * CHUNK
+SAVE_INTERVAL = 64 * PREFILL_CHUNK
 """Tokens between two saves of a partial state, so that a killed process loses little."""
 
 WriteErrorHandler = Callable[[OSError], None]
@@ -57,7 +57,7 @@ def read_document(
     *,
     start: State,
     metadata: StateMetadata,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     on_write_error: WriteErrorHandler | None = None,
 ) -> ReadResult:
     """The state after `ids`, which follow the state `start`; from the file if possible, and stored in it afterwards.
@@ -83,8 +83,8 @@ def read_document(
         return ReadResult(state, before, 0)
     digest = _hash_state(start)
     digest.update(_pack(ids[:begin]))
-    with stoppable() as stop:
-        for count, output in chunks(model, ids[begin:], state):
+    with catch_signals() as stop:
+        for count, output in prefill_chunks(model, ids[begin:], state):
             digest.update(_pack(ids[done : begin + count]))
             done, state = begin + count, output.state
             metadata = replace(metadata, tokens=done, source=digest.hexdigest())
@@ -129,14 +129,14 @@ def _load_prefix(
     """The state in a file, if this model made it and it has read a prefix of `ids`."""
     try:
         state, stored = read_state(file)
-        state.check(config_of(model), 1)
+        state.check(get_config(model), 1)
     except StateError:
         return None
     if stored.identity != metadata.identity or not 0 < stored.tokens <= len(ids):
         return None
     if stored.source != source_hash(start, ids[: stored.tokens]):
         return None
-    return LoadedState(state.to(device_of(model)), stored)
+    return LoadedState(state.to(get_device(model)), stored)
 
 
 def _hash_state(state: State) -> Any:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.core.files import LOCK, atomic_path, disk_trouble, locked, name_hash, read_json, write_json
+from fledge.core.files import LOCK, atomic_path, describe_disk_error, hash_name, locked, read_json, write_json
 from fledge.engine.states.eviction import select_evictions
 from fledge.engine.states.state_file import LoadedState, StateMetadata, decode_state, encode_state, read_metadata
 from fledge.engine.states.store import SessionConflict, StateEntry, StoreTotals, check_name
@@ -78,7 +78,7 @@ class SharedStateStore:
             with atomic_path(self._file(owner, id)) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
-            raise FledgeError(f"the state could not be saved: {disk_trouble(error, self.folder)}") from None
+            raise FledgeError(f"the state could not be saved: {describe_disk_error(error, self.folder)}") from None
         return id
 
     def get(self, owner: str, id: str) -> LoadedState:
@@ -151,7 +151,9 @@ class SharedStateStore:
             with locked(folder / LOCK):
                 yield folder
         except OSError as error:
-            raise FledgeError(f"the conversation could not be saved: {disk_trouble(error, self.folder)}") from None
+            raise FledgeError(
+                f"the conversation could not be saved: {describe_disk_error(error, self.folder)}"
+            ) from None
 
     def _file(self, owner: str, id: str) -> Path:
         """The path of a state. Ids come from requests, so any other form of id is rejected."""
@@ -202,4 +204,4 @@ def _read_session(path: Path) -> dict[str, Any]:
 
 
 def _hash(text: str) -> str:
-    return name_hash(text).hex()[:32]
+    return hash_name(text).hex()[:32]

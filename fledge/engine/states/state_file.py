@@ -76,8 +76,8 @@ class StateMetadata:
         """Raise StateError unless the weights with this identity made the state. `model` is their name in the error."""
         if self.identity != identity:
             raise StateError(
-                f"the state was made by {self.model} ({checkpoint.short(self.identity)}), not by {model} "
-                f"({checkpoint.short(identity)}): a state works only with the weights that made it"
+                f"the state was made by {self.model} ({checkpoint.shorten_identity(self.identity)}), not by {model} "
+                f"({checkpoint.shorten_identity(identity)}): a state works only with the weights that made it"
             )
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.core.files import atomic_path, disk_trouble, exclusive, name_hash
+from fledge.core.files import atomic_path, describe_disk_error, exclusive, hash_name
 from fledge.engine.states.eviction import select_evictions
 from fledge.engine.states.state_file import LoadedState, StateMetadata, decode_state, encode_state
 from fledge.models.state import State
@@ -131,7 +131,7 @@ class StateStore:
     def put(self, owner: str, state: State, metadata: StateMetadata, name: str | None = None) -> str:
         """Store a state and return its id. Raises FledgeError if the store is full and not enough can be evicted."""
         check_name(name)
-        data, id, owner_hash = encode_state(state, metadata), f"st_{secrets.token_urlsafe(16)}", name_hash(owner)
+        data, id, owner_hash = encode_state(state, metadata), f"st_{secrets.token_urlsafe(16)}", hash_name(owner)
         with self._lock:
             self._evict_for(owner_hash, len(data))
             self._used[owner_hash] += len(data)  # reserved, so that two threads do not use the same space
@@ -148,7 +148,7 @@ class StateStore:
             with self._lock:
                 self._used[owner_hash] -= len(data)
             self._file(id).unlink(missing_ok=True)
-            reason = disk_trouble(error, self.folder) if isinstance(error, OSError) else str(error)
+            reason = describe_disk_error(error, self.folder) if isinstance(error, OSError) else str(error)
             raise FledgeError(f"the state could not be saved: {reason}") from None
         return id
 
@@ -172,7 +172,7 @@ class StateStore:
         """The entry of a state, without its tensors. Raises StateError if the owner has no state of this id."""
         with self._lock:
             row = self._index.execute(
-                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, name_hash(owner))
+                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, hash_name(owner))
             ).fetchone()
         if row is None:
             raise StateError(f"there is no state {id:.40}")
@@ -183,7 +183,7 @@ class StateStore:
         with self._lock:
             rows = self._index.execute(
                 "SELECT id, name, size, card FROM states WHERE owner = ? ORDER BY number DESC LIMIT ?",
-                (name_hash(owner), limit),
+                (hash_name(owner), limit),
             ).fetchall()
         return [_entry(*row) for row in rows]
 
@@ -197,14 +197,14 @@ class StateStore:
             with self._index:
                 self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
                 self._index.execute("DELETE FROM states WHERE id = ?", (id,))
-            self._used[name_hash(owner)] -= entry.nbytes
+            self._used[hash_name(owner)] -= entry.nbytes
             self._file(id).unlink(missing_ok=True)
 
     def current_state(self, owner: str, session: str) -> str | None:
         """The id of the current state of a conversation; None if there is no such conversation."""
         with self._lock:
             row = self._index.execute(
-                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (name_hash(owner), session)
+                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (hash_name(owner), session)
             ).fetchone()
         return None if row is None else str(row[0])
 
@@ -218,7 +218,7 @@ class StateStore:
             self.describe(owner, id)
             if self.current_state(owner, session) != expected:
                 raise SessionConflict(session)
-            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (name_hash(owner), session, id))
+            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (hash_name(owner), session, id))
 
     def _file(self, id: str) -> Path:
         return self.folder / "states" / f"{id}.state"

@@ -77,7 +77,9 @@ def test_diff_is_a_row_a_layer(fledge: Any, byte_model: Path, other_model: Path,
         ["1", "0.0000", "0.0000", "0.0000"],
     ]
     assert all(float(cell) > 0 for line in apart.text.splitlines()[1:] for cell in line.split()[1:])
-    fledge("state", "diff", one, foreign).check_error(1, "made by bytes", "not by other", "same weights")
+    fledge("state", "diff", one, foreign).check_error(
+        1, "made by bytes", "not by other", "only with the weights that made it"
+    )
 
 
 def test_what_cannot_be_done_is_one_line(

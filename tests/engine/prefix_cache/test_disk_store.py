@@ -32,7 +32,7 @@ def test_what_was_written_is_read_to_the_bit(tmp_path: Path) -> None:
     first, _ = fill(store, 3, 5)
     store.close()
     store = SnapshotStore(tmp_path)
-    assert first in store.rows and len(store.rows) == 2
+    assert first in store.records and len(store.records) == 2
     found = store.read(first)
     assert found is not None and found.logits is not None
     assert same(found.state, [3]) and found.logits.equal(logits_of([3]))
@@ -51,7 +51,7 @@ def test_a_row_takes_the_place_of_another_with_its_file(tmp_path: Path) -> None:
     assert names(tmp_path) == {new.file} and new.file != old.file
     store.close()
     store = SnapshotStore(tmp_path)
-    assert store.rows == [new]
+    assert store.records == [new]
     store.close()
 
 
@@ -66,7 +66,7 @@ def test_opening_removes_rows_and_files_that_are_alone_and_nothing_else(tmp_path
     (states / f".{'0' * 32}.safetensors.x1_y.part").write_bytes(b"half")
     (states / "mine.safetensors").write_bytes(b"put there by somebody")
     store = SnapshotStore(tmp_path)
-    assert store.rows == [kept] and names(tmp_path) == {kept.file, "mine.safetensors"}
+    assert store.records == [kept] and names(tmp_path) == {kept.file, "mine.safetensors"}
     store.close()
 
 
@@ -83,7 +83,7 @@ def test_an_index_that_takes_no_change_keeps_no_files(tmp_path: Path, monkeypatc
     assert names(tmp_path) == {rows[1].file} and store.read(rows[0]) is None
     store.close()
     store = SnapshotStore(tmp_path)
-    assert store.rows == rows[1:]
+    assert store.records == rows[1:]
     store.close()
 
 
@@ -94,11 +94,11 @@ def test_a_damaged_index_is_begun_anew(tmp_path: Path, damage: bytes, caplog: py
     store.close()
     (tmp_path / INDEX).write_bytes(damage)
     store = SnapshotStore(tmp_path)
-    assert store.rows == [] and names(tmp_path) == set()
+    assert store.records == [] and names(tmp_path) == set()
     kept = fill(store, 5)
     store.close()
     store = SnapshotStore(tmp_path)
-    assert store.rows == kept
+    assert store.records == kept
     store.close()
     assert len(caplog.records) == (tmp_path / "index.damaged").exists() == bool(damage), "an empty one is a new one"
 

@@ -48,9 +48,7 @@ def test_nobody_has_more_than_a_share() -> None:
     assert room.put("a", "n") == "ak"
     for name in "RST":
         room.put("a", name)
-    with pytest.raises(
-        FledgeError, match=r"your limit of .* MB of states is reached: states with a name"
-    ):
+    with pytest.raises(FledgeError, match=r"your limit of .* MB of states is reached: states with a name"):
         room.put("a", "n")
     assert [room.put("b", name) for name in "XYZ"] == [""] * 3, "and others go on"
     with pytest.raises(FledgeError, match="the state store is full"):

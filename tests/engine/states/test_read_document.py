@@ -12,14 +12,14 @@ from fakes import ByteTokenizer, equal_states, random_finch
 
 from fledge.core.errors import UsageError
 from fledge.core.interrupts import Interrupted
-from fledge.engine.generation import CHUNK
+from fledge.engine.generation import PREFILL_CHUNK
 from fledge.engine.llm.llm import LLM
 from fledge.engine.states import read_document
 from fledge.engine.states.read_document import PARTIAL, evict_oldest, mark_used, source_hash
 from fledge.engine.states.state_file import read_state
 
 TOKENIZER = ByteTokenizer()
-IDS = [1 + place * 7 % 256 for place in range(2 * CHUNK + 100)]
+IDS = [1 + place * 7 % 256 for place in range(2 * PREFILL_CHUNK + 100)]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def test_a_text_is_known_when_it_is_asked_for_again(llm: LLM, tmp_path: Path) ->
 
 
 def test_what_follows_a_known_text_is_all_that_is_read(llm: LLM, tmp_path: Path) -> None:
-    llm.read_document(IDS[:CHUNK], tmp_path / "a.state")
+    llm.read_document(IDS[:PREFILL_CHUNK], tmp_path / "a.state")
     longer = llm.read_document(IDS, tmp_path / "a.state")
-    assert longer.new_tokens == len(IDS) - CHUNK and equal_states(longer.state, llm.read(IDS))
+    assert longer.new_tokens == len(IDS) - PREFILL_CHUNK and equal_states(longer.state, llm.read(IDS))
 
 
 def test_an_interrupted_reading_goes_on_where_it_was(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     for times in (1, 2):
-        with pytest.raises(Interrupted, match=f"{times * CHUNK:,} of {len(IDS):,} tokens"):
+        with pytest.raises(Interrupted, match=f"{times * PREFILL_CHUNK:,} of {len(IDS):,} tokens"):
             llm.read_document(IDS, path, progress=interrupt)
         assert [entry.name for entry in tmp_path.iterdir()] == [f"a.state{PARTIAL}"]
     done = llm.read_document(IDS, path)
@@ -67,13 +67,13 @@ def test_a_reading_that_was_killed_has_left_its_parts(
         pass
 
     def kill(done: int, _total: int) -> None:
-        if done > CHUNK:
+        if done > PREFILL_CHUNK:
             raise Killed
 
-    monkeypatch.setattr(read_document, "SAVE_INTERVAL", CHUNK)
+    monkeypatch.setattr(read_document, "SAVE_INTERVAL", PREFILL_CHUNK)
     with pytest.raises(Killed):
         llm.read_document(IDS, tmp_path / "a.state", progress=kill)
-    assert llm.read_document(IDS, tmp_path / "a.state").new_tokens == len(IDS) - CHUNK
+    assert llm.read_document(IDS, tmp_path / "a.state").new_tokens == len(IDS) - PREFILL_CHUNK
 
 
 def test_another_text_model_or_beginning_is_never_taken_for_this_one(llm: LLM, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     with pytest.raises(StateError):
         shelf.get("me", loose)
     shelf.compare_and_set("you", "chat", newer, expected=None)
-    with pytest.raises(FledgeError, match=r"the state store is full: .* delete some states"):
+    with pytest.raises(FledgeError, match=r"the state store is full, .* delete some states"):
         shelf.put("me", number(5), CARD)
     assert shelf.totals().states == 3
     shelf.close()
