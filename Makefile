@@ -24,7 +24,7 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench native sanitize
+.PHONY: help demo test check docs fix bench native sanitize
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' Makefile
@@ -33,12 +33,16 @@ demo: $(INSTALLED) ## install into .venv and generate text with the bundled mode
 	$(BIN)/fledge generate "$(PROMPT)" --top-p 0.6 --max-tokens 150
 
 test: check $(BROWSING) ## install for development, check everything, run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
 
 check: $(DEVELOPING) ## formatting, lint and types, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet
+
+docs: $(DEVELOPING) ## build the documentation site with the API reference into build/site
+	$(BIN)/mkdocs build
 
 fix: $(DEVELOPING) ## format the code and repair what the linter can
 	$(BIN)/ruff format .
