@@ -16,7 +16,7 @@ import lzma
 import sys
 from pathlib import Path
 
-from fledge.core.files import asset, atomic_path
+from fledge.core.files import atomic_path, get_asset_path
 from fledge.tokenizer import vocabulary_file
 
 SOURCE_NAME = "rwkv_vocab_v20230424.txt"
@@ -60,7 +60,7 @@ def main() -> None:
         sys.exit(f"{source}: SHA-256 with LF line ends is {digest}, expected {SOURCE_SHA256}")
     payload = vocabulary_file.pack(parse(content.decode("utf-8")))
     payload_digest = hashlib.sha256(payload).hexdigest()
-    target = asset(vocabulary_file.FILE_NAME)
+    target = get_asset_path(vocabulary_file.FILE_NAME)
     if options.check:
         if not target.exists() or lzma.decompress(target.read_bytes()) != payload:
             sys.exit(f"{target} does not hold the vocabulary of {source}")

@@ -21,10 +21,10 @@ import pytest
 import typer.main
 
 from fledge.cli.main import app, main
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/quickstart.md", "docs/quantisation.md")
+PAGES = ("README.md", "docs/quickstart.md", "docs/quantization.md")
 GUIDES = ("docs/guides/tuning.md", "docs/guides/training.md", "docs/guides/states.md")
 BUNDLED = "tiny-finch.safetensors"
 
@@ -87,7 +87,7 @@ def check_options(arguments: list[str]) -> None:
 
 
 def need_the_bundled_model() -> None:
-    if not asset(BUNDLED).is_file():
+    if not get_asset_path(BUNDLED).is_file():
         pytest.skip(f"the bundled model {BUNDLED} is not in this checkout")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from fledge.checkpoint import expected_shapes
+from fledge.checkpoint import get_expected_shapes
 from fledge.models import ModelConfig
 
 FACTORS = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
@@ -25,7 +25,7 @@ def matrix_numbers(config: ModelConfig) -> tuple[int, int]:
     """Numbers in all matrices that a token is multiplied with, and those of them in the head."""
     sizes = {
         name: math.prod(shape)
-        for name, shape in expected_shapes(config).items()
+        for name, shape in get_expected_shapes(config).items()
         if name.endswith(FACTORS) or (name.endswith(".weight") and len(shape) == 2 and name != "emb.weight")
     }
     return sum(sizes.values()), sizes["head.weight"]

@@ -63,7 +63,7 @@ def model_files(model: str, folder: Path, kinds: Iterable[str]) -> ModelFiles:
     Raises UsageError for a quantised one, CheckpointError as loading does.
     """
     found = checkpoint.read(locate(model))
-    if found.quantised:
+    if found.quantized:
         raise UsageError(f"{model} is quantised already; give the checkpoint from before quantisation")
     stem = Path(os.fspath(model)).stem
     source = folder / f"{stem}.bfloat16.pth"
@@ -95,5 +95,5 @@ def read_once(path: Path) -> None:
 
 def gguf_bytes(path: Path) -> int:
     """Bytes of all tensors that llama.cpp reads for a token: everything but the embedding, of which it reads a row."""
-    places = read_header(path).places
-    return sum(place.nbytes for name, place in places.items() if name != "token_embd.weight")
+    locations = read_header(path).locations
+    return sum(place.nbytes for name, place in locations.items() if name != "token_embd.weight")

@@ -13,7 +13,7 @@ from fledge.bench.selfcheck import Check, check_kernels
 from fledge.checkpoint import verify
 from fledge.core.device import choose_device
 from fledge.core.errors import FledgeError
-from fledge.core.files import asset, sha256
+from fledge.core.files import get_asset_path, hash_file
 from fledge.engine.llm.loading import BUNDLED
 from fledge.kernels import explain
 from fledge.kernels.dispatch import BackendChoice
@@ -76,11 +76,11 @@ def diagnose() -> Diagnosis:
 
 
 def _bundled() -> Bundled:
-    path = asset(f"{BUNDLED}.safetensors")
+    path = get_asset_path(f"{BUNDLED}.safetensors")
     if not path.is_file():
         return Bundled(path, None, "missing; install Fledge again, or give --model a checkpoint of your own")
     try:
         verify(path)
     except FledgeError as error:
-        return Bundled(path, sha256(path), str(error))
-    return Bundled(path, sha256(path))
+        return Bundled(path, hash_file(path), str(error))
+    return Bundled(path, hash_file(path))

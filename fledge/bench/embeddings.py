@@ -19,7 +19,7 @@ import numpy as np
 
 from fledge.bench.environment import machine_facts
 from fledge.core.errors import UsageError
-from fledge.core.files import sha256
+from fledge.core.files import hash_file
 from fledge.data.documents import numbered_lines
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
@@ -83,7 +83,7 @@ def run(file: Path, model: str | None = None, limit: int | None = None, report: 
         vectors[language] = spearman(cosines, scores)
         words[language] = spearman([common(llm, pair) for pair in pairs], scores)
     counts = {language: len(pairs) for language, pairs in by_language.items()}
-    return Outcome(llm.name, file.name, sha256(file), machine_facts(), counts, vectors, words)
+    return Outcome(llm.name, file.name, hash_file(file), machine_facts(), counts, vectors, words)
 
 
 def read_pairs(file: Path, limit: int | None) -> dict[str, list[Pair]]:

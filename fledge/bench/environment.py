@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fledge import __version__
-from fledge.core.device import usable_cores
+from fledge.core.device import count_usable_cores
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_features": cpu_features(),
         "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
+        "usable_cores": count_usable_cores(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from fledge import checkpoint
 from fledge.bench.environment import machine_facts
 from fledge.bench.sparsity import LayerSparsity, sparsity
-from fledge.checkpoint.quantization.quantizer import SCHEMES, is_matrix, quantize_tensors
+from fledge.checkpoint.quantization.quantizer import SCHEMES, is_quantizable, quantize_tensors
 from fledge.core.errors import UsageError
-from fledge.core.files import sha256
+from fledge.core.files import hash_file
 from fledge.data.texts import read_texts
 from fledge.engine.llm.loading import locate, tokenizer_of
 from fledge.models.state import State
@@ -166,7 +166,7 @@ def run(spec: Spec, report: Report = lambda *_: None) -> Outcome:
     machine = machine_facts()  # before the work, which is load too
     path = locate(spec.model)
     found = checkpoint.read(path)
-    if found.quantised:
+    if found.quantized:
         raise UsageError(f"{path} is quantised; give the checkpoint it was made from, and this file among the formats")
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     documents = list(_documents(spec, tokenizer))
@@ -177,10 +177,10 @@ def run(spec: Spec, report: Report = lambda *_: None) -> Outcome:
     layers = sparsity(found, [list(document.ids[:-1]) for document in documents]) if spec.sparsity else []
     sizes = {"name": found.path.stem, "family": found.config.family, "version": found.config.version}
     sizes |= {name: getattr(found.config, name) for name in ("n_layer", "n_embd", "dim_ffn", "vocab_size")}
-    text = {"name": spec.text.name, "sha256": sha256(spec.text), "documents": len(documents)}
+    text = {"name": spec.text.name, "sha256": hash_file(spec.text), "documents": len(documents)}
     return Outcome(
         spec,
-        {**sizes, "sha256": sha256(found.files[0]), "kernels": why_missing() or "native"},
+        {**sizes, "sha256": hash_file(found.files[0]), "kernels": why_missing() or "native"},
         text,
         machine,
         {variant.name: variant.bits_per_weight for variant in variants},
@@ -204,22 +204,22 @@ def _documents(spec: Spec, tokenizer: Tokenizer) -> Iterator[Document]:
 
 def _variant(name: str, found: checkpoint.Checkpoint) -> Variant:
     """The model of `found` in a format, or that of a file. What is not quantised runs in float32, but for "bf16"."""
-    tensors, quantised = found.tensors, found.quantised
+    tensors, quantized = found.tensors, found.quantized
     if name in SCHEMES:
-        tensors, quantised = quantize_tensors(tensors, name)
+        tensors, quantized = quantize_tensors(tensors, name)
     elif name not in DENSE:
         other = checkpoint.read(name)
         if other.config != found.config or other.tokenizer_spec != found.tokenizer_spec:
             raise UsageError(f"{name} is of another model than {found.path}: sizes or vocabularies differ")
-        name, tensors, quantised = Path(name).name, other.tensors, other.quantised
+        name, tensors, quantized = Path(name).name, other.tensors, other.quantized
     dtype = DENSE.get(name, torch.float32)
-    dense = [tensor.numel() for key, tensor in tensors.items() if is_matrix(key)]
-    model = checkpoint.assemble(found.config, checkpoint.ModelWeights(tensors, quantised), dtype=dtype, pack=True)
+    dense = [tensor.numel() for key, tensor in tensors.items() if is_quantizable(key)]
+    model = checkpoint.assemble(found.config, checkpoint.ModelWeights(tensors, quantized), dtype=dtype, pack=True)
     return Variant(
         name,
         model,
-        nbytes=sum(dense) * dtype.itemsize + sum(matrix.nbytes for matrix in quantised.values()),
-        weights=sum(dense) + sum(matrix.rows * matrix.columns for matrix in quantised.values()),
+        nbytes=sum(dense) * dtype.itemsize + sum(matrix.nbytes for matrix in quantized.values()),
+        weights=sum(dense) + sum(matrix.rows * matrix.columns for matrix in quantized.values()),
     )
 
 

@@ -12,7 +12,7 @@ import re
 import torch
 from torch import Tensor
 
-from fledge.checkpoint import expected_shapes
+from fledge.checkpoint import get_expected_shapes
 from fledge.core.errors import UsageError
 from fledge.models import ModelConfig
 
@@ -37,7 +37,7 @@ def random_tensors(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> di
     damping = (2 * config.n_layer) ** -0.5  # all layers together add as much as the embedding
     return {
         name: (_random(name, shape, draw) * (damping if name.endswith(ADDS) else 1)).to(dtype)
-        for name, shape in expected_shapes(config).items()
+        for name, shape in get_expected_shapes(config).items()
     }
 
 

@@ -85,7 +85,7 @@ def _check_native_product(format: str) -> Check:
         weight = weight.half()
     if format in ("int8", "int4"):
         rounded, _ = quantize(weight, format)
-        matrix, dense = native_ops.PackedMatrix.of(rounded), rounded.dequantise(torch.float64)
+        matrix, dense = native_ops.PackedMatrix.of(rounded), rounded.dequantize(torch.float64)
     else:
         matrix, dense = native_ops.pack(weight, format), weight.double()
     expected = x.double() @ dense.T

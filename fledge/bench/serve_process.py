@@ -19,7 +19,7 @@ from fledge import checkpoint
 from fledge.bench.cpu_files import random_files
 from fledge.bench.harness import PACKAGE_PARENT
 from fledge.checkpoint.formats.gguf.header import read_header
-from fledge.core.device import usable_cores
+from fledge.core.device import count_usable_cores
 from fledge.core.errors import FledgeError
 from fledge.engine.llm.loading import locate
 
@@ -55,7 +55,7 @@ def prepared(model: str | None, shape: str | None, folder: Path, *, peer: bool) 
         return Model(model)
     source, gguf = locate(model), folder / "peer.gguf"
     found = checkpoint.read(source)
-    if found.quantised:
+    if found.quantized:
         return Model(model, why_no_gguf="the model is quantised in a way of this program's own; give --shape")
     known = found.tokenizer_spec is not None or found.config.vocab_size == VOCABULARY
     if found.config.version != "6.0" or not known:
@@ -90,7 +90,7 @@ def fledge_server(model: Model, folder: Path) -> Iterator[tuple[int, int]]:
 @contextmanager
 def peer_server(gguf: Path, folder: Path) -> Iterator[int]:
     """The peer's, on as many threads as this one's; its port. It answers one request at a time, the others wait."""
-    threads = str(usable_cores())
+    threads = str(count_usable_cores())
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1", "--port", "0"]
     command += ["--interrupt_requests", "false", "--logits_all", "false", "--n_ctx", str(CONTEXT), "--verbose", "false"]
     command += ["--n_threads", threads, "--n_threads_batch", threads]

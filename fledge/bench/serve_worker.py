@@ -132,7 +132,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         runner, waiting = Engine(llm.model, eos_id=llm.tokenizer.eos_id), list(bodies)
         began = time.perf_counter()
         while waiting or runner.busy:
-            while waiting and runner.waiting + runner.running < clients:
+            while waiting and runner.num_waiting + runner.num_running < clients:
                 body = waiting.pop(0)
                 ban = tuple(body["fledge"]["ban"])
                 params = SamplingParams(seed=body["seed"], max_tokens=body["max_tokens"], ban=ban)

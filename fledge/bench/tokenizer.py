@@ -20,7 +20,7 @@ from typing import Any
 from fledge.bench.environment import machine_facts, package_version
 from fledge.bench.harness import Report, Sample, interleaved
 from fledge.bench.texts import size_of, synthetic, thinned
-from fledge.core.device import usable_cores
+from fledge.core.device import count_usable_cores
 from fledge.core.errors import FledgeError, UsageError
 from fledge.data.texts import read_texts
 from fledge.tokenizer import Tokenizer, load_world
@@ -94,7 +94,7 @@ def run(spec: Spec, report: Report) -> Outcome:
     given = synthetic(limit) if spec.text is None else (document.text for document in read_texts(spec.text))
     texts = thinned(given, limit)
     part = thinned(texts, size_of(texts) // SLOW_SHARE)
-    programs = {program.name: program for program in find_programs(spec.threads or usable_cores())}
+    programs = {program.name: program for program in find_programs(spec.threads or count_usable_cores())}
     if all(program.slow for program in programs.values()):
         texts = part
     tokens = _check(programs, texts, part, report)

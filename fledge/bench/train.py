@@ -20,7 +20,7 @@ from fledge.bench.environment import machine_facts, package_version
 from fledge.bench.harness import Report, Sample, in_fresh_process, interleaved
 from fledge.bench.random_model import config_of
 from fledge.bench.train_figures import Case, Figures, Group, KernelGroup, figures_of
-from fledge.checkpoint import expected_shapes
+from fledge.checkpoint import get_expected_shapes
 from fledge.core.device import choose_device
 from fledge.core.errors import UsageError
 from fledge.models import ModelConfig
@@ -268,7 +268,7 @@ def _total(spec: Spec, cases: list[Case], kernels: int) -> int:
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:
-    shapes = expected_shapes(config).values()
+    shapes = get_expected_shapes(config).values()
     return {
         **asdict(config),
         "family": config.family,

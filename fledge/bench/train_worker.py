@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fledge.bench.harness import peak_memory, time_calls
 from fledge.bench.limits import product
-from fledge.checkpoint.formats.huggingface.settings import fla_settings
+from fledge.checkpoint.formats.huggingface.settings import make_fla_config
 from fledge.core.config import from_dict
 from fledge.data.batches import Batch
 from fledge.kernels import wkv
@@ -52,7 +52,7 @@ class FlaModel(nn.Module):
         super().__init__()
         from fla.models import RWKV6Config, RWKV6ForCausalLM
 
-        settings = {**fla_settings(config), "use_cache": False, "fuse_cross_entropy": False}
+        settings = {**make_fla_config(config), "use_cache": False, "fuse_cross_entropy": False}
         self.inner = RWKV6ForCausalLM(RWKV6Config(**settings))
         self.dtype = dtype
 

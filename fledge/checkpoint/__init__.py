@@ -13,25 +13,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fledge.checkpoint.adapters.files import (
         Adapter,
-        base_of,
         check_base,
         convert_adapter,
+        describe_base,
         inspect_adapter,
         read_adapter,
         read_adapters,
         save_adapter,
     )
-    from fledge.checkpoint.adapters.merging import CombinedAdapter, MergeReport, combined, merge_file, merged
+    from fledge.checkpoint.adapters.merging import (
+        CombinedAdapter,
+        MergeReport,
+        combine_adapters,
+        merge_adapters,
+        merge_to_file,
+    )
     from fledge.checkpoint.adapters.tuned_state import load_tuned_state, merge_tuned_state
     from fledge.checkpoint.conversion import ConversionReport, convert
     from fledge.checkpoint.detection import detect
-    from fledge.checkpoint.identity import identity_of, short
+    from fledge.checkpoint.identity import compute_identity, shorten_identity
     from fledge.checkpoint.info import CheckpointInfo, inspect
     from fledge.checkpoint.metadata import check_same_vocabulary
     from fledge.checkpoint.model_loader import LoadedModel, ModelWeights, assemble, load_model
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
-    from fledge.checkpoint.shapes import expected_shapes
+    from fledge.checkpoint.shapes import get_expected_shapes
     from fledge.checkpoint.writer import save
 
 # No module may bear the name of a function here: importing the module would hide the function.
@@ -45,29 +51,29 @@ _HOME = {
     "MergeReport": "adapters.merging",
     "ModelWeights": "model_loader",
     "assemble": "model_loader",
-    "base_of": "adapters.files",
+    "describe_base": "adapters.files",
     "check_base": "adapters.files",
     "check_same_vocabulary": "metadata",
-    "combined": "adapters.merging",
+    "combine_adapters": "adapters.merging",
     "convert": "conversion",
     "convert_adapter": "adapters.files",
     "detect": "detection",
-    "expected_shapes": "shapes",
-    "identity_of": "identity",
+    "get_expected_shapes": "shapes",
+    "compute_identity": "identity",
     "inspect": "info",
     "inspect_adapter": "adapters.files",
     "load": "reader",
     "load_model": "model_loader",
     "load_tuned_state": "adapters.tuned_state",
-    "merge_file": "adapters.merging",
+    "merge_to_file": "adapters.merging",
     "merge_tuned_state": "adapters.tuned_state",
-    "merged": "adapters.merging",
+    "merge_adapters": "adapters.merging",
     "read": "reader",
     "read_adapter": "adapters.files",
     "read_adapters": "adapters.files",
     "save": "writer",
     "save_adapter": "adapters.files",
-    "short": "identity",
+    "shorten_identity": "identity",
     "verify": "reader",
 }
 
@@ -81,29 +87,29 @@ __all__ = [
     "MergeReport",
     "ModelWeights",
     "assemble",
-    "base_of",
     "check_base",
     "check_same_vocabulary",
-    "combined",
+    "combine_adapters",
+    "compute_identity",
     "convert",
     "convert_adapter",
+    "describe_base",
     "detect",
-    "expected_shapes",
-    "identity_of",
+    "get_expected_shapes",
     "inspect",
     "inspect_adapter",
     "load",
     "load_model",
     "load_tuned_state",
-    "merge_file",
+    "merge_adapters",
+    "merge_to_file",
     "merge_tuned_state",
-    "merged",
     "read",
     "read_adapter",
     "read_adapters",
     "save",
     "save_adapter",
-    "short",
+    "shorten_identity",
     "verify",
 ]
 

@@ -2,12 +2,12 @@
 
     .pth            the official layout, for every other RWKV program; tensors only
     .safetensors    Fledge's own: official names, with config and tokenizer in the header
-    .gguf           for llama.cpp (RWKV-6 only); the one format that can be asked for a quantised type
+    .gguf           for llama.cpp (RWKV-6 only); the one format that can be asked for a quantized type
     folder, "hf"    Hugging Face remote code (RWKV-5 5.2 and RWKV-6), transformers' own class (RWKV-4)
     folder, "fla"   flash-linear-attention (RWKV-6 only)
 
-dtypes are kept, but where a type of the matrices is asked for. A target appears whole or not at all. Quantised matrices
-stay so in .safetensors and .gguf, which can hold them. Not here: quantising (for .safetensors), and the making of a
+dtypes are kept, but where a type of the matrices is asked for. A target appears whole or not at all. Quantized matrices
+stay so in .safetensors and .gguf, which can hold them. Not here: quantizing (for .safetensors), and the making of a
 .gguf (gguf_write.py).
 """
 
@@ -29,17 +29,17 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoint import metadata
-from fledge.checkpoint.formats.container import container_of
+from fledge.checkpoint.formats.container import detect_container
 from fledge.checkpoint.formats.fla import to_fla
 from fledge.checkpoint.formats.gguf.writer import write_gguf
 from fledge.checkpoint.formats.huggingface.folder import MODEL_TYPES
 from fledge.checkpoint.formats.huggingface.names import to_hf
-from fledge.checkpoint.formats.huggingface.settings import FLA_NOTES, fla_settings, hf_notes, hf_settings
-from fledge.checkpoint.formats.pth import check_sums
+from fledge.checkpoint.formats.huggingface.settings import FLA_NOTES, list_hf_notes, make_fla_config, make_hf_config
+from fledge.checkpoint.formats.pth import verify_checksums
 from fledge.checkpoint.formats.safetensors import write_safetensors
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.record import Checkpoint, StoredMetadata
-from fledge.checkpoint.writer import check_absent, check_space, save
+from fledge.checkpoint.writer import check_disk_space, check_overwrite, save
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.core.files import atomic_path
 
@@ -95,14 +95,14 @@ def convert(
     checkpoint = read(source)
     _check_format(checkpoint, kind)
     for file in checkpoint.files:
-        if container_of(file) == "pth":
-            check_sums(file)
+        if detect_container(file) == "pth":
+            verify_checksums(file)
     if kind == "gguf":
         notes = write_gguf(checkpoint, target, matrix_type)
     else:
         checkpoint = checkpoint if matrix_type is None else _typed(checkpoint, DENSE_TYPES[matrix_type])
         checkpoint, unpacked = (checkpoint, ()) if kind == "safetensors" else _unpacked(checkpoint)
-        check_space(target.parent, checkpoint.tensors)
+        check_disk_space(target.parent, checkpoint.tensors)
         write = _write_file if kind in FILES else _write_folder
         notes = (*write(checkpoint, target, kind), *unpacked)
     files = [target] if target.is_file() else list(target.iterdir())
@@ -128,7 +128,7 @@ def _check_target(target: Path, kind: str, force: bool) -> None:
     folder = kind in ("hf", "fla")
     if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
-    check_absent(target, force)
+    check_overwrite(target, force)
     if target.is_dir() != folder:
         raise CheckpointError(f"{target} is a {'folder' if target.is_dir() else 'file'}, a {kind} checkpoint is not")
     strange = [entry.name for entry in target.iterdir() if not OURS.fullmatch(entry.name)] if target.is_dir() else []
@@ -155,18 +155,18 @@ def _check_format(checkpoint: Checkpoint, kind: str) -> None:
 
 
 def _unpacked(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The same checkpoint without quantised matrices, and what to say about it.
+    """The same checkpoint without quantized matrices, and what to say about it.
 
     bfloat16: 16 bits are enough for what has 8 or fewer, and every reader of these formats takes it.
     """
-    if not checkpoint.quantised:
+    if not checkpoint.quantized:
         return checkpoint, ()
-    dense = replace(checkpoint, tensors=checkpoint.dense(torch.bfloat16), quantised={})
-    return dense, ("the quantised matrices were written as bfloat16",)
+    dense = replace(checkpoint, tensors=checkpoint.dense(torch.bfloat16), quantized={})
+    return dense, ("the quantized matrices were written as bfloat16",)
 
 
 def _typed(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
-    """The same checkpoint with its matrices, quantised ones too, in a dtype. UnsupportedError for an overflow."""
+    """The same checkpoint with its matrices, quantized ones too, in a dtype. UnsupportedError for an overflow."""
     tensors = {
         name: tensor.to(dtype) if tensor.dim() == 2 and name.endswith(".weight") else tensor
         for name, tensor in checkpoint.dense(dtype).items()
@@ -174,7 +174,7 @@ def _typed(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     lost = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if lost:
         raise UnsupportedError(f"{checkpoint.path}: {lost[0]} holds numbers that {dtype} cannot; choose bf16 or f32")
-    return replace(checkpoint, tensors=tensors, quantised={})
+    return replace(checkpoint, tensors=tensors, quantized={})
 
 
 def _write_file(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ def _write_file(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str, .
             checkpoint.tensors,
             tokenizer_spec=checkpoint.tokenizer_spec,
             extra=checkpoint.extra,
-            quantised=checkpoint.quantised,
+            quantized=checkpoint.quantized,
         )
         return ()
     save(target, checkpoint.config, checkpoint.tensors)
@@ -203,10 +203,10 @@ def _write_folder(checkpoint: Checkpoint, target: Path, kind: str) -> tuple[str,
     settings: dict[str, Any]
     notes: tuple[str, ...]
     if kind == "fla":
-        tensors, settings, notes = to_fla(checkpoint.tensors), fla_settings(config), FLA_NOTES
+        tensors, settings, notes = to_fla(checkpoint.tensors), make_fla_config(config), FLA_NOTES
     else:
         tensors = {to_hf(name): tensor for name, tensor in checkpoint.tensors.items()}
-        settings, notes = hf_settings(config), hf_notes(config)
+        settings, notes = make_hf_config(config), list_hf_notes(config)
     stored = StoredMetadata(config, checkpoint.tokenizer_spec, checkpoint.extra)
     with _atomic_folder(target) as folder:
         write_safetensors(folder / "model.safetensors", tensors, metadata.encode(stored))

@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from fledge.checkpoint.shapes import Shape, expected_shapes
-from fledge.checkpoint.unsupported import refuse_unknown, refuse_unsupported
+from fledge.checkpoint.shapes import Shape, get_expected_shapes
+from fledge.checkpoint.unsupported import check_supported, check_whole_model
 from fledge.core.errors import CheckpointError, ConfigError
 from fledge.models.config import ModelConfig
 
@@ -39,8 +39,8 @@ def detect(shapes: Mapping[str, Shape], source: str = "this checkpoint", heads: 
     UnsupportedError for RWKV-7, for experimental variants and for adapters, and CheckpointError where tensors are
     missing, unexpected or of the wrong shape, each by name.
     """
-    refuse_unsupported(shapes.keys(), source)
-    refuse_unknown(shapes.keys(), source)
+    check_supported(shapes.keys(), source)
+    check_whole_model(shapes.keys(), source)
     _check_vocabulary_rows(shapes, source)
     layers = _count_layers(shapes, source)
     inner = {match[2] for name in shapes if (match := BLOCK.fullmatch(name))}
@@ -69,7 +69,7 @@ def detect(shapes: Mapping[str, Shape], source: str = "this checkpoint", heads: 
 
 def check_shapes(shapes: Mapping[str, Shape], config: ModelConfig, source: str) -> None:
     """Raise CheckpointError unless `shapes` are exactly those `config` asks for; the message names what differs."""
-    expected = expected_shapes(config)
+    expected = get_expected_shapes(config)
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in shapes]
     unexpected = [f"{name!r:.80} {shape}" for name, shape in shapes.items() if name not in expected]
     wrong = [

@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoint.record import Checkpoint
-from fledge.checkpoint.shapes import expected_shapes
+from fledge.checkpoint.shapes import get_expected_shapes
 
 PIECE = 1 << 22  # numbers
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def identity_of(checkpoint: Checkpoint) -> str:
-    """64 hex digits. Quantised matrices count as what they expand to."""
+def compute_identity(checkpoint: Checkpoint) -> str:
+    """64 hex digits. Quantized matrices count as what they expand to."""
     assert sys.byteorder == "little", "the values are hashed as they lie in memory"
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        for name, shape in expected_shapes(replace(checkpoint.config, tuned_state=False)).items():
+        for name, shape in get_expected_shapes(replace(checkpoint.config, tuned_state=False)).items():
             tensor = checkpoint.tensors.get(name)
             if tensor is None:
-                tensor = checkpoint.quantised[name].dequantise(torch.float32)
+                tensor = checkpoint.quantized[name].dequantize(torch.float32)
             digest.update(f"{name} {shape}\n".encode())
             for piece in pool.map(_digest, tensor.detach().reshape(-1).split(PIECE)):
                 digest.update(piece)
@@ -51,19 +51,19 @@ def _narrowest(plain: Tensor) -> Tensor:
     for dtype in NARROW:
         if plain.dtype == dtype:
             return plain
-        short = plain.to(dtype)
-        if torch.equal(short.to(plain.dtype), plain):
-            return short
+        shorten_identity = plain.to(dtype)
+        if torch.equal(shorten_identity.to(plain.dtype), plain):
+            return shorten_identity
     return plain
 
 
-def dense_identity(checkpoint: Checkpoint) -> str:
-    """The identity of the model that a quantised checkpoint was rounded from, where its file tells; else its own."""
-    facts = checkpoint.extra.get("quantised") if checkpoint.quantised else None
+def compute_dense_identity(checkpoint: Checkpoint) -> str:
+    """The identity of the model that a quantized checkpoint was rounded from, where its file tells; else its own."""
+    facts = checkpoint.extra.get("quantised") if checkpoint.quantized else None
     told = facts.get("base") if isinstance(facts, dict) else None
-    return told if isinstance(told, str) else identity_of(checkpoint)
+    return told if isinstance(told, str) else compute_identity(checkpoint)
 
 
-def short(identity: str) -> str:
+def shorten_identity(identity: str) -> str:
     """The beginning, for people."""
     return identity[:12]

@@ -25,7 +25,7 @@ KINDS = {"world": "World", "bytes": "bytes", "pruned": "World, pruned to {} rows
 
 @dataclass(frozen=True)
 class QuantizedShare:
-    """The quantised matrices of one format."""
+    """The quantized matrices of one format."""
 
     matrices: int
     weights: int
@@ -40,21 +40,21 @@ class CheckpointInfo:
     format: str  # "pth", "safetensors", "gguf", "hf" or "fla"
     config: ModelConfig
     parameters: int  # numbers in all tensors but a tuned state
-    dtypes: tuple[str, ...]  # the one that fills most bytes first; "int8" and "int4" are quantised matrices
+    dtypes: tuple[str, ...]  # the one that fills most bytes first; "int8" and "int4" are quantized matrices
     nbytes: int  # of the files that hold tensors
     state_nbytes: int  # of one sequence's state, float32; a transformer's for each token it has read
-    flops_per_token: int  # see `flops_per_token`
+    flops_per_token: int  # see `compute_flops_per_token`
     tokenizer: str  # for people
     tokenizer_spec: dict[str, Any] | None
     extra: dict[str, Any]
-    quantised: dict[str, QuantizedShare] = field(default_factory=dict)  # format -> what is in it
+    quantized: dict[str, QuantizedShare] = field(default_factory=dict)  # format -> what is in it
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Over the quantised matrices, scales and filling included; None where there are none."""
-        if not self.quantised:
+        """Over the quantized matrices, scales and filling included; None where there are none."""
+        if not self.quantized:
             return None
-        shares = self.quantised.values()
+        shares = self.quantized.values()
         return 8 * sum(share.nbytes for share in shares) / sum(share.weights for share in shares)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ class CheckpointInfo:
             ("tokenizer", self.tokenizer),
             ("parameters", f"{self.parameters:,}"),
             ("dtype", ", ".join(self.dtypes)),
-            *self._quantised_rows(),
+            *self._quantized_rows(),
             ("on disk", f"{self.nbytes:,} bytes"),
             ("state", f"{self.state_nbytes:,} bytes {self._state_of}"),
             ("work", f"{self.flops_per_token:,} floating-point operations a token"),
@@ -83,10 +83,10 @@ class CheckpointInfo:
     def _state_of(self) -> str:
         return "for each token read" if self.config.version == "llama" else "a sequence, of any length"
 
-    def _quantised_rows(self) -> list[tuple[str, str]]:
-        if not self.quantised:
+    def _quantized_rows(self) -> list[tuple[str, str]]:
+        if not self.quantized:
             return []
-        shares = ", ".join(f"{share.matrices} in {format}" for format, share in self.quantised.items())
+        shares = ", ".join(f"{share.matrices} in {format}" for format, share in self.quantized.items())
         return [("matrices", f"{shares}; {self.bits_per_weight:.2f} bits a weight of these")]
 
 
@@ -101,7 +101,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         dtype = str(tensor.dtype).removeprefix("torch.")
         bytes_of[dtype] = bytes_of.get(dtype, 0) + tensor.numel() * tensor.element_size()
         parameters += 0 if name.endswith(".time_state") else tensor.numel()
-    for matrix in checkpoint.quantised.values():
+    for matrix in checkpoint.quantized.values():
         bytes_of[matrix.format] = bytes_of.get(matrix.format, 0) + matrix.nbytes
         parameters += matrix.rows * matrix.columns
         share = shares.get(matrix.format, QuantizedShare(0, 0, 0))
@@ -115,15 +115,15 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         dtypes=tuple(sorted(bytes_of, key=lambda dtype: -bytes_of[dtype])),
         nbytes=sum(file.stat().st_size for file in checkpoint.files),
         state_nbytes=4 * config.state_floats,
-        flops_per_token=flops_per_token(config, parameters),
+        flops_per_token=compute_flops_per_token(config, parameters),
         tokenizer=describe_tokenizer(config, checkpoint.tokenizer_spec),
         tokenizer_spec=checkpoint.tokenizer_spec,
         extra=checkpoint.extra,
-        quantised=shares,
+        quantized=shares,
     )
 
 
-def flops_per_token(config: ModelConfig, parameters: int) -> int:
+def compute_flops_per_token(config: ModelConfig, parameters: int) -> int:
     """Operations to read or write one token: 2 parameters + 6 D^2 L / h (paper, appendix E).
 
     2 for a multiplication and an addition with every parameter; the paper counts the embedding table like a matrix,

@@ -2,7 +2,7 @@
 
 It sits in the header's string map under the key "fledge", where other readers ignore it:
     {"format": 1, "config": {...}, "tokenizer": {...} or null, "extra": {...}}
-A file with quantised matrices has format 2, and in addition "quantised": {name: [format, rows, columns]}; the tensor of
+A file with quantized matrices has format 2, and in addition "quantised": {name: [format, rows, columns]}; the tensor of
 that name is then uint8, laid out as fledge/kernels/quantized.py says. No tensors here, no files.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fledge.checkpoint.record import Form, StoredMetadata
+from fledge.checkpoint.record import MatrixSpec, StoredMetadata
 from fledge.core.config import from_dict
 from fledge.core.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, UsageError
 from fledge.kernels.quantized import FORMATS
@@ -29,13 +29,13 @@ def encode(stored: StoredMetadata) -> dict[str, str]:
     """The header's string map. "format": "pt" is what Hugging Face's loaders ask for."""
     assert stored.config is not None
     record = {
-        "format": 2 if stored.quantised else 1,
+        "format": 2 if stored.quantized else 1,
         "config": asdict(stored.config),
         "tokenizer": stored.tokenizer_spec,
         "extra": stored.extra,
     }
-    if stored.quantised:
-        record["quantised"] = {name: list(form) for name, form in stored.quantised.items()}
+    if stored.quantized:
+        record["quantised"] = {name: list(form) for name, form in stored.quantized.items()}
     try:
         text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError) as error:
@@ -61,22 +61,22 @@ def decode(metadata: Mapping[str, str], source: str) -> StoredMetadata:
     config, tokenizer, extra = record.get("config"), record.get("tokenizer"), record.get("extra", {})
     if not isinstance(config, dict) or not isinstance(tokenizer, dict | None) or not isinstance(extra, dict):
         raise CheckpointError(f"{source}: the Fledge record in its header is incomplete; the file is damaged")
-    quantised = _forms(record.get("quantised", {}), source)
+    quantized = _forms(record.get("quantised", {}), source)
     try:
-        return StoredMetadata(from_dict(ModelConfig, config), tokenizer, extra, quantised)
+        return StoredMetadata(from_dict(ModelConfig, config), tokenizer, extra, quantized)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: the config in its header is impossible: {error}") from error
 
 
-def _forms(found: Any, source: str) -> dict[str, Form]:
-    """Which matrices are quantised and how, checked."""
+def _forms(found: Any, source: str) -> dict[str, MatrixSpec]:
+    """Which matrices are quantized and how, checked."""
     if not isinstance(found, dict):
-        raise CheckpointError(f"{source}: the list of quantised matrices in its header is damaged")
+        raise CheckpointError(f"{source}: the list of quantized matrices in its header is damaged")
     for name, form in found.items():
         sound = isinstance(form, list) and len(form) == 3 and form[0] in FORMATS
         if not sound or not all(type(side) is int and 0 < side < LARGEST_SIDE for side in form[1:]):
             raise CheckpointError(
-                f"{source}: its header says that {name!r:.80} is quantised as {form!r:.60}; no such form"
+                f"{source}: its header says that {name!r:.80} is quantized as {form!r:.60}; no such form"
             )
     return {name: (form[0], form[1], form[2]) for name, form in found.items()}
 

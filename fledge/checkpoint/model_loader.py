@@ -7,7 +7,7 @@ Precision, stated here and nowhere else:
                 float32
     the rest    norms, mixes, decays, bonus, LoRA factors, tuned state: always float32
 
-Quantised matrices (int8, int4) come from the file as they are, or are made here from the others.
+Quantized matrices (int8, int4) come from the file as they are, or are made here from the others.
 Not here: reading files, and how numbers are rounded (fledge.kernels.rounding).
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from fledge.checkpoint.adapters.tuned_state import load_tuned_state, merge_tuned_state
 from fledge.checkpoint.detection import check_shapes
 from fledge.checkpoint.mapped_memory import release_pages
-from fledge.checkpoint.quantization.quantizer import check_model, quantize_tensors
+from fledge.checkpoint.quantization.quantizer import check_quantizable, quantize_tensors
 from fledge.checkpoint.reader import read
 from fledge.core.device import SMALL_MODEL
 from fledge.core.errors import UsageError
@@ -69,25 +69,25 @@ def load_model(
     Raises CheckpointError as `load` does, UsageError for another dtype.
     """
     checkpoint = read(path)
-    config, tensors, quantised = checkpoint.config, checkpoint.tensors, checkpoint.quantised
-    checkpoint = replace(checkpoint, tensors={}, quantised={})  # from here on these two alone hold the weights
+    config, tensors, quantized = checkpoint.config, checkpoint.tensors, checkpoint.quantized
+    checkpoint = replace(checkpoint, tensors={}, quantized={})  # from here on these two alone hold the weights
     if not tuned and config.tuned_state:
         config = replace(config, tuned_state=False)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".time_state")}
     if state_file is not None:
         config, tensors = merge_tuned_state(config, tensors, load_tuned_state(state_file), str(state_file))
-    given = ModelWeights(tensors, quantised, spend=True)
-    del tensors, quantised
+    given = ModelWeights(tensors, quantized, spend=True)
+    del tensors, quantized
     model = assemble(config, given, device=device, dtype=dtype, pack=pack, quant=quant)
     return LoadedModel(model, config, checkpoint.path, checkpoint.format, checkpoint.tokenizer_spec, checkpoint.extra)
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """What a model is made of: dense tensors and quantised matrices, official names and shapes."""
+    """What a model is made of: dense tensors and quantized matrices, official names and shapes."""
 
     tensors: Mapping[str, Tensor]
-    quantised: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
+    quantized: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
     spend: bool = False  # nobody else reads these weights, so what is converted or packed gives up its memory at once
 
 
@@ -105,8 +105,8 @@ def assemble(
     Weights whose dtype and device need no change are shared, not copied; what is given stays as it is.
     pack: make a model for inference only, in the CPU's best form: the native library's, or torch with reordered
     matrices where that is missing. Elsewhere than on a CPU it has no effect.
-    quant: "int8", "int4" or "mixed" quantises the matrices that are not yet; a CPU only.
-    Quantised matrices run as they are in the native library; anywhere else they are expanded first.
+    quant: "int8", "int4" or "mixed" quantizes the matrices that are not yet; a CPU only.
+    Quantized matrices run as they are in the native library; anywhere else they are expanded first.
     """
     if dtype is not None and dtype not in MATRIX_DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in MATRIX_DTYPES)
@@ -114,44 +114,44 @@ def assemble(
     device = torch.device(device)
     given = weights if isinstance(weights, ModelWeights) else ModelWeights(weights)
     if quant is not None:
-        check_model(config, "this model")
-        given = _quantised(given, quant, device)
+        check_quantizable(config, "this model")
+        given = _quantized(given, quant, device)
     if pack and device.type == "cpu" and why_not_native(config) is None:
         return _native(config, given, dtype).eval()
-    if given.quantised:
+    if given.quantized:
         given = _expanded(given, dtype)
     return _torch_model(config, given, device, dtype, pack).eval()
 
 
-def _quantised(given: ModelWeights, quant: str, device: torch.device) -> ModelWeights:
-    if given.quantised:
+def _quantized(given: ModelWeights, quant: str, device: torch.device) -> ModelWeights:
+    if given.quantized:
         raise UsageError(
-            f"quant is {quant!r}, but the model is quantised already; leave it out, or give the dense model"
+            f"quant is {quant!r}, but the model is quantized already; leave it out, or give the dense model"
         )
     if device.type != "cpu":
-        raise UsageError(f"quant is {quant!r}, but quantised matrices run on a CPU only, not on {device}")
-    tensors, quantised = quantize_tensors(given.tensors, quant, release_pages if given.spend else None)
-    return ModelWeights(tensors, {**given.quantised, **quantised}, given.spend)
+        raise UsageError(f"quant is {quant!r}, but quantized matrices run on a CPU only, not on {device}")
+    tensors, quantized = quantize_tensors(given.tensors, quant, release_pages if given.spend else None)
+    return ModelWeights(tensors, {**given.quantized, **quantized}, given.spend)
 
 
 def _native(config: ModelConfig, given: ModelWeights, dtype: torch.dtype | None) -> NativeModel:
     shapes = {name: tuple(tensor.shape) for name, tensor in given.tensors.items()}
-    check_shapes({**shapes, **{name: matrix.shape for name, matrix in given.quantised.items()}}, config, "the model")
+    check_shapes({**shapes, **{name: matrix.shape for name, matrix in given.quantized.items()}}, config, "the model")
     return NativeModel(
         config,
         given.tensors,
-        given.quantised,
+        given.quantized,
         matrix_dtype=torch.float32 if dtype == torch.float16 else dtype,
         release=release_pages if given.spend else None,
     )
 
 
 def _expanded(given: ModelWeights, dtype: torch.dtype | None) -> ModelWeights:
-    """Dense matrices in place of the quantised ones: float32 where that is affordable, else bfloat16."""
+    """Dense matrices in place of the quantized ones: float32 where that is affordable, else bfloat16."""
     if dtype is None:
-        numbers = sum(matrix.rows * matrix.columns for matrix in given.quantised.values())
+        numbers = sum(matrix.rows * matrix.columns for matrix in given.quantized.values())
         dtype = torch.float32 if numbers < SMALL_MODEL else torch.bfloat16
-    dense = {name: matrix.dequantise(dtype) for name, matrix in given.quantised.items()}
+    dense = {name: matrix.dequantize(dtype) for name, matrix in given.quantized.items()}
     return ModelWeights({**given.tensors, **dense}, spend=given.spend)
 
 
@@ -161,7 +161,7 @@ def _torch_model(
     model = build(config, device="meta")
     weights: dict[str, Tensor] = {}
     for name, tensor in given.tensors.items():
-        weights[name] = tensor.to(device=device, dtype=weight_dtype(name, tensor, device, dtype))
+        weights[name] = tensor.to(device=device, dtype=choose_weight_dtype(name, tensor, device, dtype))
         if given.spend and weights[name] is not tensor:
             release_pages(tensor)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -171,7 +171,7 @@ def _torch_model(
     return model
 
 
-def weight_dtype(name: str, tensor: Tensor, device: torch.device, wanted: torch.dtype | None) -> torch.dtype:
+def choose_weight_dtype(name: str, tensor: Tensor, device: torch.device, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype a weight has in a running model: the table at the top of this file."""
     if not (name.endswith(".weight") and tensor.dim() == 2):
         return torch.float32

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from fledge.checkpoint import metadata
 from fledge.checkpoint.detection import detect
-from fledge.checkpoint.formats.container import container_of
+from fledge.checkpoint.formats.container import detect_container
 from fledge.checkpoint.formats.fla import from_fla
 from fledge.checkpoint.formats.gguf.reader import read_gguf
 from fledge.checkpoint.formats.huggingface.folder import read_folder
-from fledge.checkpoint.formats.huggingface.names import PREFIX, from_hf, layout_of
-from fledge.checkpoint.formats.huggingface.settings import LARGEST_NUMBER, apply_settings
-from fledge.checkpoint.formats.pth import check_sums, read_pth
+from fledge.checkpoint.formats.huggingface.names import PREFIX, detect_layout, from_hf
+from fledge.checkpoint.formats.huggingface.settings import LARGEST_NUMBER, apply_hf_config
+from fledge.checkpoint.formats.pth import read_pth, verify_checksums
 from fledge.checkpoint.formats.safetensors import DTYPES, read_safetensors
 from fledge.checkpoint.hub import locate
 from fledge.checkpoint.record import Checkpoint, RawFile, StoredMetadata
-from fledge.checkpoint.shapes import Shape, expected_shapes
-from fledge.checkpoint.unsupported import refuse_unsupported
+from fledge.checkpoint.shapes import Shape, get_expected_shapes
+from fledge.checkpoint.unsupported import check_supported
 from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError
 from fledge.kernels.quantized import QuantizedMatrix
 from fledge.models.config import UNTOLD, ModelConfig
@@ -42,7 +42,7 @@ def load(path: StrPath) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and tensors (official names, shapes and order, the file's dtypes, on the CPU) of a checkpoint.
 
     `path`: a .pth, a .safetensors, a .gguf, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped
-    from the file: nothing is copied until it is used. Quantised matrices are unpacked to float32, which is exact and
+    from the file: nothing is copied until it is used. Quantized matrices are unpacked to float32, which is exact and
     large; `read` gives them as they are. Raises CheckpointError, or UnsupportedError for RWKV-7 and its like.
     """
     checkpoint = read(path)
@@ -61,9 +61,9 @@ def verify(path: StrPath) -> Checkpoint:
     """
     checkpoint = read(path)
     for file in checkpoint.files:
-        if container_of(file) == "pth":
-            check_sums(file)
-    scales = ((name, part) for name, matrix in checkpoint.quantised.items() for part in matrix.groups()[1:])
+        if detect_container(file) == "pth":
+            verify_checksums(file)
+    scales = ((name, part) for name, matrix in checkpoint.quantized.items() for part in matrix.groups()[1:])
     for name, tensor in (*checkpoint.tensors.items(), *scales):
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -76,25 +76,25 @@ def read_raw(path: Path, *, weights: bool = True) -> RawFile:
     """The tensors of a local file or folder under the names they have there."""
     if path.is_dir():
         return read_folder(path, weights=weights)
-    container = container_of(path)
+    container = detect_container(path)
     if container == "gguf":
         return read_gguf(path, weights=weights)
     if container == "safetensors":
         tensors, texts = read_safetensors(path, weights=weights)
         stored = metadata.decode(texts, str(path))
-        quantised = _quantised(tensors, stored, path)
-        return RawFile(path, "safetensors", tensors, (path,), stored, quantised=quantised)
+        quantized = _quantized(tensors, stored, path)
+        return RawFile(path, "safetensors", tensors, (path,), stored, quantized=quantized)
     return RawFile(path, "pth", read_pth(path, weights=weights), (path,))
 
 
-def _quantised(tensors: dict[str, Tensor], stored: StoredMetadata, path: Path) -> dict[str, QuantizedMatrix]:
-    """The matrices that the file's record calls quantised, taken out of `tensors`."""
+def _quantized(tensors: dict[str, Tensor], stored: StoredMetadata, path: Path) -> dict[str, QuantizedMatrix]:
+    """The matrices that the file's record calls quantized, taken out of `tensors`."""
     found: dict[str, QuantizedMatrix] = {}
-    for name, form in stored.quantised.items():
+    for name, form in stored.quantized.items():
         if name != "head.weight" and BLOCK.sub("", name, count=1) not in MATRICES:
-            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, which is never done; refused")
+            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantized, which is never done; refused")
         if name not in tensors:
-            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantised, but no such tensor is there")
+            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantized, but no such tensor is there")
         try:
             found[name] = QuantizedMatrix(*form, tensors.pop(name))
         except CheckpointError as error:
@@ -105,38 +105,38 @@ def _quantised(tensors: dict[str, Tensor], stored: StoredMetadata, path: Path) -
 def interpret(raw: RawFile) -> Checkpoint:
     """Official names, the config, and every check that needs no values."""
     source = str(raw.path)
-    layout, tensors = official_names(raw.tensors, source)
-    if both := tensors.keys() & raw.quantised.keys():
-        raise CheckpointError(f"{source} holds {min(both)!r:.80} twice, dense and quantised; the file is damaged")
+    layout, tensors = rename_to_official(raw.tensors, source)
+    if both := tensors.keys() & raw.quantized.keys():
+        raise CheckpointError(f"{source} holds {min(both)!r:.80} twice, dense and quantized; the file is damaged")
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     heads = raw.stored.config.n_head if raw.stored.config else None
-    config = detect(shapes | {name: matrix.shape for name, matrix in raw.quantised.items()}, source, heads)
+    config = detect(shapes | {name: matrix.shape for name, matrix in raw.quantized.items()}, source, heads)
     _check_dtypes(tensors, source)
     if raw.stored.config is not None:
         config = _agreed(config, raw.stored.config, source)
     if raw.container == "folder":
-        told = apply_settings(config, raw.settings, layout, source)
+        told = apply_hf_config(config, raw.settings, layout, source)
         if raw.stored.config is not None:
             _check_unedited(told, config, source)
         else:
             config = told
     # One order for all: other programs tell versions by it, and safetensors has none.
-    shapes = expected_shapes(config)
+    shapes = get_expected_shapes(config)
     tensors = {name: tensors[name] for name in shapes if name in tensors}
-    quantised = {name: raw.quantised[name] for name in shapes if name in raw.quantised}
+    quantized = {name: raw.quantized[name] for name in shapes if name in raw.quantized}
     metadata.check_vocabulary(config, raw.stored.tokenizer_spec, source)
     kind = raw.container if raw.container != "folder" else "fla" if layout == "fla" else "hf"
     stored = raw.stored
-    return Checkpoint(raw.path, kind, config, tensors, raw.files, stored.tokenizer_spec, stored.extra, quantised)
+    return Checkpoint(raw.path, kind, config, tensors, raw.files, stored.tokenizer_spec, stored.extra, quantized)
 
 
-def official_names(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+def rename_to_official(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
     """The layout whose names these are, and the same tensors under official names."""
     plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise CheckpointError(f"{source} holds the same tensor with and without the prefix {PREFIX}")
-    layout = layout_of(plain)
-    refuse_unsupported(plain.keys(), source)
+    layout = detect_layout(plain)
+    check_supported(plain.keys(), source)
     if layout == "hf":
         official = {from_hf(name): tensor for name, tensor in plain.items()}
         if len(official) < len(plain):
@@ -155,7 +155,7 @@ def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
         if tensor.dtype not in DTYPES.values():
             raise UnsupportedError(
                 f"{source}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}; give the checkpoint from "
-                "before quantisation"
+                "before quantization"
             )
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.checkpoint.shapes import expected_shapes
+from fledge.checkpoint.shapes import get_expected_shapes
 from fledge.kernels.quantized import QuantizedMatrix
 from fledge.models.config import ModelConfig
 
-Form = tuple[str, int, int]
-"""How a matrix is quantised: format, rows, columns."""
+MatrixSpec = tuple[str, int, int]
+"""How a matrix is quantized: format, rows, columns."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StoredMetadata:
     config: ModelConfig | None = None
     tokenizer_spec: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    quantised: dict[str, Form] = field(default_factory=dict)
+    quantized: dict[str, MatrixSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RawFile:
     files: tuple[Path, ...]  # the files that hold tensors
     stored: StoredMetadata = StoredMetadata()
     settings: dict[str, Any] = field(default_factory=dict)  # the folder's config.json
-    quantised: dict[str, QuantizedMatrix] = field(
+    quantized: dict[str, QuantizedMatrix] = field(
         default_factory=dict
     )  # under official names, which `tensors` then lacks
 
@@ -49,7 +49,7 @@ class RawFile:
 class Checkpoint:
     """A complete, checked model in official names, shapes and order.
 
-    `tensors` alone is what a strict `load_state_dict` takes, unless some matrices are quantised: then the two together.
+    `tensors` alone is what a strict `load_state_dict` takes, unless some matrices are quantized: then the two together.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tokenizer_spec: dict[str, Any] | None = None  # the vocabulary's JSON record, where the file carries one
     extra: dict[str, Any] = field(default_factory=dict)  # whatever the writer added, training facts say
-    quantised: dict[str, QuantizedMatrix] = field(default_factory=dict)  # matrices that `tensors` lacks
+    quantized: dict[str, QuantizedMatrix] = field(default_factory=dict)  # matrices that `tensors` lacks
 
     @property
     def template(self) -> str | None:
@@ -68,8 +68,8 @@ class Checkpoint:
         return told if isinstance(told, str) else None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """All tensors in the official order, the quantised matrices as `dtype`; float32 holds them exactly."""
+        """All tensors in the official order, the quantized matrices as `dtype`; float32 holds them exactly."""
         return {
-            name: self.tensors[name] if name in self.tensors else self.quantised[name].dequantise(dtype)
-            for name in expected_shapes(self.config)
+            name: self.tensors[name] if name in self.tensors else self.quantized[name].dequantize(dtype)
+            for name in get_expected_shapes(self.config)
         }

@@ -16,7 +16,7 @@ from fledge.models.config import ModelConfig
 Shape = tuple[int, ...]
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
+def get_expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Official name -> shape of every tensor of a checkpoint with these sizes, in the official trainer's order."""
     vocabulary, width = config.vocab_size, config.n_embd
     transformer = config.version == "llama"

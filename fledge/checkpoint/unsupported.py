@@ -27,14 +27,14 @@ UNSUPPORTED = (
 )
 
 
-def refuse_unsupported(names: Collection[str], source: str) -> None:
+def check_supported(names: Collection[str], source: str) -> None:
     """Raise UnsupportedError where `names`, of any layout, belong to something known that Fledge does not run."""
     for part, what, then in UNSUPPORTED:
         if any(part in name for name in names):
             raise UnsupportedError(f"{source} is {what}; {then}")
 
 
-def refuse_unknown(names: Collection[str], source: str) -> None:
+def check_whole_model(names: Collection[str], source: str) -> None:
     """Raise CheckpointError where official `names` could not be those of a whole RWKV model."""
     if names and all(name.endswith("att.time_state") for name in names):
         raise CheckpointError(

@@ -18,7 +18,7 @@ from fledge.checkpoint.detection import check_shapes
 from fledge.checkpoint.formats.pth import write_pth
 from fledge.checkpoint.formats.safetensors import DTYPES, write_safetensors
 from fledge.checkpoint.record import StoredMetadata
-from fledge.checkpoint.shapes import expected_shapes
+from fledge.checkpoint.shapes import get_expected_shapes
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.kernels import QuantizedMatrix
 from fledge.models.config import ModelConfig
@@ -33,23 +33,23 @@ def save(
     *,
     tokenizer_spec: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
-    quantised: Mapping[str, QuantizedMatrix] | None = None,
+    quantized: Mapping[str, QuantizedMatrix] | None = None,
 ) -> None:
     """Write a model as `.safetensors` (with everything) or as official `.pth` (tensors only), chosen by the suffix.
 
     tensors: official names and shapes, as `model.state_dict()` gives them; dtypes are kept.
-    quantised: matrices that are missing in `tensors`; `.safetensors` only.
+    quantized: matrices that are missing in `tensors`; `.safetensors` only.
     tokenizer_spec: `Vocabulary.to_spec()`. extra: plain JSON, training facts say.
     An existing file is replaced. Raises CheckpointError where tensors and config do not agree or the disk is too
     full, UsageError for another suffix or for a record that a `.pth` cannot hold.
     """
     path = Path(path)
-    matrices = dict(quantised or {})
+    matrices = dict(quantized or {})
     check_writable(config, tensors, tokenizer_spec, str(path), matrices)
     # In this order, by which the rwkv package tells versions.
     together = {**tensors, **{name: matrix.data for name, matrix in matrices.items()}}
-    together = {name: together[name] for name in expected_shapes(config)}
-    check_space(path.parent, together)
+    together = {name: together[name] for name in get_expected_shapes(config)}
+    check_disk_space(path.parent, together)
     if path.suffix == ".safetensors":
         forms = {name: (matrix.format, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
         stored = StoredMetadata(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), forms)
@@ -59,7 +59,7 @@ def save(
             raise UsageError(f"{path}: a .pth cannot hold how many heads a transformer has; save it as .safetensors")
         if tokenizer_spec or extra or matrices:
             raise UsageError(
-                f"{path}: a .pth holds dense tensors only; save quantised ones, a tokenizer or extras as .safetensors"
+                f"{path}: a .pth holds dense tensors only; save quantized ones, a tokenizer or extras as .safetensors"
             )
         write_pth(path, together)
     else:
@@ -71,11 +71,11 @@ def check_writable(
     tensors: Mapping[str, Tensor],
     spec: Mapping[str, Any] | None,
     source: str,
-    quantised: Mapping[str, QuantizedMatrix],
+    quantized: Mapping[str, QuantizedMatrix],
 ) -> None:
     """Raise CheckpointError unless this is a complete model that the readers will take back."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_shapes({**shapes, **{name: matrix.shape for name, matrix in quantised.items()}}, config, source)
+    check_shapes({**shapes, **{name: matrix.shape for name, matrix in quantized.items()}}, config, source)
     metadata.check_vocabulary(config, spec, source)
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values() or tensor.is_meta:
@@ -83,13 +83,13 @@ def check_writable(
             raise CheckpointError(f"{source}: {name} has {kind}; only float tensors with values can be written")
 
 
-def check_absent(target: Path, force: bool) -> None:
+def check_overwrite(target: Path, force: bool) -> None:
     """Raise CheckpointError where a target exists, unless it may be replaced."""
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; to replace it give --force")
 
 
-def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_disk_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where the disk below `folder` has no room for these tensors."""
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SLACK
     while not folder.exists():

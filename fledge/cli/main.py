@@ -25,7 +25,7 @@ from typer.main import get_command
 from fledge import __version__
 from fledge.cli.terminal import one_line
 from fledge.core.errors import FledgeError
-from fledge.core.files import FULL, disk_trouble
+from fledge.core.files import FULL, describe_disk_error
 from fledge.core.interrupts import Interrupted
 
 COMMANDS = {
@@ -150,7 +150,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in FULL:
         if not error.filename:  # whose disk it is nobody knows
             return f"{error.strerror}; make room and give the same command again", 1
-        return disk_trouble(error, Path(error.filename).parent), 1
+        return describe_disk_error(error, Path(error.filename).parent), 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     # typer's own errors have click's base class, which later versions of typer bring along under a private name.

@@ -69,7 +69,7 @@ def choose_dtype(name: str | None, device: torch.device, parameters: int) -> tup
     return None, "the file's own"
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -21,7 +21,7 @@ UNNUMBERED = ("requested and", "unexpected pos", "PytorchStreamWriter failed")  
 
 
 @contextmanager
-def naming(target: str | os.PathLike[str]) -> Iterator[None]:
+def add_path_to_errors(target: str | os.PathLike[str]) -> Iterator[None]:
     """Around writing `target`: an error for want of room is an OSError with a number and a file's name.
 
     The system's own has no name where an open file is written to; numpy's has no number; torch's is a RuntimeError.
@@ -37,7 +37,7 @@ def naming(target: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(number, os.strerror(number), os.fspath(target)) from error
 
 
-def disk_trouble(error: OSError, where: Path, kept: str = "") -> str:
+def describe_disk_error(error: OSError, where: Path, kept: str = "") -> str:
     """An error of writing in or to `where`, as a sentence: which file, how much room there is, what to do.
 
     kept: what is not lost, said to who gives the same command again.
@@ -58,7 +58,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `target` that replaces it when the block ends well, and vanishes when it does not.
 
     A reader therefore sees the old file or the new one, never half of one. Where the disk is full, the error is as
-    `naming` has it.
+    `add_path_to_errors` has it.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with naming(target):
+        with add_path_to_errors(target):
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -79,7 +79,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def secret_once(path: Path, content: bytes) -> bytes:
+def read_or_create_secret(path: Path, content: bytes) -> bytes:
     """What a file holds that its user alone may read; it is made of `content` where it is not there yet.
 
     Of many processes that come at once one makes it, and all get what that one wrote.
@@ -88,7 +88,7 @@ def secret_once(path: Path, content: bytes) -> bytes:
     if not path.exists():
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)  # with mode 0600
         try:
-            with open(handle, "wb") as file, naming(path):
+            with open(handle, "wb") as file, add_path_to_errors(path):
                 file.write(content)
                 file.flush()
                 os.fsync(handle)
@@ -168,7 +168,7 @@ def locked(path: Path) -> Iterator[None]:
             yield
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
+def hash_file(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -177,17 +177,17 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def name_hash(name: str) -> bytes:
+def hash_name(name: str) -> bytes:
     """What stands on the disk for a name that may be a secret, whatever characters are in it."""
     return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 
 
-def asset(name: str) -> Path:
+def get_asset_path(name: str) -> Path:
     """Path of a file that ships inside the package (the World vocabulary, the bundled model)."""
     return Path(__file__).resolve().parent.parent / "assets" / name
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Where Fledge keeps what it could make again, for this user. Not made here."""
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     if not base:

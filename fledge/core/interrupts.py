@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.number
 
 
-class Stop:
+class StopRequest:
     """Whether an end was asked for. `number` is that of the first signal, 0 while none has come.
 
     Signals beyond as many as its patience are raised where they come, as Interrupted; usually the second one.
@@ -36,7 +36,7 @@ class Stop:
         self._least, self._patience = least, max(least, 1)
 
     @contextmanager
-    def patient(self, signals: float = math.inf) -> Iterator[None]:
+    def defer(self, signals: float = math.inf) -> Iterator[None]:
         """Only note so many signals within the block: all of them, or with 0 none."""
         before, self._patience = self._patience, max(self._least, signals)
         try:
@@ -56,13 +56,13 @@ class Stop:
 
 
 @contextmanager
-def stoppable(*, always_patient: bool = False) -> Iterator[Stop]:
+def catch_signals(*, always_defer: bool = False) -> Iterator[StopRequest]:
     """Note the signals while the block runs; one that the block has left unanswered is raised when it has ended.
 
-    always_patient: never raise where a signal comes, for work that others wait for. Outside the main thread nothing can
+    always_defer: never raise where a signal comes, for work that others wait for. Outside the main thread nothing can
     be noted, and a signal that the process was started to ignore (`nohup`, `&` in a script) stays ignored.
     """
-    stop = Stop(math.inf if always_patient else 0)
+    stop = StopRequest(math.inf if always_defer else 0)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.core.errors import ConfigError, DataError, TokenizerError, UsageError
-from fledge.core.files import read_json, sha256
+from fledge.core.files import hash_file, read_json
 from fledge.data.binidx import BinIdx, files_of
 from fledge.tokenizer import Vocabulary
 
@@ -112,7 +112,7 @@ class TokenStore:
         known = self.manifest.get("sha256")
         if isinstance(known, str):
             return known
-        hashes = {part: sha256(files_of(prefix)[0]) for part, prefix in self._prefixes.items()}
+        hashes = {part: hash_file(files_of(prefix)[0]) for part, prefix in self._prefixes.items()}
         return identity(hashes, self.tokenizer_spec)
 
     def has(self, part: str) -> bool:
@@ -205,7 +205,7 @@ def damaged(path: Path, step: Callable[[int, int], None]) -> Iterator[str]:
     done, total = 0, sum(one["bytes"] for one in outputs.values())
     for name, one in outputs.items():
         step(done, total)
-        if sha256(path / name) != one["sha256"]:
+        if hash_file(path / name) != one["sha256"]:
             yield name
         done += one["bytes"]
 

@@ -13,7 +13,7 @@ What is exported here has to do with one text at a time. Beside it, by their own
 Not here: HTTP, checkpoints (fledge.checkpoint reads those), the mathematics (fledge.models).
 """
 
-from fledge.engine.generation import ModelOutput, SampledToken, prefill, tokens
+from fledge.engine.generation import ModelOutput, SampledToken, generate_tokens, prefill
 from fledge.engine.llm.chat import Chat, ChatTurn
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
@@ -34,7 +34,7 @@ __all__ = [
     "ScoredToken",
     "Stream",
     "Timings",
+    "generate_tokens",
     "load",
     "prefill",
-    "tokens",
 ]

@@ -22,8 +22,16 @@ from typing import Any, TypeVar
 
 from fledge.core.errors import FledgeError
 from fledge.engine.engine import Engine
-from fledge.engine.event_buffer import FRAME, Bell, EventBuffer
-from fledge.engine.events import CompletionState, ErrorEvent, Event, FinishEvent, TextRequest
+from fledge.engine.events import (
+    FLUSH_INTERVAL,
+    CompletionState,
+    ErrorEvent,
+    Event,
+    EventBuffer,
+    EventCallback,
+    FinishEvent,
+    TextRequest,
+)
 from fledge.engine.request import QueueFull, Request, TokenOutput
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer
@@ -38,39 +46,45 @@ log = logging.getLogger("fledge")
 class AsyncEngine:
     """Takes jobs from any thread, and rings where there are events of theirs."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, bell: Bell, *, frame: float = FRAME) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, on_events: EventCallback, *, flush_interval: float = FLUSH_INTERVAL
+    ) -> None:
         """bell: rung in the desk's thread. frame: seconds for which more text does not ring."""
         self.engine, self.tokenizer = engine, tokenizer
-        self._outbox = EventBuffer(bell, frame)
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._events = EventBuffer(on_events, flush_interval)
+        self._commands: deque[Callable[[], None]] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
-        self._jobs: dict[int, TextRequest] = {}  # by the number of their request
+        self._requests: dict[int, TextRequest] = {}  # by the number of their request
         self._admitted = set[TextRequest]()  # those and the ones in the inbox
-        self._endings: dict[int, tuple[TextRequest, FinishEvent]] = {}  # texts whose state is being brought to the end
+        self._final_reads: dict[
+            int, tuple[TextRequest, FinishEvent]
+        ] = {}  # texts whose state is being brought to the end
         self._thread = threading.Thread(target=self._run, name="fledge-desk", daemon=True)
-        self._closing: float | None = None  # the moment at which what still runs is given up
-        self._ended_for_good = False
+        self._shutdown_deadline: float | None = None  # the moment at which what still runs is given up
+        self._is_stopped = False
 
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
 
-    def submit(self, job: TextRequest) -> None:
+    def submit(self, request: TextRequest) -> None:
         """Have a job done. Raises Busy where too many wait or the desk closes, and the errors of `Engine.check`."""
-        self.engine.check(job.request)
+        self.engine.check_request(request.request)
         with self._wake:
-            if self._closing is not None or self._ended_for_good:
+            if self._shutdown_deadline is not None or self._is_stopped:
                 raise QueueFull(CLOSED)
-            if len(self._admitted) >= self.engine.queue:
-                raise QueueFull(f"{self.engine.queue} requests are on their way, and no more may wait; try again later")
-            self._admitted.add(job)
-            self._post(lambda: self._take(job))
+            if len(self._admitted) >= self.engine.max_requests:
+                raise QueueFull(
+                    f"{self.engine.max_requests} requests are on their way, and no more may wait; try again later"
+                )
+            self._admitted.add(request)
+            self._post(lambda: self._admit(request))
 
-    def cancel(self, job: TextRequest) -> None:
+    def cancel(self, request: TextRequest) -> None:
         """Stop a job; nothing more comes of it, but for events that are on their way."""
-        job.cancelled = True
-        self._post(lambda: self._drop(job))
+        request.cancelled = True
+        self._post(lambda: self._remove(request))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Do something in the desk's thread: one such thing between two steps, so that texts go on meanwhile.
@@ -79,178 +93,180 @@ class AsyncEngine:
         """
         future: Future[T] = Future()
         with self._wake:
-            if self._ended_for_good:
+            if self._is_stopped:
                 raise QueueFull(CLOSED)
             self._calls.append((future, function))
             self._wake.notify()
         return future
 
-    def collect(self) -> list[tuple[TextRequest, Event]]:
+    def drain_events(self) -> list[tuple[TextRequest, Event]]:
         """The events since the last time, from any thread. Where there are some, more may wait soon after, unrung."""
-        return self._outbox.collect()
+        return self._events.drain()
 
-    def wind_up(self, drain: float = 0.0) -> None:
+    def begin_shutdown(self, drain_seconds: float = 0.0) -> None:
         """Take nothing more in, finish what runs for up to `drain` seconds, then stop; what runs still fails."""
         with self._wake:
-            self._closing = time.monotonic() + drain
+            self._shutdown_deadline = time.monotonic() + drain_seconds
             self._wake.notify()
 
-    def close(self, drain: float = 0.0) -> None:
+    def close(self, drain_seconds: float = 0.0) -> None:
         """As `wind_up`, and return when it has stopped."""
-        self.wind_up(drain)
+        self.begin_shutdown(drain_seconds)
         if self._thread.is_alive():
             self._thread.join()
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether jobs are being done."""
         return self._thread.is_alive()
 
     @property
-    def jobs(self) -> int:
+    def num_requests(self) -> int:
         """Jobs taken in and not ended."""
         return len(self._admitted)
 
     def _post(self, work: Callable[[], None]) -> None:
         with self._wake:  # which its holder may take again
-            self._inbox.append(work)
+            self._commands.append(work)
             self._wake.notify()
 
     def _run(self) -> None:
         try:
-            while self._go_on():
+            while self._wait_for_work():
                 try:
-                    self._turn()
+                    self._run_once()
                 except Exception as error:  # whatever it was, the others must not wait for ever
                     log.exception("the engine failed; all requests on their way have ended")
                     self._fail_all(error)
-                self._outbox.ring(now=not self.engine.busy)
+                self._events.notify(force=not self.engine.busy)
         finally:
             with self._wake:
-                self._ended_for_good = True
-            while self._inbox:
-                self._inbox.popleft()()
+                self._is_stopped = True
+            while self._commands:
+                self._commands.popleft()()
             self._fail_all(QueueFull(CLOSED))
-            self._outbox.ring(now=True)
+            self._events.notify(force=True)
             for future, _ in self._calls:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(QueueFull(CLOSED))
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         """What has come in, one called thing, one step."""
-        while self._inbox:
-            self._inbox.popleft()()
+        while self._commands:
+            self._commands.popleft()()
         if self._calls:
             _answer(*self._calls.popleft())
         for output in self.engine.step():
             self._deliver(output)
 
-    def _go_on(self) -> bool:
+    def _wait_for_work(self) -> bool:
         """Wait for something to do; False when the desk is to close."""
         with self._wake:
-            while not (self._inbox or self._calls or self.engine.busy) and self._closing is None:
+            while not (self._commands or self._calls or self.engine.busy) and self._shutdown_deadline is None:
                 self._wake.wait()
-            if self._closing is None:
+            if self._shutdown_deadline is None:
                 return True
-            return bool(self._inbox or self._calls or self.engine.busy) and time.monotonic() < self._closing
+            return (
+                bool(self._commands or self._calls or self.engine.busy) and time.monotonic() < self._shutdown_deadline
+            )
 
-    def _take(self, job: TextRequest) -> None:
+    def _admit(self, job: TextRequest) -> None:
         if job.cancelled:
             return
         try:
             # Who is admitted has a place: the engine's own count may still hold texts that have ended.
-            self._jobs[self.engine.add(job.request, extra=True)] = job
+            self._requests[self.engine.add(job.request, bypass_limit=True)] = job
         except Exception as error:  # of this job alone: a device that has no room for its state, say
             self._admitted.discard(job)
-            self._outbox.tell(job, ErrorEvent(0, _shown(error)))
+            self._events.put(job, ErrorEvent(0, _shown(error)))
 
-    def _drop(self, job: TextRequest) -> None:
+    def _remove(self, job: TextRequest) -> None:
         self._admitted.discard(job)
-        self._outbox.forget(job)
-        for number in [number for number, known in self._jobs.items() if known is job]:
+        self._events.discard(job)
+        for number in [number for number, known in self._requests.items() if known is job]:
             self.engine.abort(number)
-            del self._jobs[number]
-        for number in [number for number, (known, _) in self._endings.items() if known is job]:
+            del self._requests[number]
+        for number in [number for number, (known, _) in self._final_reads.items() if known is job]:
             self.engine.abort(number)
-            del self._endings[number]
+            del self._final_reads[number]
 
     def _deliver(self, output: TokenOutput) -> None:
-        if output.request in self._endings:
-            self._ended(*self._endings[output.request], output.before.alone())
-            del self._endings[output.request]  # now that nothing can fail: a job that has failed is told so
+        if output.request_id in self._final_reads:
+            self._emit_final_state(*self._final_reads[output.request_id], output.state_before.alone())
+            del self._final_reads[output.request_id]  # now that nothing can fail: a job that has failed is told so
             return
-        job = self._jobs.get(output.request)
+        job = self._requests.get(output.request_id)
         if job is None:
             return
-        if output.finish == "failed":
+        if output.finish_reason == "failed":
             assert output.error is not None
-            self._outbox.tell(job, ErrorEvent(output.choice, output.error))
-            self._leave(job, output.request)
+            self._events.put(job, ErrorEvent(output.choice, output.error))
+            self._release_choice(job, output.request_id)
             return
         choice = job.choices.get(output.choice)
         if choice is None:
             choice = job.choices[output.choice] = CompletionState(job, self.tokenizer, output)
-        piece = choice.take(output)
+        piece = choice.process(output)
         if piece is not None:
-            self._outbox.tell(job, piece)
-        if choice.writer.outcome is not None:
-            self.engine.abort_choice(output.request, output.choice)
+            self._events.put(job, piece)
+        if choice.detokenizer.outcome is not None:
+            self.engine.abort_choice(output.request_id, output.choice)
             self._finish(job, choice)
-            self._leave(job, output.request)
+            self._release_choice(job, output.request_id)
 
     def _finish(self, job: TextRequest, choice: CompletionState) -> None:
         """Tell the end of a text, at once or when its state has read all of it."""
-        outcome = choice.writer.outcome
+        outcome = choice.detokenizer.outcome
         assert outcome is not None
-        cut = choice.writer.cut()
-        rest = (*choice.writer.rest(cut), *job.closing)
+        cut = choice.detokenizer.cut()
+        rest = (*choice.detokenizer.rest(cut), *job.suffix_ids)
         end = FinishEvent(
-            choice.number,
+            choice.index,
             outcome.reason,
             outcome.stop,
             (*cut.kept, *rest),
-            choice.drawn,
+            choice.sampled_tokens,
             choice.seed,
-            choice.cached,
+            choice.cached_tokens,
         )
-        keeps = job.keeps and self.engine.cache is not None and job.request.space is not None
-        if not job.wants_state or choice.unread:
-            self._outbox.tell(job, end)
-        if not (job.wants_state or keeps) or choice.unread:
+        keeps = job.should_cache_state and self.engine.cache is not None and job.request.cache_namespace is not None
+        if not job.should_return_state or choice.prompt_incomplete:
+            self._events.put(job, end)
+        if not (job.should_return_state or keeps) or choice.prompt_incomplete:
             return
         if rest:
             request = Request(rest, start=cut.row.alone(), n=0, priority=job.request.priority)
-            self._endings[self.engine.add(request, extra=True)] = (job, end)
+            self._final_reads[self.engine.add(request, bypass_limit=True)] = (job, end)
         else:
-            self._ended(job, end, cut.row.alone())
+            self._emit_final_state(job, end, cut.row.alone())
 
-    def _ended(self, job: TextRequest, end: FinishEvent, state: State) -> None:
+    def _emit_final_state(self, job: TextRequest, end: FinishEvent, state: State) -> None:
         """The state of a text is there."""
-        space = job.request.space
-        if job.keeps and self.engine.cache is not None and space is not None:
+        space = job.request.cache_namespace
+        if job.should_cache_state and self.engine.cache is not None and space is not None:
             self.engine.cache.put(space, (*job.request.ids, *end.ids), state)
-        if job.wants_state:
-            self._outbox.tell(job, end._replace(state=state))
+        if job.should_return_state:
+            self._events.put(job, end._replace(state=state))
 
-    def _leave(self, job: TextRequest, number: int) -> None:
+    def _release_choice(self, job: TextRequest, number: int) -> None:
         """A choice has ended, and with the last of them the job."""
-        job.open -= 1
-        if not job.open:
-            self._jobs.pop(number, None)
+        job.open_choices -= 1
+        if not job.open_choices:
+            self._requests.pop(number, None)
             self._admitted.discard(job)
 
     def _fail_all(self, error: Exception) -> None:
         shown = _shown(error)
-        for number, job in self._jobs.items():
+        for number, job in self._requests.items():
             self.engine.abort(number)
-            self._outbox.tell(job, ErrorEvent(-1, shown))
-        for number, (job, end) in self._endings.items():
+            self._events.put(job, ErrorEvent(-1, shown))
+        for number, (job, end) in self._final_reads.items():
             self.engine.abort(number)
-            if job.wants_state:
-                self._outbox.tell(job, ErrorEvent(end.choice, shown))
-        self._jobs.clear()
+            if job.should_return_state:
+                self._events.put(job, ErrorEvent(end.choice, shown))
+        self._requests.clear()
         self._admitted.clear()
-        self._endings.clear()
+        self._final_reads.clear()
 
 
 def _answer(future: Future[Any], function: Callable[[], Any]) -> None:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.engine.generation import ModelOutput, check_ids, config_of, device_of, fresh_state
-from fledge.engine.model_runner import read
+from fledge.engine.generation import ModelOutput, check_token_ids, get_config, get_device, make_initial_state
+from fledge.engine.model_runner import run_model
 from fledge.engine.prefix_cache.cache import PrefixCache
-from fledge.engine.request import Finish, QueueFull, Request, TokenLogprob, TokenOutput
-from fledge.engine.sampling import LARGEST_SEED, Sampler
+from fledge.engine.request import EngineFinishReason, QueueFull, Request, TokenLogprob, TokenOutput
+from fledge.engine.sampling import MAX_SEED, Sampler
 from fledge.engine.scheduler import LatencyModel, ScheduledTokens, Scheduler
-from fledge.engine.sequence import PendingSample, RequestState, Sequence, next_tokens
+from fledge.engine.sequence import PendingSample, RequestState, Sequence, sample_next_tokens
 from fledge.models.config import ModelConfig
 from fledge.models.state_slice import StateSlice
 from fledge.tokenizer import NO_EOS
@@ -36,12 +36,12 @@ from fledge.tokenizer import NO_EOS
 class EngineStats:
     """What the engine has done since it began."""
 
-    calls: int = 0
-    read: int = 0  # tokens of prompts
-    cached: int = 0  # tokens of prompts that the cache spared
-    drawn: int = 0  # tokens written
-    batch: int = 0  # sequences in the last call
-    seconds: float = 0.0  # in the model
+    model_calls: int = 0
+    prefill_tokens: int = 0  # tokens of prompts
+    cached_tokens: int = 0  # tokens of prompts that the cache spared
+    sampled_tokens: int = 0  # tokens written
+    batch_size: int = 0  # sequences in the last call
+    model_seconds: float = 0.0  # in the model
     requests: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # continuations, by reason
 
@@ -55,212 +55,241 @@ class Engine:
         *,
         eos_id: int = NO_EOS,
         scheduler: Scheduler | None = None,
-        queue: int = 256,
+        max_requests: int = 256,
         cache: PrefixCache | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """queue: requests that may be on their way at once; more are turned away. clock: what deadlines are told by."""
         self.model, self.eos_id, self.cache = model, eos_id, cache
         self.scheduler = scheduler or Scheduler()
-        self.queue = queue
-        self.tally = EngineStats()
+        self.max_requests = max_requests
+        self.stats = EngineStats()
         self._clock = clock
-        self._pace = LatencyModel()
-        self._tasks: dict[int, RequestState] = {}
-        self._fresh, self._device = fresh_state(model), device_of(model)
-        self._next = 0
+        self._latency = LatencyModel()
+        self._request_states: dict[int, RequestState] = {}
+        self._initial_state, self._device = make_initial_state(model), get_device(model)
+        self._next_id = 0
 
     @property
     def config(self) -> ModelConfig:
         """The model's sizes."""
-        return config_of(self.model)
+        return get_config(self.model)
 
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._tasks)
+        return bool(self._request_states)
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         """Requests of which nothing has been read yet."""
-        return sum(not task.begun for task in list(self._tasks.values()))
+        return sum(not task.is_started for task in list(self._request_states.values()))
 
     @property
-    def running(self) -> int:
+    def num_running(self) -> int:
         """Sequences that are being read or written."""
-        return sum(task.width for task in list(self._tasks.values()) if task.begun)
+        return sum(task.num_sequences for task in list(self._request_states.values()) if task.is_started)
 
-    def add(self, request: Request, *, extra: bool = False) -> int:
+    def add(self, request: Request, *, bypass_limit: bool = False) -> int:
         """Take a request in; its number names it from now on. extra: even where the queue is full.
 
         Raises Busy where it is, and the errors of `check`.
         """
-        if len(self._tasks) >= self.queue and not extra:
-            raise QueueFull(f"{self.queue} requests are on their way, and no more may wait; try again later")
-        self.check(request)
-        number, self._next = self._next, self._next + 1
-        rank = self.scheduler.rank(self._clock(), request.priority)
-        start = request.start.state if isinstance(request.start, ModelOutput) else request.start or self._fresh
-        self._tasks[number] = RequestState(number, request, rank, StateSlice(start.to(self._device)))
-        self.tally.requests += 1
+        if len(self._request_states) >= self.max_requests and not bypass_limit:
+            raise QueueFull(f"{self.max_requests} requests are on their way, and no more may wait; try again later")
+        self.check_request(request)
+        number, self._next_id = self._next_id, self._next_id + 1
+        rank = self.scheduler.compute_rank(self._clock(), request.priority)
+        start = request.start.state if isinstance(request.start, ModelOutput) else request.start or self._initial_state
+        self._request_states[number] = RequestState(number, request, rank, StateSlice(start.to(self._device)))
+        self.stats.requests += 1
         return number
 
     def abort(self, number: int) -> None:
         """Forget a request; nothing more comes of it. No error where it has ended already."""
-        self._tasks.pop(number, None)
+        self._request_states.pop(number, None)
 
     def abort_choice(self, number: int, choice: int) -> None:
         """Forget one continuation of a request, and the request with the last of them."""
-        task = self._tasks.get(number)
-        if task is not None and task.strands:
-            task.strands = [strand for strand in task.strands if strand.choice != choice]
-            if not task.strands:
-                del self._tasks[number]
+        task = self._request_states.get(number)
+        if task is not None and task.sequences:
+            task.sequences = [strand for strand in task.sequences if strand.choice != choice]
+            if not task.sequences:
+                del self._request_states[number]
 
     def step(self) -> list[TokenOutput]:
         """One call of the model and what came of it; nothing where there is nothing to do."""
-        outputs = self._expired()
-        chosen = self.scheduler.chosen(list(self._tasks.values()))
-        due = [place for task in chosen if not task.begun for place in self._begin(task, outputs)]
-        self._draw(due, outputs)
-        for task in self._tasks.values():
-            if task.begun and task not in chosen:
-                task.park()
-        pieces = self.scheduler.pieces([task for task in chosen if task.number in self._tasks], self._pace)
+        outputs = self._expire()
+        chosen = self.scheduler.select(list(self._request_states.values()))
+        due = [place for task in chosen if not task.is_started for place in self._start(task, outputs)]
+        self._sample(due, outputs)
+        for task in self._request_states.values():
+            if task.is_started and task not in chosen:
+                task.detach_state()
+        pieces = self.scheduler.schedule(
+            [task for task in chosen if task.request_id in self._request_states], self._latency
+        )
         pieces = [piece for piece in pieces if piece.ids]
         if pieces:
-            self._call(pieces, outputs)
+            self._run_model(pieces, outputs)
         return outputs
 
-    def check(self, request: Request) -> None:
+    def check_request(self, request: Request) -> None:
         """Raise UsageError, TokenizerError or StateError for what cannot be run. May be called from any thread."""
         known = isinstance(request.start, ModelOutput)
         if not request.ids and not known:
             raise UsageError("the prompt is empty; give at least one token")
         assert not (request.ids and known), "a Cursor has read its prompt"
-        check_ids(request.ids, self.config.vocab_size)
+        check_token_ids(request.ids, self.config.vocab_size)
         if not 0 <= request.n <= self.scheduler.slots:
             raise UsageError(f"n is {request.n}; this engine writes up to {self.scheduler.slots} texts at once")
         if request.start is not None:
             state = request.start.state if isinstance(request.start, ModelOutput) else request.start
             state.check(self.config, 1)
 
-    def _expired(self) -> list[TokenOutput]:
+    def _expire(self) -> list[TokenOutput]:
         now, outputs = self._clock(), list[TokenOutput]()
-        for task in list(self._tasks.values()):
+        for task in list(self._request_states.values()):
             if task.request.deadline is not None and now >= task.request.deadline:
-                for strand in task.strands:
-                    outputs.append(self._end(TokenOutput(task.number, strand.choice, strand.row), strand, "deadline"))
-                for choice in range(0 if task.strands else max(task.request.n, 1)):
-                    outputs.append(self._end(TokenOutput(task.number, choice, task.row, unread=True), None, "deadline"))
-                self.abort(task.number)
+                for strand in task.sequences:
+                    outputs.append(
+                        self._finish(
+                            TokenOutput(task.request_id, strand.choice, strand.state_slice), strand, "deadline"
+                        )
+                    )
+                for choice in range(0 if task.sequences else max(task.request.n, 1)):
+                    outputs.append(
+                        self._finish(
+                            TokenOutput(task.request_id, choice, task.state_slice, prompt_incomplete=True),
+                            None,
+                            "deadline",
+                        )
+                    )
+                self.abort(task.request_id)
         return outputs
 
-    def _begin(self, task: RequestState, outputs: list[TokenOutput]) -> list[PendingSample]:
+    def _start(self, task: RequestState, outputs: list[TokenOutput]) -> list[PendingSample]:
         """Look up what is known of a prompt. Returns what is to be drawn where that is all of it."""
-        task.begun = True
+        task.is_started = True
         request = task.request
         if isinstance(request.start, ModelOutput):
-            return self._write(task, request.start.logits.float().cpu(), outputs)
-        if self.cache is not None and request.space is not None:
-            hit = self.cache.find(request.space, request.ids)
+            return self._start_sequences(task, request.start.logits.float().cpu(), outputs)
+        if self.cache is not None and request.cache_namespace is not None:
+            hit = self.cache.match_prefix(request.cache_namespace, request.ids)
             if hit.state is not None:
                 # From the disk it comes on the CPU.
-                task.row, task.done, task.cached = StateSlice(hit.state.to(self._device)), hit.length, hit.length
-                self.tally.cached += hit.length
+                task.state_slice, task.computed_tokens, task.cached_tokens = (
+                    StateSlice(hit.state.to(self._device)),
+                    hit.length,
+                    hit.length,
+                )
+                self.stats.cached_tokens += hit.length
             if hit.logits is not None and hit.length == len(request.ids):
-                return self._write(task, hit.logits, outputs)
-            task.cuts.extend(self.cache.places(request.space, request.ids, task.done, request.marks))
-            self.cache.learn(request.space, request.ids)
+                return self._start_sequences(task, hit.logits, outputs)
+            task.snapshot_positions.extend(
+                self.cache.plan_snapshots(
+                    request.cache_namespace, request.ids, task.computed_tokens, request.message_ends
+                )
+            )
+            self.cache.insert_prompt(request.cache_namespace, request.ids)
         return []
 
-    def _call(self, pieces: list[ScheduledTokens], outputs: list[TokenOutput]) -> None:
+    def _run_model(self, pieces: list[ScheduledTokens], outputs: list[TokenOutput]) -> None:
         began = time.perf_counter()
-        rows = [piece.task.row if piece.strand is None else piece.strand.row for piece in pieces]
-        logits, after = read(self.model, [piece.ids for piece in pieces], rows)
+        rows = [
+            piece.request_state.state_slice if piece.sequence is None else piece.sequence.state_slice
+            for piece in pieces
+        ]
+        logits, after = run_model(self.model, [piece.ids for piece in pieces], rows)
         tokens, seconds = sum(len(piece.ids) for piece in pieces), time.perf_counter() - began
-        self._pace.learn(tokens, seconds)
-        self.tally.calls += 1
-        self.tally.batch = len(pieces)
-        self.tally.seconds += seconds
-        self.tally.read += sum(len(piece.ids) for piece in pieces if piece.strand is None)
+        self._latency.update(tokens, seconds)
+        self.stats.model_calls += 1
+        self.stats.batch_size = len(pieces)
+        self.stats.model_seconds += seconds
+        self.stats.prefill_tokens += sum(len(piece.ids) for piece in pieces if piece.sequence is None)
         due = list[PendingSample]()
         for piece, scores, row in zip(pieces, logits, after, strict=True):
-            if piece.strand is None:
+            if piece.sequence is None:
                 due += self._advance(piece, scores, row, outputs)
             else:
-                piece.strand.row = row
-                due.append(PendingSample(piece.task, piece.strand, scores))
-        self._draw(due, outputs)
+                piece.sequence.state_slice = row
+                due.append(PendingSample(piece.request_state, piece.sequence, scores))
+        self._sample(due, outputs)
 
     def _advance(
         self, piece: ScheduledTokens, scores: Tensor, row: StateSlice, outputs: list[TokenOutput]
     ) -> list[PendingSample]:
         """A prompt has been read a little further. Returns what is to be drawn where that was the end of it."""
-        task = piece.task
-        task.row, task.done = row, task.done + len(piece.ids)
-        complete = task.done == len(task.request.ids)
-        if task.cuts and task.cuts[0] == task.done:
-            task.cuts.popleft()
-            self._keep(task, scores if complete else None)
-        return self._write(task, scores, outputs) if complete else []
+        task = piece.request_state
+        task.state_slice, task.computed_tokens = row, task.computed_tokens + len(piece.ids)
+        complete = task.computed_tokens == len(task.request.ids)
+        if task.snapshot_positions and task.snapshot_positions[0] == task.computed_tokens:
+            task.snapshot_positions.popleft()
+            self._store_snapshot(task, scores if complete else None)
+        return self._start_sequences(task, scores, outputs) if complete else []
 
-    def _keep(self, task: RequestState, scores: Tensor | None) -> None:
+    def _store_snapshot(self, task: RequestState, scores: Tensor | None) -> None:
         """Give the cache the state at this place of the prompt."""
-        assert self.cache is not None and task.request.space is not None
-        state = task.row.alone()
-        task.row = StateSlice(state)
-        known = task.request.ids[: task.done]
-        self.cache.put(task.request.space, known, state, None if scores is None else scores.clone())
+        assert self.cache is not None and task.request.cache_namespace is not None
+        state = task.state_slice.alone()
+        task.state_slice = StateSlice(state)
+        known = task.request.ids[: task.computed_tokens]
+        self.cache.put(task.request.cache_namespace, known, state, None if scores is None else scores.clone())
 
-    def _write(self, task: RequestState, scores: Tensor, outputs: list[TokenOutput]) -> list[PendingSample]:
+    def _start_sequences(self, task: RequestState, scores: Tensor, outputs: list[TokenOutput]) -> list[PendingSample]:
         """All has been read: begin the continuations, whose first tokens are due then."""
         request = task.request
         if request.n == 0:
-            output = TokenOutput(task.number, 0, task.row, logits=scores.clone(), cached=task.cached)
-            outputs.append(self._end(output, None, "read"))
-            self.abort(task.number)
+            output = TokenOutput(
+                task.request_id, 0, task.state_slice, logits=scores.clone(), cached_tokens=task.cached_tokens
+            )
+            outputs.append(self._finish(output, None, "read"))
+            self.abort(task.request_id)
             return []
         for choice in range(request.n):
             params = request.params
             if params.seed is not None and choice:
-                params = params.with_overrides({"seed": (params.seed + choice) % (LARGEST_SEED + 1)})
+                params = params.with_overrides({"seed": (params.seed + choice) % (MAX_SEED + 1)})
             constraint = request.constraint.fork() if request.constraint is not None else None
-            task.strands.append(Sequence(choice, task.row, Sampler(params), params.max_tokens, constraint, -1))
-        return [PendingSample(task, strand, scores) for strand in task.strands]
+            task.sequences.append(
+                Sequence(choice, task.state_slice, Sampler(params), params.max_tokens, constraint, -1)
+            )
+        return [PendingSample(task, strand, scores) for strand in task.sequences]
 
-    def _draw(self, due: list[PendingSample], outputs: list[TokenOutput]) -> None:
+    def _sample(self, due: list[PendingSample], outputs: list[TokenOutput]) -> None:
         """The next token of each of these continuations."""
-        for (task, strand, scores), token in zip(due, next_tokens(due), strict=True):
-            about = (task.number, strand.choice, strand.row)
+        for (task, strand, scores), token in zip(due, sample_next_tokens(due), strict=True):
+            about = (task.request_id, strand.choice, strand.state_slice)
             if isinstance(token, FledgeError):
-                outputs.append(self._end(TokenOutput(*about, cached=task.cached, error=token), strand, "failed"))
-                self.abort_choice(task.number, strand.choice)
+                outputs.append(
+                    self._finish(TokenOutput(*about, cached_tokens=task.cached_tokens, error=token), strand, "failed")
+                )
+                self.abort_choice(task.request_id, strand.choice)
                 continue
-            strand.token, strand.left = token, strand.left - 1
-            self.tally.drawn += 1
+            strand.last_token, strand.remaining_tokens = token, strand.remaining_tokens - 1
+            self.stats.sampled_tokens += 1
             top = task.request.logprobs
-            likely = None if top is None else likelihood(scores, token, top)
-            output = TokenOutput(*about, token, None, strand.sampler.seed, task.cached, likely)
-            reason = self._reason(strand)
-            outputs.append(output if reason is None else self._end(output, strand, reason))
+            likely = None if top is None else compute_logprob(scores, token, top)
+            output = TokenOutput(*about, token, None, strand.sampler.seed, task.cached_tokens, likely)
+            reason = self._finish_reason(strand)
+            outputs.append(output if reason is None else self._finish(output, strand, reason))
             if reason is not None:
-                self.abort_choice(task.number, strand.choice)
+                self.abort_choice(task.request_id, strand.choice)
 
-    def _reason(self, strand: Sequence) -> Finish | None:
+    def _finish_reason(self, strand: Sequence) -> EngineFinishReason | None:
         """Why the token just drawn is the last one, if it is."""
-        if strand.token == self.eos_id:
+        if strand.last_token == self.eos_id:
             return "eos"
-        if strand.constraint is not None and strand.constraint.done:
+        if strand.constraint is not None and strand.constraint.is_complete:
             return "complete"
-        return None if strand.left else "length"
+        return None if strand.remaining_tokens else "length"
 
-    def _end(self, output: TokenOutput, strand: Sequence | None, reason: Finish) -> TokenOutput:
-        self.tally.finished[reason] = self.tally.finished.get(reason, 0) + 1
-        return output._replace(finish=reason, seed=0 if strand is None else strand.sampler.seed)
+    def _finish(self, output: TokenOutput, strand: Sequence | None, reason: EngineFinishReason) -> TokenOutput:
+        self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+        return output._replace(finish_reason=reason, seed=0 if strand is None else strand.sampler.seed)
 
 
-def likelihood(scores: Tensor, token: int, top: int) -> TokenLogprob:
+def compute_logprob(scores: Tensor, token: int, top: int) -> TokenLogprob:
     """scores (V,): log probability of the token, and of the `top` most probable ones."""
     logprobs = torch.log_softmax(scores.float(), dim=-1)
     values, ids = logprobs.topk(min(top, len(logprobs)))

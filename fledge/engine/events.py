@@ -1,13 +1,15 @@
-"""A request for text, and the events that its writing gives. The desk runs it; who asked gets the events.
+"""Text requests, the events that they produce, and the buffer that hands events from the engine's thread to a caller.
 
-Every choice is written by a `Detokenizer`, as a single text is: stop texts, half letters and the end of the state are
-the
-same in both.
+Each completion of a request is written by a `Detokenizer`, as in `Stream`, so stop texts, incomplete UTF-8 characters
+and final states behave identically in both.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,109 +21,186 @@ from fledge.tokenizer import Tokenizer
 
 
 class TextToken(NamedTuple):
-    """A token that a piece of text shows, at least in part."""
+    """A token of which at least a part appears in the text."""
 
     id: int
-    likelihood: TokenLogprob | None
+    logprob: TokenLogprob | None
 
 
 class TextEvent(NamedTuple):
-    """Text that one choice may show."""
+    """New text of one completion."""
 
-    choice: int
+    choice: int  # index of the completion in its request
     text: str
     tokens: tuple[TextToken, ...]  # empty unless the request asks for log probabilities
 
 
 class FinishEvent(NamedTuple):
-    """One choice has ended."""
+    """One completion has ended."""
 
-    choice: int
+    choice: int  # index of the completion in its request
     reason: FinishReason
-    stop: str | None  # the stop text that was found
-    ids: tuple[int, ...]  # what the state has read after the prompt: the text, and the job's closing
-    drawn: int  # tokens, those of a stop text among them
-    seed: int  # gives this text again
-    cached: int  # tokens of the prompt that the cache spared
-    state: State | None = None  # that has read the prompt, then `ids`; only where the job wants it and there was time
+    stop: str | None  # the stop text that ended it
+    ids: tuple[int, ...]  # what the state has read after the prompt: the text, then `suffix_ids`
+    sampled_tokens: int  # includes the tokens of a stop text
+    seed: int  # reproduces this completion
+    cached_tokens: int  # tokens of the prompt that came from the prefix cache
+    state: State | None = None  # the state after the prompt and `ids`; only if the request asks for it
 
 
 class ErrorEvent(NamedTuple):
-    """The job, or one choice of it, cannot go on."""
+    """A request, or one completion of it, has failed."""
 
-    choice: int
+    choice: int  # index of the completion, or -1 for the whole request
     error: FledgeError
 
 
 Event = TextEvent | FinishEvent | ErrorEvent
 
-REASONS: dict[str, FinishReason] = {
+EventCallback = Callable[[], None]
+"""Called in the engine's thread when events are ready to be drained."""
+
+FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
     "complete": "complete",
     "read": "complete",
     "deadline": "deadline",
 }
-"""The engine's reasons as those of a text."""
+"""Maps the engine's finish reasons to those of a completion."""
+
+FLUSH_INTERVAL = 0.01
+"""Seconds between two notifications for more text. A screen shows a frame every 0.017 seconds."""
 
 
 @dataclass(eq=False)
 class TextRequest:
-    """What a caller wants written."""
+    """A request for text: token ids in, events out."""
 
     request: Request
-    closing: tuple[int, ...] = ()  # ids that end the text for the reader: they follow it in its state
-    wants_state: bool = False  # the last event of each choice then comes when its state has been brought to the end
-    keeps: bool = False  # the state at the end goes into the cache, for a prompt that repeats this text and goes on
-    show_held: bool = True
+    suffix_ids: tuple[int, ...] = ()  # read into the state after the text, such as the end of a chat turn
+    should_return_state: bool = False  # the FinishEvent then waits until the state has read the whole text
+    should_cache_state: bool = False  # store the final state in the prefix cache, for prompts that continue this text
+    show_held: bool = True  # whether text that could have become a stop text is emitted when generation ends
     choices: dict[int, CompletionState] = field(default_factory=dict, repr=False)
-    open: int = field(init=False, repr=False)  # choices that have not ended
+    open_choices: int = field(init=False, repr=False)  # completions that have not ended
     cancelled: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.open = max(self.request.n, 1)
+        self.open_choices = max(self.request.n, 1)
 
 
 class CompletionState:
-    """One text of a job."""
+    """Detokenization of one completion."""
 
-    def __init__(self, job: TextRequest, tokenizer: Tokenizer, first: TokenOutput) -> None:
-        self.number, self.seed, self.cached, self.drawn = first.choice, first.seed, first.cached, 0
-        self.unread = first.unread
-        self.writer = Detokenizer(tokenizer, job.request.params.stop, first.before, show_held=job.show_held)
+    def __init__(self, request: TextRequest, tokenizer: Tokenizer, first: TokenOutput) -> None:
+        """first: the first output of this completion."""
+        self.index, self.seed, self.cached_tokens = first.choice, first.seed, first.cached_tokens
+        self.sampled_tokens = 0
+        self.prompt_incomplete = first.prompt_incomplete
+        self.detokenizer = Detokenizer(
+            tokenizer, request.request.params.stop, first.state_before, show_held=request.show_held
+        )
         self._tokenizer = tokenizer
-        self._wanted = job.request.logprobs is not None
-        # Tokens not shown yet, with the bytes they begin and end at.
-        self._open = deque[tuple[int, int, TextToken]]()
-        self._length = 0
+        self._has_logprobs = request.request.logprobs is not None
+        # Tokens that have not been emitted yet, each with the byte offsets of its text.
+        self._unsent = deque[tuple[int, int, TextToken]]()
+        self._length = 0  # bytes of all tokens so far
 
-    def take(self, output: TokenOutput) -> TextEvent | None:
-        """A token, an end or both -> the text it makes safe to show, if there is some."""
+    def process(self, output: TokenOutput) -> TextEvent | None:
+        """Add a token, an end or both. Returns the text that can be emitted now, or None if there is none."""
         text = ""
         if output.token is not None:
-            self.drawn += 1
-            if self._wanted:
-                self._note(output)
-            text = self.writer.push(output.token, output.before)
-        if output.finish is not None and self.writer.outcome is None:
-            text += self.writer.end(REASONS.get(output.finish, "eos"))
-        tokens = self._shown() if self._wanted else ()
-        return TextEvent(self.number, text, tokens) if text or tokens else None
+            self.sampled_tokens += 1
+            if self._has_logprobs:
+                self._add_token(output)
+            text = self.detokenizer.push(output.token, output.state_before)
+        if output.finish_reason is not None and self.detokenizer.outcome is None:
+            text += self.detokenizer.end(FINISH_REASONS.get(output.finish_reason, "eos"))
+        tokens = self._take_emitted_tokens() if self._has_logprobs else ()
+        return TextEvent(self.index, text, tokens) if text or tokens else None
 
-    def _note(self, output: TokenOutput) -> None:
+    def _add_token(self, output: TokenOutput) -> None:
         assert output.token is not None
         begin = self._length
-        if output.finish != "eos":
+        if output.finish_reason != "eos":
             self._length += len(self._tokenizer.decode_bytes([output.token]))
-        self._open.append((begin, self._length, TextToken(output.token, output.likelihood)))
+        self._unsent.append((begin, self._length, TextToken(output.token, output.logprob)))
 
-    def _shown(self) -> tuple[TextToken, ...]:
-        """The tokens whose text has been shown, whole or, at the end, in part."""
-        ended = self.writer.outcome
-        found = []
-        while self._open:
-            begin, end, token = self._open[0]
-            if not (begin < ended.place if ended is not None else end <= self.writer.place):
+    def _take_emitted_tokens(self) -> tuple[TextToken, ...]:
+        """Remove and return the tokens whose text has been emitted: completely or, at the end, in part."""
+        outcome = self.detokenizer.outcome
+        emitted = []
+        while self._unsent:
+            begin, end, token = self._unsent[0]
+            if not (begin < outcome.place if outcome is not None else end <= self.detokenizer.place):
                 break
-            found.append(token)
-            self._open.popleft()
-        return tuple(found)
+            emitted.append(token)
+            self._unsent.popleft()
+        return tuple(emitted)
+
+
+class EventBuffer:
+    """Events that the engine's thread produces and another thread drains.
+
+    A small model samples thousands of tokens per second, and sending a token costs more than computing it. Therefore
+    the start and the end of a completion are notified immediately, and more text only if nothing was drained in the
+    last `flush_interval` seconds. After a drain that returned events, the consumer must drain again a little later
+    without a notification: text may be waiting, and the next token of a slow model may take long.
+    """
+
+    def __init__(self, on_events: EventCallback, flush_interval: float = FLUSH_INTERVAL) -> None:
+        self._on_events, self._flush_interval = on_events, flush_interval
+        self._lock = threading.Lock()
+        self._events: list[tuple[TextRequest, Event]] = []
+        self._text_positions: dict[
+            tuple[TextRequest, int], int
+        ] = {}  # position in `_events` of the text of each choice
+        self._started = set[tuple[TextRequest, int]]()  # choices that have emitted some text
+        self._is_urgent = self._is_notified = False
+        self._last_drain = 0.0
+
+    def put(self, request: TextRequest, event: Event) -> None:
+        """Add an event. Text is appended to text of the same choice that is still waiting."""
+        key = (request, event.choice)
+        with self._lock:
+            if isinstance(event, TextEvent) and key in self._text_positions:
+                position = self._text_positions[key]
+                waiting = self._events[position][1]
+                assert isinstance(waiting, TextEvent)
+                joined = TextEvent(event.choice, waiting.text + event.text, waiting.tokens + event.tokens)
+                self._events[position] = (request, joined)
+                return
+            if isinstance(event, TextEvent):
+                self._is_urgent |= key not in self._started
+                self._started.add(key)
+                self._text_positions[key] = len(self._events)
+            else:
+                self._is_urgent = True
+                self._started.discard(key)
+            self._events.append((request, event))
+        if isinstance(event, ErrorEvent) and event.choice < 0:
+            self.discard(request)
+
+    def discard(self, request: TextRequest) -> None:
+        """Forget a request that will produce no more events. Events that are waiting stay."""
+        with self._lock:
+            self._started = {key for key in self._started if key[0] is not request}
+
+    def notify(self, *, force: bool = False) -> None:
+        """Call `on_events` if events are waiting that should not wait longer. force: no event should wait."""
+        with self._lock:
+            is_due = force or self._is_urgent or time.monotonic() >= self._last_drain + self._flush_interval
+            if self._is_notified or not self._events or not is_due:
+                return
+            self._is_notified = True
+        self._on_events()
+
+    def drain(self) -> list[tuple[TextRequest, Event]]:
+        """Remove and return all events."""
+        with self._lock:
+            events, self._events = self._events, []
+            self._text_positions.clear()
+            self._is_urgent = self._is_notified = False
+            # A consumer that drains nothing does not come back by itself, so the next event must notify it.
+            self._last_drain = time.monotonic() if events else 0.0
+        return events

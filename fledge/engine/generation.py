@@ -18,10 +18,10 @@ from fledge.engine.sampling import Sampler
 from fledge.models.config import ModelConfig
 from fledge.models.state import State
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with (tokens read so far, tokens in all)."""
 
-CHUNK = 512
+PREFILL_CHUNK = 512
 """Tokens of a prompt read in one call: enough to be fast, few enough that memory does not grow with the prompt."""
 
 
@@ -36,7 +36,7 @@ class SampledToken(NamedTuple):
     """One drawn token; `before` is the state that has not read it yet."""
 
     id: int
-    before: State
+    state_before: State
 
 
 def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> ModelOutput:
@@ -44,14 +44,14 @@ def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> ModelO
 
     Not in inference mode: its tensors could never again take part in training, and a state is anybody's to use.
     """
-    idx = torch.tensor([list(ids)], dtype=torch.long, device=device_of(model))  # (1, T)
+    idx = torch.tensor([list(ids)], dtype=torch.long, device=get_device(model))  # (1, T)
     with torch.no_grad():
         logits, state = model(idx, state, last=True)
     return ModelOutput(logits[0, -1], state)
 
 
-def chunks(
-    model: nn.Module, ids: Sequence[int], state: State | None, chunk: int = CHUNK
+def prefill_chunks(
+    model: nn.Module, ids: Sequence[int], state: State | None, chunk: int = PREFILL_CHUNK
 ) -> Iterator[tuple[int, ModelOutput]]:
     """Read `ids` by pieces of `chunk`: after each, how many have been read and the place reached."""
     if chunk < 1:
@@ -68,12 +68,12 @@ def prefill(
     ids: Sequence[int],
     state: State | None = None,
     *,
-    chunk: int = CHUNK,
-    progress: Progress | None = None,
+    chunk: int = PREFILL_CHUNK,
+    progress: ProgressCallback | None = None,
 ) -> ModelOutput:
     """Read a whole prompt of at least one token, after `state` or from the beginning: (logits (V,), state)."""
     cursor = None
-    for done, cursor in chunks(model, ids, state, chunk):  # noqa: B007 - the last one is the result
+    for done, cursor in prefill_chunks(model, ids, state, chunk):  # noqa: B007 - the last one is the result
         if progress is not None:
             progress(done, len(ids))
     if cursor is None:
@@ -81,43 +81,45 @@ def prefill(
     return cursor
 
 
-def feed(model: nn.Module, ids: Sequence[int], state: State) -> State:
+def advance_state(model: nn.Module, ids: Sequence[int], state: State) -> State:
     """The state after `ids`, which may be none."""
     return prefill(model, ids, state).state if ids else state
 
 
-def tokens(model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max_tokens: int) -> Iterator[SampledToken]:
+def generate_tokens(
+    model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max_tokens: int
+) -> Iterator[SampledToken]:
     """Draw up to `max_tokens` tokens from the place (logits (V,), state).
 
     A token is read by the model only when the next one is asked for; so the last one is in nobody's state yet.
     """
     for left in range(max_tokens, 0, -1):
-        token = sampler.next(logits)
+        token = sampler.sample(logits)
         yield SampledToken(token, state)
         if left > 1:
             logits, state = forward(model, [token], state)
 
 
-def config_of(model: nn.Module) -> ModelConfig:
+def get_config(model: nn.Module) -> ModelConfig:
     """The sizes of `model`."""
     config = model.config
     assert isinstance(config, ModelConfig)
     return config
 
 
-def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Raise TokenizerError for an id that no token has."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise TokenizerError(f"token id {token} is outside this model's vocabulary of {vocab_size}")
 
 
-def device_of(model: nn.Module) -> torch.device:
+def get_device(model: nn.Module) -> torch.device:
     """Where the weights of `model` are."""
     return next(chain(model.parameters(), model.buffers())).device
 
 
-def fresh_state(model: nn.Module) -> State:
+def make_initial_state(model: nn.Module) -> State:
     """The state of one sequence of which nothing has been read: zeros, or the tuned state of the checkpoint."""
     begin: Any = model.initial_state
     with torch.no_grad():

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fledge.engine.generation import device_of
+from fledge.engine.generation import get_device
 from fledge.models.native_model import NativeModel
 from fledge.models.state_slice import StateSlice, gather_states
 
 
-def read(
+def run_model(
     model: nn.Module, pieces: Sequence[Sequence[int]], rows: Sequence[StateSlice]
 ) -> tuple[Tensor, list[StateSlice]]:
     """Read each piece (at least one id) after its row: the scores then (B, V), float32 on the CPU, and the rows."""
@@ -29,7 +29,7 @@ def read(
     groups += [[place] for place, piece in enumerate(pieces) if len(piece) > 1]
     found: dict[int, tuple[Tensor, StateSlice]] = {}
     for group in groups:
-        idx = torch.tensor([list(pieces[place]) for place in group], dtype=torch.long, device=device_of(model))
+        idx = torch.tensor([list(pieces[place]) for place in group], dtype=torch.long, device=get_device(model))
         with torch.no_grad():
             scores, state = model(idx, gather_states([rows[place] for place in group]), last=True)
         found |= {place: (scores[at, -1], StateSlice(state, at)) for at, place in enumerate(group)}

@@ -13,7 +13,7 @@ from ctypes import c_double, c_int64, c_void_p
 
 from fledge.kernels.native_ops import enough_memory, follow_torch_threads, functions
 
-NOT_NUMBERS, INFINITE, NOTHING, BEYOND = -1, -2, -3, -4
+NAN_LOGIT, INFINITE_LOGIT, NO_TOKEN, BAN_OUT_OF_RANGE = -1, -2, -3, -4
 """In place of a token: there is NaN or infinity among the scores, no token is left, a banned id is not below V."""
 
 
@@ -37,7 +37,7 @@ class NativeSampleInput(ctypes.Structure):
     )
 
 
-def draw(rows: Sequence[NativeSampleInput], vocab_size: int) -> list[int]:
+def sample(rows: Sequence[NativeSampleInput], vocab_size: int) -> list[int]:
     """A token for each row, or one of the codes above."""
     found = (c_int64 * len(rows))()
     follow_torch_threads()

@@ -17,7 +17,7 @@ from fledge.engine.structured.grammar import Constraint
 from fledge.models.state import State
 from fledge.models.state_slice import StateSlice
 
-Finish = Literal["eos", "length", "complete", "read", "deadline", "failed"]
+EngineFinishReason = Literal["eos", "length", "complete", "read", "deadline", "failed"]
 """Why nothing more comes: the end-of-text id, `max_tokens`, a constraint that is complete, all ids of a request without
 continuations, a deadline that has passed, or an error of this request alone."""
 
@@ -36,8 +36,10 @@ class Request:
     n: int = 1  # continuations; 0 reads only
     priority: int = 0  # higher goes first: one step of it is worth `Scheduler.grace` seconds of waiting
     deadline: float | None = None  # on the engine's clock
-    space: str | None = None  # of the state cache: texts of other spaces, or other starts, never meet; None: no cache
-    marks: tuple[int, ...] = ()  # places in `ids` at which others may begin to differ: ends of messages
+    cache_namespace: str | None = (
+        None  # of the state cache: texts of other spaces, or other starts, never meet; None: no cache
+    )
+    message_ends: tuple[int, ...] = ()  # places in `ids` at which others may begin to differ: ends of messages
     constraint: Constraint | None = None
     logprobs: int | None = None  # how many of the most probable ids are told with every token; None: not even its own
 
@@ -52,14 +54,16 @@ class TokenLogprob(NamedTuple):
 class TokenOutput(NamedTuple):
     """One event of one continuation: a token, an end, or both in one."""
 
-    request: int
+    request_id: int
     choice: int  # of the n; 0 where nothing is drawn
-    before: StateSlice  # the state that has not read `token`
+    state_before: StateSlice  # the state that has not read `token`
     token: int | None = None
-    finish: Finish | None = None
+    finish_reason: EngineFinishReason | None = None
     seed: int = 0  # gives this continuation again
-    cached: int = 0  # tokens of the prompt that the cache spared
-    likelihood: TokenLogprob | None = None
+    cached_tokens: int = 0  # tokens of the prompt that the cache spared
+    logprob: TokenLogprob | None = None
     logits: Tensor | None = None  # (V,), with "read": of the token that would follow
     error: FledgeError | None = None  # with "failed"
-    unread: bool = False  # with "deadline": the prompt was not read to its end, and `before` knows a part of it
+    prompt_incomplete: bool = (
+        False  # with "deadline": the prompt was not read to its end, and `before` knows a part of it
+    )

@@ -23,7 +23,7 @@ from fledge.core.errors import FledgeError, UsageError
 from fledge.engine import native_sampling
 from fledge.native.library import library
 
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 GROUPS = 2048
 WIDEST = 32.0
@@ -63,7 +63,7 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
         _number("penalty_decay", self.penalty_decay, 0.0, 1.0)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, LARGEST_SEED)
+            _whole("seed", self.seed, 0, MAX_SEED)
         _whole("max_tokens", self.max_tokens, 1)
         for token in self.ban:
             _whole("ban", token, 0)
@@ -95,22 +95,22 @@ class Sampler:
         self._random = torch.Generator().manual_seed(self.seed)
         # Of the stream, the next one last; taken many at a time, as that costs the same.
         self._numbers = list[float]()
-        self._banned = np.array([min(token, LARGEST_SEED) for token in params.ban], np.int64)
+        self._banned = np.array([min(token, MAX_SEED) for token in params.ban], np.int64)
         self._places: dict[int, int] = {}  # of the tokens drawn so far in the next two, which are longer than needed
         self._known, self._times = np.zeros(16, np.int64), np.zeros(16)
 
-    def next(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> int:
+    def sample(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> int:
         """The next token for logits (V,) on any device; they are not changed.
 
         allowed: (V,); no other token is drawn, as if it were banned (`Constraint.mask` gives it).
         Raises UsageError if no token may be drawn, FledgeError for logits that are not numbers.
         """
-        (drawn,) = draw_all([self], [logits], [allowed])
+        (drawn,) = sample_batch([self], [logits], [allowed])
         if isinstance(drawn, FledgeError):
             raise drawn
         return drawn
 
-    def chance(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> SampleInput:
+    def prepare(self, logits: Tensor, allowed: npt.NDArray[np.bool_] | None = None) -> SampleInput:
         """The draw that is next. Takes its number off the stream."""
         if not self._numbers:
             self._numbers = torch.rand(64, generator=self._random, dtype=torch.float64).tolist()[::-1]
@@ -122,7 +122,7 @@ class Sampler:
         known, times = self._known[:count], self._times[:count]
         return SampleInput(self.params, logits, allowed, self._banned, known, times, self._numbers.pop())
 
-    def remember(self, token: int) -> None:
+    def record(self, token: int) -> None:
         """Count a token that was drawn."""
         params = self.params
         if params.presence_penalty or params.frequency_penalty:
@@ -141,13 +141,13 @@ class SampleInput(NamedTuple):
     params: SamplingParams
     logits: Tensor  # (V,) float32 on the CPU, contiguous
     allowed: npt.NDArray[np.bool_] | None  # (V,)
-    banned: Ids
-    known: Ids  # tokens that came before, and how often each did
-    times: Floats
-    number: float  # from 0 to below 1
+    banned_ids: Ids
+    seen_ids: Ids  # tokens that came before, and how often each did
+    seen_counts: Floats
+    uniform: float  # from 0 to below 1
 
 
-def draw_all(
+def sample_batch(
     samplers: Sequence[Sampler], logits: Sequence[Tensor] | Tensor, allowed: Sequence[npt.NDArray[np.bool_] | None]
 ) -> list[int | FledgeError]:
     """The next token of each sampler, or the error that `next` raises; no row knows of the others.
@@ -155,21 +155,21 @@ def draw_all(
     In the native library where that is there, side by side. Its sums are not those of numpy to the last bit, so without
     it a token may differ where the random number falls on a border between two.
     """
-    chances = [sampler.chance(*given) for sampler, *given in zip(samplers, logits, allowed, strict=True)]
-    found = draw_reference(chances) if library() is None else draw_native(chances)
+    chances = [sampler.prepare(*given) for sampler, *given in zip(samplers, logits, allowed, strict=True)]
+    found = sample_reference(chances) if library() is None else sample_native(chances)
     for sampler, token in zip(samplers, found, strict=True):
         if not isinstance(token, FledgeError):
-            sampler.remember(token)
+            sampler.record(token)
     return found
 
 
-def draw_native(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
+def sample_native(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
     """As `draw_reference`, in the native library."""
     if not chances:
         return []
     vocab_size = chances[0].logits.numel()
     assert all(chance.logits.numel() == vocab_size for chance in chances), "rows of one model"
-    found = native_sampling.draw([_row(chance) for chance in chances], vocab_size)
+    found = native_sampling.sample([_row(chance) for chance in chances], vocab_size)
     return [token if token >= 0 else _refusal(token, chance) for token, chance in zip(found, chances, strict=True)]
 
 
@@ -178,15 +178,15 @@ def _row(chance: SampleInput) -> native_sampling.NativeSampleInput:
     return native_sampling.NativeSampleInput(
         chance.logits.data_ptr(),
         None if allowed is None else allowed.ctypes.data,
-        *_array(chance.banned),
-        *_array(chance.known),
-        _array(chance.times)[0],
+        *_array(chance.banned_ids),
+        *_array(chance.seen_ids),
+        _array(chance.seen_counts)[0],
         params.presence_penalty,
         params.frequency_penalty,
         params.temperature,
         params.top_p,
         min(params.top_k, chance.logits.numel()),
-        chance.number,
+        chance.uniform,
     )
 
 
@@ -196,16 +196,16 @@ def _array(values: Ids | Floats) -> tuple[int | None, int]:
 
 
 def _refusal(code: int, chance: SampleInput) -> FledgeError:
-    if code == native_sampling.BEYOND:
+    if code == native_sampling.BAN_OUT_OF_RANGE:
         return _unknown_ban(chance)
-    if code != native_sampling.NOTHING:
-        return _not_numbers(math.nan if code == native_sampling.NOT_NUMBERS else math.inf)
+    if code != native_sampling.NO_TOKEN:
+        return _not_numbers(math.nan if code == native_sampling.NAN_LOGIT else math.inf)
     if chance.allowed is None:
         return _all_banned(chance.params, len(chance.logits))
     return _none_allowed(int(chance.allowed.sum()))
 
 
-def draw_reference(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
+def sample_reference(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
     """The token of each chance, or the error in its way. This is the specification."""
     found = list[int | FledgeError]()
     for chance in chances:
@@ -219,21 +219,21 @@ def draw_reference(chances: Sequence[SampleInput]) -> list[int | FledgeError]:
 def _drawn(chance: SampleInput) -> int:
     scores = _penalised(chance)
     among = None if chance.allowed is None else _among(chance.allowed, scores)
-    ids, weights = distribution(scores if among is None else scores[among], chance.params)
+    ids, weights = compute_distribution(scores if among is None else scores[among], chance.params)
     sums = weights.cumsum(0)
-    drawn = ids[torch.searchsorted(sums, chance.number * sums[-1], right=True)]
+    drawn = ids[torch.searchsorted(sums, chance.uniform * sums[-1], right=True)]
     return int(drawn if among is None else among[drawn])
 
 
 def _penalised(chance: SampleInput) -> Tensor:
-    if len(chance.banned) and chance.banned.max() >= len(chance.logits):
+    if len(chance.banned_ids) and chance.banned_ids.max() >= len(chance.logits):
         raise _unknown_ban(chance)
     # Copied by numpy: torch would copy with several threads, and those then wait in a loop for more of such work,
     # on the very cores that the next token needs.
     logits = torch.from_numpy(chance.logits.numpy().copy())  # (V,)
-    logits[torch.from_numpy(chance.banned)] = -math.inf
-    penalty = chance.params.presence_penalty + chance.params.frequency_penalty * torch.from_numpy(chance.times)
-    logits[torch.from_numpy(chance.known)] -= penalty.float()
+    logits[torch.from_numpy(chance.banned_ids)] = -math.inf
+    penalty = chance.params.presence_penalty + chance.params.frequency_penalty * torch.from_numpy(chance.seen_counts)
+    logits[torch.from_numpy(chance.seen_ids)] -= penalty.float()
     return logits
 
 
@@ -245,7 +245,7 @@ def _among(allowed: npt.NDArray[np.bool_], scores: Tensor) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def compute_distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn and their weights: softmax, top-p, top-k, then p^(1/T).
 
     logits: (V,) float32 on the CPU, bans and penalties already in. Returns ids (n,) int64, rising, and weights (n,)

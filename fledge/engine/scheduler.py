@@ -18,27 +18,27 @@ from typing import NamedTuple
 
 from fledge.engine.sequence import RequestState, Sequence
 
-LEAST = 16
+MIN_PREFILL_TOKENS = 16
 """Tokens of prompts that a call may always hold: reading must come forward however long a call takes."""
 
 
 class ScheduledTokens(NamedTuple):
     """Some tokens of one sequence: of a prompt (no strand), or the last one written."""
 
-    task: RequestState
-    strand: Sequence | None
+    request_state: RequestState
+    sequence: Sequence | None
     ids: tuple[int, ...]
 
 
 class LatencyModel:
     """How long a call takes, a + b tokens, learnt from the calls so far; the older, the less they count."""
 
-    FADING = 0.98
+    DECAY = 0.98
 
     def __init__(self) -> None:
         self._n = self._x = self._xx = self._t = self._xt = 0.0  # weighted sums
 
-    def learn(self, tokens: int, seconds: float) -> None:
+    def update(self, tokens: int, seconds: float) -> None:
         """One call more."""
         for name, value in (
             ("_n", 1.0),
@@ -47,20 +47,20 @@ class LatencyModel:
             ("_t", seconds),
             ("_xt", tokens * seconds),
         ):
-            setattr(self, name, self.FADING * getattr(self, name) + value)
+            setattr(self, name, self.DECAY * getattr(self, name) + value)
 
-    def tokens(self, times: float) -> float:
+    def tokens_within(self, factor: float) -> float:
         """The tokens of a call that takes `times` as long as one with a single token; 0 where that is unknown."""
         fixed, each = self._line()
-        return (times * (fixed + each) - fixed) / each if each else 0.0
+        return (factor * (fixed + each) - fixed) / each if each else 0.0
 
-    def seconds(self, tokens: float) -> float:
+    def predict_seconds(self, tokens: float) -> float:
         """How long a call with so many tokens takes; 0 where that is unknown."""
         fixed, each = self._line()
         return fixed + each * tokens if each else 0.0
 
     @property
-    def each(self) -> float:
+    def seconds_per_token(self) -> float:
         """Seconds that a token adds; 0 where that is unknown."""
         return self._line()[1]
 
@@ -76,24 +76,24 @@ class LatencyModel:
 class BurstBudget:
     """Seconds by which calls may be longer than the ordinary, saved up while they are not."""
 
-    def __init__(self, limit: float, saving: float) -> None:
+    def __init__(self, limit: float, refill_rate: float) -> None:
         """limit: seconds; it begins full. saving: the share of the time of ordinary calls that is put in."""
-        self._limit, self._saving, self._seconds = limit, saving, limit
+        self._limit, self._refill_rate, self._seconds = limit, refill_rate, limit
 
     @property
-    def worth(self) -> float:
+    def available(self) -> float:
         """What may be spent: nothing below a half, so that there are few long calls, not many that are a bit longer."""
         return self._seconds if self._seconds >= self._limit / 2 else 0.0
 
-    def fill(self) -> None:
+    def refill(self) -> None:
         """Up to the limit."""
         self._seconds = self._limit
 
-    def earn(self, seconds: float) -> None:
+    def accrue(self, seconds: float) -> None:
         """An ordinary call has taken so long."""
-        self._seconds = min(self._limit, self._seconds + self._saving * seconds)
+        self._seconds = min(self._limit, self._seconds + self._refill_rate * seconds)
 
-    def pay(self, seconds: float) -> None:
+    def spend(self, seconds: float) -> None:
         """A call is so much longer."""
         self._seconds = max(0.0, self._seconds - seconds)
 
@@ -103,60 +103,64 @@ class Scheduler:
     """The rules and their numbers."""
 
     slots: int = 64  # sequences in one call
-    chunk: int = 512  # tokens of prompts in one call while nobody writes
-    patience: float = 2.5  # how much longer a call may take, for the sake of readers, than one with a single token
-    stall: float = 0.2  # seconds that long calls may take beyond that, after a quiet time
-    saving: float = 0.15  # share of the time of ordinary calls that is saved up for that
-    grace: float = 10.0  # seconds that one step of priority is worth
+    prefill_chunk: int = 512  # tokens of prompts in one call while nobody writes
+    latency_factor: float = (
+        2.5  # how much longer a call may take, for the sake of readers, than one with a single token
+    )
+    burst_seconds: float = 0.2  # seconds that long calls may take beyond that, after a quiet time
+    refill_rate: float = 0.15  # share of the time of ordinary calls that is saved up for that
+    priority_seconds: float = 10.0  # seconds that one step of priority is worth
 
     def __post_init__(self) -> None:
-        self._purse = BurstBudget(self.stall, self.saving)
+        self._budget = BurstBudget(self.burst_seconds, self.refill_rate)
 
-    def rank(self, arrived: float, priority: int) -> float:
+    def compute_rank(self, arrived: float, priority: int) -> float:
         """The place in the line; the lower goes first."""
-        return arrived - self.grace * priority
+        return arrived - self.priority_seconds * priority
 
-    def chosen(self, tasks: abc.Sequence[RequestState]) -> list[RequestState]:
+    def select(self, request_states: abc.Sequence[RequestState]) -> list[RequestState]:
         """Those that take part, first ones first. Who needs more slots than are free stands by; the next may try."""
         free, found = self.slots, []
-        for task in sorted(tasks, key=lambda task: (task.rank, task.number)):
-            if task.width <= free:
+        for task in sorted(request_states, key=lambda task: (task.rank, task.request_id)):
+            if task.num_sequences <= free:
                 found.append(task)
-                free -= task.width
+                free -= task.num_sequences
         return found
 
-    def pieces(self, chosen: abc.Sequence[RequestState], pace: LatencyModel) -> list[ScheduledTokens]:
+    def schedule(self, request_states: abc.Sequence[RequestState], latency: LatencyModel) -> list[ScheduledTokens]:
         """What the next call reads: the tokens written last, and as much of the prompts as there is time for.
 
         That time is spent by asking.
         """
-        written = [ScheduledTokens(task, strand, (strand.token,)) for task in chosen for strand in task.strands]
-        readers = [task for task in chosen if task.reading]
+        written = [
+            ScheduledTokens(task, strand, (strand.last_token,)) for task in request_states for strand in task.sequences
+        ]
+        readers = [task for task in request_states if task.is_prefilling]
         if not written:
-            self._purse.fill()  # nobody is kept waiting
-            return self._shared(readers, self.chunk) if readers else []
+            self._budget.refill()  # nobody is kept waiting
+            return self._split_budget(readers, self.prefill_chunk) if readers else []
         if not readers:
-            self._purse.earn(pace.seconds(len(written)))
+            self._budget.accrue(latency.predict_seconds(len(written)))
             return written
-        each = pace.each
-        ordinary = max(LEAST, int(pace.tokens(self.patience)) - len(written))
-        extra = int(self._purse.worth / each) if each else 0
-        read = self._shared(readers, min(self.chunk, ordinary + extra))
+        each = latency.seconds_per_token
+        ordinary = max(MIN_PREFILL_TOKENS, int(latency.tokens_within(self.latency_factor)) - len(written))
+        extra = int(self._budget.available / each) if each else 0
+        read = self._split_budget(readers, min(self.prefill_chunk, ordinary + extra))
         count = sum(len(piece.ids) for piece in read)
         if count > ordinary:
-            self._purse.pay((count - ordinary) * each)
+            self._budget.spend((count - ordinary) * each)
         else:
-            self._purse.earn(pace.seconds(len(written) + count))
+            self._budget.accrue(latency.predict_seconds(len(written) + count))
         return written + read
 
-    def _shared(self, readers: abc.Sequence[RequestState], budget: int) -> list[ScheduledTokens]:
+    def _split_budget(self, readers: abc.Sequence[RequestState], budget: int) -> list[ScheduledTokens]:
         """The budget divided: everybody a share of one half, the rest to the first in line."""
         share = max(1, budget // (2 * len(readers)))
-        wanted = [len(task.ahead(share)) for task in readers]
+        wanted = [len(task.next_prompt_ids(share)) for task in readers]
         rest = budget - sum(wanted)
         found = []
         for task, least in zip(readers, wanted, strict=True):
-            ids = task.ahead(least + max(rest, 0))
+            ids = task.next_prompt_ids(least + max(rest, 0))
             rest -= len(ids) - least
             found.append(ScheduledTokens(task, None, ids))
         return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fledge.core.errors import FledgeError
 from fledge.engine.request import Request
-from fledge.engine.sampling import Sampler, draw_all
+from fledge.engine.sampling import Sampler, sample_batch
 from fledge.engine.structured.grammar import Constraint, Mask
 from fledge.models.state_slice import StateSlice
 
@@ -23,70 +23,72 @@ class Sequence:
     """One continuation. `token` has been drawn and not read yet."""
 
     choice: int
-    row: StateSlice
+    state_slice: StateSlice
     sampler: Sampler
-    left: int  # tokens that may still be drawn
+    remaining_tokens: int  # tokens that may still be drawn
     constraint: Constraint | None
-    token: int
+    last_token: int
 
 
 @dataclass(eq=False)
 class RequestState:
     """A request, its place in the line, and how far it is."""
 
-    number: int
+    request_id: int
     request: Request
     rank: float  # the lower goes first
-    row: StateSlice  # of the ids read so far
-    done: int = 0  # how many of the ids have been read
-    cached: int = 0  # and how many of these were known
-    begun: bool = False
-    cuts: deque[int] = field(default_factory=deque)  # places where a snapshot is due
-    strands: list[Sequence] = field(default_factory=list)
+    state_slice: StateSlice  # of the ids read so far
+    computed_tokens: int = 0  # how many of the ids have been read
+    cached_tokens: int = 0  # and how many of these were known
+    is_started: bool = False
+    snapshot_positions: deque[int] = field(default_factory=deque)  # places where a snapshot is due
+    sequences: list[Sequence] = field(default_factory=list)
 
     @property
-    def width(self) -> int:
+    def num_sequences(self) -> int:
         """The sequences it takes in a batch."""
-        return len(self.strands) if self.strands else max(self.request.n, 1)
+        return len(self.sequences) if self.sequences else max(self.request.n, 1)
 
     @property
-    def reading(self) -> bool:
+    def is_prefilling(self) -> bool:
         """Whether ids are left to be read."""
-        return not self.strands
+        return not self.sequences
 
-    def ahead(self, most: int) -> tuple[int, ...]:
+    def next_prompt_ids(self, max_tokens: int) -> tuple[int, ...]:
         """The ids to be read next: up to `most`, and not beyond a place where a snapshot is due."""
-        end = min(self.done + most, len(self.request.ids))
-        return self.request.ids[self.done : min(end, self.cuts[0]) if self.cuts else end]
+        end = min(self.computed_tokens + max_tokens, len(self.request.ids))
+        return self.request.ids[
+            self.computed_tokens : min(end, self.snapshot_positions[0]) if self.snapshot_positions else end
+        ]
 
-    def park(self) -> None:
+    def detach_state(self) -> None:
         """Let go of the batch that its states lie in, as it may be a while until it goes on."""
-        self.row = StateSlice(self.row.alone())
-        for strand in self.strands:
-            strand.row = StateSlice(strand.row.alone())
+        self.state_slice = StateSlice(self.state_slice.alone())
+        for strand in self.sequences:
+            strand.state_slice = StateSlice(strand.state_slice.alone())
 
 
 class PendingSample(NamedTuple):
     """A continuation that is to get its next token, and the scores (V,) from which it is drawn."""
 
-    task: RequestState
-    strand: Sequence
-    scores: Tensor
+    request_state: RequestState
+    sequence: Sequence
+    logits: Tensor
 
 
-def next_tokens(due: abc.Sequence[PendingSample]) -> list[int | FledgeError]:
+def sample_next_tokens(pending: abc.Sequence[PendingSample]) -> list[int | FledgeError]:
     """For each a token that its constraint has accepted, or the error in its way."""
     found: dict[int, int | FledgeError] = {}
     masks: dict[int, Mask | None] = {}
-    for place, (_, strand, _) in enumerate(due):
+    for place, (_, strand, _) in enumerate(pending):
         try:
-            masks[place] = None if strand.constraint is None else strand.constraint.mask()
+            masks[place] = None if strand.constraint is None else strand.constraint.token_mask()
         except FledgeError as error:
             found[place] = error
-    samplers, scores = [due[place].strand.sampler for place in masks], [due[place].scores for place in masks]
-    for place, token in zip(masks, draw_all(samplers, scores, list(masks.values())), strict=True):
-        found[place] = _accepted(due[place].strand.constraint, token)
-    return [found[place] for place in range(len(due))]
+    samplers, scores = [pending[place].sequence.sampler for place in masks], [pending[place].logits for place in masks]
+    for place, token in zip(masks, sample_batch(samplers, scores, list(masks.values())), strict=True):
+        found[place] = _accepted(pending[place].sequence.constraint, token)
+    return [found[place] for place in range(len(pending))]
 
 
 def _accepted(constraint: Constraint | None, token: int | FledgeError) -> int | FledgeError:

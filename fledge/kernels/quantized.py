@@ -77,7 +77,7 @@ class QuantizedMatrix:
         q = self._integers().reshape(panels * PANEL, count * GROUP)[: self.rows, : self.columns]
         return q, scale, least
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (rows, columns) it stands for."""
         q, scale, least = self.groups()
         wide = torch.nn.functional.pad(q, (0, -self.columns % GROUP)).float().view(self.rows, -1, GROUP)
@@ -122,4 +122,4 @@ def _halves(values: Tensor, panels: int) -> Tensor:
 
 def quantized_linear(x: Tensor, weight: QuantizedMatrix) -> Tensor:
     """x (..., columns) -> x W^T (..., rows) in float32: the readable twin of the fast products."""
-    return x.float() @ weight.dequantise().T
+    return x.float() @ weight.dequantize().T

@@ -72,7 +72,7 @@ class NativeModel(nn.Module):
         self,
         config: ModelConfig,
         tensors: Mapping[str, Tensor],
-        quantised: Mapping[str, QuantizedMatrix] | None = None,
+        quantized: Mapping[str, QuantizedMatrix] | None = None,
         *,
         matrix_dtype: torch.dtype | None = None,
         release: Release | None = None,
@@ -86,10 +86,10 @@ class NativeModel(nn.Module):
         self._release = release or (lambda tensor: None)
         self._handle = _new_model(config)
         for name in _block_names(config, -1):
-            self._set_matrix(name, tensors, quantised or {})
+            self._set_matrix(name, tensors, quantized or {})
         for layer in range(config.n_layer):
             for name in _block_names(config, layer):
-                self._set_matrix(name, tensors, quantised or {})
+                self._set_matrix(name, tensors, quantized or {})
             _set_block(self, layer, tensors)
         for name in ("ln0", "ln_out"):
             for part in ("weight", "bias"):
@@ -121,7 +121,7 @@ class NativeModel(nn.Module):
         return torch.bfloat16 if "bfloat16" in formats else torch.float32
 
     @property
-    def quantised(self) -> tuple[str, ...]:
+    def quantized(self) -> tuple[str, ...]:
         """The formats of the matrices that are quantised: "int4", "int8" or both; empty where none is."""
         return tuple(sorted({matrix.format for matrix in self.matrices.values()} & {"int4", "int8"}))
 
@@ -243,10 +243,10 @@ class NativeModel(nn.Module):
         """Hand a LoRA factor (out, in) over: float32 arithmetic, stored as small as its values allow."""
         self._keep(layer, name, pack(weight, EXACT.get(weight.dtype, "float32")))
 
-    def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantised: Mapping[str, QuantizedMatrix]) -> None:
+    def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantized: Mapping[str, QuantizedMatrix]) -> None:
         layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
-        if name in quantised:
-            self._keep(layer, inner, PackedMatrix.of(quantised[name]))
+        if name in quantized:
+            self._keep(layer, inner, PackedMatrix.of(quantized[name]))
             return
         weight = tensors[name]
         wanted = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fledge.core.errors import FledgeError
 from fledge.engine.events import FinishEvent, TextRequest
-from fledge.engine.generation import check_ids
+from fledge.engine.generation import check_token_ids
 from fledge.engine.request import Request
 from fledge.models.state import State
 from fledge.server.auth import Tenant
@@ -33,7 +33,7 @@ async def encoded(service: Service, texts: Sequence[str | list[int]], param: str
     def encode() -> list[tuple[int, ...]]:
         found = [tuple(tokenizer.encode(text) if isinstance(text, str) else text) for text in texts]
         for ids in found:
-            check_ids(ids, size)
+            check_token_ids(ids, size)
         return found
 
     try:
@@ -44,7 +44,7 @@ async def encoded(service: Service, texts: Sequence[str | list[int]], param: str
 
 async def state_after(service: Service, tenant: Tenant, request: Request) -> State:
     """The state that has read a request, which draws nothing; the key pays for it once it has been taken in."""
-    async with service.events(TextRequest(request, wants_state=True)) as events:
+    async with service.events(TextRequest(request, should_return_state=True)) as events:
         tenant.spend(len(request.ids))
         async for found in events:
             for end in found:

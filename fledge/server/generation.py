@@ -136,7 +136,7 @@ class Generation:
         It is not left to the end: who goes away before the last token has had the others.
         """
         choices = () if self._job is None else list(self._job.choices.values())  # the desk's thread may be adding one
-        cost = self._read + sum(choice.drawn for choice in choices)
+        cost = self._read + sum(choice.sampled_tokens for choice in choices)
         self.tenant.spend(cost - self._paid)
         self._paid = cost
 
@@ -148,7 +148,7 @@ class Generation:
     @property
     def cached(self) -> int:
         """Tokens of the prompt that were known."""
-        return max((end.cached for end in self.ends), default=0)
+        return max((end.cached_tokens for end in self.ends), default=0)
 
     def summary(self) -> dict[str, Any]:
         """The answer's field `fledge`."""
@@ -196,16 +196,16 @@ class Generation:
             n=self.order.n,
             priority=options.priority,
             deadline=deadline,
-            space=space,
-            marks=self.order.prompt.marks,
+            cache_namespace=space,
+            message_ends=self.order.prompt.marks,
             constraint=self.order.constraint,
             logprobs=self.order.logprobs,
         )
         return TextRequest(
             request,
-            closing=self.order.closing,
-            wants_state=self._wants_state,
-            keeps=bool(self.order.closing),
+            suffix_ids=self.order.closing,
+            should_return_state=self._wants_state,
+            should_cache_state=bool(self.order.closing),
             show_held=self.order.show_held,
         )
 

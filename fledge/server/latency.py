@@ -30,8 +30,8 @@ class LatencyTracker:
             elif isinstance(event, FinishEvent) and event.choice in self._texts:
                 first, last = self._texts[event.choice]
                 took = (last if closing else now) - first
-                if took and event.drawn > 1:
-                    self._metrics.gap.observe(took / (event.drawn - 1))
+                if took and event.sampled_tokens > 1:
+                    self._metrics.gap.observe(took / (event.sampled_tokens - 1))
 
     def end(self) -> None:
         """The exchange has ended, whatever is done after it."""

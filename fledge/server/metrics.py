@@ -48,18 +48,18 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by the library."""
         engine, service = self._service.desk.engine, self._service
-        tally = engine.tally
+        tally = engine.stats
         counts = {
-            "fledge_tokens_read": (tally.read, "Tokens of prompts read"),
-            "fledge_tokens_cached": (tally.cached, "Tokens of prompts that the cache spared"),
-            "fledge_tokens_drawn": (tally.drawn, "Tokens written"),
-            "fledge_calls": (tally.calls, "Calls of the model"),
-            "fledge_model_seconds": (tally.seconds, "Seconds in the model"),
+            "fledge_tokens_read": (tally.prefill_tokens, "Tokens of prompts read"),
+            "fledge_tokens_cached": (tally.cached_tokens, "Tokens of prompts that the cache spared"),
+            "fledge_tokens_drawn": (tally.sampled_tokens, "Tokens written"),
+            "fledge_calls": (tally.model_calls, "Calls of the model"),
+            "fledge_model_seconds": (tally.model_seconds, "Seconds in the model"),
         }
         gauges = {
-            "fledge_batch": (tally.batch, "Sequences in the last call"),
-            "fledge_waiting": (engine.waiting, "Requests of which nothing has been read"),
-            "fledge_running": (engine.running, "Sequences being read or written"),
+            "fledge_batch": (tally.batch_size, "Sequences in the last call"),
+            "fledge_waiting": (engine.num_waiting, "Requests of which nothing has been read"),
+            "fledge_running": (engine.num_running, "Sequences being read or written"),
         }
         if service.cache is not None:
             stats = service.cache.stats

@@ -9,7 +9,13 @@ from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.llm.chat import CHAT_PARAMS
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.structured import tool_calls as calling
-from fledge.engine.structured.grammar import Constraint, GrammarVocabulary, json_object, json_schema, regex
+from fledge.engine.structured.grammar import (
+    Constraint,
+    GrammarVocabulary,
+    compile_json_object,
+    compile_json_schema,
+    compile_regex,
+)
 from fledge.server.errors import ApiError, api_error
 from fledge.server.schema import ChatMessage, ChatRequest, GenerationRequest, ResponseFormat
 from fledge.tokenizer import ChatTemplate, Tokenizer, pieces, template_named
@@ -127,10 +133,12 @@ def constraint_of(request: ChatRequest, vocabulary: GrammarVocabulary) -> Constr
         return None
     try:
         if request.fledge.regex is not None:
-            return regex(request.fledge.regex, vocabulary)
+            return compile_regex(request.fledge.regex, vocabulary)
         if wishes["tools"]:
             parallel = request.parallel_tool_calls is not False
-            return calling.tool_call(request.tools or [], request.tool_choice or "auto", vocabulary, parallel=parallel)
+            return calling.compile_tool_calls(
+                request.tools or [], request.tool_choice or "auto", vocabulary, parallel=parallel
+            )
         assert request.response_format is not None
         return _format(request.response_format, vocabulary)
     except FledgeError as error:
@@ -139,12 +147,12 @@ def constraint_of(request: ChatRequest, vocabulary: GrammarVocabulary) -> Constr
 
 def _format(wanted: ResponseFormat, vocabulary: GrammarVocabulary) -> Constraint:
     if wanted.type == "json_object":
-        return json_object(vocabulary, space=True)
+        return compile_json_object(vocabulary, leading_space=True)
     if wanted.json_schema is None:
         raise ApiError(
             400, "a response_format of type json_schema needs a json_schema", param="response_format.json_schema"
         )
-    return json_schema(wanted.json_schema.schema_, vocabulary, space=True)
+    return compile_json_schema(wanted.json_schema.schema_, vocabulary, leading_space=True)
 
 
 def _turn(message: ChatMessage, number: int) -> tuple[str, str]:
@@ -156,7 +164,7 @@ def _turn(message: ChatMessage, number: int) -> tuple[str, str]:
         if message.role != "assistant":
             raise ApiError(400, "only an assistant calls functions", param=f"messages.{number}.tool_calls")
         calls = [calling.ParsedToolCall(call.function.name, call.function.arguments) for call in message.tool_calls]
-        text = "\n".join(filter(None, [text, calling.render_calls(calls)]))
+        text = "\n".join(filter(None, [text, calling.render_tool_calls(calls)]))
     if message.role == "tool":
-        return "user", calling.render_result(text)
+        return "user", calling.render_tool_result(text)
     return ("system" if message.role == "developer" else message.role), text

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fledge.engine.events import FinishEvent, TextEvent, TextToken
-from fledge.engine.structured.tool_calls import parse_calls
+from fledge.engine.structured.tool_calls import parse_tool_calls
 from fledge.tokenizer import Tokenizer
 
 REASONS = {"stop": "stop", "eos": "stop", "complete": "stop", "length": "length", "deadline": "length"}
@@ -61,7 +61,7 @@ class ChatCompletionStream:
     def finish(self, end: FinishEvent) -> str:
         """The last text; `calls` and `reason` are known then."""
         self.end = end
-        rest, calls = parse_calls(self._call or self._open)
+        rest, calls = parse_tool_calls(self._call or self._open)
         if end.reason not in WHOLE:
             # One "<" may be text as well as the beginning of a call, a longer piece of the mark hardly.
             self._cut = bool(rest) and (bool(self._call) or self._only or len(rest) > 1)
@@ -115,7 +115,7 @@ class ResponseHeader:
 
 def usage(prompt: int, ends: Iterable[FinishEvent], cached: int) -> dict[str, Any]:
     """The tokens that were read and written."""
-    drawn = sum(end.drawn for end in ends)
+    drawn = sum(end.sampled_tokens for end in ends)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": drawn,
@@ -144,9 +144,9 @@ def chat_logprobs(tokens: Iterable[TextToken], tokenizer: Tokenizer) -> dict[str
     """`logprobs` of a chat choice."""
     found = []
     for token in tokens:
-        assert token.likelihood is not None
-        top = [_likely(id, logprob, tokenizer) for id, logprob in token.likelihood.top]
-        found.append({**_likely(token.id, token.likelihood.logprob, tokenizer), "top_logprobs": top})
+        assert token.logprob is not None
+        top = [_likely(id, logprob, tokenizer) for id, logprob in token.logprob.top]
+        found.append({**_likely(token.id, token.logprob.logprob, tokenizer), "top_logprobs": top})
     return {"content": found, "refusal": None}
 
 
@@ -163,7 +163,7 @@ def text_logprobs(tokens: Iterable[TextToken], tokenizer: Tokenizer, offset: int
         names.append(_name(token.id, tokenizer))
         offsets.append(offset)
         offset += len(text.decode(tokenizer.decode_bytes([token.id])))
-        likelihood = token.likelihood  # none for the first token of a prompt, which follows nothing
+        likelihood = token.logprob  # none for the first token of a prompt, which follows nothing
         values.append(None if likelihood is None else likelihood.logprob)
         if likelihood is None:
             tops.append(None)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fledge.engine.sampling import LARGEST_SEED
+from fledge.engine.sampling import MAX_SEED
 
 MOST_STOPS = 16
 MOST_CHOICES = 64
@@ -74,7 +74,7 @@ class GenerationRequest(StrictModel):
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Stop | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 
 import torch
 
-from fledge.engine.engine import likelihood
+from fledge.engine.engine import compute_logprob
 from fledge.engine.events import TextToken
-from fledge.engine.generation import ModelOutput, device_of
+from fledge.engine.generation import ModelOutput, get_device
 from fledge.engine.llm.scoring import CHUNK
 from fledge.engine.request import QueueFull
 from fledge.models.state import State
@@ -34,8 +34,8 @@ class PromptScoring:
         Raises ApiError where the server is so busy that the request would be turned away afterwards.
         """
         desk = self._service.desk
-        if desk.jobs >= desk.engine.queue:
-            raise api_error(QueueFull(f"{desk.engine.queue} requests are on their way; try again later"))
+        if desk.num_requests >= desk.engine.max_requests:
+            raise api_error(QueueFull(f"{desk.engine.max_requests} requests are on their way; try again later"))
         for begin in range(0, len(self._ids), CHUNK):
             self.tokens += await asyncio.wrap_future(desk.call(lambda begin=begin: self._piece(begin)))  # type: ignore[misc]
             yield len(self._ids[begin : begin + CHUNK])
@@ -44,13 +44,14 @@ class PromptScoring:
 
     def _piece(self, begin: int) -> list[TextToken]:
         model, part = self._service.llm.model, self._ids[begin : begin + CHUNK]
-        tally, began = self._service.desk.engine.tally, time.perf_counter()
+        tally, began = self._service.desk.engine.stats, time.perf_counter()
         with torch.no_grad():
-            scores, self._state = model(torch.tensor([part], dtype=torch.long, device=device_of(model)), self._state)
-        tally.calls, tally.read = tally.calls + 1, tally.read + len(part)
-        tally.seconds += time.perf_counter() - began
+            scores, self._state = model(torch.tensor([part], dtype=torch.long, device=get_device(model)), self._state)
+        tally.model_calls, tally.prefill_tokens = tally.model_calls + 1, tally.prefill_tokens + len(part)
+        tally.model_seconds += time.perf_counter() - began
         self.cursor = ModelOutput(scores[0, -1], self._state)
         after = self._ids[begin + 1 : begin + CHUNK + 1]
         return [
-            TextToken(token, likelihood(scores[0, place].cpu(), token, self._top)) for place, token in enumerate(after)
+            TextToken(token, compute_logprob(scores[0, place].cpu(), token, self._top))
+            for place, token in enumerate(after)
         ]

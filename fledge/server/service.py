@@ -20,12 +20,11 @@ from functools import cached_property, partial
 import torch
 
 from fledge.core.errors import FledgeError, UsageError
-from fledge.core.files import secret_once
+from fledge.core.files import read_or_create_secret
 from fledge.engine.async_engine import AsyncEngine
 from fledge.engine.engine import Engine
-from fledge.engine.event_buffer import FRAME
-from fledge.engine.events import ErrorEvent, Event, FinishEvent, TextRequest
-from fledge.engine.generation import fresh_state
+from fledge.engine.events import FLUSH_INTERVAL, ErrorEvent, Event, FinishEvent, TextRequest
+from fledge.engine.generation import make_initial_state
 from fledge.engine.llm.llm import LLM
 from fledge.engine.prefix_cache.cache import PrefixCache
 from fledge.engine.prefix_cache.disk_cache import DiskCache
@@ -95,16 +94,18 @@ class Service:
         self.disk = None
         if folder is not None and settings.cache_disk and settings.cache_memory:
             began = source_of(llm, ())  # a tuned initial state is no part of the identity
-            self.disk = DiskCache(folder / "cache", f"{identity} {_arithmetic(llm)} {began}", limit=settings.cache_disk)
+            self.disk = DiskCache(
+                folder / "cache", f"{identity} {_arithmetic(llm)} {began}", max_bytes=settings.cache_disk
+            )
         self.cache = (
-            PrefixCache(memory=settings.cache_memory, disk=self.disk, every=settings.cache_every)
+            PrefixCache(memory_bytes=settings.cache_memory, disk=self.disk, snapshot_interval=settings.cache_every)
             if settings.cache_memory
             else None
         )
         self.shelf = self._states()
         scheduler = Scheduler(slots=settings.slots)
         engine = Engine(
-            llm.model, eos_id=llm.tokenizer.eos_id, scheduler=scheduler, queue=settings.queue, cache=self.cache
+            llm.model, eos_id=llm.tokenizer.eos_id, scheduler=scheduler, max_requests=settings.queue, cache=self.cache
         )
         self.desk = AsyncEngine(engine, llm.tokenizer, self._bell)
         self._boxes: dict[TextRequest, EventQueue] = {}
@@ -130,7 +131,7 @@ class Service:
     @cached_property
     def beginning(self) -> State:
         """What texts begin from, where the model is."""
-        start = fresh_state(self.llm.model) if self.llm.start is None else self.llm.start
+        start = make_initial_state(self.llm.model) if self.llm.start is None else self.llm.start
         return start.to(self.llm.device)
 
     @property
@@ -185,7 +186,7 @@ class Service:
             raise api_error(error, "prompt") from None
         finally:
             del self._boxes[job]
-            if job.open:
+            if job.open_choices:
                 self.desk.cancel(job)
 
     async def _each(self, job: TextRequest, box: EventQueue) -> AsyncIterator[list[Event]]:
@@ -318,8 +319,8 @@ class Service:
         assert self._loop is not None
         if self._alarm is not None:
             self._alarm.cancel()
-        events = self.desk.collect()
-        self._alarm = self._loop.call_later(2 * FRAME, self._collect) if events else None
+        events = self.desk.drain_events()
+        self._alarm = self._loop.call_later(2 * FLUSH_INTERVAL, self._collect) if events else None
         for job, event in events:
             box = self._boxes.get(job)
             if box is not None:
@@ -342,7 +343,7 @@ def read_secret(settings: ServerSettings) -> bytes:
     if path is None:
         return secrets.token_bytes(32)
     try:
-        found = secret_once(path, secrets.token_hex(32).encode()).strip()
+        found = read_or_create_secret(path, secrets.token_hex(32).encode()).strip()
     except OSError as error:
         raise FledgeError(f"{path}, which states are signed with, cannot be used: {error.strerror}") from None
     if len(found) < 32:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fledge.core.errors import TokenizerError
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 
 FILE_NAME = "world-vocabulary.xz"
 PAYLOAD_BYTES = 373_871
@@ -61,7 +61,7 @@ def read(path: Path | None = None) -> list[bytes]:
 
     Raises TokenizerError where the file is missing, damaged, or another one.
     """
-    path = path or asset(FILE_NAME)
+    path = path or get_asset_path(FILE_NAME)
     try:
         with lzma.open(path) as file:
             payload = file.read(PAYLOAD_BYTES + 1)

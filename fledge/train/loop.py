@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fledge.core.errors import ConfigError, TrainingError, UsageError
 from fledge.core.files import exclusive, write_json
-from fledge.core.interrupts import Interrupted, Stop, stoppable
+from fledge.core.interrupts import Interrupted, StopRequest, catch_signals
 from fledge.data.batches import Batch, Batches
 from fledge.kernels import prepare_tracing
 from fledge.models import State
@@ -111,7 +111,7 @@ def train(
         meter.rewind(step, held)
         if 0 < step < settings.schedule.steps and team.leads:
             report({"step": step})
-        with stoppable(always_patient=team.world > 1) as stop:
+        with catch_signals(always_defer=team.world > 1) as stop:
             now = _Progress(model, optimizer, saved, meter, stop, step)
             tell = partial(_tell, meter, settings, partial(validate, called), stop)
             with now.kept():
@@ -141,21 +141,21 @@ class _Progress:
     optimizer: torch.optim.Optimizer
     saved: RunCheckpoint
     meter: MetricsLogger
-    stop: Stop
+    stop: StopRequest
     step: int  # steps that are done
     whole: bool = True  # False while weights and number of steps do not belong together
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Around what makes a step of the gradients."""
-        with self.stop.patient():
+        with self.stop.defer():
             self.whole = False
             yield
             self.whole = True
 
     def save(self) -> None:
         """All processes call it."""
-        with self.stop.patient():
+        with self.stop.defer():
             self.saved.save(self.model, self.optimizer, self.step, self.meter.pending())
 
     @contextmanager
@@ -187,17 +187,21 @@ def _plain(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _tell(
-    meter: MetricsLogger, settings: TrainSettings, validate: Callable[[], dict[str, float]], stop: Stop, step: int
+    meter: MetricsLogger,
+    settings: TrainSettings,
+    validate: Callable[[], dict[str, float]],
+    stop: StopRequest,
+    step: int,
 ) -> None:
     """The lines that are due after a step, all or none of them, each once."""
     if step == meter.told:
         return
     validation: dict[str, float] = {}
     if step % settings.validate_every == 0 or step == settings.schedule.steps:
-        with stop.patient(0):  # nothing is lost with it: a run that goes on makes up for it
+        with stop.defer(0):  # nothing is lost with it: a run that goes on makes up for it
             validation = validate()
             return_freed_memory()
-    with stop.patient():
+    with stop.defer():
         if step % settings.log_every == 0:
             meter.write(step, **meter.update)
         if validation:

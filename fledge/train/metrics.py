@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fledge.core.files import atomic_path, naming
+from fledge.core.files import add_path_to_errors, atomic_path
 
 Line = dict[str, float]
 Report = Callable[[Line], None]
@@ -63,7 +63,7 @@ class MetricsLogger:
         line = {name: float(f"{value:.9g}") for name, value in (line | values).items()}
         line["step"] = step
         if self.writes:
-            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            with add_path_to_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.report(line)
         self.losses, self.tokens, self.since = [], 0, time.perf_counter()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import CheckpointError, TrainingError
-from fledge.core.files import atomic_path, disk_trouble, naming
+from fledge.core.files import add_path_to_errors, atomic_path, describe_disk_error
 from fledge.train.distributed import Distributed, own_part
 
 FILE, FOLDER, WHOLE = "last.pt", "last", "whole"
@@ -73,7 +73,7 @@ class RunCheckpoint:
 
     def _unwritten(self, trouble: OSError | None) -> SaveError:
         kept = f"the run goes on from the checkpoint before, of step {self.written}" if self.written else ""
-        why = "see the other processes" if trouble is None else disk_trouble(trouble, self.folder, kept)
+        why = "see the other processes" if trouble is None else describe_disk_error(trouble, self.folder, kept)
         return SaveError(f"the checkpoint in {self.folder} cannot be written: {why}")
 
     def _finite(self, model: nn.Module) -> bool:
@@ -116,7 +116,7 @@ class RunCheckpoint:
 
         target = self.folder / FOLDER / f"step-{step:06}"
         weights, moments = get_state_dict(model, optimizer)
-        with naming(target):
+        with add_path_to_errors(target):
             try:
                 save({"model": weights, "optimizer": moments}, checkpoint_id=target)
             except CheckpointException as error:  # in every process, with what went wrong in each

@@ -17,8 +17,8 @@ from fledge.bench.cpu import LIMITS, Spec, available, cases_of, run
 from fledge.bench.cpu_figures import Case
 from fledge.bench.cpu_files import gguf_bytes, model_files, random_files
 from fledge.bench.random_model import config_of
-from fledge.checkpoint import convert, expected_shapes, load_model, read
-from fledge.checkpoint.quantization.quantizer import is_matrix
+from fledge.checkpoint import convert, get_expected_shapes, load_model, read
+from fledge.checkpoint.quantization.quantizer import is_quantizable
 from fledge.core.errors import CheckpointError, FledgeError, UsageError
 from fledge.models.native_model import why_not_native
 
@@ -235,8 +235,8 @@ def test_bytes_of_a_gguf(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     files = random_files("L2-D64", "finch", 256, tmp_path, ["bf16", "q8_0"])
     bfloat16, q8_0 = (gguf_bytes(files.of("llama.cpp", width)) for width in ("bf16", "int8"))
-    shapes = expected_shapes(files.config)
-    numbers = sum(torch.Size(shape).numel() for name, shape in shapes.items() if is_matrix(name))
+    shapes = get_expected_shapes(files.config)
+    numbers = sum(torch.Size(shape).numel() for name, shape in shapes.items() if is_quantizable(name))
     assert bfloat16 - q8_0 == numbers * (2 - 34 / 32) and bfloat16 > 2 * matrix_numbers(files.config)[0]
 
 

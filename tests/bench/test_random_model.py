@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fledge.bench.random_model import config_of, random_tensors
-from fledge.checkpoint import assemble, expected_shapes
+from fledge.checkpoint import assemble, get_expected_shapes
 from fledge.core.errors import UsageError
 from fledge.models import ModelConfig
 
@@ -17,7 +17,7 @@ def test_shapes_are_official() -> None:
     config = config_of("L12-D768", 65536)
     assert (config.n_layer, config.n_embd, config.n_head, config.dim_ffn) == (12, 768, 12, 2688)
     tensors = random_tensors(SMALL, torch.bfloat16)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected_shapes(SMALL)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == get_expected_shapes(SMALL)
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
 
 

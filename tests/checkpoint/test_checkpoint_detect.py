@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_checkpoints import KINDS, make
 from torch import Tensor
 
-from fledge.checkpoint import detect, expected_shapes
+from fledge.checkpoint import detect, get_expected_shapes
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.models import ModelConfig, build
 
@@ -42,7 +42,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 @given(config=configs(), order=st.randoms(use_true_random=False))
 def test_any_model_is_recognised_in_any_order_of_keys(config: ModelConfig, order: object) -> None:
-    items = list(expected_shapes(config).items())
+    items = list(get_expected_shapes(config).items())
     order.shuffle(items)  # type: ignore[attr-defined]
     assert detect(dict(items)) == config
 
@@ -50,7 +50,7 @@ def test_any_model_is_recognised_in_any_order_of_keys(config: ModelConfig, order
 @given(config=configs())
 def test_the_table_is_what_the_models_ask_for(config: ModelConfig) -> None:
     parameters = {name: tuple(tensor.shape) for name, tensor in build(config, "meta").state_dict().items()}
-    assert parameters == expected_shapes(config)
+    assert parameters == get_expected_shapes(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +66,7 @@ def test_independent_checkpoints_are_recognised(kind: str, layers: int, alphabet
     assert config.tuned_state == ("tuned" in kind)
     assert config.bonus == ("time_first" if "time_first" in kind else "time_faaaa")
     assert (config.mix_rank, config.decay_rank) == ((8, 12) if kind[0] == "6" else (0, 0))
-    assert list(expected_shapes(config).items()) == list(shapes.items())  # the official order, too
+    assert list(get_expected_shapes(config).items()) == list(shapes.items())  # the official order, too
 
 
 def test_missing_tensors_are_named_with_their_shape() -> None:

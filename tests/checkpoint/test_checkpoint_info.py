@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from small_checkpoints import KINDS, make, saved
 
-from fledge.checkpoint import expected_shapes, inspect, save
-from fledge.checkpoint.info import flops_per_token
+from fledge.checkpoint import get_expected_shapes, inspect, save
+from fledge.checkpoint.info import compute_flops_per_token
 from fledge.models import ModelConfig
 from fledge.tokenizer import prune, world_vocabulary
 
@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def parameters(config: ModelConfig) -> int:
-    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+    return sum(torch.Size(shape).numel() for shape in get_expected_shapes(config).values())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def parameters(config: ModelConfig) -> int:
 def test_the_numbers_of_the_papers_table_11(config: ModelConfig, count: int, state: int, flops: float) -> None:
     assert parameters(config) == count
     assert config.state_floats == state
-    assert flops_per_token(config, count) == pytest.approx(flops, rel=0.005)
+    assert compute_flops_per_token(config, count) == pytest.approx(flops, rel=0.005)
 
 
 def test_unpublished_sizes() -> None:
@@ -89,7 +89,7 @@ def test_mixed_dtypes_are_listed_largest_first(tmp_path: Path) -> None:
 def sparse_safetensors(path: Path, config: ModelConfig) -> None:
     """A bfloat16 model of real size whose weights take no room on disk."""
     header, end = {}, 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in get_expected_shapes(config).items():
         begin, end = end, end + 2 * torch.Size(shape).numel()
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -101,7 +101,7 @@ def sparse_safetensors(path: Path, config: ModelConfig) -> None:
 def sparse_pth(path: Path, config: ModelConfig) -> None:
     """The same as torch.save lays it out."""
     with torch.serialization.skip_data():
-        shapes = expected_shapes(config).items()
+        shapes = get_expected_shapes(config).items()
         torch.save({name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes}, path)
 
 
@@ -146,4 +146,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_rwkv4_has_no_heads(tmp_path: Path) -> None:
-    assert flops_per_token(ModelConfig.rwkv4(2, 8), 100) == 200
+    assert compute_flops_per_token(ModelConfig.rwkv4(2, 8), 100) == 200

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fledge
-from fledge.checkpoint import convert, detect, expected_shapes, inspect, load, load_model, merge_tuned_state, save
+from fledge.checkpoint import convert, detect, get_expected_shapes, inspect, load, load_model, merge_tuned_state, save
 from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
 from fledge.engine.llm.calibration import calibrate
@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_table_is_what_the_model_asks_for() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights().items()}
-    assert shapes == expected_shapes(CONFIG) and detect(shapes, heads=3).n_head == 3
+    assert shapes == get_expected_shapes(CONFIG) and detect(shapes, heads=3).n_head == 3
     with pytest.raises(CheckpointError, match=r"x\.pth is a transformer without a record of its heads"):
         detect(shapes, "x.pth")
     with pytest.raises(CheckpointError, match=r"not a complete Transformer llama .* missing: blocks\.1\.att\.key"):
@@ -46,7 +46,7 @@ def test_the_table_is_what_the_model_asks_for() -> None:
 
 def test_it_comes_back_bit_for_bit(file: Path) -> None:
     config, tensors = load(file)
-    assert config == CONFIG and list(tensors) == list(expected_shapes(CONFIG))
+    assert config == CONFIG and list(tensors) == list(get_expected_shapes(CONFIG))
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights().items())
     for options in ({}, {"pack": True}, {"dtype": torch.bfloat16}):
         model = load_model(file, **options).model  # type: ignore[arg-type]
@@ -81,8 +81,8 @@ def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -
         (lambda: convert(file, tmp_path / "m.gguf"), UnsupportedError, "only a .safetensors can hold, not a gguf"),
         (lambda: convert(file, tmp_path / "folder"), UnsupportedError, "only a .safetensors can hold, not a hf"),
         (lambda: quantize(file, tmp_path / "q.safetensors", "int8"), UnsupportedError, "only RWKV models can be"),
-        (lambda: calibrate(str(file), ["some text"]), UnsupportedError, "only RWKV models can be quantised"),
-        (lambda: fledge.load(file, quant="int8"), UnsupportedError, "only RWKV models can be quantised"),
+        (lambda: calibrate(str(file), ["some text"]), UnsupportedError, "only RWKV models can be quantized"),
+        (lambda: fledge.load(file, quant="int8"), UnsupportedError, "only RWKV models can be quantized"),
         (merged, CheckpointError, "cannot be used with a transformer, which has no matrix state"),
     ):
         with pytest.raises(FledgeError, match=message) as caught:

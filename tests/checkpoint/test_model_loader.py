@@ -15,7 +15,7 @@ from small_checkpoints import KINDS, make, same, saved
 from fledge.checkpoint import (
     assemble,
     convert,
-    expected_shapes,
+    get_expected_shapes,
     load,
     load_model,
     load_tuned_state,
@@ -79,7 +79,7 @@ def test_converting_leaves_the_callers_dict_alone(tmp_path: Path) -> None:
 def test_loading_in_another_dtype_peaks_near_the_size_of_the_model(name: str, tmp_path: Path) -> None:
     """Not at that and the file's: what was converted is let go at once."""
     config = ModelConfig.finch(2, 1024, vocab_size=4096)
-    shapes = expected_shapes(config)
+    shapes = get_expected_shapes(config)
     save(tmp_path / name, config, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
     small = saved(tmp_path, make("6.0"), "small.pth")
     code = """

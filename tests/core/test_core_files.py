@@ -17,14 +17,14 @@ import pytest
 from racing import race
 
 from fledge.core.files import (
-    asset,
     atomic_path,
-    cache_folder,
-    disk_trouble,
+    describe_disk_error,
     exclusive,
+    get_asset_path,
+    get_cache_folder,
+    hash_file,
     read_json,
-    secret_once,
-    sha256,
+    read_or_create_secret,
     write_json,
 )
 
@@ -55,7 +55,7 @@ def test_an_error_for_want_of_room_names_the_file(tmp_path: Path, error: Excepti
     with pytest.raises(OSError, match="file") as caught, atomic_path(target):
         raise error
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(target))
-    told = disk_trouble(caught.value, tmp_path / "run", "two pieces are kept")
+    told = describe_disk_error(caught.value, tmp_path / "run", "two pieces are kept")
     free = rf"the disk of {tmp_path}/run is full \(\d+\.\d GB are free\), {target} cannot be written; make room and "
     assert re.fullmatch(free + "give the same command again: two pieces are kept", told)
     assert list(tmp_path.iterdir()) == []
@@ -67,9 +67,9 @@ def test_other_errors_of_writing_stay_as_they_are(tmp_path: Path) -> None:
             raise error
         assert caught.value is error
     denied = PermissionError(errno.EACCES, "Permission denied", "x")
-    assert disk_trouble(denied, tmp_path) == "x: Permission denied; give the same command again"
+    assert describe_disk_error(denied, tmp_path) == "x: Permission denied; give the same command again"
     large = OSError(errno.EFBIG, "File too large", "x")
-    assert "GB are free; File too large), x cannot be written; make room" in disk_trouble(large, tmp_path)
+    assert "GB are free; File too large), x cannot be written; make room" in describe_disk_error(large, tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -84,10 +84,10 @@ def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
 MAKER = """
 import os, sys
 from pathlib import Path
-from fledge.core.files import secret_once
+from fledge.core.files import read_or_create_secret
 print("ready", flush=True)
 sys.stdin.readline()
-print(secret_once(Path(sys.argv[1]), os.urandom(16).hex().encode()).decode())
+print(read_or_create_secret(Path(sys.argv[1]), os.urandom(16).hex().encode()).decode())
 """
 
 
@@ -95,7 +95,7 @@ def test_of_many_who_make_a_secret_one_wins(tmp_path: Path) -> None:
     target = tmp_path / "new" / "secret"
     found = set(race(MAKER, str(target), count=4))
     assert found == {target.read_text(encoding="ascii")} and list(target.parent.iterdir()) == [target]
-    assert secret_once(target, b"late") == target.read_bytes() != b"late"
+    assert read_or_create_secret(target, b"late") == target.read_bytes() != b"late"
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -106,7 +106,7 @@ def test_a_secret_is_made_once_and_for_its_user(tmp_path: Path, monkeypatch: pyt
     if not links:
         monkeypatch.setattr(os, "link", none)
     with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda number: secret_once(tmp_path / "secret", b"%d" % number * 32), range(8)))
+        found = set(pool.map(lambda number: read_or_create_secret(tmp_path / "secret", b"%d" % number * 32), range(8)))
     assert found == {(tmp_path / "secret").read_bytes()} and len(list(tmp_path.iterdir())) == 1
     if os.name == "posix":
         assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
@@ -114,27 +114,27 @@ def test_a_secret_is_made_once_and_for_its_user(tmp_path: Path, monkeypatch: pyt
 
 def test_a_secret_that_is_left_empty_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "secret").touch()
-    assert secret_once(tmp_path / "secret", b"new") == b""
+    assert read_or_create_secret(tmp_path / "secret", b"new") == b""
 
 
 def test_sha256_of_more_than_one_block(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "data").write_bytes(data)
-    assert sha256(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+    assert hash_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
 
 
 def test_assets_lie_in_the_package() -> None:
-    assert asset("world-vocabulary.xz").is_file()
+    assert get_asset_path("world-vocabulary.xz").is_file()
 
 
 def test_the_cache_is_where_the_user_wants_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "fledge" and not cache_folder().exists()
+    assert get_cache_folder() == tmp_path / "fledge" and not get_cache_folder().exists()
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     if os.name == "posix":
-        assert tmp_path in cache_folder().parents
+        assert tmp_path in get_cache_folder().parents
 
 
 def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fledge.core.interrupts import Interrupted, stoppable
+from fledge.core.interrupts import Interrupted, catch_signals
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 
@@ -24,11 +24,11 @@ def handlers() -> Iterator[None]:
 @BOTH
 def test_a_signal_is_noted_and_raised_at_the_end_if_nobody_has_looked(number: signal.Signals) -> None:
     reached = []
-    with pytest.raises(Interrupted) as caught, stoppable() as stop:
+    with pytest.raises(Interrupted) as caught, catch_signals() as stop:
         signal.raise_signal(number)
         reached.append(stop.number)
     assert reached == [number] and caught.value.exit_code == 128 + number
-    with pytest.raises(Interrupted, match="kept"), stoppable() as stop:
+    with pytest.raises(Interrupted, match="kept"), catch_signals() as stop:
         signal.raise_signal(number)
         raise Interrupted(stop.number, "kept")
 
@@ -36,8 +36,8 @@ def test_a_signal_is_noted_and_raised_at_the_end_if_nobody_has_looked(number: si
 @BOTH
 def test_the_second_signal_is_raised_where_it_comes_but_not_in_a_patient_block(number: signal.Signals) -> None:
     reached = []
-    with pytest.raises(Interrupted) as caught, stoppable() as stop:
-        with stop.patient():
+    with pytest.raises(Interrupted) as caught, catch_signals() as stop:
+        with stop.defer():
             for _ in range(3):
                 signal.raise_signal(number)
             reached.append("the end of the save")
@@ -49,19 +49,19 @@ def test_the_second_signal_is_raised_where_it_comes_but_not_in_a_patient_block(n
 
 def test_with_no_patience_the_first_signal_is_raised_also_one_that_came_before() -> None:
     reached = []
-    with pytest.raises(Interrupted), stoppable() as stop, stop.patient(0):
+    with pytest.raises(Interrupted), catch_signals() as stop, stop.defer(0):
         signal.raise_signal(signal.SIGINT)
         reached.append("more")
-    with pytest.raises(Interrupted), stoppable() as stop:
+    with pytest.raises(Interrupted), catch_signals() as stop:
         signal.raise_signal(signal.SIGINT)
-        with stop.patient(0):
+        with stop.defer(0):
             reached.append("more")
     assert reached == []
 
 
 def test_who_is_awaited_by_others_is_always_patient() -> None:
-    with pytest.raises(Interrupted), stoppable(always_patient=True) as stop:
-        with stop.patient(0):
+    with pytest.raises(Interrupted), catch_signals(always_defer=True) as stop:
+        with stop.defer(0):
             for _ in range(3):
                 signal.raise_signal(signal.SIGTERM)
         assert stop.number == signal.SIGTERM
@@ -72,7 +72,7 @@ def test_nothing_happens_without_a_signal_and_in_other_threads() -> None:
 
     def block() -> None:
         before = signal.getsignal(signal.SIGINT)
-        with stoppable() as stop:
+        with catch_signals() as stop:
             reached.append((stop.number, signal.getsignal(signal.SIGINT) is before))
 
     block()
@@ -85,7 +85,7 @@ def test_nothing_happens_without_a_signal_and_in_other_threads() -> None:
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stoppable() as stop:
+        with catch_signals() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.number == 0
     finally:

@@ -16,7 +16,7 @@ from fledge.core.errors import FledgeError, TokenizerError
 from fledge.engine.async_engine import AsyncEngine
 from fledge.engine.engine import Engine
 from fledge.engine.events import ErrorEvent, Event, FinishEvent, TextEvent, TextRequest
-from fledge.engine.generation import fresh_state
+from fledge.engine.generation import make_initial_state
 from fledge.engine.llm.stream import Completion, Stream
 from fledge.engine.prefix_cache.cache import PrefixMatch
 from fledge.engine.request import QueueFull, Request
@@ -34,7 +34,7 @@ class Office:
         self.arrived: dict[TextRequest, queue.SimpleQueue[Event]] = {}
         self.steps = 0
         worker = Engine(model, eos_id=TOKENIZER.eos_id, **engine)  # type: ignore[arg-type]
-        self.desk = AsyncEngine(worker, TOKENIZER, self.sort, frame=frame)
+        self.desk = AsyncEngine(worker, TOKENIZER, self.sort, flush_interval=frame)
 
     def __enter__(self) -> Office:
         self.desk.start()
@@ -45,7 +45,7 @@ class Office:
 
     def sort(self) -> None:
         self.steps += 1
-        for job, event in self.desk.collect():
+        for job, event in self.desk.drain_events():
             self.arrived[job].put(event)
 
     def submit(self, job: TextRequest) -> TextRequest:
@@ -76,7 +76,7 @@ def single(model: nn.Module, job: TextRequest, choice: int = 0) -> Completion:
     request = job.request
     assert request.params.seed is not None
     params = request.params.with_overrides({"seed": request.params.seed + choice})
-    stream = Stream(model, TOKENIZER, request.ids, fresh_state(model), params, show_held=job.show_held)
+    stream = Stream(model, TOKENIZER, request.ids, make_initial_state(model), params, show_held=job.show_held)
     for _ in stream:
         pass
     return stream.completion
@@ -97,12 +97,12 @@ def test_many_callers_get_the_texts_of_single_streams() -> None:
             seed=number,
             max_tokens=chooser.choice([1, 9, 30]),
             stop=chooser.choice([(), ("a",), ("b\n", "\u00e9")]),
-            wants_state=True,
+            should_return_state=True,
             show_held=chooser.random() < 0.5,
         )
         for number in range(12)
     ]
-    with Office(model, scheduler=Scheduler(slots=5, chunk=64)) as office:
+    with Office(model, scheduler=Scheduler(slots=5, prefill_chunk=64)) as office:
         for each in jobs:
             office.submit(each)
         for each in jobs:
@@ -114,14 +114,14 @@ def test_many_callers_get_the_texts_of_single_streams() -> None:
                 assert end.seed == expected.seed and end.state is not None
                 for name, tensor in end.state.tensors().items():
                     assert torch.allclose(tensor, expected.state.tensors()[name], atol=1e-5)
-    assert office.desk.jobs == 0
+    assert office.desk.num_requests == 0
 
 
 @pytest.mark.parametrize("reply", ["hello\n\nUser:", "hello", "", "h\u00e9\u597d\n"])
 def test_a_stop_text_is_never_shown_and_the_state_ends_before_it(reply: str) -> None:
     model = fake(reply)
     with Office(model) as office:
-        mine = office.submit(job("ask:", temperature=0.0, stop=("\n\n",), wants_state=True))
+        mine = office.submit(job("ask:", temperature=0.0, stop=("\n\n",), should_return_state=True))
         texts, ends = office.result(mine)
     end, expected = ends[0], single(model, mine)
     assert texts[0] == expected.text == reply.split("\n\n")[0]
@@ -133,11 +133,11 @@ def test_the_closing_is_read_after_the_text() -> None:
     model = fake("hello\n\nUser:")
     closing = tuple(TOKENIZER.encode("\n\n"))
     with Office(model) as office:
-        asked = job("ask:", temperature=0.0, stop=("\n\n",), wants_state=True, closing=closing)
+        asked = job("ask:", temperature=0.0, stop=("\n\n",), should_return_state=True, suffix_ids=closing)
         _, ends = office.result(office.submit(asked))
     assert ends[0].ids == tuple(TOKENIZER.encode("hello\n\n"))
     again = Stream(
-        model, TOKENIZER, [*asked.request.ids, *ends[0].ids], fresh_state(model), SamplingParams(max_tokens=1)
+        model, TOKENIZER, [*asked.request.ids, *ends[0].ids], make_initial_state(model), SamplingParams(max_tokens=1)
     )
     next(again, None)
     assert again.begin is not None and ends[0].state is not None
@@ -148,7 +148,7 @@ def test_a_job_without_a_state_ends_at_once() -> None:
     with Office(fake("hello\n\nUser:")) as office:
         _, ends = office.result(office.submit(job("ask:", temperature=0.0, stop=("\n\n",))))
         assert ends[0].state is None and not office.desk.engine.busy
-        assert ends[0].drawn == 5, "the stop text was drawn too"
+        assert ends[0].sampled_tokens == 5, "the stop text was drawn too"
 
 
 def test_tokens_come_with_the_text_they_show() -> None:
@@ -159,7 +159,7 @@ def test_tokens_come_with_the_text_they_show() -> None:
         while not isinstance(event := office.arrived[mine].get(timeout=60), FinishEvent):
             assert isinstance(event, TextEvent)
             shown.append((event.text, [token.id for token in event.tokens]))
-            assert all(token.likelihood is not None and len(token.likelihood.top) == 2 for token in event.tokens)
+            assert all(token.logprob is not None and len(token.logprob.top) == 2 for token in event.tokens)
     # The letter of two tokens is shown once both are there; the pieces say which tokens made them.
     letter = TOKENIZER.encode("\u597d")
     assert shown[:2] == [("h", [TOKENIZER.id_of("h")]), ("\u597d", letter)]
@@ -214,18 +214,18 @@ def test_of_a_token_that_a_stop_text_cuts_the_part_before_it_counts() -> None:
 
 def test_what_is_cancelled_frees_its_place() -> None:
     model = random_finch(TOKENIZER.vocab_size)
-    with Office(model, scheduler=Scheduler(slots=1), queue=3) as office:
+    with Office(model, scheduler=Scheduler(slots=1), max_requests=3) as office:
         endless = office.submit(job("x", max_tokens=10**9))
         waits = office.submit(job("y", max_tokens=3))
         assert isinstance(office.arrived[endless].get(timeout=60), TextEvent)
         office.desk.cancel(endless)
         office.result(waits)
-        assert office.desk.jobs == 0 and not office.desk.engine.busy
+        assert office.desk.num_requests == 0 and not office.desk.engine.busy
 
 
 def test_refusals_come_at_once_and_from_the_callers_thread() -> None:
     model = random_finch(TOKENIZER.vocab_size)
-    with Office(model, scheduler=Scheduler(slots=1), queue=2) as office:
+    with Office(model, scheduler=Scheduler(slots=1), max_requests=2) as office:
         with pytest.raises(TokenizerError):
             office.desk.submit(TextRequest(Request((9999,))))
         endless = [office.submit(job("x", max_tokens=10**9)) for _ in range(2)]
@@ -261,13 +261,13 @@ def test_closing_finishes_what_runs_and_refuses_the_rest() -> None:
     mine = office.submit(job("x", max_tokens=30))
     closer = threading.Thread(target=office.desk.close, args=(60.0,))
     closer.start()
-    while office.desk._closing is None:
+    while office.desk._shutdown_deadline is None:
         pass
     with pytest.raises(QueueFull, match="shutting down"):
         office.desk.submit(job("y"))
     office.result(mine)
     closer.join(timeout=60)
-    assert not office.desk.alive
+    assert not office.desk.is_alive
 
 
 def test_what_still_runs_when_the_time_is_over_is_told_so() -> None:
@@ -280,11 +280,11 @@ def test_what_still_runs_when_the_time_is_over_is_told_so() -> None:
 
     model.register_forward_pre_hook(wait)
     office.desk.start()
-    jobs = [office.submit(job("x", n=2, max_tokens=10**9)), office.submit(job("y", wants_state=True))]
+    jobs = [office.submit(job("x", n=2, max_tokens=10**9)), office.submit(job("y", should_return_state=True))]
     assert reached.wait(60)
     late = office.submit(job("z"))
     asked = office.desk.call(int)
-    office.desk.wind_up()
+    office.desk.begin_shutdown()
     gate.set()
     for each in (*jobs, late):
         with pytest.raises(FledgeError, match="shutting down"):
@@ -292,7 +292,7 @@ def test_what_still_runs_when_the_time_is_over_is_told_so() -> None:
     with pytest.raises(QueueFull, match="shutting down"):
         asked.result(timeout=60)
     office.desk.close()
-    assert not office.desk.alive and office.desk.jobs == 0
+    assert not office.desk.is_alive and office.desk.num_requests == 0
 
 
 def test_work_for_the_engines_thread() -> None:
@@ -326,7 +326,7 @@ def test_a_call_that_nobody_waits_for_is_passed_over_and_the_desk_goes_on() -> N
 
 def test_calls_take_turns_with_texts() -> None:
     office = Office(fake("hello"))
-    calls = [office.desk.call(lambda: office.desk.engine.tally.calls) for _ in range(4)]
+    calls = [office.desk.call(lambda: office.desk.engine.stats.model_calls) for _ in range(4)]
     mine = office.submit(job("ask:", temperature=0.0))
     with office:
         office.result(mine)
@@ -338,17 +338,17 @@ def test_one_that_cannot_begin_fails_alone(monkeypatch: pytest.MonkeyPatch) -> N
     with Office(fake("hello")) as office:
         add = office.desk.engine.add
 
-        def full(request: Request, *, extra: bool = False) -> int:
+        def full(request: Request, *, bypass_limit: bool = False) -> int:
             if request.n == 2:
                 raise RuntimeError("out of memory")
-            return add(request, extra=extra)
+            return add(request, bypass_limit=bypass_limit)
 
         monkeypatch.setattr(office.desk.engine, "add", full)
         ids = tuple(TOKENIZER.encode("ask:"))
         fails, works = office.submit(TextRequest(Request(ids, n=2))), office.submit(job("ask:", temperature=0.0))
         with pytest.raises(FledgeError, match="the model failed: out of memory"):
             office.result(fails)
-        assert office.result(works)[0][0] == "hello" and office.desk.jobs == 0
+        assert office.result(works)[0][0] == "hello" and office.desk.num_requests == 0
 
 
 def test_a_deadline_within_the_prompt_leaves_no_state_and_nothing_in_the_cache() -> None:
@@ -356,8 +356,10 @@ def test_a_deadline_within_the_prompt_leaves_no_state_and_nothing_in_the_cache()
     cache = Recorder()
     with Office(model, cache=cache, clock=lambda: 10.0) as office:
         ids = tuple(TOKENIZER.encode("a question that nobody has time to read:"))
-        request = Request(ids, deadline=5.0, space="mine")
-        texts, ends = office.result(office.submit(TextRequest(request, closing=(3,), wants_state=True, keeps=True)))
+        request = Request(ids, deadline=5.0, cache_namespace="mine")
+        texts, ends = office.result(
+            office.submit(TextRequest(request, suffix_ids=(3,), should_return_state=True, should_cache_state=True))
+        )
     assert texts == {0: ""} and ends[0].reason == "deadline" and ends[0].state is None
     assert cache.kept == []
 
@@ -368,16 +370,16 @@ class Recorder:
     def __init__(self) -> None:
         self.kept: list[tuple[int, ...]] = []
 
-    def find(self, space: str, ids: Sequence[int]) -> PrefixMatch:
+    def match_prefix(self, namespace: str, ids: Sequence[int]) -> PrefixMatch:
         return PrefixMatch(0, None, None, 0)
 
-    def places(self, *arguments: object) -> list[int]:
+    def plan_snapshots(self, *arguments: object) -> list[int]:
         return []
 
-    def learn(self, space: str, ids: Sequence[int]) -> None:
+    def insert_prompt(self, namespace: str, ids: Sequence[int]) -> None:
         pass
 
-    def put(self, space: str, ids: Sequence[int], *rest: object) -> None:
+    def put(self, namespace: str, ids: Sequence[int], *rest: object) -> None:
         self.kept.append(tuple(ids))
 
 
@@ -387,8 +389,8 @@ def test_where_the_end_cannot_be_kept_the_job_fails_and_is_not_left_waiting() ->
             raise OSError("no room")
 
     with Office(fake("hello"), cache=Full()) as office:
-        request = Request(tuple(TOKENIZER.encode("ask:")), SamplingParams(temperature=0.0), space="mine")
-        mine = office.submit(TextRequest(request, closing=(3,), wants_state=True, keeps=True))
+        request = Request(tuple(TOKENIZER.encode("ask:")), SamplingParams(temperature=0.0), cache_namespace="mine")
+        mine = office.submit(TextRequest(request, suffix_ids=(3,), should_return_state=True, should_cache_state=True))
         with pytest.raises(FledgeError, match="the model failed: no room"):
             office.result(mine)
-        assert office.desk.jobs == 0 and not office.desk.engine.busy
+        assert office.desk.num_requests == 0 and not office.desk.engine.busy

@@ -16,7 +16,7 @@ from torch import nn
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import StateError, TokenizerError, UsageError
 from fledge.engine.engine import Engine
-from fledge.engine.generation import ModelOutput, fresh_state, prefill, tokens
+from fledge.engine.generation import ModelOutput, generate_tokens, make_initial_state, prefill
 from fledge.engine.request import QueueFull, Request, TokenOutput
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.engine.scheduler import Scheduler
@@ -39,12 +39,14 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 def plain(model: nn.Module, request: Request, choice: int = 0) -> list[tuple[int, State]]:
     """The tokens of one continuation by the loop, each with the state before it."""
     start = request.start
-    cursor = start if isinstance(start, ModelOutput) else prefill(model, request.ids, start or fresh_state(model))
+    cursor = (
+        start if isinstance(start, ModelOutput) else prefill(model, request.ids, start or make_initial_state(model))
+    )
     assert request.params.seed is not None
     sampler = Sampler(replace(request.params, seed=request.params.seed + choice))
     found = []
-    for step in tokens(model, *cursor, sampler, request.params.max_tokens):
-        found.append((step.id, step.before))
+    for step in generate_tokens(model, *cursor, sampler, request.params.max_tokens):
+        found.append((step.id, step.state_before))
         if step.id == EOS:
             break
     return found
@@ -55,7 +57,7 @@ def run(engine: Engine, numbers: list[int] | None = None) -> dict[tuple[int, int
     found = defaultdict(list)
     while engine.busy:
         for output in engine.step():
-            found[output.request, output.choice].append(output)
+            found[output.request_id, output.choice].append(output)
     return found
 
 
@@ -80,7 +82,7 @@ def requests(count: int, seed: int) -> list[Request]:
 def test_every_request_gets_its_own_tokens_bit_for_bit(version: str, seed: int) -> None:
     """Requests arrive and are aborted at random moments; who is left has the tokens and states of the plain loop."""
     model, chooser = packed(version), random.Random(seed)
-    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=7, chunk=64))
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=7, prefill_chunk=64))
     waiting, asked, gone = requests(14, seed), dict[int, Request](), set[int]()
     found = defaultdict(list)
     while waiting or engine.busy:
@@ -91,23 +93,23 @@ def test_every_request_gets_its_own_tokens_bit_for_bit(version: str, seed: int) 
             gone.add(number := chooser.choice(list(asked)))
             engine.abort(number)
         for output in engine.step():
-            assert output.request not in gone
-            found[output.request, output.choice].append(output)
+            assert output.request_id not in gone
+            found[output.request_id, output.choice].append(output)
     assert len(asked) - len(gone) > 5
     for number, request in asked.items():
         for choice in range(request.n if number not in gone else 0):
             outputs, expected = found[number, choice], plain(model, request, choice)
             assert drawn(outputs) == [token for token, _ in expected]
             for output, (_, before) in zip(outputs, expected, strict=True):
-                assert equal_states(output.before.alone(), before)
-            assert [output.finish for output in outputs[:-1]] == [None] * (len(outputs) - 1)
-            assert outputs[-1].finish == ("eos" if outputs[-1].token == EOS else "length")
+                assert equal_states(output.state_before.alone(), before)
+            assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+            assert outputs[-1].finish_reason == ("eos" if outputs[-1].token == EOS else "length")
 
 
 def test_a_torch_model_writes_the_same_tokens() -> None:
     """Its sums depend on the batch in the last bit, which these scores, far apart, do not show."""
     model = random_finch(VOCAB)
-    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=4, chunk=32))
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=4, prefill_chunk=32))
     asked = {engine.add(request): request for request in requests(6, 1)}
     found = run(engine)
     for number, request in asked.items():
@@ -117,18 +119,18 @@ def test_a_torch_model_writes_the_same_tokens() -> None:
 
 def test_reading_only_gives_the_place_reached() -> None:
     model = random_finch(VOCAB)
-    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(chunk=1000))
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(prefill_chunk=1000))
     engine.add(Request(prompt(40, 1), n=0))
     (output,) = run(engine)[0, 0]
-    cursor = prefill(model, prompt(40, 1), fresh_state(model))
-    assert (output.finish, output.token) == ("read", None)
+    cursor = prefill(model, prompt(40, 1), make_initial_state(model))
+    assert (output.finish_reason, output.token) == ("read", None)
     assert output.logits is not None and torch.allclose(output.logits, cursor.logits)
-    assert torch.allclose(output.before.alone().tensors()["wkv"], cursor.state.tensors()["wkv"], atol=1e-6)
+    assert torch.allclose(output.state_before.alone().tensors()["wkv"], cursor.state.tensors()["wkv"], atol=1e-6)
 
 
 def test_a_text_goes_on_from_a_state_or_from_a_place() -> None:
     model = random_finch(VOCAB)
-    cursor = prefill(model, prompt(9, 1), fresh_state(model))
+    cursor = prefill(model, prompt(9, 1), make_initial_state(model))
     engine = Engine(model, eos_id=EOS)
     after_state = Request(prompt(5, 2), PARAMS, start=cursor.state)
     after_place = Request((), PARAMS, start=cursor, n=2)
@@ -163,16 +165,16 @@ def test_a_deadline_ends_what_is_late_and_nothing_else() -> None:
     while engine.busy:
         outputs += engine.step()
         now[0] += 0.1
-    ends = {(output.request, output.choice): output for output in outputs if output.finish}
-    assert ends[late, 0].finish == "deadline" and ends[late, 0].token is None
-    assert ends[never, 0].finish == ends[never, 1].finish == "deadline"
-    assert ends[fine, 0].finish in ("length", "eos")
-    assert engine.tally.finished["deadline"] == 3
+    ends = {(output.request_id, output.choice): output for output in outputs if output.finish_reason}
+    assert ends[late, 0].finish_reason == "deadline" and ends[late, 0].token is None
+    assert ends[never, 0].finish_reason == ends[never, 1].finish_reason == "deadline"
+    assert ends[fine, 0].finish_reason in ("length", "eos")
+    assert engine.stats.finished["deadline"] == 3
 
 
 def test_what_cannot_be_run_is_refused_and_the_queue_has_an_end() -> None:
     model = random_finch(VOCAB)
-    engine = Engine(model, scheduler=Scheduler(slots=4), queue=2)
+    engine = Engine(model, scheduler=Scheduler(slots=4), max_requests=2)
     with pytest.raises(UsageError, match="prompt is empty"):
         engine.add(Request(()))
     with pytest.raises(TokenizerError, match="77 is outside"):
@@ -180,7 +182,7 @@ def test_what_cannot_be_run_is_refused_and_the_queue_has_an_end() -> None:
     with pytest.raises(UsageError, match="n is 5"):
         engine.add(Request((1,), n=5))
     with pytest.raises(StateError):
-        engine.add(Request((1,), start=fresh_state(packed("4"))))
+        engine.add(Request((1,), start=make_initial_state(packed("4"))))
     assert not engine.busy
     first = engine.add(Request((1,)))
     engine.add(Request((1,)))
@@ -196,7 +198,7 @@ def test_one_text_that_fails_leaves_the_others_alone() -> None:
     bad = engine.add(Request(prompt(5, 2), replace(PARAMS, ban=tuple(range(VOCAB)))))
     good = engine.add(request := Request(prompt(5, 2), PARAMS))
     found = run(engine)
-    assert found[bad, 0][-1].finish == "failed" and "no token" in str(found[bad, 0][-1].error)
+    assert found[bad, 0][-1].finish_reason == "failed" and "no token" in str(found[bad, 0][-1].error)
     assert drawn(found[good, 0]) == [token for token, _ in plain(model, request)]
 
 
@@ -205,22 +207,22 @@ def test_likelihoods_are_those_of_the_model() -> None:
     engine = Engine(model, eos_id=EOS)
     number = engine.add(request := Request(prompt(5, 2), PARAMS, logprobs=3))
     outputs = run(engine)[number, 0]
-    cursor = prefill(model, request.ids, fresh_state(model))
+    cursor = prefill(model, request.ids, make_initial_state(model))
     for output in outputs:
         expected = torch.log_softmax(cursor.logits, -1)
-        assert output.likelihood is not None and output.token is not None
-        assert output.likelihood.logprob == pytest.approx(float(expected[output.token]), abs=1e-5)
-        assert [token for token, _ in output.likelihood.top] == expected.topk(3).indices.tolist()
+        assert output.logprob is not None and output.token is not None
+        assert output.logprob.logprob == pytest.approx(float(expected[output.token]), abs=1e-5)
+        assert [token for token, _ in output.logprob.top] == expected.topk(3).indices.tolist()
         cursor = prefill(model, [output.token], cursor.state)
 
 
 def test_the_tally_counts_what_was_done() -> None:
     engine = Engine(random_finch(VOCAB), scheduler=Scheduler(slots=4))
     engine.add(Request(prompt(30, 1), replace(PARAMS, max_tokens=4), n=2))
-    assert (engine.waiting, engine.running) == (1, 0)
+    assert (engine.num_waiting, engine.num_running) == (1, 0)
     engine.step()
-    assert (engine.waiting, engine.running) == (0, 2)
+    assert (engine.num_waiting, engine.num_running) == (0, 2)
     run(engine)
-    tally = engine.tally
-    assert (tally.read, tally.drawn, tally.requests, tally.calls) == (30, 8, 1, 4)
-    assert tally.finished == {"length": 2} and tally.seconds > 0
+    tally = engine.stats
+    assert (tally.prefill_tokens, tally.sampled_tokens, tally.requests, tally.model_calls) == (30, 8, 1, 4)
+    assert tally.finished == {"length": 2} and tally.model_seconds > 0

@@ -7,7 +7,7 @@ import torch
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import feed, fresh_state, prefill, tokens
+from fledge.engine.generation import advance_state, generate_tokens, make_initial_state, prefill
 from fledge.engine.sampling import Sampler, SamplingParams
 
 TOKENIZER = ByteTokenizer()
@@ -42,21 +42,21 @@ def test_tokens_come_one_for_each_call_and_each_with_the_state_before_it() -> No
     prompt = TOKENIZER.encode("say:")
     logits, state = prefill(model, prompt)
     model.calls.clear()
-    steps = list(tokens(model, logits, state, Sampler(GREEDY), 5))
+    steps = list(generate_tokens(model, logits, state, Sampler(GREEDY), 5))
     assert TOKENIZER.decode(step.id for step in steps) == "hello"
     assert model.calls == [1] * 4, "the last token need not be read"
     for number, step in enumerate(steps):
         assert equal_states(
-            step.before, feed(model, [*prompt, *(s.id for s in steps[:number])], model.initial_state(1))
+            step.state_before, advance_state(model, [*prompt, *(s.id for s in steps[:number])], model.initial_state(1))
         )
 
 
 def test_what_the_loop_gives_is_without_gradients_and_can_take_part_in_training() -> None:
     model = random_finch(97, tuned_state=True)
     places = [
-        fresh_state(model),
+        make_initial_state(model),
         prefill(model, [1, 2, 3]).state,
-        *(step.before for step in tokens(model, *prefill(model, [COLON]), Sampler(GREEDY), 3)),
+        *(step.state_before for step in generate_tokens(model, *prefill(model, [COLON]), Sampler(GREEDY), 3)),
     ]
     for state in places:
         assert torch.is_grad_enabled()
@@ -74,7 +74,7 @@ def test_a_real_model_split_anywhere_gives_the_same_tokens() -> None:
     split = prefill(model, ids, chunk=5)
     assert torch.allclose(whole.logits, split.logits, atol=1e-5)
     params = SamplingParams(seed=4, top_p=1.0)
-    one = [step.id for step in tokens(model, *whole, Sampler(params), 12)]
-    two = [step.id for step in tokens(model, *split, Sampler(params), 12)]
+    one = [step.id for step in generate_tokens(model, *whole, Sampler(params), 12)]
+    two = [step.id for step in generate_tokens(model, *split, Sampler(params), 12)]
     assert one == two
     assert all(torch.equal(before[name], tensor) for name, tensor in whole.state.tensors().items())

@@ -19,7 +19,7 @@ from native_library import every_instruction_set, forced, needs_native
 
 from fledge.core.errors import FledgeError
 from fledge.engine import sampling
-from fledge.engine.sampling import SampleInput, Sampler, SamplingParams, draw_all, draw_native, draw_reference
+from fledge.engine.sampling import SampleInput, Sampler, SamplingParams, sample_batch, sample_native, sample_reference
 
 pytestmark = needs_native
 
@@ -78,8 +78,8 @@ def beside(chance: SampleInput) -> list[int | tuple[type, str]]:
     for number in (-NEAR, 0, NEAR):
         for top_p in (-NEAR, 0, NEAR):
             params = replace(chance.params, top_p=min(max(chance.params.top_p + top_p, 0.0), 1.0))
-            moved = chance._replace(params=params, number=min(max(chance.number + number, 0.0), BELOW_ONE))
-            found += answers(draw_reference([moved]))
+            moved = chance._replace(params=params, uniform=min(max(chance.uniform + number, 0.0), BELOW_ONE))
+            found += answers(sample_reference([moved]))
     return found
 
 
@@ -92,9 +92,9 @@ def test_every_draw_is_that_of_the_twin(instruction_set: str, sizes: tuple[int, 
     random, refused, bordering = np.random.default_rng(len(sizes)), 0, 0
     for _ in range(cases):
         chance = random_chance(random, int(random.choice(sizes)))
-        expected = answers(draw_reference([chance]))
+        expected = answers(sample_reference([chance]))
         with forced(instruction_set):
-            found = answers(draw_native([chance]))
+            found = answers(sample_native([chance]))
         refused += not isinstance(expected[0], int)
         if found != expected:
             bordering += 1
@@ -114,12 +114,12 @@ def test_weights_are_exact_to_the_last_bits(instruction_set: str) -> None:
                 chance._replace(
                     params=replace(chance.params, temperature=temperature),
                     logits=torch.tensor([-gap, 0.0]),
-                    number=border * (1 + off),
+                    uniform=border * (1 + off),
                 )
                 for off in (-1e-15, 1e-15)
             ]
             with forced(instruction_set):
-                assert draw_native(rows) == [0, 1], (gap, temperature)
+                assert sample_native(rows) == [0, 1], (gap, temperature)
 
 
 @every_instruction_set
@@ -128,9 +128,9 @@ def test_what_is_too_far_below_is_never_drawn(instruction_set: str) -> None:
     params = SamplingParams(top_p=1.0, temperature=1e6)
     logits = torch.tensor([-708.001, -math.inf, 0.0, -707.999])
     chance = SampleInput(params, logits, None, *np.zeros((2, 0), np.int64), np.zeros(0), 0.0)
-    rows = [chance._replace(number=number) for number in (0.0, 0.49, 0.51, BELOW_ONE)]
+    rows = [chance._replace(uniform=number) for number in (0.0, 0.49, 0.51, BELOW_ONE)]
     with forced(instruction_set):
-        assert draw_native(rows) == draw_reference(rows) == [2, 2, 3, 3]
+        assert sample_native(rows) == sample_reference(rows) == [2, 2, 3, 3]
 
 
 @every_instruction_set
@@ -139,12 +139,12 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(instruction_set: str,
     random = np.random.default_rng(7)
     chances = [random_chance(random, 3001) for _ in range(40)]
     with forced(instruction_set):
-        alone = [answers(draw_native([chance]))[0] for chance in chances]
+        alone = [answers(sample_native([chance]))[0] for chance in chances]
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            assert answers(draw_native(chances)) == alone
-            assert answers(draw_native(chances[::-1])) == alone[::-1]
+            assert answers(sample_native(chances)) == alone
+            assert answers(sample_native(chances[::-1])) == alone[::-1]
         finally:
             torch.set_num_threads(before)
 
@@ -159,7 +159,7 @@ def test_a_long_text_with_penalties_is_that_of_the_twin(monkeypatch: pytest.Monk
     for text in texts:
         samplers = [Sampler(SamplingParams(seed=seed, ban=(4, 9), **settings)) for seed in range(3)]
         for row, mask in zip(rows, masks, strict=True):
-            text.append(draw_all(samplers, row, mask))
+            text.append(sample_batch(samplers, row, mask))
         monkeypatch.setattr(sampling, "library", lambda: None)
     assert texts[0] == texts[1]
     assert all(len(set(text)) > 40 for text in zip(*texts[0], strict=True))
@@ -170,8 +170,8 @@ def test_logits_and_masks_may_lie_anywhere() -> None:
     wide, mask = torch.from_numpy(random.standard_normal((50, 3))), random.random((50, 2)) < 0.5
     for seed in range(20):
         one, other = Sampler(SamplingParams(seed=seed)), Sampler(SamplingParams(seed=seed))
-        found = one.next(wide[:, 1], mask[:, 1])
-        assert found == other.next(wide[:, 1].float().contiguous(), mask[:, 1].copy())
+        found = one.sample(wide[:, 1], mask[:, 1])
+        assert found == other.sample(wide[:, 1].float().contiguous(), mask[:, 1].copy())
         assert mask[found, 1]
 
 
@@ -191,9 +191,9 @@ def test_each_row_has_its_own_error(instruction_set: str) -> None:
         ({}, torch.zeros(70), np.zeros(70, bool)),
         ({"temperature": 0.0}, rows[3], None),
     ]
-    chances = [Sampler(SamplingParams(seed=1, **given)).chance(*rest) for given, *rest in settings]
+    chances = [Sampler(SamplingParams(seed=1, **given)).prepare(*rest) for given, *rest in settings]
     with forced(instruction_set):
-        found = answers(draw_native(chances))
-    assert found == answers(draw_reference(chances))
+        found = answers(sample_native(chances))
+    assert found == answers(sample_reference(chances))
     assert [token for token in found if isinstance(token, int)] == [5] * 69
     assert len({error for error in found if not isinstance(error, int)}) == 7

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fledge.core.errors import FledgeError, UsageError
 from fledge.engine import sampling
-from fledge.engine.sampling import Sampler, SamplingParams, distribution, draw_reference
+from fledge.engine.sampling import Sampler, SamplingParams, compute_distribution, sample_reference
 
 
 @pytest.fixture(params=["library", "numpy"])
@@ -53,7 +53,7 @@ def slow_distribution(
 
 
 def fast_distribution(logits: torch.Tensor, params: SamplingParams) -> dict[int, float]:
-    ids, weights = distribution(logits, params)
+    ids, weights = compute_distribution(logits, params)
     return dict(zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
@@ -135,7 +135,7 @@ def test_penalties_equal_the_slow_twin_over_a_sequence(presence: float, frequenc
     rows = torch.randn(60, 11, generator=torch.Generator().manual_seed(8))
     for row in rows:
         kept = row.clone()
-        token = sampler.next(row)
+        token = sampler.sample(row)
         assert torch.equal(row, kept), "the logits were written to"
         chances = slow_distribution(row.tolist(), params, counts)
         place, running = float(torch.rand((), generator=random, dtype=torch.float64)), 0.0
@@ -155,7 +155,7 @@ def test_draws_follow_the_distribution() -> None:
     sampler = Sampler(params)
     counts = [0] * 5
     for _ in range(6_000):
-        counts[sampler.next(logits)] += 1
+        counts[sampler.sample(logits)] += 1
     wanted = slow_distribution(logits.tolist(), params)
     for token, count in enumerate(counts):
         assert count / 6_000 == pytest.approx(wanted.get(token, 0.0), abs=0.02)
@@ -168,10 +168,10 @@ def test_a_seed_gives_the_same_draws_whatever_happens_around_it() -> None:
     def draws(sampler: Sampler, noise: Sampler | None = None) -> list[int]:
         found = []
         for row in logits:
-            found.append(sampler.next(row))
+            found.append(sampler.sample(row))
             if noise is not None:
                 torch.rand(3)
-                noise.next(row)
+                noise.sample(row)
         return found
 
     params = SamplingParams(seed=2**63 - 1)
@@ -185,7 +185,7 @@ def test_a_seed_gives_the_same_draws_whatever_happens_around_it() -> None:
 
 def test_a_draw_does_not_touch_the_global_random_state() -> None:
     before = torch.get_rng_state()
-    Sampler(SamplingParams()).next(torch.zeros(9))
+    Sampler(SamplingParams()).sample(torch.zeros(9))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -231,12 +231,12 @@ def test_overrides_are_checked_too() -> None:
 @pytest.mark.usefixtures("either_way")
 def test_impossible_logits_are_refused() -> None:
     with pytest.raises(FledgeError, match=r"nan: in float16 or bfloat16 .* in float32 its weights are damaged"):
-        Sampler(SamplingParams()).next(torch.tensor([0.0, math.nan]))
+        Sampler(SamplingParams()).sample(torch.tensor([0.0, math.nan]))
     with pytest.raises(UsageError, match="leaves no token"):
-        Sampler(SamplingParams(ban=(0, 1))).next(torch.zeros(2))
+        Sampler(SamplingParams(ban=(0, 1))).sample(torch.zeros(2))
     for ban in (9, 2**70):
         with pytest.raises(UsageError, match=f"ban holds {ban}; this model's ids end at 4"):
-            Sampler(SamplingParams(ban=(1, ban))).next(torch.zeros(5))
+            Sampler(SamplingParams(ban=(1, ban))).sample(torch.zeros(5))
 
 
 @pytest.mark.usefixtures("either_way")
@@ -251,7 +251,7 @@ def test_what_is_not_allowed_is_as_if_banned(count: int, temperature: float, top
         banned = Sampler(params.with_overrides({"ban": tuple(np.flatnonzero(~allowed).tolist())}))
         bound, kept = Sampler(params), allowed.copy()
         for _ in range(3):
-            assert bound.next(logits, allowed) == banned.next(logits)
+            assert bound.sample(logits, allowed) == banned.sample(logits)
         assert (allowed == kept).all()
 
 
@@ -260,15 +260,15 @@ def test_a_draw_among_few_takes_one_number_of_the_stream() -> None:
     logits, only = torch.randn(30), np.arange(30) == 17
     free, bound = Sampler(SamplingParams(seed=4)), Sampler(SamplingParams(seed=4))
     for place in range(20):
-        drawn = free.next(logits)
-        assert bound.next(logits, only if place % 2 else None) == (17 if place % 2 else drawn)
+        drawn = free.sample(logits)
+        assert bound.sample(logits, only if place % 2 else None) == (17 if place % 2 else drawn)
 
 
 def test_a_draw_among_few_does_not_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, exp = list[int](), sampling.np.exp
     monkeypatch.setattr(sampling.np, "exp", lambda values: sizes.append(len(values)) or exp(values))
     allowed = np.arange(20_000) % 400 == 7
-    draw_reference([Sampler(SamplingParams()).chance(logits_of_shape("random"), allowed)])
+    sample_reference([Sampler(SamplingParams()).prepare(logits_of_shape("random"), allowed)])
     assert sizes == [50]
 
 
@@ -276,11 +276,11 @@ def test_a_draw_among_few_does_not_look_at_the_others(monkeypatch: pytest.Monkey
 def test_a_grammar_that_leaves_nothing_is_refused() -> None:
     allowed = np.arange(5) == 3
     with pytest.raises(UsageError, match="the grammar allows 0"):
-        Sampler(SamplingParams()).next(torch.zeros(5), np.zeros(5, bool))
+        Sampler(SamplingParams()).sample(torch.zeros(5), np.zeros(5, bool))
     with pytest.raises(UsageError, match="the grammar allows 1, and none of them can be drawn"):
-        Sampler(SamplingParams(ban=(3,))).next(torch.zeros(5), allowed)
+        Sampler(SamplingParams(ban=(3,))).sample(torch.zeros(5), allowed)
     with pytest.raises(FledgeError, match="nan"):
-        Sampler(SamplingParams()).next(torch.full((5,), math.nan), allowed)
+        Sampler(SamplingParams()).sample(torch.full((5,), math.nan), allowed)
 
 
 @pytest.mark.peer

@@ -28,7 +28,7 @@ def packed_and_dense(format: str, rows: int, columns: int) -> tuple[PackedMatrix
     weight = torch.randn(rows, columns)
     if format in ("int8", "int4"):
         matrix, _ = quantize(weight, format)
-        return PackedMatrix.of(matrix), matrix.dequantise(torch.float64)
+        return PackedMatrix.of(matrix), matrix.dequantize(torch.float64)
     if format != "float32":
         weight = weight.half() if format == "float16 exact" else weight.bfloat16()
     return pack(weight, format), weight.double()

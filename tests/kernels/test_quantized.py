@@ -43,7 +43,7 @@ def test_groups_are_the_inverse_of_assemble(format: str, shape: tuple[int, int])
         assert torch.equal(found, expected)
     q, scale, least = (part.double() for part in parts)
     wide = [part.repeat_interleave(GROUP, dim=1)[:, : shape[1]] for part in (scale, least)]
-    assert torch.equal(matrix.dequantise(torch.float64), (q * wide[0] + wide[1]).float().double())
+    assert torch.equal(matrix.dequantize(torch.float64), (q * wide[0] + wide[1]).float().double())
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -85,7 +85,7 @@ def test_the_twin_of_the_products(format: str) -> None:
     x = torch.randn(2, 3, 33)
     found = quantized_linear(x, matrix)
     assert found.shape == (2, 3, 65) and found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), x.double() @ matrix.dequantise(torch.float64).T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.double(), x.double() @ matrix.dequantize(torch.float64).T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

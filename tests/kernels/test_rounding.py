@@ -50,7 +50,7 @@ WEIGHTS = {
 
 
 def squared_error(weight: Tensor, matrix: QuantizedMatrix, importance: Tensor | None = None) -> float:
-    off = (weight.double() - matrix.dequantise(torch.float64)).square()
+    off = (weight.double() - matrix.dequantize(torch.float64)).square()
     return float((off if importance is None else off * importance.double()).sum())
 
 
@@ -87,7 +87,7 @@ def test_int8_is_off_by_half_a_step_at_most(name: str) -> None:
     matrix, error = quantize(weight, "int8")
     _, scale, _ = matrix.groups()
     step = scale.repeat_interleave(GROUP, dim=1)[:, : weight.shape[1]]
-    off = (weight - matrix.dequantise()).abs()
+    off = (weight - matrix.dequantize()).abs()
     # The scale is rounded to float16, by 1/2048 or 3e-8, so the largest number may lie a little beyond 127 steps.
     assert bool((off <= 0.5 * step + 127 * (step / 2048 + 3e-8) + 1e-9).all())
     assert error == pytest.approx(squared_error(weight, matrix), rel=1e-3, abs=1e-12)
@@ -105,7 +105,7 @@ def test_int4_is_no_worse_than_plain_rounding_and_better_with_outliers() -> None
 
 def test_constant_groups_are_exact_in_int4() -> None:
     matrix, error = quantize(torch.full((3, 64), 0.375), "int4")
-    assert error == 0 and torch.equal(matrix.dequantise(), torch.full((3, 64), 0.375))
+    assert error == 0 and torch.equal(matrix.dequantize(), torch.full((3, 64), 0.375))
 
 
 @pytest.mark.parametrize("run", [quantize_reference, quantize], ids=["torch", "chosen"])
@@ -124,4 +124,4 @@ def test_columns_that_no_input_reaches_cost_nothing() -> None:
     importance[0] = 1
     for format in FORMATS:
         matrix, error = quantize(weight, format, importance)
-        assert error < 0.02 and bool(torch.isfinite(matrix.dequantise()).all())
+        assert error < 0.02 and bool(torch.isfinite(matrix.dequantize()).all())

@@ -117,8 +117,8 @@ def test_float16_weights_stay_so_and_are_multiplied_in_float32(version: str) -> 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str) -> None:
     config, tensors = weights_of(version, 2, 72, 24)
-    rest, quantised = quantize_tensors(tensors, scheme)
-    given = ModelWeights(rest, quantised)
+    rest, quantized = quantize_tensors(tensors, scheme)
+    given = ModelWeights(rest, quantized)
     idx = tokens(2, 30)
     with torch.no_grad():
         expected, _ = assemble(config, given)(idx)
@@ -133,8 +133,8 @@ def test_quantised_matrices_equal_their_expanded_twin(version: str, scheme: str)
 @pytest.mark.parametrize("version", ["4", "5.2", "6.0"])
 def test_the_same_bits_in_any_batch_and_any_cut(instruction_set: str, version: str, scheme: str | None) -> None:
     config, tensors = weights_of(version, 2, 72, 24, dtype=torch.bfloat16)
-    rest, quantised = quantize_tensors(tensors, scheme) if scheme else (tensors, {})
-    model, idx = NativeModel(config, rest, quantised), tokens(4, 40)
+    rest, quantized = quantize_tensors(tensors, scheme) if scheme else (tensors, {})
+    model, idx = NativeModel(config, rest, quantized), tokens(4, 40)
     with forced(instruction_set):
         logits, state = model(idx)
         for cut in (0, 1, 13, 39, 40):
@@ -297,6 +297,6 @@ def test_weights_that_do_not_fit_the_config_are_refused() -> None:
         assemble(config, wrong, pack=True)
     with pytest.raises(CheckpointError, match=r"emb\.weight is missing or has another size"):
         NativeModel(config, {**tensors, "emb.weight": wrong["emb.weight"]})
-    rest, quantised = quantize_tensors(tensors, "int8")
-    with pytest.raises(UsageError, match="is quantised already"):
-        assemble(config, ModelWeights(rest, quantised), pack=True, quant="int4")
+    rest, quantized = quantize_tensors(tensors, "int8")
+    with pytest.raises(UsageError, match="is quantized already"):
+        assemble(config, ModelWeights(rest, quantized), pack=True, quant="int4")

@@ -120,8 +120,8 @@ def test_files_that_llama_cpp_quantised(tmp_path: Path) -> None:
         difference = our_logits(tmp_path / f"{kind}.gguf") - theirs
         assert difference.square().mean().sqrt() < 0.08 and difference.abs().max() < 0.5
         found[kind] = read(tmp_path / f"{kind}.gguf", weights=False)
-    assert len(found["Q8_0"].quantised) == 17 and len(found["Q4_0"].quantised) == 16  # whose head is Q6_K
-    assert "Q4_K" in found["Q4_K_M"].extra["gguf_types"] and not found["Q4_K_M"].quantised
+    assert len(found["Q8_0"].quantized) == 17 and len(found["Q4_0"].quantized) == 16  # whose head is Q6_K
+    assert "Q4_K" in found["Q4_K_M"].extra["gguf_types"] and not found["Q4_K_M"].quantized
 
 
 @pytest.mark.parametrize("pruned", [False, True])

@@ -61,13 +61,13 @@ def test_long_texts_are_encoded_beside_the_event_loop(tmp_path: Path, path: str,
 
 
 def test_a_regex_is_compiled_once_a_request_and_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    places, compile = list[bool](), completions.regex
+    places, compile = list[bool](), completions.compile_regex
 
     def noted(*arguments: Any) -> Any:
         places.append(in_event_loop())
         return compile(*arguments)
 
-    monkeypatch.setattr(completions, "regex", noted)
+    monkeypatch.setattr(completions, "compile_regex", noted)
     with serving(random_model()) as server:
         body = {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 9, "fledge": {"regex": "[abc]{2}"}}
         texts = [choice["text"] for choice in server.post(TEXT, body).json()["choices"]]
@@ -106,13 +106,13 @@ def test_figures_are_collected_beside_the_event_loop() -> None:
 
 def test_looking_at_a_conversation_lets_others_go_on() -> None:
     with serving(random_model()) as server:
-        stream, tally = server.stream(TEXT, ENDLESS), server.service.desk.engine.tally
+        stream, tally = server.stream(TEXT, ENDLESS), server.service.desk.engine.stats
         next(stream)
         drawn = list[int]()  # tokens written when a piece of the conversation was read
 
         def noted(model: Any, given: tuple[Any, ...]) -> None:
             if given[0].shape[1] > 1:
-                drawn.append(tally.drawn)
+                drawn.append(tally.sampled_tokens)
 
         server.service.llm.model.register_forward_pre_hook(noted)
         answer = server.post("/v1/fledge/view", {"messages": [{"role": "user", "content": "x" * 2000}]})
@@ -130,7 +130,7 @@ def test_nothing_is_read_on_for_a_client_that_has_gone(tmp_path: Path, path: str
             assert model.waiting.wait(timeout=30)
         eventually(lambda: server.service.keys.tenant(None).running == 0)
         model.gate.set()
-        eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+        eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
         assert server.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
         assert sum(model.calls) < 3000
         assert server.http.get("/v1/fledge/states").json()["data"] == []
@@ -152,7 +152,7 @@ def test_one_limit_of_reading_holds_everywhere(tmp_path: Path, path: str, body: 
         answer = server.post(path, body)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
-        assert server.service.desk.engine.tally.requests == 0
+        assert server.service.desk.engine.stats.requests == 0
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_text_with_an_id_that_no_token_has(server: Server) -> None:
     for path, name in (("/v1/embeddings", "input"), (TEXT, "prompt")):
         answer = server.post(path, {name: [[5, 6], [7, 10_000]]})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == name
-    assert server.service.desk.engine.tally.requests == 0
+    assert server.service.desk.engine.stats.requests == 0
 
 
 def test_text_is_told_though_the_model_takes_long_over_the_next_token() -> None:

@@ -300,7 +300,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
     next(stream)
     next(stream)
     stream.close()
-    eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+    eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
     data = json.dumps(ENDLESS).encode()
     host, _, port = server.url.removeprefix("http://").partition(":")
     for when in ("reading", "writing"):
@@ -308,8 +308,8 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
             head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
             connection.sendall(f"{head}{len(data)}\r\n\r\n".encode() + (data if when == "writing" else data[:20]))
             if when == "writing":
-                eventually(lambda: server.service.desk.jobs == 1)
-        eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+                eventually(lambda: server.service.desk.num_requests == 1)
+        eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
     assert server.service._boxes == {}
 
 
@@ -321,7 +321,7 @@ def test_more_than_the_queue_holds_is_turned_away(server: Server) -> None:
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
     for stream in streams:
         stream.close()
-    eventually(lambda: server.service.desk.jobs == 0)
+    eventually(lambda: server.service.desk.num_requests == 0)
     assert server.post(CHAT, {"messages": HI, "max_tokens": 2}).status_code == 200
 
 
@@ -360,7 +360,7 @@ def test_a_drawn_token_is_among_the_most_probable_ones_and_scoring_is_counted() 
         scores = found["choices"][0]["logprobs"]
         rows = list(zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True))
         assert all(top[token] == value and len(top) <= 2 for token, value, top in rows[1:])
-        assert server.service.desk.engine.tally.read >= found["usage"]["prompt_tokens"] > 2
+        assert server.service.desk.engine.stats.prefill_tokens >= found["usage"]["prompt_tokens"] > 2
 
 
 CALL = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
@@ -505,7 +505,7 @@ def test_stopping_finishes_what_is_under_way() -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        eventually(lambda: server.service.desk.engine.tally.requests >= 1)
+        eventually(lambda: server.service.desk.engine.stats.requests >= 1)
         thread.join(timeout=20)
     assert found[-1]["choices"][0]["finish_reason"] == "stop"
 
@@ -541,8 +541,8 @@ def test_who_still_waits_when_the_server_has_stopped_is_told_so(stream: bool) ->
         found = list[Any]()
         ask = threading.Thread(target=lambda: found.append(server.post(TEXT, {**ENDLESS, "stream": stream})))
         ask.start()
-        eventually(lambda: server.service.desk.jobs == 1 and server.service.desk.engine.running == 1)
-        server.service.desk.wind_up()
+        eventually(lambda: server.service.desk.num_requests == 1 and server.service.desk.engine.num_running == 1)
+        server.service.desk.begin_shutdown()
         ask.join(timeout=60)
     assert found[0].status_code == (200 if stream else 503)
     told = found[0].text.strip().splitlines()[-1].removeprefix("data: ")

@@ -33,23 +33,23 @@ def test_a_conversation_under_an_impossible_name(
     answer = server.post(path, {**body, "stream": stream, "fledge": {"session": name}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "fledge.session")
     server.post(path, {**body, "fledge": {"session": "talk"}})
-    read = server.service.desk.engine.tally.requests
+    read = server.service.desk.engine.stats.requests
     answer = server.post(path, {**body, "fledge": {"session": "talk", "branch": name}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "fledge.branch")
-    assert server.service.desk.engine.tally.requests == read
+    assert server.service.desk.engine.stats.requests == read
 
 
 def test_a_state_under_an_impossible_name_is_not_read(server: Server) -> None:
     answer = server.post(READ, {"text": "A long book.", "name": "a\nb"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
-    assert server.service.desk.engine.tally.requests == 0
+    assert server.service.desk.engine.stats.requests == 0
 
 
 def test_nothing_is_read_where_nothing_is_kept() -> None:
     with serving(random_model()) as server:
         answer = server.post(READ, {"text": "A long book."})
         assert answer.status_code == 400 and "--folder" in answer.json()["error"]["message"]
-        assert server.service.desk.engine.tally.requests == 0
+        assert server.service.desk.engine.stats.requests == 0
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import torch
 from running import IDENTITY, fake, random_model
 
 from fledge.core.errors import FledgeError
-from fledge.engine.generation import fresh_state
+from fledge.engine.generation import make_initial_state
 from fledge.engine.llm.llm import LLM
 from fledge.engine.prefix_cache.disk_store import Snapshot
-from fledge.engine.prefix_cache.radix_tree import packed
+from fledge.engine.prefix_cache.radix_tree import pack_ids
 from fledge.engine.states.state_file import parse
 from fledge.engine.states.store import StateStore
 from fledge.models.state import State
@@ -40,8 +40,8 @@ def serviced(llm: LLM, **settings: Any) -> Iterator[Service]:
 
 def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = random_model()
-    with serviced(replace(llm, start=fresh_state(llm.model)), folder=tmp_path) as made:
-        tenant, state = made.keys.tenant(None), fresh_state(llm.model)
+    with serviced(replace(llm, start=make_initial_state(llm.model)), folder=tmp_path) as made:
+        tenant, state = made.keys.tenant(None), make_initial_state(llm.model)
         handle = asyncio.run(made.kept(tenant, state, made.card(3, None)))
         inline = made.packed(state, made.card(3, None))
         monkeypatch.setattr(LLM, "device", torch.device("meta"))
@@ -51,15 +51,15 @@ def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> None:
     """A tuned initial state, which is no part of the weights' identity."""
-    llm, path = random_model(), packed(range(40))
-    plain = fresh_state(llm.model)
+    llm, path = random_model(), pack_ids(range(40))
+    plain = make_initial_state(llm.model)
     tuned = type(plain)(**{name: tensor + 1 for name, tensor in plain.tensors().items()})
     with serviced(replace(llm, start=tuned), folder=tmp_path) as made:
         assert made.disk is not None
         made.disk.put("\0", path, Snapshot(tuned, None))
     for start, known in ((None, False), (plain, False), (tuned, True)):
         with serviced(replace(llm, start=start), folder=tmp_path) as made:
-            assert made.disk is not None and (made.disk.longest("\0", path + path, 1) is not None) == known
+            assert made.disk is not None and (made.disk.find_longest("\0", path + path, 1) is not None) == known
 
 
 def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Path) -> None:

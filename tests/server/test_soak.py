@@ -80,14 +80,14 @@ def test_ten_minutes_leak_nothing(tmp_path: Path) -> None:
             for user in users:
                 user.join()
             patience = time.monotonic() + 20
-            while server.service.desk.jobs or server.service.desk.engine.busy:
+            while server.service.desk.num_requests or server.service.desk.engine.busy:
                 assert time.monotonic() < patience, "slots were not freed"
                 time.sleep(0.05)
             assert server.service._boxes == {} and server.service._sessions == {}
             assert server.service.keys.tenant(None).running == 0
             memory.append(resident())
         assert memory[-1] < 1.05 * memory[1] + 5, f"memory grew: {[round(each) for each in memory]} MB"
-        tally = server.service.desk.engine.tally
+        tally = server.service.desk.engine.stats
         assert tally.requests > 100 and server.service.cache is not None
         assert server.service.cache.stats.bytes <= 1 << 22
-        print(f"{tally.requests} requests, {tally.drawn} tokens, memory {[round(each) for each in memory]} MB")
+        print(f"{tally.requests} requests, {tally.sampled_tokens} tokens, memory {[round(each) for each in memory]} MB")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fledge.engine.prefix_cache.cache import PrefixCache
 from fledge.engine.prefix_cache.disk_store import Snapshot
-from fledge.engine.prefix_cache.radix_tree import NODE, TOKEN, RadixNode
+from fledge.engine.prefix_cache.radix_tree import NODE_BYTES, TOKEN_BYTES, RadixNode
 from fledge.models.state import State, WkvState
 
 
@@ -53,10 +53,12 @@ def check(cache: PrefixCache) -> None:
         todo: list[RadixNode[Snapshot]] = [tree.root]
         while todo:
             node = todo.pop()
-            counted += NODE + len(node.edge)
+            counted += NODE_BYTES + len(node.edge)
             for head, child in node.children.items():
-                assert child.parent is node and child.edge[:TOKEN] == head
-                assert child.length == node.length + len(child.edge) // TOKEN and len(child.edge) % TOKEN == 0
+                assert child.parent is node and child.edge[:TOKEN_BYTES] == head
+                assert (
+                    child.length == node.length + len(child.edge) // TOKEN_BYTES and len(child.edge) % TOKEN_BYTES == 0
+                )
             todo += node.children.values()
             if node.value is not None:
                 snapshots += 1
@@ -64,9 +66,9 @@ def check(cache: PrefixCache) -> None:
             if node.value is not None or not node.children:
                 leavable.add(node)
             assert node is tree.root or node.value is not None or len(node.children) != 1
-        assert counted == tree.size
+        assert counted == tree.nbytes
         size += counted
     assert {*cache._recent, *cache._passed} == leavable
     assert len(cache._recent) + len(cache._passed) == len(leavable)
     assert (cache.stats.bytes, cache.stats.snapshots) == (size, snapshots)
-    assert size <= cache._memory
+    assert size <= cache._memory_bytes

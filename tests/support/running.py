@@ -100,4 +100,4 @@ def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **se
     finally:
         server.should_exit = True
         thread.join(timeout=30)
-    assert not thread.is_alive() and not service.desk.alive
+    assert not thread.is_alive() and not service.desk.is_alive

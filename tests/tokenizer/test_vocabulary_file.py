@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fledge.core.errors import TokenizerError
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 from fledge.tokenizer import vocabulary_file
 
 REPO = Path(__file__).resolve().parents[2]
@@ -52,11 +52,11 @@ def test_compress_gives_the_same_bytes_each_time() -> None:
 
 
 def test_the_packaged_file_is_small() -> None:
-    assert asset(vocabulary_file.FILE_NAME).stat().st_size < 120_000
+    assert get_asset_path(vocabulary_file.FILE_NAME).stat().st_size < 120_000
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    good = asset(vocabulary_file.FILE_NAME).read_bytes()
+    good = get_asset_path(vocabulary_file.FILE_NAME).read_bytes()
     for name, content in {
         "empty": b"",
         "cut": good[:50_000],

@@ -21,16 +21,16 @@ from typing import Any
 
 from torch import Tensor
 
-from fledge.checkpoint.adapters.names import FACTOR, is_adapter, kind_of, plain_names
+from fledge.checkpoint.adapters.names import FACTOR, detect_kind, is_adapter, strip_prefixes
 from fledge.checkpoint.adapters.tuned_state import STATE, merge_tuned_state
-from fledge.checkpoint.formats.container import container_of
+from fledge.checkpoint.formats.container import detect_container
 from fledge.checkpoint.formats.pth import read_pth, write_pth
 from fledge.checkpoint.formats.safetensors import read_safetensors, write_safetensors
 from fledge.checkpoint.hub import locate
-from fledge.checkpoint.identity import dense_identity, identity_of, short
+from fledge.checkpoint.identity import compute_dense_identity, compute_identity, shorten_identity
 from fledge.checkpoint.record import Checkpoint
-from fledge.checkpoint.shapes import expected_shapes
-from fledge.checkpoint.writer import check_absent
+from fledge.checkpoint.shapes import get_expected_shapes
+from fledge.checkpoint.writer import check_overwrite
 from fledge.core.config import from_dict
 from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
 from fledge.models.adapters import TARGETS, LoraFactors
@@ -77,7 +77,7 @@ class Adapter:
         return sorted(found, key=lambda name: (int(name.split(".")[1]), name))
 
     @property
-    def parts(self) -> dict[str, Tensor]:
+    def full_parameters(self) -> dict[str, Tensor]:
         """Parameters that were trained whole, by name; without the tuned state."""
         return {n: t for n, t in self.tensors.items() if not (FACTOR.fullmatch(n) or STATE.fullmatch(n))}
 
@@ -108,7 +108,7 @@ class Adapter:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def for_any_base(self) -> Adapter:
+    def allow_any_base(self) -> Adapter:
         """The same, to be used on whatever base its shapes fit."""
         return replace(self, any_base=True)
 
@@ -123,7 +123,7 @@ def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
     found = locate(path)
     if found.is_dir():
         raise CheckpointError(f"{found} is a folder; give the adapter's file")
-    if container_of(found) == "gguf":
+    if detect_container(found) == "gguf":
         raise CheckpointError(f"{found} is a .gguf; adapters are read from .safetensors and .pth files")
     adapter = _adapter(found, *_contents(found))
     return (
@@ -134,7 +134,7 @@ def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
 def read_adapters(files: Sequence[str], *, alpha: float | None = None, any_base: bool = False) -> list[Adapter]:
     """Several, as `read_adapter` reads each. any_base: they may then be used on models they were not trained on."""
     found = [read_adapter(file, alpha=alpha) for file in files]
-    return [adapter.for_any_base() for adapter in found] if any_base else found
+    return [adapter.allow_any_base() for adapter in found] if any_base else found
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:
@@ -143,7 +143,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:
     None for a file that holds something else, a whole model say. Raises CheckpointError for a damaged adapter.
     """
     found = locate(path)
-    if found.is_dir() or container_of(found) == "gguf":
+    if found.is_dir() or detect_container(found) == "gguf":
         return None
     tensors, texts = _contents(found, weights=False)
     return _adapter(found, tensors, texts) if KEY in texts or is_adapter(tensors) else None
@@ -151,7 +151,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:
 
 def _contents(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors under the file's own names, and the texts of its header."""
-    if container_of(path) == "safetensors":
+    if detect_container(path) == "safetensors":
         return read_safetensors(path, weights=weights)
     return read_pth(path, weights=weights), {}
 
@@ -159,8 +159,8 @@ def _contents(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], d
 def _adapter(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> Adapter:
     """The adapter of a file's contents, with the alpha that is recorded if any."""
     record = _decode(texts[KEY], str(path)) if KEY in texts else {}
-    tensors = plain_names(tensors, str(path))
-    kind = kind_of(tensors, str(path))
+    tensors = strip_prefixes(tensors, str(path))
+    kind = detect_kind(tensors, str(path))
     if record and record["kind"] != kind:
         raise CheckpointError(f"{path}: its header says {record['kind']}, its tensors are a {kind}; it is damaged")
     alpha = record.get("alpha") if kind == "lora" else None
@@ -190,17 +190,17 @@ def convert_adapter(
     Raises CheckpointError where the target exists (unless `force`) or the adapter is recorded for another base.
     """
     target = Path(target)
-    check_absent(target, force)
+    check_overwrite(target, force)
     if base is not None:
         check_base((adapter,), base)
-        adapter = replace(adapter, base=base_of(base))
+        adapter = replace(adapter, base=describe_base(base))
     return save_adapter(target, adapter)
 
 
-def base_of(checkpoint: Checkpoint, name: str | None = None) -> AdapterBase:
+def describe_base(checkpoint: Checkpoint, name: str | None = None) -> AdapterBase:
     """The record of a base. Reads all its weights."""
     config = replace(checkpoint.config, tuned_state=False)
-    return AdapterBase(identity_of(checkpoint), name or checkpoint.path.stem, config)
+    return AdapterBase(compute_identity(checkpoint), name or checkpoint.path.stem, config)
 
 
 def check_base(adapters: tuple[Adapter, ...], checkpoint: Checkpoint) -> None:
@@ -210,18 +210,19 @@ def check_base(adapters: tuple[Adapter, ...], checkpoint: Checkpoint) -> None:
     known = {adapter.base.identity for adapter in adapters if adapter.base and not adapter.any_base}
     if not known:
         return
-    identity = dense_identity(checkpoint)
+    identity = compute_dense_identity(checkpoint)
     for adapter in adapters:
         theirs = adapter.base
         if theirs and not adapter.any_base and theirs.identity != identity:
             raise CheckpointError(
-                f"{adapter.path} was trained on another model: {theirs.name} ({short(theirs.identity)}...), and "
-                f"{checkpoint.path} is {short(identity)}...; give its own base, or --any-base to use it all the same"
+                f"{adapter.path} was trained on another model: {theirs.name} ({shorten_identity(theirs.identity)}...), "
+                f"and {checkpoint.path} is {shorten_identity(identity)}...; give its own base, or "
+                "--any-base to use it all the same"
             )
 
 
 def _check_shapes(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    shapes = expected_shapes(replace(checkpoint.config, tuned_state=False))
+    shapes = get_expected_shapes(replace(checkpoint.config, tuned_state=False))
     where = f"{adapter.path} does not fit {checkpoint.path}"
     for name, factors in adapter.factors.items():
         shape = shapes.get(f"{name}.weight")
@@ -230,7 +231,7 @@ def _check_shapes(adapter: Adapter, checkpoint: Checkpoint) -> None:
         have = (factors.up.shape[0], factors.down.shape[1])
         if have != shape:
             raise CheckpointError(f"{where}: it is for {name} of {have}, here that is {shape}")
-    for name, tensor in adapter.parts.items():
+    for name, tensor in adapter.full_parameters.items():
         if shapes.get(name) != tuple(tensor.shape):
             raise CheckpointError(f"{where}: its {name} is {tuple(tensor.shape)}, here that is {shapes.get(name)}")
     if adapter.state:
@@ -259,7 +260,7 @@ def _encode(adapter: Adapter) -> str:
         "alpha": adapter.alpha,
         "rank": adapter.rank,
         "targets": list(adapter.targets),
-        "parts": sorted(adapter.parts),
+        "parts": sorted(adapter.full_parameters),
         "base": base and {"identity": base.identity, "name": base.name, "config": asdict(base.config)},
         "training": dict(adapter.training),
     }

@@ -1,6 +1,6 @@
 """Adapters merged into a checkpoint: in memory, and as a file that is only kept once it predicts what it should.
 
-W + (alpha / r) B A is added up in float32 and rounded once, to the dtype W has unless another is asked for; a quantised
+W + (alpha / r) B A is added up in float32 and rounded once, to the dtype W has unless another is asked for; a quantized
 matrix is expanded first and stays dense, so that nothing is rounded twice. Parts that were trained whole
 take the place of the base's, and a tuned state becomes the one that the model starts from.
 Not here: reading adapters (adapters.py), applying them without merging (fledge.models.adapters).
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fledge.checkpoint.adapters.files import Adapter, check_base
 from fledge.checkpoint.adapters.tuned_state import merge_tuned_state
-from fledge.checkpoint.formats.container import container_of
-from fledge.checkpoint.formats.pth import check_sums
+from fledge.checkpoint.formats.container import detect_container
+from fledge.checkpoint.formats.pth import verify_checksums
 from fledge.checkpoint.model_loader import assemble
 from fledge.checkpoint.reader import read
 from fledge.checkpoint.record import Checkpoint
-from fledge.checkpoint.writer import check_absent, check_space, save
+from fledge.checkpoint.writer import check_disk_space, check_overwrite, save
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.models import BaseModel
 from fledge.models.adapters import LoraFactors, adapted, merged_weight, stacked, start_state
@@ -54,54 +54,54 @@ class CombinedAdapter:
     """What one or several adapters do together."""
 
     factors: Mapping[str, LoraFactors] = field(default_factory=dict)  # blocks.<i>.att.key -> what is added to it
-    parts: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that are replaced
+    full_parameters: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that are replaced
     state: Mapping[str, Tensor] = field(default_factory=dict)  # blocks.<i>.att.time_state, (H, V, K)
     template: str | None = None  # of chats
 
 
-def combined(adapters: Sequence[Adapter]) -> CombinedAdapter:
+def combine_adapters(adapters: Sequence[Adapter]) -> CombinedAdapter:
     """Several adapters as one: factors add up, and chats are written as the last that tells was trained.
 
     Raises UsageError where two adapters bring the same part, or a tuned state each.
     """
-    parts: dict[str, Tensor] = {}
+    full_parameters: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
     owner: dict[str, Path] = {}
     template: str | None = None
     for adapter in adapters:
-        for name in (*adapter.parts, *adapter.state):
+        for name in (*adapter.full_parameters, *adapter.state):
             if name in owner:
                 what = "a tuned state" if name in state else name
                 raise UsageError(f"{owner[name]} and {adapter.path} both bring {what}; use one of them at a time")
             owner[name] = adapter.path
-        parts, state = {**parts, **adapter.parts}, {**state, **adapter.state}
+        full_parameters, state = {**full_parameters, **adapter.full_parameters}, {**state, **adapter.state}
         template = adapter.template or template
-    return CombinedAdapter(stacked([adapter.factors for adapter in adapters]), parts, state, template)
+    return CombinedAdapter(stacked([adapter.factors for adapter in adapters]), full_parameters, state, template)
 
 
-def merged(checkpoint: Checkpoint, changes: CombinedAdapter, dtype: torch.dtype | None = None) -> Checkpoint:
+def merge_adapters(checkpoint: Checkpoint, changes: CombinedAdapter, dtype: torch.dtype | None = None) -> Checkpoint:
     """The checkpoint with the changes in its weights; what was given stays as it is. `check_base` first.
 
-    dtype: of the matrices that are changed; None: what they have, or the embedding's where they were quantised.
+    dtype: of the matrices that are changed; None: what they have, or the embedding's where they were quantized.
     """
-    tensors, quantised = dict(checkpoint.tensors), dict(checkpoint.quantised)
-    for name, tensor in changes.parts.items():
-        kept = tensors["emb.weight" if quantised.pop(name, None) else name].dtype
+    tensors, quantized = dict(checkpoint.tensors), dict(checkpoint.quantized)
+    for name, tensor in changes.full_parameters.items():
+        kept = tensors["emb.weight" if quantized.pop(name, None) else name].dtype
         tensors[name] = tensor.to(kept, copy=True)  # whoever packs these may give up their memory
     for name, one in changes.factors.items():
         weight = f"{name}.weight"
-        if weight in quantised:
-            dense = quantised.pop(weight).dequantise(torch.float32)
+        if weight in quantized:
+            dense = quantized.pop(weight).dequantize(torch.float32)
             tensors[weight] = merged_weight(dense, one, dtype or tensors["emb.weight"].dtype)
         else:
             tensors[weight] = merged_weight(tensors[weight], one, dtype)
     config = checkpoint.config
     if changes.state:
         config, tensors = merge_tuned_state(config, tensors, changes.state)
-    return replace(checkpoint, config=config, tensors=tensors, quantised=quantised)
+    return replace(checkpoint, config=config, tensors=tensors, quantized=quantized)
 
 
-def merge_file(
+def merge_to_file(
     source: str | os.PathLike[str],
     adapters: Sequence[Adapter],
     target: str | os.PathLike[str],
@@ -111,22 +111,22 @@ def merge_file(
     """Write the checkpoint `source` with `adapters` in its weights as `target` (.safetensors or .pth).
 
     The file is read back, and kept only if its logits are those of base and adapters apart. Raises CheckpointError
-    where they are not, where the target exists (unless `force`), where the source is quantised or another base.
+    where they are not, where the target exists (unless `force`), where the source is quantized or another base.
     """
     target, adapters = Path(target), tuple(adapters)
     if target.suffix not in SUFFIXES:
         raise UsageError(f"{target}: a merged model is written as {' or '.join(SUFFIXES)}; convert it afterwards")
-    check_absent(target, force)
+    check_overwrite(target, force)
     found = read(source)
-    if found.quantised:
-        raise CheckpointError(f"{source} is quantised; merge into the dense model, and quantise the result")
+    if found.quantized:
+        raise CheckpointError(f"{source} is quantized; merge into the dense model, and quantize the result")
     for file in found.files:
-        if container_of(file) == "pth":
-            check_sums(file)
+        if detect_container(file) == "pth":
+            verify_checksums(file)
     check_base(adapters, found)
-    changes = combined(adapters)
-    done = merged(found, changes)
-    check_space(target.parent, done.tensors)
+    changes = combine_adapters(adapters)
+    done = merge_adapters(found, changes)
+    check_disk_space(target.parent, done.tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
@@ -167,7 +167,7 @@ def _compare(base: Checkpoint, changes: CombinedAdapter, written: Path) -> tuple
     plain = assemble(base.config, base.tensors, dtype=torch.float32)
     assert isinstance(plain, BaseModel)
     begin = start_state(base.config, changes.state) if changes.state else None
-    wanted = adapted(plain, changes.factors, changes.parts)(idx, begin)[0]
+    wanted = adapted(plain, changes.factors, changes.full_parameters)(idx, begin)[0]
     before = plain(idx)[0]
     del plain  # two models in memory at a time are enough
     again = read(written)

@@ -31,7 +31,7 @@ def is_adapter(names: Iterable[str]) -> bool:
     return telling and "emb.weight" not in plain
 
 
-def plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def strip_prefixes(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """The tensors under official names. Raises CheckpointError where two have the same, or one is no float."""
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -50,7 +50,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def kind_of(tensors: Mapping[str, Tensor], source: str) -> str:
+def detect_kind(tensors: Mapping[str, Tensor], source: str) -> str:
     """ "lora" or "state"; raises for everything else, and for a factor without its partner."""
     if "emb.weight" in tensors and "head.weight" in tensors:
         raise CheckpointError(f"{source} is a whole model, not an adapter; it goes where a model is asked for")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fledge.checkpoint.hub import locate
-from fledge.checkpoint.reader import official_names, read_raw
+from fledge.checkpoint.reader import read_raw, rename_to_official
 from fledge.core.errors import CheckpointError
 from fledge.models.config import ModelConfig
 
@@ -27,7 +27,7 @@ def load_tuned_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     `path` is of any kind that `load` takes. Raises CheckpointError where it holds no tuned state.
     """
     raw = read_raw(locate(path))
-    _, tensors = official_names(raw.tensors, str(raw.path))
+    _, tensors = rename_to_official(raw.tensors, str(raw.path))
     states = {name: tensor for name, tensor in tensors.items() if STATE.fullmatch(name)}
     if not states:
         raise CheckpointError(

@@ -23,7 +23,7 @@ MISTAKES = (
 UNSUPPORTED = ((b"fmgg", "an rwkv.cpp file, which is not supported"),)
 
 
-def container_of(path: Path) -> str:
+def detect_container(path: Path) -> str:
     """ "pth", "safetensors" or "gguf". Raises CheckpointError for anything else, saying what it is where known."""
     start = _start(path)
     if start.startswith(b"PK\x03\x04"):

@@ -54,7 +54,7 @@ def write_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
         torch.save({name: _own_storage(tensor) for name, tensor in tensors.items()}, file)
 
 
-def check_sums(path: Path) -> None:
+def verify_checksums(path: Path) -> None:
     """Compare every record with the CRC-32 the archive keeps of it, which reading by map does not. Reads all bytes.
 
     torch can be told to write no sums (they are 0 then); such records pass.

@@ -30,7 +30,7 @@ LARGEST_STRIDE = 1 << 56  # numbers; torch counts bytes in 64 bits
 ALIGNMENT = 64  # bytes; the start of the data, so that mapped matrices suit vector loads
 METADATA = "__metadata__"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-STORED = {**DTYPES, "U8": torch.uint8}  # bytes are quantised matrices; the header's record says which
+STORED = {**DTYPES, "U8": torch.uint8}  # bytes are quantized matrices; the header's record says which
 CODES = {dtype: code for code, dtype in STORED.items()}
 
 
@@ -55,7 +55,7 @@ def read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Ten
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write name -> tensor, whole or not at all, one tensor in memory at a time.
 
-    The same tensors and metadata give the same bytes. Quantised matrices come first, whose sizes are multiples of whole
+    The same tensors and metadata give the same bytes. Quantized matrices come first, whose sizes are multiples of whole
     cache lines, then wide dtypes before narrow ones: this keeps every tensor aligned.
     """
     ordered = sorted(tensors, key=lambda name: (tensors[name].dtype != torch.uint8, -tensors[name].element_size()))
@@ -119,7 +119,7 @@ def _tensor(name: str, entry: Any, path: Path) -> Tensor:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in STORED:
         raise UnsupportedError(
-            f"{where} has dtype {code!r:.20}; Fledge reads {', '.join(DTYPES)}: give the file from before quantisation"
+            f"{where} has dtype {code!r:.20}; Fledge reads {', '.join(DTYPES)}: give the file from before quantization"
         )
     if not (_counts(shape) and _counts(offsets)) or len(shape) > LARGEST_RANK or len(offsets) != 2:
         raise CheckpointError(f"{where} has an impossible shape or place; the file is damaged")

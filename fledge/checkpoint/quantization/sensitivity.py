@@ -22,7 +22,7 @@ from torch import Tensor
 from fledge.kernels import QuantizedMatrix
 
 ROWS = 4096  # compared at once
-STEPS = 1000  # in which `choose` counts what there is to spend
+STEPS = 1000  # in which `choose_within_budget` counts what there is to spend
 
 
 class MatrixImportance(NamedTuple):
@@ -47,14 +47,14 @@ USUAL = {
 (geometric) of tiny-finch and of a trained RWKV-5.2 of 730 thousand parameters, which differ by factors of up to 3."""
 
 
-def usual_cost(name: str, weights: int, relative_error: float) -> float:
+def estimate_cost(name: str, weights: int, relative_error: float) -> float:
     """What the predictions lose, as a rule, where so many weights have this error; in units of no meaning."""
     return USUAL["head.weight" if name == "head.weight" else name.split(".", 2)[2]] * weights * relative_error**2
 
 
-def measured_cost(weight: Tensor, matrix: QuantizedMatrix, importance: MatrixImportance) -> float:
+def compute_cost(weight: Tensor, matrix: QuantizedMatrix, importance: MatrixImportance) -> float:
     """What the predictions lose where `matrix` stands for `weight`, in nats a token: the formula above."""
-    rounded, total = matrix.dequantise(), 0.0
+    rounded, total = matrix.dequantize(), 0.0
     inputs, outputs = importance.inputs.float(), importance.outputs.float()
     for start in range(0, weight.shape[0], ROWS):
         off = rounded[start : start + ROWS] - weight[start : start + ROWS].float()
@@ -62,7 +62,7 @@ def measured_cost(weight: Tensor, matrix: QuantizedMatrix, importance: MatrixImp
     return total / 2
 
 
-def choose(gains: Mapping[str, float], prices: Mapping[str, int], budget: int) -> set[str]:
+def choose_within_budget(gains: Mapping[str, float], prices: Mapping[str, int], budget: int) -> set[str]:
     """The names with the largest sum of gains whose prices do not exceed `budget` together (a knapsack, solved exactly
     up to rounding prices up by a thousandth of the budget)."""
     unit = max(budget, 0) / STEPS

@@ -12,7 +12,7 @@ import typer
 from fledge.cli.options import ModelOptions, SamplingOptions, spread
 from fledge.cli.terminal import SlowBar, note, remark_end, visible, write, write_answer
 from fledge.core.errors import UsageError
-from fledge.core.files import cache_folder
+from fledge.core.files import get_cache_folder
 
 if TYPE_CHECKING:
     from fledge.engine import LLM, Stream
@@ -91,7 +91,7 @@ def _read(llm: LLM, data: bytes, template: str, book: str) -> ReadResult:
     from fledge.engine.states.read_document import make_room, mark_used, read_kept, source_of
     from fledge.engine.states.state_file import identity_of
 
-    ids, folder = turn_ids(llm, data, template), cache_folder() / "books"
+    ids, folder = turn_ids(llm, data, template), get_cache_folder() / "books"
     with SlowBar(f"reading {visible(book)}", "tokens") as bar:
         path = folder / f"{source_of(llm, ids)[:32]}-{identity_of(llm)[:32]}.state"
         reading = read_kept(llm, ids, path, title=Path(book).name, progress=bar.update, trouble=_not_kept)

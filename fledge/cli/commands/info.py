@@ -52,7 +52,7 @@ def record(found: CheckpointInfo) -> dict[str, Any]:
         "config": {**asdict(found.config), "family": found.config.family, "head_size": found.config.head_size},
         "parameters": found.parameters,
         "dtypes": list(found.dtypes),
-        "quantised": {format: asdict(share) for format, share in found.quantised.items()},
+        "quantised": {format: asdict(share) for format, share in found.quantized.items()},
         "bits_per_weight": found.bits_per_weight,
         "bytes": found.nbytes,
         "state_bytes": found.state_nbytes,
@@ -71,7 +71,7 @@ def adapter_record(adapter: Adapter) -> dict[str, Any]:
         "rank": adapter.rank or None,
         "alpha": adapter.alpha,
         "targets": list(adapter.targets),
-        "parts": sorted(adapter.parts),
+        "parts": sorted(adapter.full_parameters),
         "state": _state_shape(adapter),
         "parameters": _numbers(adapter),
         "bytes": adapter.nbytes,
@@ -100,8 +100,10 @@ def _adapter_rows(adapter: Adapter) -> list[tuple[str, str]]:
     if adapter.kind == "lora":
         alpha = f"{UNTOLD}; use it with --alpha" if adapter.alpha is None else f"{adapter.alpha:g}"
         rows += [("rank", str(adapter.rank)), ("alpha", alpha), ("targets", ", ".join(adapter.targets))]
-    if adapter.parts:
-        rows.append(("trained whole", f"{len(adapter.parts)} tensors, {min(adapter.parts)} the first"))
+    if adapter.full_parameters:
+        rows.append(
+            ("trained whole", f"{len(adapter.full_parameters)} tensors, {min(adapter.full_parameters)} the first")
+        )
     if state is not None:
         rows.append(("state", f"{state[0]} layers, {state[1]} heads of {' x '.join(str(side) for side in state[2:])}"))
     if base is None:

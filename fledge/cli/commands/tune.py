@@ -148,7 +148,7 @@ def merge(
         from fledge.cli.options import read_adapters
         from fledge.engine.llm.loading import locate
 
-        done = checkpoint.merge_file(locate(base), read_adapters(adapters, alpha, any_base), to, force=force)
+        done = checkpoint.merge_to_file(locate(base), read_adapters(adapters, alpha, any_base), to, force=force)
     print(visible(f"{done.target}: {done.nbytes:,} bytes"))
     print(
         f"verified: the adapter moves logits by up to {done.effect:.2g} of their spread, merging changed that by "

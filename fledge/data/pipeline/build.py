@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fledge.core.device import usable_cores
+from fledge.core.device import count_usable_cores
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import LOCK, disk_trouble, exclusive, read_json
+from fledge.core.files import LOCK, describe_disk_error, exclusive, read_json
 from fledge.data.binidx import files_of
 from fledge.data.pipeline import store_assembly
 from fledge.data.pipeline.clean import steps
@@ -99,7 +99,7 @@ def build(
             if not options.keep_work:
                 discard(to / WORK)
     except OSError as error:
-        raise DataError(disk_trouble(error, to, "finished pieces are kept")) from None
+        raise DataError(describe_disk_error(error, to, "finished pieces are kept")) from None
     return open_store(to)
 
 
@@ -211,7 +211,7 @@ def _workers(options: BuildOptions) -> AbstractContextManager[Workers]:
     """Ray, processes, or none of them where one worker is enough."""
     if options.ray:
         return RayWorkers()
-    count = options.workers or usable_cores()
+    count = options.workers or count_usable_cores()
     return ProcessWorkers(count) if count > 1 else nullcontext(InlineWorkers())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fledge.core.errors import UsageError
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 
 RECIPES = ("world-v2",)
 
@@ -16,7 +16,7 @@ RECIPES = ("world-v2",)
 def config_path(name: str) -> Path:
     """A config file, or the packaged one of this name. Raises UsageError where there is neither."""
     if name in RECIPES and not Path(name).exists():
-        return asset(f"{name}.toml")
+        return get_asset_path(f"{name}.toml")
     if Path(name).is_dir():
         raise UsageError(f"{name} is a folder; name the TOML file with the config")
     if not Path(name).is_file():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fledge.core.files import atomic_path, read_json, sha256, write_json
+from fledge.core.files import atomic_path, hash_file, read_json, write_json
 from fledge.data.binidx import BinIdxWriter, files_of, writing
 from fledge.data.pipeline.counts import Counts, merged
 from fledge.data.pipeline.sources.inputs import InputFile
@@ -87,9 +87,9 @@ def _outputs(to: Path, hashes: dict[str, str]) -> Iterator[tuple[str, dict[str, 
     for part, digest in hashes.items():
         tokens, index = files_of(to / part)
         yield tokens.name, {"bytes": tokens.stat().st_size, "sha256": digest}
-        yield index.name, {"bytes": index.stat().st_size, "sha256": sha256(index)}
+        yield index.name, {"bytes": index.stat().st_size, "sha256": hash_file(index)}
     for name in (SPANS, TOKENIZER):
-        yield name, {"bytes": (to / name).stat().st_size, "sha256": sha256(to / name)}
+        yield name, {"bytes": (to / name).stat().st_size, "sha256": hash_file(to / name)}
 
 
 def manifest(job: StageContext, inputs: list[InputFile], fingerprint: str, about: dict[str, Any]) -> dict[str, Any]:

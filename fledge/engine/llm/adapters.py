@@ -49,7 +49,7 @@ def with_changes(llm: LLM, changes: checkpoint.CombinedAdapter) -> LLM:
         llm = replace(llm, template=changes.template)
     if changes.state:
         llm = replace(llm, start=start_state(llm.config, changes.state))
-    if not (changes.factors or changes.parts):
+    if not (changes.factors or changes.full_parameters):
         return llm
     llm = replace(llm, altered=fingerprint(changes, llm.altered))
     if not isinstance(llm.model, BaseModel):
@@ -57,15 +57,15 @@ def with_changes(llm: LLM, changes: checkpoint.CombinedAdapter) -> LLM:
             f"{llm.name} runs natively, where a LoRA can only be merged while loading: load it with adapter=..., or "
             "with pack=False to switch between adapters on the same weights"
         )
-    return replace(llm, model=adapted(llm.model, changes.factors, changes.parts).eval())
+    return replace(llm, model=adapted(llm.model, changes.factors, changes.full_parameters).eval())
 
 
 def fingerprint(changes: checkpoint.CombinedAdapter, before: str = "") -> str:
     """A hash of how the weights change, after what changed them before; nothing where they do not."""
-    if not (changes.factors or changes.parts):
+    if not (changes.factors or changes.full_parameters):
         return before
     digest = hashlib.sha256(before.encode())
-    tensors = dict(changes.parts)
+    tensors = dict(changes.full_parameters)
     for name, factors in changes.factors.items():
         tensors |= {f"{name} down": factors.down * factors.scale, f"{name} up": factors.up}
     for name in sorted(tensors):

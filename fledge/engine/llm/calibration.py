@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.checkpoint import assemble, read
-from fledge.checkpoint.quantization.quantizer import check_model, is_matrix
+from fledge.checkpoint.quantization.quantizer import check_quantizable, is_quantizable
 from fledge.checkpoint.quantization.sensitivity import MatrixImportance
 from fledge.core.device import choose_dtype
 from fledge.core.errors import CheckpointError, UsageError
@@ -51,9 +51,9 @@ def calibrate(
     Raises CheckpointError where the checkpoint is quantised already, UsageError where there is no text.
     """
     found = read(source)
-    check_model(found.config, str(source))
-    if found.quantised:
-        raise CheckpointError(f"{source} is quantised already; give the checkpoint from before quantisation")
+    check_quantizable(found.config, str(source))
+    if found.quantized:
+        raise CheckpointError(f"{source} is quantized already; give the checkpoint from before quantization")
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(source))
     numbers = sum(tensor.numel() for tensor in found.tensors.values())
     dtype, _ = choose_dtype(None, torch.device("cpu"), numbers)
@@ -119,7 +119,7 @@ class _Sums:
 
 def _linears(model: BaseModel) -> Iterator[tuple[str, Linear]]:
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and is_matrix(f"{name}.weight"):
+        if isinstance(module, Linear) and is_quantizable(f"{name}.weight"):
             yield f"{name}.weight", module
 
 

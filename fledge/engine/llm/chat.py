@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import ModelOutput, feed
+from fledge.engine.generation import ModelOutput, advance_state
 from fledge.engine.llm.stream import Completion, Stream
-from fledge.engine.sampling import LARGEST_SEED, SamplingParams
+from fledge.engine.sampling import MAX_SEED, SamplingParams
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer, template_named
 
@@ -65,7 +65,7 @@ class Chat:
         self._model, self._tokenizer = model, tokenizer
         opening = self.template.turn("system", system) + self.template.close_turn() if system else ""
         self._opening_ids = tuple(tokenizer.encode(opening))
-        self._opening_state = feed(model, self._opening_ids, start)
+        self._opening_state = advance_state(model, self._opening_ids, start)
         self._heads: dict[str, ChatTurn | None] = {"main": None}
         self._current = "main"
         self._running: Stream | None = None
@@ -135,7 +135,7 @@ class Chat:
         """
         self._settle()
         last = self._head("retry")
-        overrides = {"seed": (last.completion.seed + 1) % LARGEST_SEED, **overrides}
+        overrides = {"seed": (last.completion.seed + 1) % MAX_SEED, **overrides}
         return self._answer(last.user, last.question_ids, last.parent, last.begin, overrides)
 
     def undo(self) -> ChatTurn:
@@ -208,7 +208,7 @@ class Chat:
             return
         closing = self._tokenizer.encode(self.template.close_turn())
         ids = (*question, *completion.ids, *closing)
-        state = feed(self._model, closing, completion.state)
+        state = advance_state(self._model, closing, completion.state)
         self._heads[self._current] = ChatTurn(parent, user, completion.text, question, ids, begin, state, completion)
 
 

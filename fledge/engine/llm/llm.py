@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from fledge import checkpoint
 from fledge.core.errors import TokenizerError, UsageError
-from fledge.engine.generation import Progress, check_ids, config_of, device_of, fresh_state, prefill
+from fledge.engine.generation import (
+    ProgressCallback,
+    check_token_ids,
+    get_config,
+    get_device,
+    make_initial_state,
+    prefill,
+)
 from fledge.engine.llm.adapters import Adapters, adapter_list, check_fit, with_changes
 from fledge.engine.llm.chat import Chat
 from fledge.engine.llm.embedding import embedding
@@ -58,12 +65,12 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         """The model's sizes."""
-        return config_of(self.model)
+        return get_config(self.model)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return device_of(self.model)
+        return get_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,8 +82,8 @@ class LLM:
     @property
     def weights(self) -> str:
         """How the matrices are held, in words: "bfloat16", "int8", "int4+int8"."""
-        quantised = self.model.quantised if isinstance(self.model, NativeModel) else ()
-        return "+".join(quantised) or str(self.dtype).removeprefix("torch.")
+        quantized = self.model.quantized if isinstance(self.model, NativeModel) else ()
+        return "+".join(quantized) or str(self.dtype).removeprefix("torch.")
 
     def generate(
         self, prompt: Prompt, *, state: State | None = None, params: SamplingParams | None = None, **overrides: Any
@@ -98,7 +105,7 @@ class LLM:
         *,
         state: State | None = None,
         params: SamplingParams | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         **overrides: Any,
     ) -> Stream:
         """As `generate`, but the text in pieces as it comes. The errors are raised here, before the first piece.
@@ -111,7 +118,7 @@ class LLM:
             raise UsageError(f"the prompt is empty; {self._advice(state)}")
         return Stream(self.model, self.tokenizer, ids, self._start(state), settings, progress=progress)
 
-    def read(self, text: Prompt, state: State | None = None, progress: Progress | None = None) -> State:
+    def read(self, text: Prompt, state: State | None = None, progress: ProgressCallback | None = None) -> State:
         """The state after `text`, which follows what `state` has read. Read once, ask many times."""
         ids, start = self._ids(text), self._start(state)
         return prefill(self.model, ids, start, progress=progress).state if ids else start
@@ -165,11 +172,11 @@ class LLM:
         """
         adapters = adapter_list(adapter)
         check_fit(adapters, self)
-        return with_changes(self, checkpoint.combined(adapters))
+        return with_changes(self, checkpoint.combine_adapters(adapters))
 
     def _start(self, state: State | None) -> State:
         if state is None:
-            return fresh_state(self.model) if self.start is None else self.start.to(self.device)
+            return make_initial_state(self.model) if self.start is None else self.start.to(self.device)
         state.check(self.config, 1)
         return state.to(self.device)
 
@@ -180,7 +187,7 @@ class LLM:
             ids = [operator.index(token) for token in prompt]
         except TypeError:
             raise UsageError(f"a prompt is text, bytes or token ids, not {prompt!r:.60}") from None
-        check_ids(ids, self.config.vocab_size)
+        check_token_ids(ids, self.config.vocab_size)
         return ids
 
     def _advice(self, state: State | None) -> str:

@@ -20,7 +20,7 @@ import torch
 from fledge import checkpoint
 from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import CheckpointError, UnsupportedError
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 from fledge.engine.llm.adapters import Adapters, adapter_list, fingerprint, with_changes
 from fledge.engine.llm.llm import LLM
 from fledge.models.native_model import why_not_native
@@ -60,17 +60,17 @@ def load(
     found = checkpoint.read(path)  # once: between two readings the file could change, and a hub name asks the hub
     checkpoint.check_base(adapters, found)
     numbers = sum(tensor.numel() for tensor in found.tensors.values())
-    numbers += sum(matrix.rows * matrix.columns for matrix in found.quantised.values())
+    numbers += sum(matrix.rows * matrix.columns for matrix in found.quantized.values())
     chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device, numbers)
     tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
     name = found.path.stem if found.path.is_file() else Path(path).name
-    changes, altered = checkpoint.combined(adapters), "" if quant is None else f"rounded to {quant}"
+    changes, altered = checkpoint.combine_adapters(adapters), "" if quant is None else f"rounded to {quant}"
     if pack and chosen_device.type == "cpu" and why_not_native(found.config) is None:
         altered = fingerprint(changes, altered)
-        found = checkpoint.merged(found, replace(changes, state={}), chosen_dtype)
-        changes = replace(changes, factors={}, parts={})
+        found = checkpoint.merge_adapters(found, replace(changes, state={}), chosen_dtype)
+        changes = replace(changes, factors={}, full_parameters={})
     stored = found.tensors["emb.weight"].dtype
-    weights = checkpoint.ModelWeights(found.tensors, found.quantised, spend=True)
+    weights = checkpoint.ModelWeights(found.tensors, found.quantized, spend=True)
     model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
     if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
         dtype_reason = "the file's float16, computed in float32"
@@ -82,7 +82,7 @@ def locate(name_or_path: str | os.PathLike[str] | None) -> str | os.PathLike[str
     """What fledge.checkpoint is to look for. Raises CheckpointError where the bundled model is meant and not there."""
     if name_or_path is not None and (os.fspath(name_or_path) != BUNDLED or os.path.exists(name_or_path)):
         return name_or_path
-    path = asset(f"{BUNDLED}.safetensors")
+    path = get_asset_path(f"{BUNDLED}.safetensors")
     if not path.is_file():
         raise CheckpointError(
             f"the bundled model {path} is missing from this installation; install Fledge again, "

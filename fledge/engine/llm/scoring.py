@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import ModelOutput, device_of
+from fledge.engine.generation import ModelOutput, get_device
 
 CHUNK = 128
 """Tokens scored in one call: all their logits exist at once, 33 MB for 128 tokens of a 65536-token vocabulary."""
@@ -47,7 +47,7 @@ def score(model: nn.Module, start: ModelOutput, ids: Sequence[int], chunk: int =
     state = start.state
     for begin in range(0, len(ids), chunk):
         piece = list(ids[begin : begin + chunk])
-        wanted = torch.tensor(piece, device=device_of(model))
+        wanted = torch.tensor(piece, device=get_device(model))
         with torch.no_grad():
             logits, state = model(wanted[None], state)  # (1, T, V)
             shifted = torch.cat([first[None], logits[0, :-1]])  # (T, V): what was expected before each token

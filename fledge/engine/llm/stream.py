@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fledge.engine.generation import ModelOutput, Progress, SampledToken, chunks, feed, tokens
+from fledge.engine.generation import (
+    ModelOutput,
+    ProgressCallback,
+    SampledToken,
+    advance_state,
+    generate_tokens,
+    prefill_chunks,
+)
 from fledge.engine.llm.detokenizer import Detokenizer, FinishReason
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.models.state import State
@@ -61,7 +68,7 @@ class Stream(Iterator[str]):
         start: State | ModelOutput,
         params: SamplingParams,
         *,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         on_end: Callable[[Completion], None] | None = None,
         show_held: bool = True,
     ) -> None:
@@ -127,18 +134,18 @@ class Stream(Iterator[str]):
         if isinstance(self._start, ModelOutput):
             cursor = self._start
         else:
-            for done, cursor in chunks(self._model, self._prompt, self._start):
+            for done, cursor in prefill_chunks(self._model, self._prompt, self._start):
                 self._writer.begin(StateSlice(cursor.state), done)
                 if self._progress is not None:
                     self._progress(done, len(self._prompt))
         self._begin = cursor
         self._prefill_s = time.perf_counter() - began
-        return tokens(self._model, *cursor, self._sampler, self.params.max_tokens)
+        return generate_tokens(self._model, *cursor, self._sampler, self.params.max_tokens)
 
     def _draw(self, steps: Iterator[SampledToken]) -> str:
         """Draw tokens until there is text that may be shown."""
         for step in steps:
-            piece = self._writer.push(step.id, StateSlice(step.before))
+            piece = self._writer.push(step.id, StateSlice(step.state_before))
             if piece or self._writer.outcome is not None:
                 return piece
         return self._writer.end("length")
@@ -158,7 +165,7 @@ class Stream(Iterator[str]):
                 stop=outcome.stop,
                 prompt_tokens=self._writer.read,
                 seed=self._sampler.seed,
-                state=feed(self._model, rest, cut.row.alone()),
+                state=advance_state(self._model, rest, cut.row.alone()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
             if self._on_end is not None:

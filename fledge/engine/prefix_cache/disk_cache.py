@@ -26,14 +26,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from fledge.core.files import name_hash
-from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encoded
-from fledge.engine.prefix_cache.radix_tree import TOKEN
+from fledge.core.files import hash_name
+from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
+from fledge.engine.prefix_cache.radix_tree import TOKEN_BYTES
 
 log = logging.getLogger("fledge")
 
-BLOCK = 128  # tokens
-QUEUE = 64 << 20
+BLOCK_TOKENS = 128  # tokens
+QUEUE_BYTES = 64 << 20
 
 Key = tuple[str, bytes, bytes]
 Job = Callable[[], None]
@@ -52,13 +52,15 @@ class DiskCache:
     Snapshots of other models in the same folder are never read, but count and age like these.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: str, *, limit: int, queue: int = QUEUE) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], identity: str, *, max_bytes: int, queue_bytes: int = QUEUE_BYTES
+    ) -> None:
         """identity: of the model, its weights' hash say; states of another are of no use to it. limit: bytes of files.
 
         Raises UsageError where another process has the folder. One that cannot be used is an empty one, with a warning.
         """
         self.folder = Path(folder)
-        self._identity, self._limit, self._queue = identity, limit, queue
+        self._identity, self._max_bytes, self._queue_bytes = identity, max_bytes, queue_bytes
         self._changed = threading.Condition()  # guards everything below
         self._rows: OrderedDict[Key, SnapshotRecord] = OrderedDict()  # the least recently used first
         self._blocks: dict[
@@ -88,11 +90,11 @@ class DiskCache:
         """Bytes of all files."""
         return self._bytes
 
-    def longest(self, space: str, path: bytes, least: int) -> StoredSnapshot | None:
+    def find_longest(self, namespace: str, path: bytes, least: int) -> StoredSnapshot | None:
         """The longest snapshot of at least `least` tokens that is a prefix of `path`; one of all of it needs logits."""
         while True:
             with self._changed:
-                row = self._longest(name_hash(space), path, least)
+                row = self._longest(hash_name(namespace), path, least)
                 if row is None or self._store is None:
                     return None
                 self._touch(row)
@@ -103,26 +105,26 @@ class DiskCache:
                 return StoredSnapshot(row.length, snapshot)
             self._discard([row])
 
-    def kept(self, space: str, path: bytes, lengths: Collection[int]) -> dict[int, bool]:
+    def find_lengths(self, namespace: str, path: bytes, lengths: Collection[int]) -> dict[int, bool]:
         """Which of `lengths` of `path` have a snapshot -> whether with logits."""
-        found, hashed, place, owner = {}, sha256(), 0, name_hash(space)
+        found, hashed, place, owner = {}, sha256(), 0, hash_name(namespace)
         with self._changed:
             for length in sorted(lengths):
-                hashed.update(path[place * TOKEN : length * TOKEN])
+                hashed.update(path[place * TOKEN_BYTES : length * TOKEN_BYTES])
                 place = length
                 if (row := self._rows.get((self._identity, owner, hashed.digest()))) is not None:
                     found[length] = bool(row.logits)
         return found
 
-    def put(self, space: str, path: bytes, snapshot: Snapshot, *, wait: bool = False) -> None:
+    def put(self, namespace: str, path: bytes, snapshot: Snapshot, *, wait: bool = False) -> None:
         """Have a snapshot written, unless there is one as good. wait: until it has its place in the queue."""
-        block = len(path) // (TOKEN * BLOCK) * (TOKEN * BLOCK)
+        block = len(path) // (TOKEN_BYTES * BLOCK_TOKENS) * (TOKEN_BYTES * BLOCK_TOKENS)
         row = SnapshotRecord(
             self._identity,
-            name_hash(space),
+            hash_name(namespace),
             sha256(path).digest(),
             anchor=sha256(path[:block]).digest(),
-            length=len(path) // TOKEN,
+            length=len(path) // TOKEN_BYTES,
             kind=type(snapshot.state).__name__,
             logits=int(snapshot.logits is not None),
         )
@@ -142,14 +144,14 @@ class DiskCache:
                 self._touch(row)
                 self._ask(partial(self._write, self._store, row, snapshot))
 
-    def clear(self, space: str | None = None) -> None:
+    def clear(self, namespace: str | None = None) -> None:
         """Remove the snapshots of this model, or those of one space."""
-        owner = None if space is None else name_hash(space)
+        owner = None if namespace is None else hash_name(namespace)
         with self._changed:
             rows = [row for row in self._rows.values() if row.identity == self._identity]
             self._discard([row for row in rows if owner in (None, row.space)])
 
-    def drain(self) -> None:
+    def wait_idle(self) -> None:
         """Wait until everything asked for has been done."""
         with self._changed:
             while self._jobs or self._working:
@@ -160,7 +162,7 @@ class DiskCache:
         with self._changed:
             if self._store is not None:
                 self._ask(partial(self._note_uses, self._store))
-        self.drain()
+        self.wait_idle()
         with self._changed:
             store, self._store = self._store, None
             self._rows.clear()
@@ -177,7 +179,7 @@ class DiskCache:
         except (OSError, sqlite3.Error) as error:
             self._warn(error)
             return None
-        for row in store.rows:
+        for row in store.records:
             self._enter(row)
             self._clock = max(self._clock, row.used)
         self._jobs.append(partial(self._make_room, store, 0))  # the limit may be smaller than it was
@@ -185,21 +187,21 @@ class DiskCache:
 
     def _longest(self, owner: bytes, path: bytes, least: int) -> SnapshotRecord | None:
         """The row that `longest` is after."""
-        if len(path) < least * TOKEN or not self._blocks:
+        if len(path) < least * TOKEN_BYTES or not self._blocks:
             return None
         hashed, known = sha256(), []
-        for begin in range(0, len(path) // TOKEN + 1, BLOCK):
-            if begin + BLOCK > least and (rows := self._blocks.get((owner, hashed.digest()))):
+        for begin in range(0, len(path) // TOKEN_BYTES + 1, BLOCK_TOKENS):
+            if begin + BLOCK_TOKENS > least and (rows := self._blocks.get((owner, hashed.digest()))):
                 known.append((begin, rows, hashed.copy()))
-            hashed.update(path[begin * TOKEN : (begin + BLOCK) * TOKEN])
+            hashed.update(path[begin * TOKEN_BYTES : (begin + BLOCK_TOKENS) * TOKEN_BYTES])
         for begin, rows, hashed in reversed(known):
-            end = min(begin + BLOCK, len(path) // TOKEN + 1)
-            lengths = range(begin, end) if len(rows) > BLOCK else {row.length for row in rows.values()}
+            end = min(begin + BLOCK_TOKENS, len(path) // TOKEN_BYTES + 1)
+            lengths = range(begin, end) if len(rows) > BLOCK_TOKENS else {row.length for row in rows.values()}
             for length in sorted((length for length in lengths if least <= length < end), reverse=True):
                 here = hashed.copy()
-                here.update(path[begin * TOKEN : length * TOKEN])
+                here.update(path[begin * TOKEN_BYTES : length * TOKEN_BYTES])
                 row = rows.get((self._identity, owner, here.digest()))
-                if row is not None and (row.logits or length * TOKEN < len(path)):
+                if row is not None and (row.logits or length * TOKEN_BYTES < len(path)):
                     return row
         return None
 
@@ -232,7 +234,7 @@ class DiskCache:
 
     def _full(self, snapshot: Snapshot) -> bool:
         """Whether a snapshot has to wait for a place in the queue. One of any size may wait alone."""
-        return self._waiting_bytes > 0 and self._waiting_bytes + snapshot.nbytes > self._queue
+        return self._waiting_bytes > 0 and self._waiting_bytes + snapshot.nbytes > self._queue_bytes
 
     def _discard(self, rows: list[SnapshotRecord]) -> None:
         """Remove rows that are in the books."""
@@ -268,8 +270,8 @@ class DiskCache:
             if self._rows.get(row.key) is not row:
                 return
         try:
-            data = encoded(snapshot)
-            if len(data) > self._limit:
+            data = encode_snapshot(snapshot)
+            if len(data) > self._max_bytes:
                 self._discard([row])
                 return
             self._make_room(store, len(data) - row.size)
@@ -292,7 +294,7 @@ class DiskCache:
     def _make_room(self, store: SnapshotStore, size: int) -> None:
         """Remove the least recently used until there is room for `size` bytes more."""
         with self._changed:
-            victims, excess = [], self._bytes + size - self._limit
+            victims, excess = [], self._bytes + size - self._max_bytes
             for row in self._rows.values():
                 if excess <= 0:
                     break

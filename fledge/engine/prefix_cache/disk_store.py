@@ -43,8 +43,10 @@ INDEX = "index.sqlite"
 VERSION = 1  # of the table below; an index with another one is not read
 DTYPE = "float32"
 LOGITS = "logits"
-LAST = 1 << 62  # uses; a column holds no more than 63 bits
-OURS = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\..*\.part")  # all that a sweep may remove
+MAX_USE_COUNT = 1 << 62  # uses; a column holds no more than 63 bits
+OWN_FILES = re.compile(
+    r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\..*\.part"
+)  # all that a sweep may remove
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS snapshots (
@@ -105,7 +107,7 @@ class SnapshotStore:
             self._states.mkdir(exist_ok=True)
             self._index, rows = _open_index(folder / INDEX)
             stack.callback(self._index.close)
-            self.rows = self._sweep(rows)
+            self.records = self._sweep(rows)
             self._open = stack.pop_all()
 
     def close(self) -> None:
@@ -166,7 +168,7 @@ class SnapshotStore:
     def _sweep(self, rows: list[SnapshotRecord]) -> list[SnapshotRecord]:
         """The rows that have a file of their size; other rows, and files of ours without a row, are removed."""
         with os.scandir(self._states) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries if OURS.fullmatch(entry.name)}
+            sizes = {entry.name: entry.stat().st_size for entry in entries if OWN_FILES.fullmatch(entry.name)}
         sound = [row for row in rows if _sound(row) and sizes.get(row.file) == row.size]
         known = {row.file for row in sound}
         self._forget(row for row in rows if row.file not in known)
@@ -175,7 +177,7 @@ class SnapshotStore:
         return sound
 
 
-def encoded(snapshot: Snapshot) -> bytes:
+def encode_snapshot(snapshot: Snapshot) -> bytes:
     """The content of a snapshot's file: readable by `State.load` too where there are no logits."""
     tensors = dict(snapshot.state.tensors())
     if snapshot.logits is not None:
@@ -187,7 +189,7 @@ def encoded(snapshot: Snapshot) -> bytes:
 def _sound(row: SnapshotRecord) -> bool:
     """Whether the values, which a damaged page can turn into anything, are such as were written."""
     typed = all(type(getattr(row, field.name)).__name__ == field.type for field in FIELDS)
-    return typed and row.dtype == DTYPE and row.length > 0 and 0 <= row.used < LAST
+    return typed and row.dtype == DTYPE and row.length > 0 and 0 <= row.used < MAX_USE_COUNT
 
 
 def _open_index(path: Path) -> tuple[sqlite3.Connection, list[SnapshotRecord]]:

@@ -13,11 +13,11 @@ from typing import Generic, TypeVar
 
 V = TypeVar("V")
 
-TOKEN = 4  # bytes of an id in a path
-NODE = 512  # bytes a node is counted with beside its edge: the object, its dict, its places in the caller's books
+TOKEN_BYTES = 4  # bytes of an id in a path
+NODE_BYTES = 512  # bytes a node is counted with beside its edge: the object, its dict, its places in the caller's books
 
 
-def packed(ids: Sequence[int]) -> bytes:
+def pack_ids(ids: Sequence[int]) -> bytes:
     """Token ids as a path."""
     return array("I", ids).tobytes()
 
@@ -43,7 +43,7 @@ class RadixNode(Generic[V]):
         return b"".join(reversed(edges))
 
     @property
-    def above(self) -> RadixNode[V] | None:
+    def nearest_ancestor_with_value(self) -> RadixNode[V] | None:
         """The nearest node with a value on the way back to the root."""
         node = self.parent
         while node is not None and node.value is None:
@@ -56,38 +56,38 @@ class RadixTree(Generic[V]):
 
     def __init__(self) -> None:
         self.root: RadixNode[V] = RadixNode(None, b"", 0)
-        self.size = NODE
+        self.nbytes = NODE_BYTES
         """Bytes of all edges and nodes; values are the caller's to count."""
 
-    def walk(self, path: bytes) -> tuple[list[RadixNode[V]], int]:
+    def match(self, path: bytes) -> tuple[list[RadixNode[V]], int]:
         """The nodes on the way along `path`, and the tokens of it that the tree knows (the last edge may end later)."""
         nodes: list[RadixNode[V]] = []
         node, place = self.root, 0
-        while (child := node.children.get(path[place : place + TOKEN])) is not None:
+        while (child := node.children.get(path[place : place + TOKEN_BYTES])) is not None:
             agreed = _agreement(child.edge, path, place)
             place += agreed
             if agreed < len(child.edge):
                 break
             nodes.append(child)
             node = child
-        return nodes, place // TOKEN
+        return nodes, place // TOKEN_BYTES
 
-    def add(self, path: bytes) -> RadixNode[V]:
+    def get_or_insert(self, path: bytes) -> RadixNode[V]:
         """The node at the end of `path`, made where there was none."""
         node, place = self.root, 0
         while place < len(path):
-            child = node.children.get(path[place : place + TOKEN])
+            child = node.children.get(path[place : place + TOKEN_BYTES])
             if child is None:
-                return self._grow(node, path[place:])
+                return self._append(node, path[place:])
             agreed = _agreement(child.edge, path, place)
             node = child if agreed == len(child.edge) else self._split(child, agreed)
             place += agreed
         return node
 
-    def learn(self, path: bytes) -> RadixNode[V] | None:
+    def insert(self, path: bytes) -> RadixNode[V] | None:
         """See that the tree knows `path`; the leaf made for it, or None where it was known."""
-        _, known = self.walk(path)
-        return self.add(path) if known * TOKEN < len(path) else None
+        _, known = self.match(path)
+        return self.get_or_insert(path) if known * TOKEN_BYTES < len(path) else None
 
     def prune(self, node: RadixNode[V]) -> None:
         """Remove or merge a node that has lost its value, and its parent where that is then of no use."""
@@ -95,33 +95,33 @@ class RadixTree(Generic[V]):
         if parent is None or node.value is not None:
             return
         if not node.children:
-            del parent.children[node.edge[:TOKEN]]
-            self.size -= NODE + len(node.edge)
+            del parent.children[node.edge[:TOKEN_BYTES]]
+            self.nbytes -= NODE_BYTES + len(node.edge)
             node = parent
         if len(node.children) == 1 and node.value is None and node.parent is not None:
             self._merge(node)
 
-    def _grow(self, node: RadixNode[V], rest: bytes) -> RadixNode[V]:
+    def _append(self, node: RadixNode[V], rest: bytes) -> RadixNode[V]:
         """Go on from a node by tokens of which none is known. A learned path simply becomes longer."""
-        self.size += len(rest)
+        self.nbytes += len(rest)
         if node.value is None and not node.children and node.parent is not None:
             node.edge += rest
-            node.length += len(rest) // TOKEN
+            node.length += len(rest) // TOKEN_BYTES
             return node
-        child = RadixNode(node, rest, node.length + len(rest) // TOKEN)
-        node.children[rest[:TOKEN]] = child
-        self.size += NODE
+        child = RadixNode(node, rest, node.length + len(rest) // TOKEN_BYTES)
+        node.children[rest[:TOKEN_BYTES]] = child
+        self.nbytes += NODE_BYTES
         return child
 
     def _split(self, node: RadixNode[V], agreed: int) -> RadixNode[V]:
         """A new node inside the edge to `node`, which itself stays the object it is, as others refer to it."""
         parent = node.parent
         assert parent is not None and 0 < agreed < len(node.edge)
-        upper = RadixNode(parent, node.edge[:agreed], parent.length + agreed // TOKEN)
-        parent.children[upper.edge[:TOKEN]] = upper
+        upper = RadixNode(parent, node.edge[:agreed], parent.length + agreed // TOKEN_BYTES)
+        parent.children[upper.edge[:TOKEN_BYTES]] = upper
         node.parent, node.edge = upper, node.edge[agreed:]
-        upper.children[node.edge[:TOKEN]] = node
-        self.size += NODE
+        upper.children[node.edge[:TOKEN_BYTES]] = node
+        self.nbytes += NODE_BYTES
         return upper
 
     def _merge(self, node: RadixNode[V]) -> None:
@@ -129,19 +129,19 @@ class RadixTree(Generic[V]):
         parent, (child,) = node.parent, node.children.values()
         assert parent is not None
         child.parent, child.edge = parent, node.edge + child.edge
-        parent.children[child.edge[:TOKEN]] = child
-        self.size -= NODE
+        parent.children[child.edge[:TOKEN_BYTES]] = child
+        self.nbytes -= NODE_BYTES
 
 
 def _agreement(edge: bytes, path: bytes, begin: int) -> int:
     """Bytes of `edge`, whole tokens, that stand in `path` from `begin` on."""
     if path.startswith(edge, begin):
         return len(edge)
-    low, high = 0, min(len(edge), len(path) - begin) // TOKEN
+    low, high = 0, min(len(edge), len(path) - begin) // TOKEN_BYTES
     while low < high:  # the first `low` tokens agree, and no more than the first `high`
         middle = (low + high + 1) // 2
-        if path.startswith(edge[low * TOKEN : middle * TOKEN], begin + low * TOKEN):
+        if path.startswith(edge[low * TOKEN_BYTES : middle * TOKEN_BYTES], begin + low * TOKEN_BYTES):
             low = middle
         else:
             high = middle - 1
-    return low * TOKEN
+    return low * TOKEN_BYTES

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fledge.core.errors import StateError
-from fledge.engine.generation import config_of
+from fledge.engine.generation import get_config
 from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 from fledge.models.state import KvState, Rwkv4State, State, WkvState
@@ -29,7 +29,7 @@ def half_lives(model: nn.Module) -> Table | None:
     Eagle's decay is a constant; of Finch's, which each token shifts, it is the part that no token has a hand in. None
     for a transformer, which forgets nothing.
     """
-    config = config_of(model)
+    config = get_config(model)
     if config.version == "llama":
         return None
     if isinstance(model, NativeModel):

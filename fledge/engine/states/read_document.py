@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from fledge.core.errors import StateError, UsageError
-from fledge.core.interrupts import Interrupted, stoppable
-from fledge.engine.generation import CHUNK, Progress, chunks
+from fledge.core.interrupts import Interrupted, catch_signals
+from fledge.engine.generation import PREFILL_CHUNK, ProgressCallback, prefill_chunks
 from fledge.engine.llm.llm import LLM
 from fledge.engine.states.state_file import StateMetadata, identity_of, read_state, write_state
 from fledge.models.state import State
 
 PARTIAL = ".part"
-OFTEN = 64 * CHUNK
+OFTEN = 64 * PREFILL_CHUNK
 """Tokens after which a part is written, against ends that nobody announces."""
 
 Trouble = Callable[[OSError], None]
@@ -57,7 +57,7 @@ def read_kept(
     *,
     template: str | None = None,
     title: str = "",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     trouble: Trouble | None = None,
 ) -> ReadResult:
     """The state after `ids`, from the file where it is known, and in the file afterwards.
@@ -81,8 +81,8 @@ def read_kept(
         return ReadResult(state, before, 0)
     digest = _beginning(llm)
     digest.update(_packed(ids[:begin]))
-    with stoppable() as stop:
-        for count, cursor in chunks(llm.model, ids[begin:], state):
+    with catch_signals() as stop:
+        for count, cursor in prefill_chunks(llm.model, ids[begin:], state):
             digest.update(_packed(ids[done : begin + count]))
             done, state = begin + count, cursor.state
             card = replace(card, tokens=done, source=digest.hexdigest())

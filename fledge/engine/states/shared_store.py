@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.core.files import LOCK, atomic_path, disk_trouble, locked, name_hash, read_json, write_json
+from fledge.core.files import LOCK, atomic_path, describe_disk_error, hash_name, locked, read_json, write_json
 from fledge.engine.states.eviction import giving_way
 from fledge.engine.states.state_file import StateMetadata, dump, parse, peek
 from fledge.engine.states.store import SessionConflict, StateEntry, StoreTotals, check_name
@@ -78,7 +78,7 @@ class SharedStateStore:
             with atomic_path(self._file(owner, id)) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
-            raise FledgeError(f"the state could not be kept: {disk_trouble(error, self.folder)}") from None
+            raise FledgeError(f"the state could not be kept: {describe_disk_error(error, self.folder)}") from None
         return id
 
     def get(self, owner: str, id: str) -> tuple[State, StateMetadata]:
@@ -145,7 +145,9 @@ class SharedStateStore:
             with locked(folder / LOCK):
                 yield folder
         except OSError as error:
-            raise FledgeError(f"the conversation could not be kept: {disk_trouble(error, self.folder)}") from None
+            raise FledgeError(
+                f"the conversation could not be kept: {describe_disk_error(error, self.folder)}"
+            ) from None
 
     def _file(self, owner: str, id: str) -> Path:
         """Where a state is. An id comes from outside, so it must not lead anywhere else."""
@@ -196,4 +198,4 @@ def _session(path: Path) -> dict[str, Any]:
 
 
 def _hash(text: str) -> str:
-    return name_hash(text).hex()[:32]
+    return hash_name(text).hex()[:32]

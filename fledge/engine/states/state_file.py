@@ -73,8 +73,8 @@ class StateMetadata:
         """Raise StateError unless the state is one of the model with these weights."""
         if self.identity != identity:
             raise StateError(
-                f"the state was made by {self.model} ({checkpoint.short(self.identity)}), not by {model} "
-                f"({checkpoint.short(identity)}): only the same weights can go on from it"
+                f"the state was made by {self.model} ({checkpoint.shorten_identity(self.identity)}), not by {model} "
+                f"({checkpoint.shorten_identity(identity)}): only the same weights can go on from it"
             )
 
 
@@ -92,12 +92,12 @@ def identity_of(llm: LLM) -> str:
 
 def _identity_of(llm: LLM) -> str:
     found = weights_of(llm)
-    if not found.tensors.keys() | found.quantised.keys() >= checkpoint.expected_shapes(found.config).keys():
+    if not found.tensors.keys() | found.quantized.keys() >= checkpoint.get_expected_shapes(found.config).keys():
         raise StateError(
             f"{llm.name} was made in memory and keeps no weights as they were, so nothing tells which states are its "
             "own; load it from a checkpoint"
         )
-    base = checkpoint.identity_of(found)
+    base = checkpoint.compute_identity(found)
     return hashlib.sha256(f"{base}\n{llm.altered}".encode()).hexdigest() if llm.altered else base
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.core.files import atomic_path, disk_trouble, exclusive, name_hash
+from fledge.core.files import atomic_path, describe_disk_error, exclusive, hash_name
 from fledge.engine.states.eviction import giving_way
 from fledge.engine.states.state_file import StateMetadata, dump, parse
 from fledge.models.state import State
@@ -127,7 +127,7 @@ class StateStore:
     def put(self, owner: str, state: State, card: StateMetadata, name: str | None = None) -> str:
         """Keep a state; its id. Raises FledgeError where there is no room for it."""
         check_name(name)
-        data, id, whose = dump(state, card), f"st_{secrets.token_urlsafe(16)}", name_hash(owner)
+        data, id, whose = dump(state, card), f"st_{secrets.token_urlsafe(16)}", hash_name(owner)
         with self._lock:
             self._make_room(whose, len(data))
             self._held[whose] += len(data)  # a promise, so that two threads do not take the same room
@@ -144,7 +144,7 @@ class StateStore:
             with self._lock:
                 self._held[whose] -= len(data)
             self._file(id).unlink(missing_ok=True)
-            reason = disk_trouble(error, self.folder) if isinstance(error, OSError) else str(error)
+            reason = describe_disk_error(error, self.folder) if isinstance(error, OSError) else str(error)
             raise FledgeError(f"the state could not be kept: {reason}") from None
         return id
 
@@ -165,7 +165,7 @@ class StateStore:
         """What is known of a kept state. Raises StateError where the owner has none of this id."""
         with self._lock:
             found = self._index.execute(
-                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, name_hash(owner))
+                "SELECT id, name, size, card FROM states WHERE id = ? AND owner = ?", (id, hash_name(owner))
             ).fetchone()
         if found is None:
             raise StateError(f"there is no state {id:.40}")
@@ -176,7 +176,7 @@ class StateStore:
         with self._lock:
             rows = self._index.execute(
                 "SELECT id, name, size, card FROM states WHERE owner = ? ORDER BY number DESC LIMIT ?",
-                (name_hash(owner), most),
+                (hash_name(owner), most),
             ).fetchall()
         return [_entry(*row) for row in rows]
 
@@ -187,14 +187,14 @@ class StateStore:
             with self._index:
                 self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
                 self._index.execute("DELETE FROM states WHERE id = ?", (id,))
-            self._held[name_hash(owner)] -= entry.nbytes
+            self._held[hash_name(owner)] -= entry.nbytes
             self._file(id).unlink(missing_ok=True)
 
     def head(self, owner: str, session: str) -> str | None:
         """The id of the state that a conversation stands at; None where there is no such conversation."""
         with self._lock:
             found = self._index.execute(
-                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (name_hash(owner), session)
+                "SELECT id FROM sessions WHERE owner = ? AND name = ?", (hash_name(owner), session)
             ).fetchone()
         return None if found is None else str(found[0])
 
@@ -208,7 +208,7 @@ class StateStore:
             self.describe(owner, id)
             if self.head(owner, session) != expected:
                 raise SessionConflict(session)
-            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (name_hash(owner), session, id))
+            self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (hash_name(owner), session, id))
 
     def _file(self, id: str) -> Path:
         return self.folder / "states" / f"{id}.state"

@@ -30,12 +30,12 @@ from fledge.tokenizer import NO_EOS, Tokenizer
 
 Mask = npt.NDArray[np.bool_]
 
-SCHEMA_CHARACTERS = 65_536
+MAX_SCHEMA_CHARACTERS = 65_536
 """More than this takes seconds to compile."""
 
-PATTERN_CHARACTERS = 8_192
+MAX_PATTERN_CHARACTERS = 8_192
 
-SCHEMA_LEVELS = 600
+MAX_SCHEMA_DEPTH = 600
 """JSON brackets around the innermost value, those of everything that `$ref` names put together. On a stack of 8 MB
 llguidance ends the process from about 2000 such levels."""
 
@@ -52,13 +52,13 @@ LITERAL = ("const", "enum", "default", "examples")
 NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 """Keywords that hold schemas by name."""
 
-MESSAGE_CHARACTERS = 200
+MAX_MESSAGE_CHARACTERS = 200
 
 
 class Constraint(Protocol):
     """A place in a text that is bound to a grammar. Used by one thread at a time."""
 
-    def mask(self) -> Mask:
+    def token_mask(self) -> Mask:
         """Which tokens may come next: (V,) bool. The end-of-text id is among them exactly where `may_end`.
 
         Raises UsageError where the grammar turns out to be too costly to follow.
@@ -74,11 +74,11 @@ class Constraint(Protocol):
         """An independent constraint at the same place."""
 
     @property
-    def may_end(self) -> bool:
+    def is_accepting(self) -> bool:
         """Whether the text is whole if it ends here."""
 
     @property
-    def done(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the text is whole and nothing can follow."""
 
 
@@ -115,13 +115,13 @@ class Grammar:
     def __init__(self, vocabulary: GrammarVocabulary, matcher: Any) -> None:
         self._vocabulary, self._matcher = vocabulary, matcher
 
-    def mask(self) -> Mask:
+    def token_mask(self) -> Mask:
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         return np.unpackbits(packed, count=self._vocabulary.size, bitorder="little").view(np.bool_)
 
     def accept(self, token: int) -> None:
-        if token != self._vocabulary.eos_id or not self.may_end:
+        if token != self._vocabulary.eos_id or not self.is_accepting:
             self._matcher.consume_token(token)
             self._check()
 
@@ -129,19 +129,21 @@ class Grammar:
         return Grammar(self._vocabulary, self._matcher.deep_copy())
 
     @property
-    def may_end(self) -> bool:
+    def is_accepting(self) -> bool:
         return bool(self._matcher.is_accepting())
 
     @property
-    def done(self) -> bool:
-        return bool(self._matcher.is_stopped()) and self.may_end
+    def is_complete(self) -> bool:
+        return bool(self._matcher.is_stopped()) and self.is_accepting
 
     def _check(self) -> None:
         if error := self._matcher.get_error():
             raise UsageError(f"the text cannot go on within its grammar: {_short(error)}")
 
 
-def json_schema(schema: dict[str, Any] | str, vocabulary: GrammarVocabulary, *, space: bool = False) -> Constraint:
+def compile_json_schema(
+    schema: dict[str, Any] | str, vocabulary: GrammarVocabulary, *, leading_space: bool = False
+) -> Constraint:
     """JSON that fits `schema`, a JSON Schema (draft 2020-12) or its text.
 
     Written on one line, with at most one space after a comma or a colon, properties in the order of the schema.
@@ -151,28 +153,28 @@ def json_schema(schema: dict[str, Any] | str, vocabulary: GrammarVocabulary, *, 
     Raises UsageError for what is no schema, has keywords that cannot be enforced, is too large or too deep, or fits
     nothing.
     """
-    lead = '" "? ' if space else ""
-    return grammar(f"start: {lead}%json {schema_text(schema)}", vocabulary, "JSON schema")
+    lead = '" "? ' if leading_space else ""
+    return compile_grammar(f"start: {lead}%json {normalize_schema(schema)}", vocabulary, "JSON schema")
 
 
-def json_object(vocabulary: GrammarVocabulary, *, space: bool = False) -> Constraint:
+def compile_json_object(vocabulary: GrammarVocabulary, *, leading_space: bool = False) -> Constraint:
     """Any JSON object, written as in `json_schema`."""
-    return json_schema({"type": "object"}, vocabulary, space=space)
+    return compile_json_schema({"type": "object"}, vocabulary, leading_space=leading_space)
 
 
-def regex(pattern: str, vocabulary: GrammarVocabulary) -> Constraint:
+def compile_regex(pattern: str, vocabulary: GrammarVocabulary) -> Constraint:
     """A text that `pattern` matches as a whole. `.` stands for no line break; no look-around, no back-references.
 
     Raises UsageError for a pattern that is none, is too long, needs what is not there, or matches nothing.
     """
-    if len(pattern) > PATTERN_CHARACTERS:
-        raise UsageError(f"the regex has {len(pattern)} characters; at most {PATTERN_CHARACTERS} are taken")
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        raise UsageError(f"the regex has {len(pattern)} characters; at most {MAX_PATTERN_CHARACTERS} are taken")
     if any("\ud800" <= letter <= "\udfff" for letter in pattern):
         raise UsageError("the regex holds half of a surrogate pair; write it in valid Unicode")
-    return grammar(_library().LLMatcher.grammar_from_regex(pattern), vocabulary, "regex")
+    return compile_grammar(_library().LLMatcher.grammar_from_regex(pattern), vocabulary, "regex")
 
 
-def grammar(source: str, vocabulary: GrammarVocabulary, what: str) -> Constraint:
+def compile_grammar(source: str, vocabulary: GrammarVocabulary, what: str) -> Constraint:
     """The constraint of a grammar in llguidance's Lark language, called `what` in the UsageError it may raise.
 
     Not for grammars of users: a long chain of rules ends the process.
@@ -185,17 +187,17 @@ def grammar(source: str, vocabulary: GrammarVocabulary, what: str) -> Constraint
     error = matcher.get_error()
     if error and not error.startswith("NoExtension"):
         raise UsageError(f"the {what} cannot be used: {_short(error)}")
-    if error or not (np.flatnonzero(start.mask()) != vocabulary.eos_id).any():
+    if error or not (np.flatnonzero(start.token_mask()) != vocabulary.eos_id).any():
         raise UsageError(f"no text, or only the empty one, fits the {what}")
     return start
 
 
-def schema_text(schema: dict[str, Any] | str, what: str = "JSON schema") -> str:
+def normalize_schema(schema: dict[str, Any] | str, what: str = "JSON schema") -> str:
     """A schema as the JSON text that llguidance is given, with our white space. Raises UsageError, as `json_schema`."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
-        if len(text) > SCHEMA_CHARACTERS:
-            raise UsageError(f"the {what} has {len(text)} characters; at most {SCHEMA_CHARACTERS} are taken")
+        if len(text) > MAX_SCHEMA_CHARACTERS:
+            raise UsageError(f"the {what} has {len(text)} characters; at most {MAX_SCHEMA_CHARACTERS} are taken")
         record = json.loads(text)
         if not isinstance(record, dict):
             raise UsageError(f"the {what} is {_short(text)}; it must be a JSON object")
@@ -203,13 +205,13 @@ def schema_text(schema: dict[str, Any] | str, what: str = "JSON schema") -> str:
         text = json.dumps({**record, "x-guidance": SEPARATORS}, ensure_ascii=False)
         text.encode()
     except RecursionError:
-        raise UsageError(f"the {what} is nested too deeply; at most {SCHEMA_LEVELS} levels are taken") from None
+        raise UsageError(f"the {what} is nested too deeply; at most {MAX_SCHEMA_DEPTH} levels are taken") from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"the {what} is not JSON: {_short(str(error))}") from None
-    if (levels := _levels(record)) > SCHEMA_LEVELS:
+    if (levels := _levels(record)) > MAX_SCHEMA_DEPTH:
         raise UsageError(
             f"the {what} is nested too deeply: {levels} levels with what each $ref names; "
-            f"at most {SCHEMA_LEVELS} are taken"
+            f"at most {MAX_SCHEMA_DEPTH} are taken"
         )
     return text
 
@@ -295,7 +297,7 @@ def _short(message: str) -> str:
     line = line.partition("; either increase")[0]  # what follows is advice about limits that are ours to set
     if line.startswith("oneOf constraints are not supported"):
         return "oneOf is not supported; use anyOf"
-    return line if len(line) <= MESSAGE_CHARACTERS else line[:MESSAGE_CHARACTERS] + "..."
+    return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[:MAX_MESSAGE_CHARACTERS] + "..."
 
 
 def _library() -> ModuleType:

@@ -22,11 +22,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fledge.core.errors import UsageError
-from fledge.engine.structured.grammar import SCHEMA_CHARACTERS, Constraint, GrammarVocabulary, grammar, schema_text
+from fledge.engine.structured.grammar import (
+    MAX_SCHEMA_CHARACTERS,
+    Constraint,
+    GrammarVocabulary,
+    compile_grammar,
+    normalize_schema,
+)
 
-MOST_TOOLS = 128
+MAX_TOOLS = 128
 
-Choice = str | Mapping[str, Any]
+ToolChoice = str | Mapping[str, Any]
 """`auto`, `required`, or {"type": "function", "function": {"name": ...}}. `none` needs no constraint."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -48,12 +54,12 @@ class ToolDefinition:
     """A tool that was found sound."""
 
     name: str
-    record: dict[str, Any]  # what the model is told
+    definition: dict[str, Any]  # what the model is told
     schema: str  # of the arguments, for the grammar
 
 
-def tool_call(
-    tools: Sequence[Mapping[str, Any]], choice: Choice, vocabulary: GrammarVocabulary, *, parallel: bool = True
+def compile_tool_calls(
+    tools: Sequence[Mapping[str, Any]], choice: ToolChoice, vocabulary: GrammarVocabulary, *, parallel: bool = True
 ) -> Constraint:
     """Calls of `tools`, each {"type": "function", "function": {"name", "description", "parameters"}}.
 
@@ -73,9 +79,9 @@ def tool_call(
         *(f"body{number}: {body}" for number, body in enumerate(bodies)),
     ]
     source = "\n".join(lines)
-    if len(source) > 2 * SCHEMA_CHARACTERS:
-        raise UsageError(f"the tools have {len(source)} characters; at most {2 * SCHEMA_CHARACTERS} are taken")
-    return grammar(source, vocabulary, "grammar of the tools")
+    if len(source) > 2 * MAX_SCHEMA_CHARACTERS:
+        raise UsageError(f"the tools have {len(source)} characters; at most {2 * MAX_SCHEMA_CHARACTERS} are taken")
+    return compile_grammar(source, vocabulary, "grammar of the tools")
 
 
 def render_tools(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -85,22 +91,22 @@ def render_tools(tools: Sequence[Mapping[str, Any]]) -> str:
         '<tool_call>\n{"name": NAME, "arguments": ARGUMENTS}\n</tool_call>\n'
         "These are the functions:"
     )
-    return "\n".join([head, *(json.dumps(function.record, ensure_ascii=False) for function in _functions(tools))])
+    return "\n".join([head, *(json.dumps(function.definition, ensure_ascii=False) for function in _functions(tools))])
 
 
-def render_calls(calls: Iterable[ParsedToolCall]) -> str:
+def render_tool_calls(calls: Iterable[ParsedToolCall]) -> str:
     """Calls as the model writes them, for an assistant's turn that is read again."""
     return "\n".join(
         f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>' for call in calls
     )
 
 
-def render_result(content: str) -> str:
+def render_tool_result(content: str) -> str:
     """What a function returned, for the turn after the call."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
-def parse_calls(text: str) -> tuple[str, list[ParsedToolCall]]:
+def parse_tool_calls(text: str) -> tuple[str, list[ParsedToolCall]]:
     """The text beside the calls, and the calls, in order. What is no whole call stays text; without any, all of it."""
     calls, pieces, place = list[ParsedToolCall](), list[str](), 0
     while head := HEAD.search(text, place):
@@ -122,8 +128,8 @@ def _end_of_json(text: str, start: int) -> int | None:
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> list[ToolDefinition]:
-    if isinstance(tools, (str, bytes)) or not isinstance(tools, Sequence) or not 1 <= len(tools) <= MOST_TOOLS:
-        raise UsageError(f"tools must be a list of 1 to {MOST_TOOLS} tools")
+    if isinstance(tools, (str, bytes)) or not isinstance(tools, Sequence) or not 1 <= len(tools) <= MAX_TOOLS:
+        raise UsageError(f"tools must be a list of 1 to {MAX_TOOLS} tools")
     functions = [_function(tool, at) for at, tool in enumerate(tools)]
     names = [function.name for function in functions]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -146,12 +152,14 @@ def _function(tool: Any, at: int) -> ToolDefinition:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise UsageError(f"the parameters of tool {name!r} must be a JSON Schema of type object")
     typed = parameters.keys() & {"type", "$ref", "anyOf", "allOf", "oneOf"}
-    schema = schema_text(dict(parameters) if typed else {"type": "object", **parameters}, f"schema of tool {name!r}")
+    schema = normalize_schema(
+        dict(parameters) if typed else {"type": "object", **parameters}, f"schema of tool {name!r}"
+    )
     about = {} if description is None else {"description": description}
     return ToolDefinition(name, {"name": name, **about, "parameters": parameters}, schema)
 
 
-def _chosen(functions: list[ToolDefinition], choice: Choice) -> list[ToolDefinition]:
+def _chosen(functions: list[ToolDefinition], choice: ToolChoice) -> list[ToolDefinition]:
     """The functions that may be called."""
     if choice in ("auto", "required"):
         return functions

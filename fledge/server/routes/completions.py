@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
 from fledge.engine.events import Event, FinishEvent, TextEvent, TextToken
-from fledge.engine.structured.grammar import Constraint, regex
+from fledge.engine.structured.grammar import Constraint, compile_regex
 from fledge.server.access import service_of, tenant_of
 from fledge.server.auth import Tenant
 from fledge.server.concurrency import at_once, encoded, together, unhindered
@@ -115,7 +115,7 @@ async def _constraint(service: Service, pattern: str | None) -> Constraint | Non
     if pattern is None:
         return None
     try:
-        return await asyncio.to_thread(lambda: regex(pattern, service.vocabulary))
+        return await asyncio.to_thread(lambda: compile_regex(pattern, service.vocabulary))
     except FledgeError as error:
         raise api_error(error, "fledge.regex") from None
 
@@ -194,7 +194,7 @@ class CompletionReply:
             "index": self._number * self._body.n + number,
             "text": text,
             "logprobs": text_logprobs(tokens, self._service.llm.tokenizer, offset) if wanted else None,
-            "finish_reason": None if end is None else "length" if not end.drawn else REASONS[end.reason],
+            "finish_reason": None if end is None else "length" if not end.sampled_tokens else REASONS[end.reason],
         }
 
     def pieces(self, found: Event) -> list[dict[str, Any]]:

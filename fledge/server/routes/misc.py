@@ -33,7 +33,7 @@ MOST_TEXTS = 2048
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Whether requests are answered."""
-    alive = service_of(request).desk.alive
+    alive = service_of(request).desk.is_alive
     return JSONResponse({"status": "ok" if alive else "closing"}, status_code=200 if alive else 503)
 
 

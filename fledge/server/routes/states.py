@@ -53,7 +53,7 @@ async def read(body: ReadRequest, request: Request) -> dict[str, Any]:
     if body.state is not None:
         start, card = await service.known_state(tenant, body.state, "state")
         before, space = card.tokens, f"{space}{body.state}" if body.state.startswith("st_") else None  # type: ignore[assignment]
-    reading = EngineRequest(ids, start=start, n=0, space=space)
+    reading = EngineRequest(ids, start=start, n=0, cache_namespace=space)
     async with ConcurrencySlot(tenant):
         state = await unless_gone(request, state_after(service, tenant, reading))
     card = service.card(before + len(ids), template)

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fledge.checkpoint import Adapter, Checkpoint, base_of, save, save_adapter
+from fledge.checkpoint import Adapter, Checkpoint, describe_base, save, save_adapter
 from fledge.core.device import choose_device, choose_dtype
 from fledge.core.errors import UsageError
-from fledge.core.files import sha256
+from fledge.core.files import hash_file
 from fledge.data.examples import Example, ExampleBatches, Examples, read_examples
 from fledge.models import BaseModel
 from fledge.models.layers import set_compute_dtype
@@ -79,7 +79,7 @@ class TuningRun:
 
         Raises CheckpointError where the folder holds another run.
         """
-        base, data = base_of(self.base), sha256(self.examples.path)
+        base, data = describe_base(self.base), hash_file(self.examples.path)
         settings = json.loads(json.dumps(asdict(self.settings)))
         fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
         identity = {"base": base.identity, "data": data, **fixed}

@@ -107,7 +107,7 @@ def tunable(
 
     dtype: of the matrices that are not trained; None keeps the file's. The checkpoint's tensors stay as they are.
     """
-    if found.quantised:
+    if found.quantized:
         raise UsageError(f"{found.path} is quantised and cannot be tuned; give the dense model")
     config, tensors = found.config, found.tensors
     if settings.mode == "state" and not config.tuned_state:

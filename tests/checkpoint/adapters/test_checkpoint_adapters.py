@@ -14,16 +14,16 @@ from torch import Tensor
 from fledge.checkpoint import (
     Adapter,
     assemble,
-    base_of,
     check_base,
-    combined,
+    combine_adapters,
     convert,
     convert_adapter,
+    describe_base,
     inspect_adapter,
     load_model,
     load_tuned_state,
-    merge_file,
-    merged,
+    merge_adapters,
+    merge_to_file,
     read,
     read_adapter,
     save,
@@ -37,7 +37,9 @@ from fledge.models.adapters import adapted, fresh_factors, target_names
 IDX = torch.tensor([[3, 1, 36, 20, 9]])
 
 
-def lora_of(path: Path, *, rank: int = 4, alpha: float = 6.0, seed: int = 0, parts: tuple[str, ...] = ()) -> Adapter:
+def lora_of(
+    path: Path, *, rank: int = 4, alpha: float = 6.0, seed: int = 0, full_parameters: tuple[str, ...] = ()
+) -> Adapter:
     """A LoRA with an effect, trained on nothing, for the checkpoint at `path`."""
     found = read(path)
     model = assemble(found.config, found.tensors)
@@ -47,16 +49,16 @@ def lora_of(path: Path, *, rank: int = 4, alpha: float = 6.0, seed: int = 0, par
     tensors: dict[str, Tensor] = {}
     for name, one in factors.items():
         tensors |= {f"{name}.lora_A": one.down, f"{name}.lora_B": 0.2 * torch.randn(one.up.shape, generator=draw)}
-    for name in parts:
+    for name in full_parameters:
         tensors[name] = found.tensors[name] + 0.1
-    return Adapter("lora", tensors, alpha, base_of(found), path.with_name("adapter.safetensors"), {"steps": 20})
+    return Adapter("lora", tensors, alpha, describe_base(found), path.with_name("adapter.safetensors"), {"steps": 20})
 
 
 def state_of(path: Path, seed: int = 0) -> Adapter:
     config, draw = read(path).config, torch.Generator().manual_seed(seed)
     shape = (config.n_head, config.head_size, config.head_size)
     tensors = {f"blocks.{i}.att.time_state": torch.randn(shape, generator=draw) for i in range(config.n_layer)}
-    return Adapter("state", tensors, None, base_of(read(path)), path.with_name("state.safetensors"))
+    return Adapter("state", tensors, None, describe_base(read(path)), path.with_name("state.safetensors"))
 
 
 @pytest.fixture
@@ -65,12 +67,12 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_lora_comes_back_with_everything(base: Path, tmp_path: Path) -> None:
-    adapter = lora_of(base, parts=("blocks.1.ln2.weight",))
+    adapter = lora_of(base, full_parameters=("blocks.1.ln2.weight",))
     assert save_adapter(tmp_path / "a.safetensors", adapter) == ()
     again = read_adapter(tmp_path / "a.safetensors")
     assert same(dict(again.tensors), dict(adapter.tensors)) and again.base == adapter.base
     assert (again.kind, again.alpha, again.rank, again.training) == ("lora", 6.0, 4, {"steps": 20})
-    assert len(again.targets) == 8 and list(again.parts) == ["blocks.1.ln2.weight"] and again.state == {}
+    assert len(again.targets) == 8 and list(again.full_parameters) == ["blocks.1.ln2.weight"] and again.state == {}
     assert again.factors["blocks.2.ffn.key"].scale == 1.5
     check_base((again,), read(base))
 
@@ -88,26 +90,30 @@ def test_a_state_comes_back_as_any_reader_sees_it(base: Path, tmp_path: Path) ->
 
 def test_files_of_rwkv_peft(base: Path, tmp_path: Path) -> None:
     """Names as inside Lightning, bfloat16, whole parts beside the factors, and no alpha anywhere."""
-    adapter = lora_of(base, parts=("blocks.0.att.time_decay",))
+    adapter = lora_of(base, full_parameters=("blocks.0.att.time_decay",))
     theirs = saved(tmp_path, {f"model.{name}": t.bfloat16() for name, t in adapter.tensors.items()}, "rwkv-0.pth")
     with pytest.raises(UsageError, match=r"rwkv-0\.pth is a LoRA that does not record its alpha.*--alpha 32"):
         read_adapter(theirs)
     found = read_adapter(theirs, alpha=6.0)
     assert found.tensors.keys() == adapter.tensors.keys() and found.base is None
-    assert list(found.parts) == ["blocks.0.att.time_decay"] and found.factors["blocks.0.att.key"].scale == 1.5
+    assert list(found.full_parameters) == ["blocks.0.att.time_decay"] and found.factors["blocks.0.att.key"].scale == 1.5
     notes = save_adapter(tmp_path / "ours.pth", found)
     assert "alpha 6 is not in a .pth" in notes[0]
     assert same(torch.load(tmp_path / "ours.pth", weights_only=True), dict(found.tensors))
 
 
 def test_a_file_tells_what_it_is_without_its_weights(base: Path, tmp_path: Path) -> None:
-    lora, state = lora_of(base, parts=("ln_out.bias",)), state_of(base)
+    lora, state = lora_of(base, full_parameters=("ln_out.bias",)), state_of(base)
     foreign = {f"model.{name}": tensor for name, tensor in lora.tensors.items()}
     for path in (saved(tmp_path, foreign, "rwkv-0.pth"), tmp_path / "a.pth", tmp_path / "a.safetensors"):
         if path.stem == "a":
             save_adapter(path, lora)
         told, found = path.suffix == ".safetensors", inspect_adapter(path)
-        assert found is not None and (found.kind, found.rank, list(found.parts)) == ("lora", 4, ["ln_out.bias"])
+        assert found is not None and (found.kind, found.rank, list(found.full_parameters)) == (
+            "lora",
+            4,
+            ["ln_out.bias"],
+        )
         assert (found.alpha, found.base) == ((6.0, lora.base) if told else (None, None))
         assert all(tensor.is_meta for tensor in found.tensors.values()) and found.nbytes == lora.nbytes
     for path in (tmp_path / "s.pth", tmp_path / "s.safetensors"):
@@ -125,20 +131,20 @@ def test_the_chat_template_goes_where_the_adapter_goes(base: Path, tmp_path: Pat
     save_adapter(tmp_path / "a.safetensors", qa)
     assert read_adapter(tmp_path / "a.safetensors").template == "qa" and untold.template is None
     assert "--template qa" in save_adapter(tmp_path / "a.pth", qa)[1]
-    assert combined([qa, untold]).template == "qa" and combined([untold]).template is None
-    assert combined([qa, replace(untold, training={"template": "instruct"})]).template == "instruct"
-    merge_file(base, [qa], tmp_path / "m.safetensors")
+    assert combine_adapters([qa, untold]).template == "qa" and combine_adapters([untold]).template is None
+    assert combine_adapters([qa, replace(untold, training={"template": "instruct"})]).template == "instruct"
+    merge_to_file(base, [qa], tmp_path / "m.safetensors")
     assert read(tmp_path / "m.safetensors").template == "qa" and read(base).template is None
-    merge_file(tmp_path / "m.safetensors", [untold.for_any_base()], tmp_path / "n.safetensors")
+    merge_to_file(tmp_path / "m.safetensors", [untold.allow_any_base()], tmp_path / "n.safetensors")
     assert read(tmp_path / "n.safetensors").template == "qa"
-    assert "--template qa" in merge_file(base, [qa], tmp_path / "m.pth").notes[-1]
+    assert "--template qa" in merge_to_file(base, [qa], tmp_path / "m.pth").notes[-1]
 
 
 def test_converting_records_a_base(base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "a.pth", lora_of(base))
     convert_adapter(read_adapter(tmp_path / "a.pth", alpha=6.0), tmp_path / "a.safetensors", base=read(base))
     again = read_adapter(tmp_path / "a.safetensors")
-    assert again.base == base_of(read(base)) and again.alpha == 6.0
+    assert again.base == describe_base(read(base)) and again.alpha == 6.0
     with pytest.raises(CheckpointError, match="exists"):
         convert_adapter(again, tmp_path / "a.pth")
     with pytest.raises(UsageError, match="no format of adapters"):
@@ -151,24 +157,24 @@ def test_converting_records_a_base(base: Path, tmp_path: Path) -> None:
 def test_a_model_has_one_identity_in_every_form(tmp_path: Path) -> None:
     tensors = make("6.0 in bfloat16")
     path = saved(tmp_path, tensors)
-    identity = base_of(read(path)).identity
+    identity = describe_base(read(path)).identity
     for target in (tmp_path / "m.safetensors", tmp_path / "hf", tmp_path / "fla"):
         convert(path, target, to="fla" if target.name == "fla" else None)
-        assert base_of(read(target)).identity == identity, target
+        assert describe_base(read(target)).identity == identity, target
     wide = saved(tmp_path, {name: tensor.float() for name, tensor in tensors.items()}, "wide.pth")
     with_state = saved(tmp_path, make("6.0 tuned", dtype=torch.bfloat16), "tuned.pth")
     config, plain = read(with_state).config, dict(read(with_state).tensors)
     without = {name: tensor for name, tensor in plain.items() if not name.endswith("time_state")}
     save(tmp_path / "plain.pth", replace(config, tuned_state=False), without)
-    assert base_of(read(wide)).identity == identity
-    assert base_of(read(with_state)).identity == base_of(read(tmp_path / "plain.pth")).identity != identity
+    assert describe_base(read(wide)).identity == identity
+    assert describe_base(read(with_state)).identity == describe_base(read(tmp_path / "plain.pth")).identity != identity
 
 
 @pytest.mark.parametrize("name", ["emb.weight", "blocks.2.att.time_faaaa", "ln_out.bias"])
 def test_one_changed_number_is_another_model(base: Path, tmp_path: Path, name: str) -> None:
     tensors = make("6.0")
     tensors[name].view(-1)[-1] += 1e-3
-    assert base_of(read(saved(tmp_path, tensors, "changed.pth"))).identity != base_of(read(base)).identity
+    assert describe_base(read(saved(tmp_path, tensors, "changed.pth"))).identity != describe_base(read(base)).identity
 
 
 def test_another_base_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
@@ -177,8 +183,8 @@ def test_another_base_is_refused_in_one_line(base: Path, tmp_path: Path) -> None
         check_base((adapter,), other)
     text = str(refusal.value)
     assert "\n" not in text and "--any-base" in text and "base (" in text
-    assert base_of(read(base)).identity[:12] in text and base_of(other).identity[:12] in text
-    check_base((adapter.for_any_base(),), other)
+    assert describe_base(read(base)).identity[:12] in text and describe_base(other).identity[:12] in text
+    check_base((adapter.allow_any_base(),), other)
 
 
 def test_other_sizes_cannot_be_forced(base: Path, tmp_path: Path) -> None:
@@ -189,10 +195,10 @@ def test_other_sizes_cannot_be_forced(base: Path, tmp_path: Path) -> None:
     ):
         other = read(saved(tmp_path, tensors, "other.pth"))
         with pytest.raises(CheckpointError, match=message):
-            check_base((lora_of(base).for_any_base(),), other)
+            check_base((lora_of(base).allow_any_base(),), other)
     small = read(saved(tmp_path, make("6.0", n_layer=2), "small.pth"))
     with pytest.raises(CheckpointError, match="is for 3 layers, the model has 2"):
-        check_base((state_of(base).for_any_base(),), small)
+        check_base((state_of(base).allow_any_base(),), small)
 
 
 @pytest.mark.parametrize(
@@ -235,52 +241,52 @@ def test_other_mistakes_with_files(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_merged_file_predicts_what_base_and_adapter_do(base: Path, tmp_path: Path) -> None:
-    adapter, state = lora_of(base, parts=("blocks.0.ln1.bias",)), state_of(base)
-    done = merge_file(base, [adapter, state], tmp_path / "m.safetensors")
+    adapter, state = lora_of(base, full_parameters=("blocks.0.ln1.bias",)), state_of(base)
+    done = merge_to_file(base, [adapter, state], tmp_path / "m.safetensors")
     assert done.effect > 0.1 > 1e-4 > done.difference and done.notes == ()
-    found, changes = read(base), combined([adapter, state])
+    found, changes = read(base), combine_adapters([adapter, state])
     plain = load_model(base).model
     assert isinstance(plain, BaseModel)
     with torch.no_grad():
-        apart = adapted(plain, changes.factors, changes.parts)
-        config, tensors = merged(found, changes).config, merged(found, changes).tensors
+        apart = adapted(plain, changes.factors, changes.full_parameters)
+        config, tensors = merge_adapters(found, changes).config, merge_adapters(found, changes).tensors
         together = load_model(tmp_path / "m.safetensors")
         torch.testing.assert_close(together.model(IDX)[0], assemble(config, tensors)(IDX)[0], rtol=0, atol=0)
         assert not torch.allclose(apart(IDX)[0], together.model(IDX)[0])  # the state is missing in the first
     assert together.config.tuned_state and together.extra["merged"][0]["alpha"] == 6.0
     with pytest.raises(CheckpointError, match="exists"):
-        merge_file(base, [adapter], tmp_path / "m.safetensors")
-    assert merge_file(base, [adapter], tmp_path / "m.pth").difference < 1e-4
+        merge_to_file(base, [adapter], tmp_path / "m.safetensors")
+    assert merge_to_file(base, [adapter], tmp_path / "m.pth").difference < 1e-4
 
 
 def test_a_merge_that_went_wrong_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fledge.checkpoint.adapters.merging.merged_weight", lambda weight, *_: weight)
     with pytest.raises(CheckpointError, match=r"does not predict.*m\.safetensors was not written"):
-        merge_file(base, [lora_of(base)], tmp_path / "m.safetensors")
+        merge_to_file(base, [lora_of(base)], tmp_path / "m.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["base.pth"]
 
 
 def test_merging_in_bfloat16_rounds_and_says_so(tmp_path: Path) -> None:
     base = saved(tmp_path, make("6.0 in bfloat16"))
-    done = merge_file(base, [lora_of(base)], tmp_path / "m.safetensors")
+    done = merge_to_file(base, [lora_of(base)], tmp_path / "m.safetensors")
     assert done.effect > 0.2 and done.difference < 0.1 and done.notes == ()
     weak = lora_of(base)
     weak = replace(weak, alpha=1e-3)
-    assert "hides it" in merge_file(base, [weak], tmp_path / "n.safetensors").notes[0]
+    assert "hides it" in merge_to_file(base, [weak], tmp_path / "n.safetensors").notes[0]
 
 
 def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     wide = saved(tmp_path, make("6.0", n_embd=64), "wide.pth")
     quantize(wide, tmp_path / "small.safetensors", "int8")
-    with pytest.raises(CheckpointError, match="is quantised; merge into the dense model"):
-        merge_file(tmp_path / "small.safetensors", [lora_of(wide)], tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="is quantized; merge into the dense model"):
+        merge_to_file(tmp_path / "small.safetensors", [lora_of(wide)], tmp_path / "m.safetensors")
     with pytest.raises(UsageError, match="convert it afterwards"):
-        merge_file(base, [lora_of(base)], tmp_path / "m.gguf")
+        merge_to_file(base, [lora_of(base)], tmp_path / "m.gguf")
     with pytest.raises(UsageError, match="both bring a tuned state"):
-        combined([state_of(base), replace(state_of(base), path=Path("other.pth"))])
+        combine_adapters([state_of(base), replace(state_of(base), path=Path("other.pth"))])
 
 
-def test_a_quantised_base_is_expanded_where_it_is_changed(tmp_path: Path) -> None:
+def test_a_quantized_base_is_expanded_where_it_is_changed(tmp_path: Path) -> None:
     wide = saved(tmp_path, make("6.0", n_embd=64), "wide.pth")
     quantize(wide, tmp_path / "small.safetensors", "int8")
     small = read(tmp_path / "small.safetensors")
@@ -289,15 +295,15 @@ def test_a_quantised_base_is_expanded_where_it_is_changed(tmp_path: Path) -> Non
     check_base((adapter,), small)  # its file says what it was rounded from
     with pytest.raises(CheckpointError, match="was trained on another model"):
         check_base((adapter,), replace(small, extra={}))
-    done = merged(small, combined([replace(adapter, tensors=only)]))
-    assert small.quantised.keys() - done.quantised.keys() == {f"blocks.{i}.ffn.key.weight" for i in range(3)}
+    done = merge_adapters(small, combine_adapters([replace(adapter, tensors=only)]))
+    assert small.quantized.keys() - done.quantized.keys() == {f"blocks.{i}.ffn.key.weight" for i in range(3)}
     part = {"blocks.0.att.value.weight": read(wide).tensors["blocks.0.att.value.weight"].float() + 1}
-    whole = merged(small, combined([replace(adapter, tensors={**only, **part})]))
-    assert small.quantised.keys() - whole.quantised.keys() == {*part, *(f"blocks.{i}.ffn.key.weight" for i in range(3))}
+    whole = merge_adapters(small, combine_adapters([replace(adapter, tensors={**only, **part})]))
+    assert small.quantized.keys() - whole.quantized.keys() == {*part, *(f"blocks.{i}.ffn.key.weight" for i in range(3))}
     assert torch.equal(whole.tensors["blocks.0.att.value.weight"].float(), part["blocks.0.att.value.weight"])
     apart = assemble(small.config, small.dense())
     assert isinstance(apart, BaseModel)
-    apart = adapted(apart, combined([replace(adapter, tensors=only)]).factors)
+    apart = adapted(apart, combine_adapters([replace(adapter, tensors=only)]).factors)
     with torch.no_grad():
         found, wanted = assemble(done.config, done.dense())(IDX)[0], apart(IDX)[0]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""GGUF files of others: the same tensors as the original's, quantised ones without loss, and what is refused."""
+"""GGUF files of others: the same tensors as the original's, quantized ones without loss, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import foreign_gguf as foreign  # noqa: E402 - it needs the package
 
 from fledge.checkpoint import assemble, convert, inspect, load, load_model, read, verify  # noqa: E402
 from fledge.checkpoint.formats.gguf.header import read_header  # noqa: E402
-from fledge.checkpoint.formats.gguf.vocabulary import spec_of, tokenizer_keys  # noqa: E402
+from fledge.checkpoint.formats.gguf.vocabulary import make_tokenizer_keys, read_tokenizer_spec  # noqa: E402
 from fledge.core.errors import CheckpointError, UnsupportedError  # noqa: E402
 from fledge.tokenizer import byte_vocabulary, prune, world_vocabulary  # noqa: E402
 
@@ -69,10 +69,10 @@ def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> No
     else:
         write_k_types(path, arrays, foreign.keys_of(tensors, 1))
     found, meta = read(path), read(path, weights=False)
-    assert bool(found.quantised) == (kind in (TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1)) and "emb.weight" in found.tensors
+    assert bool(found.quantized) == (kind in (TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1)) and "emb.weight" in found.tensors
     assert {name: t.dtype for name, t in found.tensors.items()} == {name: t.dtype for name, t in meta.tensors.items()}
-    assert {n: (m.format, m.shape) for n, m in found.quantised.items()} == {
-        n: (m.format, m.shape) for n, m in meta.quantised.items()
+    assert {n: (m.format, m.shape) for n, m in found.quantized.items()} == {
+        n: (m.format, m.shape) for n, m in meta.quantized.items()
     }
     dense = found.dense()
     for tensor in gguf.GGUFReader(path).tensors:
@@ -81,7 +81,7 @@ def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> No
             continue
         factor = 2 if name in ("blocks.1.att.output.weight", "blocks.1.ffn.value.weight") else 1
         theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type)) * factor
-        exact = name in found.quantised or dense[name].dtype != torch.float16
+        exact = name in found.quantized or dense[name].dtype != torch.float16
         assert torch.equal(dense[name].float(), theirs if exact else theirs.half().float()), name
 
 
@@ -113,13 +113,13 @@ def write_k_types(path: Path, arrays: dict[str, Any], keys: dict[str, Any]) -> N
     writer.close()
 
 
-def test_quantised_matrices_that_ours_cannot_hold_become_dense(tmp_path: Path) -> None:
+def test_quantized_matrices_that_ours_cannot_hold_become_dense(tmp_path: Path) -> None:
     """-8 times the scale of a Q4_0 may overflow float16, a Q8_0 of others may hold -128, rescaling may overflow."""
     tensors = finch()
     path = foreign_file(tmp_path / "a.gguf", tensors, kind=TYPE.Q4_0)
     change_first_block(path, "blk.0.time_mix_key.weight", np.float16(9000).tobytes())
     found = read(path)
-    assert "blocks.0.att.key.weight" not in found.quantised and "blocks.1.att.key.weight" in found.quantised
+    assert "blocks.0.att.key.weight" not in found.quantized and "blocks.1.att.key.weight" in found.quantized
     key = found.tensors["blocks.0.att.key.weight"]
     assert key.dtype == torch.float32 and bool(key.isfinite().all()) and float(key.abs().max()) >= 9000
 
@@ -129,7 +129,7 @@ def test_quantised_matrices_that_ours_cannot_hold_become_dense(tmp_path: Path) -
     found = read(path)
     assert float(found.tensors["blocks.2.att.value.weight"][0, 0]) == -256
     assert float(found.tensors["blocks.2.att.output.weight"][0, 0]) == 240000
-    assert "blocks.2.att.gate.weight" in found.quantised
+    assert "blocks.2.att.gate.weight" in found.quantized
 
 
 def test_halves_that_rescaling_overflows_become_float32(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_halves_that_rescaling_overflows_become_float32(tmp_path: Path) -> None:
 
 
 def change_first_block(path: Path, name: str, start: bytes) -> None:
-    place = read_header(path).places[name]
+    place = read_header(path).locations[name]
     data = bytearray(path.read_bytes())
     data[place.begin : place.begin + len(start)] = start
     path.write_bytes(data)
@@ -176,8 +176,8 @@ def test_the_header_is_what_the_package_reads(tmp_path: Path) -> None:
         elif isinstance(value, tuple):
             value = list(value.unpack())
         assert theirs.fields[key].contents() == value, key
-    assert [tensor.name for tensor in theirs.tensors] == list(header.places)
-    for tensor, place in zip(theirs.tensors, header.places.values(), strict=True):
+    assert [tensor.name for tensor in theirs.tensors] == list(header.locations)
+    for tensor, place in zip(theirs.tensors, header.locations.values(), strict=True):
         assert (tensor.tensor_type, tensor.shape.tolist()[::-1]) == (place.type, list(place.shape))
         assert (tensor.data_offset, tensor.n_bytes) == (place.begin, place.nbytes)
 
@@ -192,13 +192,13 @@ def test_info_tells_types_and_names(tmp_path: Path) -> None:
     assert long.extra == {"gguf_types": "F16, F32"}
 
 
-def test_a_quantised_file_runs_and_is_verified(tmp_path: Path) -> None:
+def test_a_quantized_file_runs_and_is_verified(tmp_path: Path) -> None:
     path = foreign_file(tmp_path / "m.gguf", finch(vocab_size=256), kind=TYPE.Q8_0)
-    assert verify(path).quantised
+    assert verify(path).quantized
     with torch.no_grad():
-        quantised = load_model(path).model(torch.tensor([[3, 1, 4]]))[0]
+        quantized = load_model(path).model(torch.tensor([[3, 1, 4]]))[0]
         expected = assemble(*load(path))(torch.tensor([[3, 1, 4]]))[0]
-    torch.testing.assert_close(quantised, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(quantized, expected, atol=1e-4, rtol=0)
     change_first_block(path, "blk.1.channel_mix_key.weight", np.float16(np.inf).tobytes())
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight holds numbers that are not finite"):
         verify(path)
@@ -280,10 +280,10 @@ VOCABULARIES = {
 @pytest.mark.parametrize("kind", VOCABULARIES)
 def test_vocabularies_come_back(kind: str) -> None:
     vocabulary = VOCABULARIES[kind]
-    for keys in (foreign.world_keys(vocabulary.tokens), plain(tokenizer_keys(vocabulary, vocabulary.size))):
+    for keys in (foreign.world_keys(vocabulary.tokens), plain(make_tokenizer_keys(vocabulary, vocabulary.size))):
         if kind == "bytes" and "tokenizer.ggml.eot_token_id" in keys:
             keys["tokenizer.ggml.token_type"] = [1] * 256
-        assert spec_of(as_read(keys), vocabulary.size, "x") == vocabulary.to_spec()
+        assert read_tokenizer_spec(as_read(keys), vocabulary.size, "x") == vocabulary.to_spec()
         if kind != "bytes":
             del keys["tokenizer.ggml.token_type"]  # then the texts alone decide
 
@@ -310,13 +310,13 @@ def test_lists_that_are_no_vocabulary_of_ours() -> None:
     world = world_vocabulary()
     keys = as_read(foreign.world_keys(world.tokens))
     texts = keys["tokenizer.ggml.tokens"]
-    assert spec_of(keys, 65535, "x") is None and spec_of({}, 65536, "x") is None
+    assert read_tokenizer_spec(keys, 65535, "x") is None and read_tokenizer_spec({}, 65536, "x") is None
     renamed = [*texts[:65530], b"<|user|>", *texts[65531:]]  # a tune may name a reserved id
-    assert spec_of(keys | {"tokenizer.ggml.tokens": renamed}, 65536, "x") == {"kind": "world"}
+    assert read_tokenizer_spec(keys | {"tokenizer.ggml.tokens": renamed}, 65536, "x") == {"kind": "world"}
     with pytest.raises(UnsupportedError, match="x has 65536 token rows but not World's tokens"):
-        spec_of(keys | {"tokenizer.ggml.tokens": [texts[0], *texts[2:], texts[1]]}, 65536, "x")
+        read_tokenizer_spec(keys | {"tokenizer.ggml.tokens": [texts[0], *texts[2:], texts[1]]}, 65536, "x")
     shuffled = [*texts[:257], texts[400], texts[300]]
-    assert spec_of({"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": shuffled}, 259, "x") is None
+    assert read_tokenizer_spec({"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": shuffled}, 259, "x") is None
 
 
 def test_without_the_package_common_types_are_read_and_others_refused(
@@ -324,7 +324,7 @@ def test_without_the_package_common_types_are_read_and_others_refused(
 ) -> None:
     paths = [foreign_file(tmp_path / f"{kind.name}.gguf", finch(), kind=kind) for kind in (TYPE.Q8_0, TYPE.Q5_1)]
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert read(paths[0]).quantised
+    assert read(paths[0]).quantized
     with pytest.raises(UnsupportedError, match=r'Q5_1\.gguf.* pip install "fledge\[gguf\]"'):
         read(paths[1])
     other = foreign_file(tmp_path / "llama.gguf", finch(), kind=TYPE.Q5_1, architecture="llama")

@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def header_end(path: Path) -> int:
-    return min(place.begin for place in read_header(path).places.values())
+    return min(place.begin for place in read_header(path).locations.values())
 
 
 def outcome(path: Path, data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""GGUF files of ours: types, keys and values, quantised matrices bit for bit, and targets whole or not at all."""
+"""GGUF files of ours: types, keys and values, quantized matrices bit for bit, and targets whole or not at all."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_the_file_is_what_a_converter_would_write(kind: str, tmp_path: Path) -> 
         mine = ours[theirs.name]
         assert mine.tensor_type == theirs.tensor_type and mine.shape.tolist() == theirs.shape.tolist(), theirs.name
         assert np.array_equal(mine.data, theirs.data), theirs.name
-    quantised = kind not in ("f32", "f16", "bf16")
-    assert ("general.quantization_version" in found.fields) == quantised
+    quantized = kind not in ("f32", "f16", "bf16")
+    assert ("general.quantization_version" in found.fields) == quantized
     assert (
         found.fields["general.file_type"].contents()
         == gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
@@ -87,7 +87,7 @@ def test_the_type_of_the_source_is_kept(dtype: torch.dtype, tmp_path: Path) -> N
 
 
 def matrices(tensors: dict[str, Tensor], form: str) -> dict[str, QuantizedMatrix]:
-    """Random quantised matrices in place of those that a model has."""
+    """Random quantized matrices in place of those that a model has."""
     generator = torch.Generator().manual_seed(1)
     low, high = (-127, 128) if form == "int8" else (0, 16)
     found = {}
@@ -101,19 +101,19 @@ def matrices(tensors: dict[str, Tensor], form: str) -> dict[str, QuantizedMatrix
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_quantised_matrices_stay_bit_for_bit(form: str, tmp_path: Path) -> None:
+def test_quantized_matrices_stay_bit_for_bit(form: str, tmp_path: Path) -> None:
     tensors = finch(dtype=torch.bfloat16)
     config = load(saved(tmp_path, tensors))[0]
-    quantised = matrices(tensors, form)
-    dense = {name: tensor for name, tensor in tensors.items() if name not in quantised}
-    save(tmp_path / "a.safetensors", config, dense, quantised=quantised)
+    quantized = matrices(tensors, form)
+    dense = {name: tensor for name, tensor in tensors.items() if name not in quantized}
+    save(tmp_path / "a.safetensors", config, dense, quantized=quantized)
     assert [note[:13] for note in convert(tmp_path / "a.safetensors", tmp_path / "b.gguf").notes] == ["no vocabulary"]
     convert(tmp_path / "b.gguf", tmp_path / "c.safetensors")
     convert(tmp_path / "c.safetensors", tmp_path / "d.gguf")
     for name in ("b.gguf", "c.safetensors", "d.gguf"):
         found = read(tmp_path / name)
-        assert {n: m.format for n, m in found.quantised.items()} == dict.fromkeys(quantised, form)
-        assert all(torch.equal(m.data, quantised[n].data) for n, m in found.quantised.items())
+        assert {n: m.format for n, m in found.quantized.items()} == dict.fromkeys(quantized, form)
+        assert all(torch.equal(m.data, quantized[n].data) for n, m in found.quantized.items())
         assert found.tensors["emb.weight"].dtype == torch.bfloat16
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
     assert kinds == {"F32", "BF16", "Q8_0" if form == "int8" else "Q4_1"}
@@ -126,22 +126,22 @@ def test_a_second_conversion_changes_nothing(kind: str, tmp_path: Path) -> None:
     assert same(load(first)[1], load(tmp_path / "again.gguf")[1])
 
 
-def test_quantising_again_is_said_and_unpacking_is_exact(tmp_path: Path) -> None:
+def test_quantizing_again_is_said_and_unpacking_is_exact(tmp_path: Path) -> None:
     first = written(tmp_path, finch(), "q8_0")
     assert not any("a second time" in note for note in convert(first, tmp_path / "q.gguf").notes)
     notes = convert(first, tmp_path / "q.gguf", matrix_type="q4_0", force=True).notes
-    assert any("25 matrices were quantised a second time" in note for note in notes), notes
+    assert any("25 matrices were quantized a second time" in note for note in notes), notes
     convert(first, tmp_path / "f.gguf", matrix_type="f32")
     exact = load(first)[1]
     assert same(load(tmp_path / "f.gguf")[1], {name: tensor.float() for name, tensor in exact.items()})
 
 
 @pytest.mark.parametrize(("name", "to"), [("x.pth", None), ("hf", None), ("fla", "fla")])
-def test_formats_without_quantised_matrices_get_bfloat16(name: str, to: str | None, tmp_path: Path) -> None:
+def test_formats_without_quantized_matrices_get_bfloat16(name: str, to: str | None, tmp_path: Path) -> None:
     first = written(tmp_path, finch(), "q4_1")
     notes = convert(first, tmp_path / name, to=to).notes
-    assert "the quantised matrices were written as bfloat16" in notes
-    expected = {n: t.bfloat16() if n in read(first).quantised else t for n, t in load(first)[1].items()}
+    assert "the quantized matrices were written as bfloat16" in notes
+    expected = {n: t.bfloat16() if n in read(first).quantized else t for n, t in load(first)[1].items()}
     assert same(load(tmp_path / name)[1], expected)
 
 
@@ -150,7 +150,7 @@ def test_short_rows_become_halves(tmp_path: Path) -> None:
     done = convert(saved(tmp_path, tensors), tmp_path / "m.gguf", matrix_type="q8_0")
     assert any("22 matrices became F16" in note and "multiple of 32" in note for note in done.notes), done.notes
     found = read(tmp_path / "m.gguf")
-    assert found.quantised.keys() == {f"blocks.{layer}.ffn.value.weight" for layer in range(3)}
+    assert found.quantized.keys() == {f"blocks.{layer}.ffn.value.weight" for layer in range(3)}
     assert torch.equal(found.tensors["head.weight"], tensors["head.weight"].half())
 
 

@@ -304,7 +304,7 @@ def test_contents_that_are_no_model(content: Any, message: str, tmp_path: Path) 
         load(tmp_path / "odd.pth")
 
 
-def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
+def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     tensors = make("4")
     tensors["emb.weight"] = tensors["emb.weight"].to(torch.int8)
     with pytest.raises(UnsupportedError, match=r"emb.weight has dtype int8"):

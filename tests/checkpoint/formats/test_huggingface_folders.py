@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fledge.checkpoint import convert, load, read, save
 from fledge.checkpoint.formats.fla import from_fla, to_fla
-from fledge.checkpoint.formats.huggingface.names import from_hf, layout_of, to_hf
+from fledge.checkpoint.formats.huggingface.names import detect_layout, from_hf, to_hf
 from fledge.core.errors import CheckpointError, UnsupportedError
 
 # Names as the published folders have them, by hand.
@@ -61,7 +61,7 @@ def test_every_name_has_a_way_back(kind: str) -> None:
     names = list(make(kind))
     assert [from_hf(to_hf(name)) for name in names] == names
     assert len({to_hf(name) for name in names}) == len(names)
-    assert (layout_of(names), layout_of(map(to_hf, names))) == ("official", "hf")
+    assert (detect_layout(names), detect_layout(map(to_hf, names))) == ("official", "hf")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

@@ -16,9 +16,15 @@ from safetensors.torch import save_file
 from small_checkpoints import KINDS, make, same, saved
 from torch import Tensor
 
-from fledge.checkpoint import assemble, base_of, inspect, load, load_model, read, save
-from fledge.checkpoint.quantization.quantizer import BITS, SCHEMES, is_matrix, quantize, quantize_tensors
-from fledge.checkpoint.quantization.sensitivity import USUAL, MatrixImportance, choose, measured_cost, usual_cost
+from fledge.checkpoint import assemble, describe_base, inspect, load, load_model, read, save
+from fledge.checkpoint.quantization.quantizer import BITS, SCHEMES, is_quantizable, quantize, quantize_tensors
+from fledge.checkpoint.quantization.sensitivity import (
+    USUAL,
+    MatrixImportance,
+    choose_within_budget,
+    compute_cost,
+    estimate_cost,
+)
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
 from fledge.kernels.rounding import quantize as round_weight
 
@@ -37,13 +43,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_all_products_and_nothing_else_are_quantised(kind: str, tmp_path: Path) -> None:
+def test_all_products_and_nothing_else_are_quantized(kind: str, tmp_path: Path) -> None:
     source = saved(tmp_path, make(kind))
     outcome = quantize(source, tmp_path / "q.safetensors", "int8")
     before, after = read(source), read(tmp_path / "q.safetensors")
     products = {name for name, tensor in before.tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
-    assert set(after.quantised) == products - {"emb.weight"} == set(outcome.formats)
-    assert same(after.tensors, {name: t for name, t in before.tensors.items() if name not in after.quantised})
+    assert set(after.quantized) == products - {"emb.weight"} == set(outcome.formats)
+    assert same(after.tensors, {name: t for name, t in before.tensors.items() if name not in after.quantized})
     assert after.config == before.config and set(outcome.formats.values()) == {"int8"}
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
     with torch.no_grad():
@@ -58,20 +64,20 @@ def test_the_file_holds_exactly_what_was_rounded(scheme: str, source: Path, tmp_
     _, tensors = load(source)
     rest, matrices = quantize_tensors(tensors, scheme)
     found = read(tmp_path / "q.safetensors")
-    assert same(found.tensors, rest) and found.quantised.keys() == matrices.keys()
-    for name, matrix in found.quantised.items():
+    assert same(found.tensors, rest) and found.quantized.keys() == matrices.keys()
+    for name, matrix in found.quantized.items():
         assert (matrix.format, matrix.shape) == (matrices[name].format, matrices[name].shape)
         assert torch.equal(matrix.data, matrices[name].data)
     assert found.tokenizer_spec == {"kind": "bytes"}
-    facts = {"scheme": scheme, "calibrated": False, "base": base_of(read(source)).identity}
+    facts = {"scheme": scheme, "calibrated": False, "base": describe_base(read(source)).identity}
     assert found.extra == {"steps": 7, "quantised": facts}
     assert outcome.nbytes == (tmp_path / "q.safetensors").stat().st_size < outcome.nbytes_before
     assert outcome.bits_per_weight == inspect(tmp_path / "q.safetensors").bits_per_weight
     assert all(
-        0 < error < (0.006 if found.quantised[name].format == "int8" else 0.1) for name, error in outcome.errors.items()
+        0 < error < (0.006 if found.quantized[name].format == "int8" else 0.1) for name, error in outcome.errors.items()
     )
     dense = found.dense()
-    assert torch.equal(dense["head.weight"], matrices["head.weight"].dequantise())
+    assert torch.equal(dense["head.weight"], matrices["head.weight"].dequantize())
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -83,7 +89,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(source: Path, tmp_path: Path) 
 def test_matrices_are_mapped_not_read(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.safetensors"
     quantize(source, path, "int4")
-    matrices = read(path).quantised
+    matrices = read(path).quantized
     assert all(matrix.data.data_ptr() % 64 == 0 for matrix in matrices.values())
     if not sys.platform.startswith("linux"):
         pytest.skip("only Linux tells what is mapped")
@@ -94,7 +100,7 @@ def test_matrices_are_mapped_not_read(source: Path, tmp_path: Path) -> None:
     assert all(any(matrix.data.data_ptr() in place for place in places) for matrix in matrices.values())
 
 
-def test_what_is_quantised_runs_without_a_file_too(source: Path, tmp_path: Path) -> None:
+def test_what_is_quantized_runs_without_a_file_too(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
     config, tensors = load(source)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
@@ -122,7 +128,7 @@ def test_mixed_keeps_in_int8_what_a_text_says_counts(source: Path, tmp_path: Pat
             torch.ones(tensor.shape[1]), torch.full((tensor.shape[0],), 1e4 if name == wanted else 1.0)
         )
         for name, tensor in tensors.items()
-        if is_matrix(name)
+        if is_quantizable(name)
     }
     outcome = quantize(source, tmp_path / "q.safetensors", "mixed", importance=importance)
     assert outcome.formats[wanted] == "int8" and outcome.calibrated
@@ -134,7 +140,7 @@ def test_what_no_input_reaches_does_no_harm(source: Path, tmp_path: Path) -> Non
     zero = {
         n: MatrixImportance(torch.zeros(t.shape[1]), torch.zeros(t.shape[0]))
         for n, t in tensors.items()
-        if is_matrix(n)
+        if is_quantizable(n)
     }
     outcome = quantize(source, tmp_path / "q.safetensors", "mixed", importance=zero)
     assert set(outcome.errors.values()) == {0.0} and set(outcome.formats.values()) == {"int4"}
@@ -144,11 +150,11 @@ def test_cost_is_the_formula() -> None:
     weight = torch.randn(70, 40)
     importance = MatrixImportance(torch.rand(40), torch.rand(70))
     matrix, _ = round_weight(weight, "int4")
-    off = (weight.double() - matrix.dequantise(torch.float64)).square()
+    off = (weight.double() - matrix.dequantize(torch.float64)).square()
     expected = 0.5 * (off * importance.outputs.double()[:, None] * importance.inputs.double()).sum()
-    assert measured_cost(weight, matrix, importance) == pytest.approx(float(expected), rel=1e-5)
-    assert usual_cost("blocks.3.att.output.weight", 10, 0.1) == pytest.approx(USUAL["att.output.weight"] * 0.1)
-    assert usual_cost("head.weight", 10, 0.0) == 0
+    assert compute_cost(weight, matrix, importance) == pytest.approx(float(expected), rel=1e-5)
+    assert estimate_cost("blocks.3.att.output.weight", 10, 0.1) == pytest.approx(USUAL["att.output.weight"] * 0.1)
+    assert estimate_cost("head.weight", 10, 0.0) == 0
 
 
 def test_choice_is_the_best_there_is() -> None:
@@ -161,18 +167,23 @@ def test_choice_is_the_best_there_is() -> None:
         every = [set(some) for count in range(10) for some in itertools.combinations(names, count)]
         affordable = [some for some in every if sum(prices[name] for name in some) <= budget]
         best = max(affordable, key=lambda some: sum(gains[name] for name in some))
-        assert choose(gains, prices, budget) == best
-    assert choose({"a": 1.0}, {"a": 5}, -3) == choose({"a": 1.0}, {"a": 5}, 0) == choose({}, {}, 10) == set()
-    assert choose({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, 7) == {"b"}
+        assert choose_within_budget(gains, prices, budget) == best
+    assert (
+        choose_within_budget({"a": 1.0}, {"a": 5}, -3)
+        == choose_within_budget({"a": 1.0}, {"a": 5}, 0)
+        == choose_within_budget({}, {}, 10)
+        == set()
+    )
+    assert choose_within_budget({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, 7) == {"b"}
 
 
 # What is refused.
 
 
-def test_what_cannot_be_quantised(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="quantisation 'int3' is unknown; choose one of int8, int4, mixed"):
+def test_what_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="quantization 'int3' is unknown; choose one of int8, int4, mixed"):
         quantize(source, tmp_path / "q.safetensors", "int3")
-    with pytest.raises(UsageError, match=r"q\.pth: quantised models are written as \.safetensors"):
+    with pytest.raises(UsageError, match=r"q\.pth: quantized models are written as \.safetensors"):
         quantize(source, tmp_path / "q.pth", "int8")
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="is a folder"):
@@ -180,7 +191,7 @@ def test_what_cannot_be_quantised(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int8")
     with pytest.raises(CheckpointError, match="exists"):
         quantize(source, tmp_path / "q.safetensors", "int4")
-    with pytest.raises(CheckpointError, match="is quantised already"):
+    with pytest.raises(CheckpointError, match="is quantized already"):
         quantize(tmp_path / "q.safetensors", tmp_path / "r.safetensors", "int4")
     assert quantize(source, tmp_path / "q.safetensors", "int4", force=True).scheme == "int4"
 
@@ -266,11 +277,11 @@ def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (_form(["int8", 64, 224]), f"{NAME}: an int8 matrix of 64 x 224 is uint8"),
         (_unlisted, rf"wrong shape: {NAME} is \(1, 7, 1280\)"),
         (_no_list, "256 rows but head.weight has 4"),
-        (_no_map, "list of quantised matrices in its header is damaged"),
+        (_no_map, "list of quantized matrices in its header is damaged"),
         (_float, r"not float32 \(64, 224\)"),
         (_too_short, f"{NAME}: an int4 matrix"),
-        (_gone, "lists .* as quantised, but no such tensor is there"),
-        (_another, "lists 'emb.weight' as quantised, which is never done"),
+        (_gone, "lists .* as quantized, but no such tensor is there"),
+        (_another, "lists 'emb.weight' as quantized, which is never done"),
         (_vector, r"ln_out\.bias"),
     ],
 )

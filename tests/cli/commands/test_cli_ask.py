@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fledge.engine import load
-from fledge.engine.generation import CHUNK
+from fledge.engine.generation import PREFILL_CHUNK
 from fledge.engine.llm.chat import CHAT_PARAMS
 from fledge.engine.states import read_document
 
@@ -61,8 +61,8 @@ def test_the_text_is_known_the_next_time(fledge: Any, byte_model: Path, book: Pa
 def test_an_interrupted_reading_is_kept(
     fledge: Any, byte_model: Path, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    book.write_bytes(b"x" * (CHUNK + 20))
-    chunks = read_document.chunks
+    book.write_bytes(b"x" * (PREFILL_CHUNK + 20))
+    chunks = read_document.prefill_chunks
 
     def interrupted(*arguments: Any) -> Any:
         for found in chunks(*arguments):
@@ -70,14 +70,18 @@ def test_an_interrupted_reading_is_kept(
             yield found
 
     with monkeypatch.context() as patch:
-        patch.setattr(read_document, "chunks", interrupted)
+        patch.setattr(read_document, "prefill_chunks", interrupted)
         cut = fledge("ask", book, "Who?", "-m", byte_model)
     assert (cut.code, cut.text) == (
         130,
         "",
-    ) and f"{CHUNK} of {CHUNK + 22} tokens have been read and kept" in cut.messages
+    ) and f"{PREFILL_CHUNK} of {PREFILL_CHUNK + 22} tokens have been read and kept" in cut.messages
     done = fledge("ask", book, "Who?", "-m", byte_model, *SAMPLING)
-    assert done.code == 0 and done.messages.startswith("read 22 tokens in ") and f"{CHUNK} were known" in done.messages
+    assert (
+        done.code == 0
+        and done.messages.startswith("read 22 tokens in ")
+        and f"{PREFILL_CHUNK} were known" in done.messages
+    )
 
 
 def test_without_a_place_to_keep_it_the_answer_comes_all_the_same(

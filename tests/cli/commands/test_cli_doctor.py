@@ -19,7 +19,7 @@ def doctor(fledge: Any, pruned_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sound = check_kernels()
 
     def run(*arguments: str, bundled: Path = pruned_model, checks: list[Check] | None = None) -> Any:
-        monkeypatch.setattr(diagnosis, "asset", lambda _name: bundled)
+        monkeypatch.setattr(diagnosis, "get_asset_path", lambda _name: bundled)
         monkeypatch.setattr(diagnosis, "check_kernels", lambda: checks or sound)
         return fledge("doctor", *arguments)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fledge.checkpoint import expected_shapes
+from fledge.checkpoint import get_expected_shapes
 from fledge.models import ModelConfig
 
 
@@ -32,7 +32,7 @@ def test_json(fledge: Any, pruned_model: Path, byte_model: Path) -> None:
 
 def test_a_header_of_7b_parameters(fledge: Any, tmp_path: Path) -> None:
     header, end = {}, 0
-    for name, shape in expected_shapes(ModelConfig.finch(32, 4096)).items():
+    for name, shape in get_expected_shapes(ModelConfig.finch(32, 4096)).items():
         size = 2
         for length in shape:
             size *= length
@@ -56,5 +56,5 @@ def test_a_header_of_7b_parameters(fledge: Any, tmp_path: Path) -> None:
 def test_the_bundled_model_is_meant_without_a_file(
     fledge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fledge.engine.llm.loading.asset", lambda name: tmp_path / name)
+    monkeypatch.setattr("fledge.engine.llm.loading.get_asset_path", lambda name: tmp_path / name)
     fledge("info").check_error(1, "the bundled model", "tiny-finch.safetensors is missing")

@@ -41,7 +41,7 @@ def test_the_file_and_its_summary(fledge: Any, model: Path, tmp_path: Path, sche
     found = checkpoint.inspect(target)
     assert rows["bits"] == f"{found.bits_per_weight:.2f} a weight of these matrices"
     assert {part.split(" in ")[1]: int(part.split()[0]) for part in rows["matrices"].split(", ")} == {
-        name: share.matrices for name, share in found.quantised.items()
+        name: share.matrices for name, share in found.quantized.items()
     }
     worst = [line for line in result.text.splitlines() if "%" in line and "blocks." in line]
     assert worst and worst[0].startswith("error of weights")
@@ -78,7 +78,7 @@ def test_the_file_writes_the_text_that_quant_writes(fledge: Any, model: Path, tm
 
 
 def test_quant_reaches_chat_too(fledge: Any, model: Path) -> None:
-    fledge("chat", "-m", model, "--quant", "int3").check_error(2, "quantisation 'int3' is unknown")
+    fledge("chat", "-m", model, "--quant", "int3").check_error(2, "quantization 'int3' is unknown")
     fledge("generate", "x", "-m", model, "--quant", "int3").check_error(2, "choose one of int8, int4, mixed")
 
 
@@ -93,7 +93,7 @@ def test_what_is_there_is_kept_unless_forced(fledge: Any, model: Path, text: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--to", "int3"], 2, ["quantisation 'int3' is unknown", "int8, int4, mixed"]),
+        (["--to", "int3"], 2, ["quantization 'int3' is unknown", "int8, int4, mixed"]),
         ([], 2, ["--to", "see fledge quantize --help"]),
         (["--to", "int8", "--calibrate", "gone.txt"], 2, ["there is no text file gone.txt"]),
         (["--to", "int8", "--report", "gone.txt"], 2, ["there is no text file gone.txt"]),
@@ -109,6 +109,6 @@ def test_what_is_quantised_already(fledge: Any, model: Path, text: Path, tmp_pat
     fledge("quantize", model, small, "--to", "int8")
     for more in ([], ["--calibrate", text]):
         fledge("quantize", small, tmp_path / "again.safetensors", "--to", "int4", *more).check_error(
-            1, "is quantised already", "from before quantisation"
+            1, "is quantized already", "from before quantization"
         )
     fledge("quantize", model, tmp_path / "small.pth", "--to", "int8").check_error(2, "written as .safetensors")

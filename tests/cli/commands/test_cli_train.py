@@ -14,7 +14,7 @@ import pytest
 
 from fledge.checkpoint import read, save
 from fledge.cli.views.training import TrainView, as_text, curve
-from fledge.core.files import asset
+from fledge.core.files import get_asset_path
 from fledge.data.pipeline.build import build
 from fledge.data.pipeline.config import read_config
 from fledge.tokenizer import prune, world_vocabulary
@@ -82,7 +82,7 @@ def test_a_model_of_another_vocabulary_of_the_same_size_is_refused(fledge: Any, 
 
 
 def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
-    bundled = read(asset("tiny-finch.safetensors"))
+    bundled = read(get_asset_path("tiny-finch.safetensors"))
     width, spec = bundled.config.n_embd, bundled.tokenizer_spec
     (tmp_path / "words.json").write_text(json.dumps(spec), encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"text": "The ferry leaves at seven.", "lang": "en"}\n' * 40, encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_checkpoints import random_checkpoint
 
-from fledge.checkpoint import base_of, read, read_adapter
+from fledge.checkpoint import describe_base, read, read_adapter
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_texts_alone_have_no_template(fledge: Any, byte_model: Path, tmp_path: P
 def test_info_tells_of_every_kind_what_its_file_tells(
     fledge: Any, byte_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    identity = base_of(read(byte_model)).identity
+    identity = describe_base(read(byte_model)).identity
     for mode in ("full", "lora", "state"):
         fledge("tune", mode, byte_model, data, "--to", tmp_path / mode, "--steps", 1, "--template", "qa")
     ours = tmp_path / "lora" / "adapter.safetensors"

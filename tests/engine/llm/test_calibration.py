@@ -11,8 +11,8 @@ from random_checkpoints import random_checkpoint
 from torch import Tensor
 
 from fledge import checkpoint
-from fledge.checkpoint.quantization.quantizer import is_matrix, quantize
-from fledge.checkpoint.quantization.sensitivity import measured_cost
+from fledge.checkpoint.quantization.quantizer import is_quantizable, quantize
+from fledge.checkpoint.quantization.sensitivity import compute_cost
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.engine.llm.calibration import WINDOW, calibrate, measure
 from fledge.kernels.rounding import quantize as round_weight
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_matrix_of_every_version_has_its_numbers(version: str) -> None:
     model = model_of(version)
     found = measure(model, [[1, 2, 3, 4, 5], [6, 7]])
-    weights = {name: weight for name, weight in model.named_parameters() if is_matrix(name)}
+    weights = {name: weight for name, weight in model.named_parameters() if is_quantizable(name)}
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert found[name].outputs.shape == weight.shape[:1] and found[name].inputs.shape == weight.shape[1:]
@@ -87,11 +87,11 @@ def test_the_formula_tells_what_rounding_costs() -> None:
             before = torch.log_softmax(model(ids)[0][0], -1)
             kept = weight.clone()
             matrix, _ = round_weight(weight, "int4")
-            weight.copy_(matrix.dequantise())
+            weight.copy_(matrix.dequantize())
             after = torch.log_softmax(model(ids)[0][0], -1)
             weight.copy_(kept)
         kl = float((before.exp() * (before - after)).sum(-1).mean())
-        assert 0.6 < measured_cost(weight.detach(), matrix, importance[name]) / kl < 1.6, name
+        assert 0.6 < compute_cost(weight.detach(), matrix, importance[name]) / kl < 1.6, name
 
 
 def test_a_checkpoint_and_texts_in_importance_out(source: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text to calibrate with"):
         calibrate(source, [""])
     quantize(source, tmp_path / "q.safetensors", "int8")
-    with pytest.raises(CheckpointError, match="is quantised already"):
+    with pytest.raises(CheckpointError, match="is quantized already"):
         calibrate(tmp_path / "q.safetensors", TEXTS)
 
 

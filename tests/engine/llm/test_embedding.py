@@ -7,7 +7,7 @@ import torch
 from random_checkpoints import VERSIONS, random_checkpoint
 
 from fledge.checkpoint import assemble, detect
-from fledge.engine.generation import feed, fresh_state
+from fledge.engine.generation import advance_state, make_initial_state
 from fledge.engine.llm.embedding import embedding
 from fledge.models import ModelConfig, WkvState, build, init_weights
 
@@ -36,7 +36,8 @@ def model_of(version: str) -> torch.nn.Module:
 def test_every_family(version: str) -> None:
     model = model_of(version)
     one, same, other = (
-        embedding(feed(model, ids, fresh_state(model))) for ids in ([5, 6, 7], [5, 6, 7], [70, 3, 9, 11])
+        embedding(advance_state(model, ids, make_initial_state(model)))
+        for ids in ([5, 6, 7], [5, 6, 7], [70, 3, 9, 11])
     )
     assert one.dtype == torch.float32 and one.shape == (40,)
     assert torch.equal(one, same) and float(one.norm()) == pytest.approx(1, abs=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fledge
 from fledge import checkpoint
-from fledge.checkpoint import Adapter, base_of, read, save_adapter
+from fledge.checkpoint import Adapter, describe_base, read, save_adapter
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.engine import LLM
 from fledge.models.native_model import NativeModel
@@ -40,7 +40,7 @@ def write_lora(base: Path, name: str, seed: int = 0, parts: tuple[str, ...] = ()
             tensors[f"blocks.{layer}.{target}.lora_B"] = torch.randn(n_out, 3, generator=draw) * 0.3
     tensors |= {part: found.tensors[part] + 0.2 for part in parts}
     path = base.with_name(f"{name}.safetensors")
-    save_adapter(path, Adapter("lora", tensors, 6.0, base_of(found), path))
+    save_adapter(path, Adapter("lora", tensors, 6.0, describe_base(found), path))
     return path
 
 
@@ -48,7 +48,7 @@ def write_state(base: Path, name: str, seed: int = 0) -> Path:
     draw = torch.Generator().manual_seed(seed)
     tensors = {f"blocks.{layer}.att.time_state": torch.randn(4, 8, 8, generator=draw) for layer in range(2)}
     path = base.with_name(f"{name}.safetensors")
-    save_adapter(path, Adapter("state", tensors, None, base_of(read(base)), path))
+    save_adapter(path, Adapter("state", tensors, None, describe_base(read(base)), path))
     return path
 
 
@@ -72,7 +72,7 @@ def test_native_and_torch_do_the_same_with_an_adapter(base: Path) -> None:
 
 def test_a_merged_checkpoint_is_the_same_model(base: Path, tmp_path: Path) -> None:
     files = [write_lora(base, "lora"), write_state(base, "state")]
-    checkpoint.merge_file(base, [checkpoint.read_adapter(file) for file in files], tmp_path / "m.safetensors")
+    checkpoint.merge_to_file(base, [checkpoint.read_adapter(file) for file in files], tmp_path / "m.safetensors")
     together = fledge.load(tmp_path / "m.safetensors", device="cpu")
     torch.testing.assert_close(
         logprobs(together), logprobs(fledge.load(base, device="cpu", adapter=files)), rtol=0, atol=1e-4
@@ -132,7 +132,7 @@ def test_another_base_is_refused_and_can_be_forced(base: Path, tmp_path: Path) -
         fledge.load(other, device="cpu", adapter=lora)
     with pytest.raises(CheckpointError, match="was trained on another model: base"):
         fledge.load(other, device="cpu", pack=False).adapted(lora)
-    fledge.load(other, device="cpu", adapter=checkpoint.read_adapter(lora).for_any_base())
+    fledge.load(other, device="cpu", adapter=checkpoint.read_adapter(lora).allow_any_base())
 
 
 def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) ->
     assert plain.adapted(qa).adapted(state).template == "qa"  # the second does not tell
     assert plain.adapted(qa).adapted(instruct).chat().template.name == "instruct"
     assert plain.adapted(qa).chat(template="world").template.name == "world"
-    checkpoint.merge_file(base, [qa], tmp_path / "m.safetensors")
+    checkpoint.merge_to_file(base, [qa], tmp_path / "m.safetensors")
     merged = fledge.load(tmp_path / "m.safetensors", device="cpu")
     assert (
         merged.chat().template.name == "qa"

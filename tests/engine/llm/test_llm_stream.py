@@ -12,7 +12,7 @@ from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.engine.generation import feed
+from fledge.engine.generation import advance_state
 from fledge.engine.llm.stream import Completion, Stream
 from fledge.engine.sampling import SamplingParams
 from fledge.models import State
@@ -33,7 +33,7 @@ def stream_of(model: FakeModel, prompt: list[int] = PROMPT, show_held: bool = Tr
 
 
 def read(model: FakeModel, ids: list[int]) -> State:
-    return feed(model, ids, model.initial_state(1))
+    return advance_state(model, ids, model.initial_state(1))
 
 
 def check(model: FakeModel, done: Completion, pieces: list[str], prompt: list[int] = PROMPT) -> None:
@@ -246,7 +246,7 @@ def test_a_real_model_agrees_with_reading_its_own_text() -> None:
         pieces = list(stream)
         done = stream.completion
         assert "".join(pieces) == done.text
-        again = feed(model, [*PROMPT, *done.ids], start)
+        again = advance_state(model, [*PROMPT, *done.ids], start)
         for name, tensor in again.tensors().items():
             assert torch.allclose(tensor, getattr(done.state, name), atol=1e-4), name
         assert "".join(Stream(model, TOKENIZER, PROMPT, start, params)) == done.text

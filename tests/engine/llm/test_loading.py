@@ -105,7 +105,7 @@ def test_the_tokenizer_follows_from_the_record_or_the_rows() -> None:
 def test_what_is_not_there_is_an_error_with_a_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*gone\.pth"):
         fledge.load(tmp_path / "gone.pth")
-    monkeypatch.setattr(loading, "asset", lambda name: tmp_path / name)
+    monkeypatch.setattr(loading, "get_asset_path", lambda name: tmp_path / name)
     for name in (None, "tiny-finch"):
         with pytest.raises(CheckpointError, match=r"tiny-finch.safetensors is missing .*; install"):
             fledge.load(name)
@@ -117,14 +117,14 @@ def test_none_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     vocabulary = prune(world_vocabulary(), range(300, 400))
     config, tensors = checkpoint.load(save_pth(tmp_path, vocabulary.size))
     checkpoint.save(tmp_path / "tiny-finch.safetensors", config, tensors, tokenizer_spec=vocabulary.to_spec())
-    monkeypatch.setattr(loading, "asset", lambda name: tmp_path / name)
+    monkeypatch.setattr(loading, "get_asset_path", lambda name: tmp_path / name)
     llm = fledge.load(device="cpu")
     assert (llm.name, llm.tokenizer.vocab_size) == ("tiny-finch", vocabulary.size)
     assert llm.generate("Hello", max_tokens=3, ban=(0,)).prompt_tokens >= 1
 
 
 def test_the_bundled_model_writes_text() -> None:
-    if not loading.asset("tiny-finch.safetensors").is_file():
+    if not loading.get_asset_path("tiny-finch.safetensors").is_file():
         pytest.skip("the bundled model tiny-finch.safetensors is not in this checkout")
     done = fledge.load(device="cpu").generate("Once upon a time", max_tokens=12, seed=1)
     assert done.text.strip()

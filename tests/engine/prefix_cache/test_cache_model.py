@@ -13,7 +13,7 @@ from prefixes import BYTES, check, logits_of, same, state_of
 
 from fledge.engine.prefix_cache.cache import PrefixCache, PrefixMatch
 from fledge.engine.prefix_cache.disk_cache import DiskCache
-from fledge.engine.prefix_cache.radix_tree import NODE
+from fledge.engine.prefix_cache.radix_tree import NODE_BYTES
 
 AMPLE = 1 << 24
 
@@ -76,7 +76,7 @@ def do(cache: PrefixCache, step: Step) -> None:
     if step.act == "put":
         cache.put(step.space, list(step.ids), state_of(step.ids), logits_of(step.ids) if step.logits else None)
     elif step.act == "learn":
-        cache.learn(step.space, list(step.ids))
+        cache.insert_prompt(step.space, list(step.ids))
     elif step.act == "clear" and len(step.ids) > 7:
         cache.clear(step.space)
 
@@ -103,21 +103,23 @@ def places(plain: Plain, step: Step, start: int, marks: Sequence[int], every: in
 
 @given(STEPS)
 def test_with_room_for_all_it_is_the_dictionary(steps: list[Step]) -> None:
-    cache, plain = PrefixCache(memory=AMPLE, every=4, gain=1), Plain()
+    cache, plain = PrefixCache(memory_bytes=AMPLE, snapshot_interval=4, min_gain=1), Plain()
     for step in steps:
-        hit, (length, logits, shared) = cache.find(step.space, step.ids), plain.find(step.space, step.ids)
-        assert (hit.length, hit.logits is not None, hit.shared) == (length, logits, shared) and sound(hit, step.ids)
+        hit, (length, logits, shared) = cache.match_prefix(step.space, step.ids), plain.find(step.space, step.ids)
+        assert (hit.length, hit.logits is not None, hit.shared_length) == (length, logits, shared) and sound(
+            hit, step.ids
+        )
         marks = (2, 5)
-        assert cache.places(step.space, step.ids, length, marks) == places(plain, step, length, marks, 4)
+        assert cache.plan_snapshots(step.space, step.ids, length, marks) == places(plain, step, length, marks, 4)
         do(cache, step)
         plain.do(step)
         check(cache)
     assert cache.stats.evictions == 0 and cache.stats.hits + cache.stats.misses == len(steps)
 
 
-@given(STEPS, st.integers(0, 4 * (BYTES + NODE)))
+@given(STEPS, st.integers(0, 4 * (BYTES + NODE_BYTES)))
 def test_in_little_memory_it_finds_the_longest_of_what_is_left(steps: list[Step], memory: int) -> None:
-    cache, plain = PrefixCache(memory=memory, every=4, gain=1), Plain()
+    cache, plain = PrefixCache(memory_bytes=memory, snapshot_interval=4, min_gain=1), Plain()
     for step in steps:
         left = Plain()
         for node, space in [*cache._recent.items(), *cache._passed.items()]:
@@ -126,34 +128,36 @@ def test_in_little_memory_it_finds_the_longest_of_what_is_left(steps: list[Step]
             if node.value is not None:
                 left.kept[space, ids] = node.value.logits is not None
         assert left.kept.items() <= {**plain.kept, **left.kept}.items() and left.kept.keys() <= plain.kept.keys()
-        hit, (length, logits, shared) = cache.find(step.space, step.ids), left.find(step.space, step.ids)
-        assert (hit.length, hit.logits is not None, hit.shared) == (length, logits, shared) and sound(hit, step.ids)
+        hit, (length, logits, shared) = cache.match_prefix(step.space, step.ids), left.find(step.space, step.ids)
+        assert (hit.length, hit.logits is not None, hit.shared_length) == (length, logits, shared) and sound(
+            hit, step.ids
+        )
         do(cache, step)
         plain.do(step)
         check(cache)
         assert length <= plain.find(step.space, step.ids)[0] or step.act == "clear"
 
 
-@pytest.mark.parametrize("memory", [0, 3 * (BYTES + NODE), AMPLE])
+@pytest.mark.parametrize("memory", [0, 3 * (BYTES + NODE_BYTES), AMPLE])
 @settings(max_examples=25)
 @given(steps=STEPS)
 def test_with_a_disk_nothing_is_lost(memory: int, steps: list[Step]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        disk = DiskCache(folder, "model", limit=AMPLE)
-        cache, plain = PrefixCache(memory=memory, disk=disk, every=4, gain=1), Plain()
+        disk = DiskCache(folder, "model", max_bytes=AMPLE)
+        cache, plain = PrefixCache(memory_bytes=memory, disk=disk, snapshot_interval=4, min_gain=1), Plain()
         for step in steps:
-            hit, (length, logits, shared) = cache.find(step.space, step.ids), plain.find(step.space, step.ids)
+            hit, (length, logits, shared) = cache.match_prefix(step.space, step.ids), plain.find(step.space, step.ids)
             assert (hit.length, hit.logits is not None) == (length, logits) and sound(hit, step.ids)
-            assert length <= hit.shared <= shared
+            assert length <= hit.shared_length <= shared
             do(cache, step)
             plain.do(step)
             check(cache)
             if step.act == "again":
                 cache.flush()
                 disk.close()
-                disk = DiskCache(folder, "model", limit=AMPLE)
-                cache = PrefixCache(memory=memory, disk=disk, every=4, gain=1)
+                disk = DiskCache(folder, "model", max_bytes=AMPLE)
+                cache = PrefixCache(memory_bytes=memory, disk=disk, snapshot_interval=4, min_gain=1)
         assert disk._waiting.keys() <= disk._rows.keys()
-        disk.drain()
+        disk.wait_idle()
         assert disk._waiting_bytes == 0 and disk.nbytes == sum(row.size for row in disk._rows.values())
         disk.close()

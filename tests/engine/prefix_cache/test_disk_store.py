@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prefixes import logits_of, same, state_of
 
-from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encoded
+from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.models.state import State
 
 
@@ -17,7 +17,10 @@ def row(number: int) -> SnapshotRecord:
 
 
 def fill(store: SnapshotStore, *numbers: int) -> list[SnapshotRecord]:
-    return [store.write(row(number), encoded(Snapshot(state_of([number]), logits_of([number])))) for number in numbers]
+    return [
+        store.write(row(number), encode_snapshot(Snapshot(state_of([number]), logits_of([number]))))
+        for number in numbers
+    ]
 
 
 def names(folder: Path) -> set[str]:
@@ -29,7 +32,7 @@ def test_what_was_written_is_read_to_the_bit(tmp_path: Path) -> None:
     first, _ = fill(store, 3, 5)
     store.close()
     store = SnapshotStore(tmp_path)
-    assert first in store.rows and len(store.rows) == 2
+    assert first in store.records and len(store.records) == 2
     found = store.read(first)
     assert found is not None and found.logits is not None
     assert same(found.state, [3]) and found.logits.equal(logits_of([3]))
@@ -37,18 +40,18 @@ def test_what_was_written_is_read_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_file_without_logits_is_a_state_file(tmp_path: Path) -> None:
-    (tmp_path / "state").write_bytes(encoded(Snapshot(state_of([3]), None)))
+    (tmp_path / "state").write_bytes(encode_snapshot(Snapshot(state_of([3]), None)))
     assert same(State.load(tmp_path / "state"), [3])
 
 
 def test_a_row_takes_the_place_of_another_with_its_file(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path)
     (old,) = fill(store, 3)
-    new = store.write(old, encoded(Snapshot(state_of([3]), logits_of([3]))))
+    new = store.write(old, encode_snapshot(Snapshot(state_of([3]), logits_of([3]))))
     assert names(tmp_path) == {new.file} and new.file != old.file
     store.close()
     store = SnapshotStore(tmp_path)
-    assert store.rows == [new]
+    assert store.records == [new]
     store.close()
 
 
@@ -63,7 +66,7 @@ def test_opening_removes_rows_and_files_that_are_alone_and_nothing_else(tmp_path
     (states / f".{'0' * 32}.safetensors.x1_y.part").write_bytes(b"half")
     (states / "mine.safetensors").write_bytes(b"put there by somebody")
     store = SnapshotStore(tmp_path)
-    assert store.rows == [kept] and names(tmp_path) == {kept.file, "mine.safetensors"}
+    assert store.records == [kept] and names(tmp_path) == {kept.file, "mine.safetensors"}
     store.close()
 
 
@@ -80,7 +83,7 @@ def test_an_index_that_takes_no_change_keeps_no_files(tmp_path: Path, monkeypatc
     assert names(tmp_path) == {rows[1].file} and store.read(rows[0]) is None
     store.close()
     store = SnapshotStore(tmp_path)
-    assert store.rows == rows[1:]
+    assert store.records == rows[1:]
     store.close()
 
 
@@ -91,11 +94,11 @@ def test_a_damaged_index_is_begun_anew(tmp_path: Path, damage: bytes, caplog: py
     store.close()
     (tmp_path / INDEX).write_bytes(damage)
     store = SnapshotStore(tmp_path)
-    assert store.rows == [] and names(tmp_path) == set()
+    assert store.records == [] and names(tmp_path) == set()
     kept = fill(store, 5)
     store.close()
     store = SnapshotStore(tmp_path)
-    assert store.rows == kept
+    assert store.records == kept
     store.close()
     assert len(caplog.records) == (tmp_path / "index.damaged").exists() == bool(damage), "an empty one is a new one"
 

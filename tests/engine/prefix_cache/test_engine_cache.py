@@ -20,7 +20,7 @@ MEMORY = 1 << 22
 
 
 def engine_of(cache: PrefixCache, version: str = "6.0") -> Engine:
-    return Engine(packed(version), eos_id=EOS, scheduler=Scheduler(slots=5, chunk=64), cache=cache)
+    return Engine(packed(version), eos_id=EOS, scheduler=Scheduler(slots=5, prefill_chunk=64), cache=cache)
 
 
 def edited(ids: tuple[int, ...], chooser: random.Random) -> tuple[int, ...]:
@@ -36,8 +36,8 @@ def edited(ids: tuple[int, ...], chooser: random.Random) -> tuple[int, ...]:
 def test_known_beginnings_change_no_token(version: str, disk: bool, tmp_path: Path) -> None:
     """Random edits, two tenants, a memory too small for all, several requests at once, some aborted."""
     chooser = random.Random(version + str(disk))
-    snapshots = DiskCache(tmp_path, "model", limit=MEMORY) if disk else None
-    cache = PrefixCache(memory=MEMORY // 64, disk=snapshots, every=32)
+    snapshots = DiskCache(tmp_path, "model", max_bytes=MEMORY) if disk else None
+    cache = PrefixCache(memory_bytes=MEMORY // 64, disk=snapshots, snapshot_interval=32)
     engine = engine_of(cache, version)
     known = [prompt(90, number) for number in range(3)]
     for _ in range(12):
@@ -47,7 +47,7 @@ def test_known_beginnings_change_no_token(version: str, disk: bool, tmp_path: Pa
             known.append(ids)
             params = replace(PARAMS, seed=chooser.randrange(100), max_tokens=4)
             marks = tuple(sorted(chooser.sample(range(1, len(ids) + 1), min(2, len(ids)))))
-            request = Request(ids, params, space=chooser.choice(["a", "b"]), marks=marks)
+            request = Request(ids, params, cache_namespace=chooser.choice(["a", "b"]), message_ends=marks)
             asked[engine.add(request)] = request
         if chooser.random() < 0.3:
             engine.step()
@@ -66,10 +66,10 @@ def test_known_beginnings_change_no_token(version: str, disk: bool, tmp_path: Pa
 
 @needs_native
 def test_only_what_is_new_is_read() -> None:
-    engine = engine_of(PrefixCache(memory=MEMORY, every=32))
-    first = Request(prompt(100, 1), PARAMS, space="a", marks=(70,))
+    engine = engine_of(PrefixCache(memory_bytes=MEMORY, snapshot_interval=32))
+    first = Request(prompt(100, 1), PARAMS, cache_namespace="a", message_ends=(70,))
     run_of(engine, first)
-    assert engine.tally.read == 100
+    assert engine.stats.prefill_tokens == 100
     for ids, cached in (
         (first.ids, 100),  # again: not even its last token
         (first.ids + prompt(9, 2), 100),
@@ -77,25 +77,25 @@ def test_only_what_is_new_is_read() -> None:
         (first.ids[:60] + prompt(9, 4), 32),
         (first.ids[:60] + prompt(9, 5), 60),  # the place where the one before left known ground
     ):
-        before = engine.tally.read
-        assert run_of(engine, Request(ids, PARAMS, space="a")) == cached
-        assert engine.tally.read - before == len(ids) - cached
-    assert run_of(engine, replace(first, space="b")) == 0, "another tenant's prompts are not known"
-    assert run_of(engine, replace(first, space=None)) == 0
+        before = engine.stats.prefill_tokens
+        assert run_of(engine, Request(ids, PARAMS, cache_namespace="a")) == cached
+        assert engine.stats.prefill_tokens - before == len(ids) - cached
+    assert run_of(engine, replace(first, cache_namespace="b")) == 0, "another tenant's prompts are not known"
+    assert run_of(engine, replace(first, cache_namespace=None)) == 0
 
 
 @needs_native
 def test_what_was_read_is_known_after_a_restart(tmp_path: Path) -> None:
-    request = Request(prompt(100, 1), PARAMS, space="a")
+    request = Request(prompt(100, 1), PARAMS, cache_namespace="a")
     tokens = []
     for cached in (0, 100):
-        with DiskCache(tmp_path, "model", limit=1 << 24) as disk:
-            cache = PrefixCache(memory=MEMORY, disk=disk, every=32)
+        with DiskCache(tmp_path, "model", max_bytes=1 << 24) as disk:
+            cache = PrefixCache(memory_bytes=MEMORY, disk=disk, snapshot_interval=32)
             engine = engine_of(cache)
             number = engine.add(request)
             outputs = run(engine)[number, 0]
             tokens.append(drawn(outputs))
-            assert outputs[0].cached == cached
+            assert outputs[0].cached_tokens == cached
             cache.flush()
     assert tokens[0] == tokens[1]
 
@@ -105,4 +105,4 @@ def run_of(engine: Engine, request: Request) -> int:
     number = engine.add(request)
     outputs = run(engine)[number, 0]
     assert drawn(outputs) == [token for token, _ in plain(engine.model, request)]
-    return outputs[0].cached
+    return outputs[0].cached_tokens

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from fledge.engine.prefix_cache.radix_tree import NODE, TOKEN, RadixTree, packed
+from fledge.engine.prefix_cache.radix_tree import NODE_BYTES, TOKEN_BYTES, RadixTree, pack_ids
 
 
 def tree_of(*paths: tuple[int, ...]) -> RadixTree[int]:
     """Each path with its number as the value."""
     tree: RadixTree[int] = RadixTree()
     for number, path in enumerate(paths):
-        tree.add(packed(path)).value = number
+        tree.get_or_insert(pack_ids(path)).value = number
     return tree
 
 
 def walked(tree: RadixTree[int], *path: int) -> tuple[list[tuple[int, int | None]], int]:
-    nodes, known = tree.walk(packed(path))
+    nodes, known = tree.match(pack_ids(path))
     return [(node.length, node.value) for node in nodes], known
 
 
@@ -27,7 +27,7 @@ def test_paths_part_where_they_differ() -> None:
     assert walked(tree, 1, 2, 300 + 256) == ([(2, 2)], 2), "ids that share some of their bytes are two"
     assert walked(tree, 2) == ([], 0)
     assert walked(tree) == ([], 0)
-    assert tree.size == 4 * NODE + 6 * TOKEN
+    assert tree.nbytes == 4 * NODE_BYTES + 6 * TOKEN_BYTES
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 1000])
@@ -42,16 +42,16 @@ def test_the_place_where_two_paths_part_is_found_at_every_length(length: int) ->
 def test_values_that_go_leave_nothing_behind() -> None:
     tree = tree_of((1, 2, 3, 4), (1, 2, 5), (1,))
     for path, nodes, tokens in (((1,), 4, 5), ((1, 2, 5), 2, 4), ((1, 2, 3, 4), 1, 0)):
-        node = tree.add(packed(path))
+        node = tree.get_or_insert(pack_ids(path))
         node.value = None
         tree.prune(node)
-        assert tree.size == nodes * NODE + tokens * TOKEN
+        assert tree.nbytes == nodes * NODE_BYTES + tokens * TOKEN_BYTES
     assert not tree.root.children
 
 
 def test_a_node_with_a_value_or_two_ways_on_stays() -> None:
     tree = tree_of((1, 2), (1, 2, 3), (1, 2, 4))
-    (node, *_), _ = tree.walk(packed((1, 2)))
+    (node, *_), _ = tree.match(pack_ids((1, 2)))
     tree.prune(node)
     node.value = None
     tree.prune(node)
@@ -60,10 +60,18 @@ def test_a_node_with_a_value_or_two_ways_on_stays() -> None:
 
 def test_a_learned_path_becomes_longer_and_gets_values() -> None:
     tree = tree_of()
-    leaf = tree.learn(packed((1, 2, 3)))
-    assert leaf is not None and tree.learn(packed((1, 2))) is None
-    assert tree.learn(packed((1, 2, 3, 4))) is leaf and leaf.length == 4 and tree.size == 2 * NODE + 4 * TOKEN
-    tree.add(packed((1, 2))).value = 7
+    leaf = tree.insert(pack_ids((1, 2, 3)))
+    assert leaf is not None and tree.insert(pack_ids((1, 2))) is None
+    assert (
+        tree.insert(pack_ids((1, 2, 3, 4))) is leaf
+        and leaf.length == 4
+        and tree.nbytes == 2 * NODE_BYTES + 4 * TOKEN_BYTES
+    )
+    tree.get_or_insert(pack_ids((1, 2))).value = 7
     assert walked(tree, 1, 2, 3, 4) == ([(2, 7), (4, None)], 4)
-    assert leaf.path == packed((1, 2, 3, 4)) and leaf.above is not None and leaf.above.value == 7
-    assert leaf.above.above is None
+    assert (
+        leaf.path == pack_ids((1, 2, 3, 4))
+        and leaf.nearest_ancestor_with_value is not None
+        and leaf.nearest_ancestor_with_value.value == 7
+    )
+    assert leaf.nearest_ancestor_with_value.nearest_ancestor_with_value is None

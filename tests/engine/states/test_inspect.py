@@ -12,7 +12,7 @@ from random_checkpoints import VERSIONS, random_checkpoint
 
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import StateError
-from fledge.engine.generation import feed, fresh_state
+from fledge.engine.generation import advance_state, make_initial_state
 from fledge.engine.states.inspect import change, distances, half_lives, norms
 from fledge.models import ModelConfig, WkvState, zero_state
 
@@ -41,26 +41,27 @@ def test_a_half_life_is_when_half_is_left() -> None:
 @pytest.mark.parametrize("version", ["4", "6.0"])
 def test_changes_are_told_head_by_head(version: str) -> None:
     model = model_of(version)
-    begin = fresh_state(model)
-    middle = feed(model, [5, 6, 7], begin)
-    first, second = change(begin, middle), change(middle, feed(model, [8], middle))
+    begin = make_initial_state(model)
+    middle = advance_state(model, [5, 6, 7], begin)
+    first, second = change(begin, middle), change(middle, advance_state(model, [8], middle))
     heads = 1 if version == "4" else 5
     assert first is not None and first.shape == (3, heads) and (first == 1).all(), "all is new at the beginning"
     assert second is not None and (second > 0).all()
     if version == "6.0":
         before, after = (
-            feed(model, ids, fresh_state(model)).tensors()["wkv"][1, 0, 2] for ids in ([5, 6, 7], [5, 6, 7, 8])
+            advance_state(model, ids, make_initial_state(model)).tensors()["wkv"][1, 0, 2]
+            for ids in ([5, 6, 7], [5, 6, 7, 8])
         )
         assert second[1, 2] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
-    held = norms(feed(model, [5, 6, 7], fresh_state(model)))
+    held = norms(advance_state(model, [5, 6, 7], make_initial_state(model)))
     assert held is not None and held.shape == (3, heads) and (held > 0).all()
 
 
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) -> None:
     model = model_of(version)
-    state, other = (feed(model, ids, fresh_state(model)) for ids in ([5, 6, 7], [5, 6, 8]))
-    same, apart, whole = (distances(state, each) for each in (state, other, fresh_state(model)))
+    state, other = (advance_state(model, ids, make_initial_state(model)) for ids in ([5, 6, 7], [5, 6, 8]))
+    same, apart, whole = (distances(state, each) for each in (state, other, make_initial_state(model)))
     assert list(same) == ["att_shift", "memory", "ffn_shift"]
     assert all((table == 0).all() and table.shape == (3,) for table in same.values())
     assert all(0 < value < 2 for table in apart.values() for value in table)
@@ -68,7 +69,7 @@ def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) ->
 
 
 def test_what_has_nothing_in_common_has_no_distance() -> None:
-    state = fresh_state(model_of("5.2"))
+    state = make_initial_state(model_of("5.2"))
     with pytest.raises(StateError, match="different sizes"):
         distances(state, WkvState(state.att_shift[:2], state.wkv[:2], state.ffn_shift[:2]))
     llama = zero_state(ModelConfig.transformer(n_layer=1, n_embd=64, vocab_size=10), 1)

@@ -12,14 +12,14 @@ from fakes import ByteTokenizer, equal_states, random_finch
 
 from fledge.core.errors import UsageError
 from fledge.core.interrupts import Interrupted
-from fledge.engine.generation import CHUNK
+from fledge.engine.generation import PREFILL_CHUNK
 from fledge.engine.llm.llm import LLM
 from fledge.engine.states import read_document
 from fledge.engine.states.read_document import PARTIAL, make_room, mark_used, read_kept, source_of
 from fledge.engine.states.state_file import identity_of, read_state
 
 TOKENIZER = ByteTokenizer()
-IDS = [1 + place * 7 % 256 for place in range(2 * CHUNK + 100)]
+IDS = [1 + place * 7 % 256 for place in range(2 * PREFILL_CHUNK + 100)]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def test_a_text_is_known_when_it_is_asked_for_again(llm: LLM, tmp_path: Path) ->
 
 
 def test_what_follows_a_known_text_is_all_that_is_read(llm: LLM, tmp_path: Path) -> None:
-    read_kept(llm, IDS[:CHUNK], tmp_path / "a.state")
+    read_kept(llm, IDS[:PREFILL_CHUNK], tmp_path / "a.state")
     longer = read_kept(llm, IDS, tmp_path / "a.state")
-    assert longer.new == len(IDS) - CHUNK and equal_states(longer.state, llm.read(IDS))
+    assert longer.new == len(IDS) - PREFILL_CHUNK and equal_states(longer.state, llm.read(IDS))
 
 
 def test_an_interrupted_reading_goes_on_where_it_was(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     for times in (1, 2):
-        with pytest.raises(Interrupted, match=f"{times * CHUNK:,} of {len(IDS):,} tokens"):
+        with pytest.raises(Interrupted, match=f"{times * PREFILL_CHUNK:,} of {len(IDS):,} tokens"):
             read_kept(llm, IDS, path, progress=interrupt)
         assert [entry.name for entry in tmp_path.iterdir()] == [f"a.state{PARTIAL}"]
     done = read_kept(llm, IDS, path)
@@ -67,13 +67,13 @@ def test_a_reading_that_was_killed_has_left_its_parts(
         pass
 
     def kill(done: int, _total: int) -> None:
-        if done > CHUNK:
+        if done > PREFILL_CHUNK:
             raise Killed
 
-    monkeypatch.setattr(read_document, "OFTEN", CHUNK)
+    monkeypatch.setattr(read_document, "OFTEN", PREFILL_CHUNK)
     with pytest.raises(Killed):
         read_kept(llm, IDS, tmp_path / "a.state", progress=kill)
-    assert read_kept(llm, IDS, tmp_path / "a.state").new == len(IDS) - CHUNK
+    assert read_kept(llm, IDS, tmp_path / "a.state").new == len(IDS) - PREFILL_CHUNK
 
 
 def test_another_text_model_or_beginning_is_never_taken_for_this_one(llm: LLM, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from native_library import needs_native
 from random_checkpoints import random_checkpoint
 
 from fledge.core.errors import StateError
-from fledge.engine.generation import feed, fresh_state
+from fledge.engine.generation import advance_state, make_initial_state
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
 from fledge.engine.states.state_file import (
@@ -41,7 +41,7 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def made(llm: LLM) -> tuple[State, StateMetadata]:
-    state = feed(llm.model, [5, 6, 7], fresh_state(llm.model))
+    state = advance_state(llm.model, [5, 6, 7], make_initial_state(llm.model))
     return state, StateMetadata.of(llm, identity_of(llm), tokens=3, template="world", title="\u597d")
 
 

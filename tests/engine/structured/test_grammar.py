@@ -16,13 +16,13 @@ from fakes import ByteTokenizer
 from fledge.core.errors import UsageError
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.engine.structured.grammar import (
-    PATTERN_CHARACTERS,
-    SCHEMA_CHARACTERS,
+    MAX_PATTERN_CHARACTERS,
+    MAX_SCHEMA_CHARACTERS,
     Constraint,
     GrammarVocabulary,
-    json_object,
-    json_schema,
-    regex,
+    compile_json_object,
+    compile_json_schema,
+    compile_regex,
 )
 from fledge.tokenizer import NO_EOS, Tokenizer, load_world, prune, tokenizer_for, world_vocabulary
 
@@ -50,16 +50,16 @@ def write(constraint: Constraint, name: str, seed: int) -> str:
     tokenizer = tokenizer_called(name)
     sampler, random = Sampler(SamplingParams(top_p=1.0, seed=seed)), torch.Generator().manual_seed(seed)
     ids = list[int]()
-    while not constraint.done:
-        allowed = constraint.mask()
-        assert allowed.shape == (tokenizer.vocab_size,) and allowed[tokenizer.eos_id] == constraint.may_end
-        token = sampler.next(torch.randn(tokenizer.vocab_size, generator=random), allowed)
+    while not constraint.is_complete:
+        allowed = constraint.token_mask()
+        assert allowed.shape == (tokenizer.vocab_size,) and allowed[tokenizer.eos_id] == constraint.is_accepting
+        token = sampler.sample(torch.randn(tokenizer.vocab_size, generator=random), allowed)
         constraint.accept(token)
         if token == tokenizer.eos_id:
             break
         ids.append(token)
         assert len(ids) < 1_000
-    assert constraint.may_end
+    assert constraint.is_accepting
     return tokenizer.decode_bytes(ids).decode()
 
 
@@ -98,7 +98,7 @@ def check_person(person: Any) -> None:
 
 @pytest.mark.parametrize("name, draws", [(WORLD, 50), (BYTES, 50), (PRUNED, 10)])
 def test_what_is_written_fits_the_schema(name: str, draws: int) -> None:
-    start, seen = json_schema(PERSON, vocabulary_of(name)), list[str]()
+    start, seen = compile_json_schema(PERSON, vocabulary_of(name)), list[str]()
     for seed in range(draws):
         text = write(start.fork(), name, seed)
         check_person(json.loads(text))
@@ -111,7 +111,7 @@ def test_what_is_written_fits_the_schema(name: str, draws: int) -> None:
 @pytest.mark.parametrize("name", [WORLD, BYTES])
 def test_letters_are_written_in_parts(name: str) -> None:
     """Every member is reached, also where a token is a part of a letter."""
-    start = json_schema({"enum": ["日本", "日曜", "🙂", "🙃"]}, vocabulary_of(name))
+    start = compile_json_schema({"enum": ["日本", "日曜", "🙂", "🙃"]}, vocabulary_of(name))
     assert {json.loads(write(start.fork(), name, seed)) for seed in range(50)} == {"日本", "日曜", "🙂", "🙃"}
 
 
@@ -127,8 +127,8 @@ def test_letters_are_written_in_parts(name: str) -> None:
 )
 @pytest.mark.parametrize("name", [WORLD, BYTES])
 def test_what_is_written_matches_the_regex(name: str, pattern: str) -> None:
-    start = regex(pattern, vocabulary_of(name))
-    assert not start.may_end and not start.done
+    start = compile_regex(pattern, vocabulary_of(name))
+    assert not start.is_accepting and not start.is_complete
     texts = [write(start.fork(), name, seed) for seed in range(20)]
     assert all(re.fullmatch(pattern, text) for text in texts) and len(set(texts)) > 2
 
@@ -146,24 +146,24 @@ def test_every_cut_into_tokens_is_accepted() -> None:
     single = [tokenizer.encode(text[at : at + 1])[0] for at in range(len(text))]
     assert len(whole) < len(single)
     for ids in (whole, single):
-        constraint = json_schema(schema, vocabulary_of(WORLD))
+        constraint = compile_json_schema(schema, vocabulary_of(WORLD))
         for place, token in enumerate(ids):
-            assert not constraint.may_end and not constraint.done
+            assert not constraint.is_accepting and not constraint.is_complete
             constraint.accept(token)
-            assert constraint.done == (place == len(ids) - 1)
-        assert np.flatnonzero(constraint.mask()).tolist() == [tokenizer.eos_id]
+            assert constraint.is_complete == (place == len(ids) - 1)
+        assert np.flatnonzero(constraint.token_mask()).tolist() == [tokenizer.eos_id]
         constraint.accept(tokenizer.eos_id)
-        assert constraint.done and constraint.may_end
+        assert constraint.is_complete and constraint.is_accepting
 
 
 def takes(constraint: Constraint, text: str) -> bool:
     """Whether `text` is among what may be written."""
     tokenizer, place = tokenizer_called(WORLD), constraint.fork()
     for token in tokenizer.encode(text):
-        if not place.mask()[token]:
+        if not place.token_mask()[token]:
             return False
         place.accept(token)
-    return place.may_end
+    return place.is_accepting
 
 
 @pytest.mark.parametrize("low", ["minimum", "exclusiveMinimum"])
@@ -171,7 +171,7 @@ def takes(constraint: Constraint, text: str) -> bool:
 @pytest.mark.parametrize("ends", [(2, 2.5), (-2.5, -2), (0, 0.5), (-0.5, 0.0), (1.5, 2), (2, 3), (2.0, 2.25), (1, 7.5)])
 def test_numbers_keep_within_their_bounds(low: str, high: str, ends: tuple[float, float]) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "number", low: ends[0], high: ends[1]}}, "required": ["a"]}
-    constraint = json_schema(schema, vocabulary_of(WORLD))
+    constraint = compile_json_schema(schema, vocabulary_of(WORLD))
     above = (lambda x: x > ends[0]) if low.startswith("e") else (lambda x: x >= ends[0])
     below = (lambda x: x < ends[1]) if high.startswith("e") else (lambda x: x <= ends[1])
     taken = {text: takes(constraint, f'{{"a": {text}}}') for text in (f"{n / 4:g}" for n in range(-12, 36))}
@@ -180,10 +180,10 @@ def test_numbers_keep_within_their_bounds(low: str, high: str, ends: tuple[float
 
 def test_values_in_a_schema_are_left_as_they_are() -> None:
     value = {"exclusiveMinimum": 2, "maximum": 2.5}
-    constraint = json_schema({"enum": [value]}, vocabulary_of(WORLD))
+    constraint = compile_json_schema({"enum": [value]}, vocabulary_of(WORLD))
     assert takes(constraint, json.dumps(value))
     named = {"type": "object", "properties": {"enum": {"type": "number", **value}}, "required": ["enum"]}
-    constraint = json_schema(named, vocabulary_of(WORLD))
+    constraint = compile_json_schema(named, vocabulary_of(WORLD))
     assert takes(constraint, '{"enum": 2.25}') and not takes(constraint, '{"enum": 2}')
 
 
@@ -191,50 +191,50 @@ def test_values_in_a_schema_are_left_as_they_are() -> None:
 def test_numbers_beyond_all_measure_do_no_harm(bound: float) -> None:
     for name, other in (("exclusiveMinimum", "maximum"), ("exclusiveMaximum", "minimum")):
         try:
-            json_schema({"type": "number", name: bound, other: 1.5}, vocabulary_of(BYTES))
+            compile_json_schema({"type": "number", name: bound, other: 1.5}, vocabulary_of(BYTES))
         except UsageError as error:
             assert len(str(error)) < 400
 
 
 def test_a_fork_goes_its_own_way() -> None:
-    tokenizer, start = tokenizer_called(BYTES), regex("ab*c|ad", vocabulary_of(BYTES))
+    tokenizer, start = tokenizer_called(BYTES), compile_regex("ab*c|ad", vocabulary_of(BYTES))
     start.accept(tokenizer.encode("a")[0])
     fork = start.fork()
     fork.accept(tokenizer.encode("d")[0])
-    assert fork.done and not start.done
+    assert fork.is_complete and not start.is_complete
     for letter in "bbc":
-        assert not start.done and start.mask()[tokenizer.encode(letter)[0]]
+        assert not start.is_complete and start.token_mask()[tokenizer.encode(letter)[0]]
         start.accept(tokenizer.encode(letter)[0])
-    assert start.done and fork.done
-    one, other = (json_schema(PERSON, vocabulary_of(WORLD)) for _ in range(2))
+    assert start.is_complete and fork.is_complete
+    one, other = (compile_json_schema(PERSON, vocabulary_of(WORLD)) for _ in range(2))
     assert [write(one.fork(), WORLD, 1), write(one, WORLD, 1)] == [write(other, WORLD, 1)] * 2
 
 
 def test_any_object_and_a_space_before_it() -> None:
     tokenizer = tokenizer_called(BYTES)
     for space in (False, True):
-        start = json_object(vocabulary_of(BYTES), space=space)
-        assert start.mask()[tokenizer.id_of(" ")] == space and start.mask()[tokenizer.id_of("{")]
+        start = compile_json_object(vocabulary_of(BYTES), leading_space=space)
+        assert start.token_mask()[tokenizer.id_of(" ")] == space and start.token_mask()[tokenizer.id_of("{")]
         for token in tokenizer.encode(" " * space + '{"a": [1,{"b":null}, "\\n"]}'):
             start.accept(token)
-        assert start.done
+        assert start.is_complete
     text = tokenizer.encode('{"a":  ')
-    start = json_object(vocabulary_of(BYTES))
+    start = compile_json_object(vocabulary_of(BYTES))
     with pytest.raises(UsageError, match="cannot go on within its grammar"):
         for token in text:
             start.accept(token)
     with pytest.raises(UsageError, match="cannot go on within its grammar"):
-        start.mask()
+        start.token_mask()
 
 
 def test_a_vocabulary_without_an_end() -> None:
     tokenizer = ByteTokenizer()
     tokenizer.eos_id = NO_EOS
-    start = regex("ab?", GrammarVocabulary(tokenizer))
+    start = compile_regex("ab?", GrammarVocabulary(tokenizer))
     start.accept(tokenizer.encode("a")[0])
-    assert start.may_end and np.flatnonzero(start.mask()).tolist() == tokenizer.encode("b")
+    assert start.is_accepting and np.flatnonzero(start.token_mask()).tolist() == tokenizer.encode("b")
     start.accept(tokenizer.encode("b")[0])
-    assert start.done and not start.mask().any()
+    assert start.is_complete and not start.token_mask().any()
 
 
 def nested(levels: int) -> str:
@@ -271,7 +271,7 @@ def chain(length: int, form: str = '{"type":"array","items":%s}') -> str:
         ('{"type":', "is not JSON"),
         ("[]", "it must be a JSON object"),
         ("true", "it must be a JSON object"),
-        (json.dumps({"enum": ["x" * 1_000_000]}), f"1000014 characters; at most {SCHEMA_CHARACTERS}"),
+        (json.dumps({"enum": ["x" * 1_000_000]}), f"1000014 characters; at most {MAX_SCHEMA_CHARACTERS}"),
         (nested(140), "recursion limit"),
         (nested(2_000), "nested too deeply"),
         (chain(1_100), "nested too deeply: 2205 levels"),
@@ -281,7 +281,7 @@ def chain(length: int, form: str = '{"type":"array","items":%s}') -> str:
 )
 def test_bad_schemas_are_refused_in_one_line(schema: dict[str, Any] | str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        json_schema(schema, vocabulary_of(BYTES))
+        compile_json_schema(schema, vocabulary_of(BYTES))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -290,7 +290,7 @@ def test_a_schema_deeper_than_the_stack_of_python() -> None:
     for _ in range(3_000):
         deep = {"not": deep}
     with pytest.raises(UsageError, match="nested too deeply"):
-        json_schema(deep, vocabulary_of(BYTES))
+        compile_json_schema(deep, vocabulary_of(BYTES))
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,11 @@ def test_a_schema_deeper_than_the_stack_of_python() -> None:
     ],
 )
 def test_a_schema_may_ask_for_much_and_is_followed_as_far_as_it_goes(schema: dict[str, Any] | str) -> None:
-    constraint, random = json_schema(schema, vocabulary_of(WORLD)), np.random.default_rng(5)
+    constraint, random = compile_json_schema(schema, vocabulary_of(WORLD)), np.random.default_rng(5)
     for _ in range(20):
-        allowed = np.flatnonzero(constraint.mask())
+        allowed = np.flatnonzero(constraint.token_mask())
         assert len(allowed) > 0
-        if constraint.done:
+        if constraint.is_complete:
             break
         constraint.accept(int(random.choice(allowed)))
 
@@ -326,7 +326,7 @@ def test_a_schema_may_ask_for_much_and_is_followed_as_far_as_it_goes(schema: dic
         (r"\bword\b", "lookarounds"),
         (r"(?-u:\xff)", "UTF-8"),
         ("(" * 2_000 + "a" + ")" * 2_000, "nest"),
-        ("a" * (PATTERN_CHARACTERS + 1), f"has 8193 characters; at most {PATTERN_CHARACTERS}"),
+        ("a" * (MAX_PATTERN_CHARACTERS + 1), f"has 8193 characters; at most {MAX_PATTERN_CHARACTERS}"),
         ("", "only the empty one"),
         (r"[^\x00-\x{10FFFF}]", "no text"),
         ("\ud800", "surrogate"),
@@ -334,7 +334,7 @@ def test_a_schema_may_ask_for_much_and_is_followed_as_far_as_it_goes(schema: dic
 )
 def test_bad_patterns_are_refused_in_one_line(pattern: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        regex(pattern, vocabulary_of(BYTES))
+        compile_regex(pattern, vocabulary_of(BYTES))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -344,9 +344,9 @@ def test_bad_patterns_are_refused_in_one_line(pattern: str, words: str) -> None:
 def test_a_costly_pattern_is_followed_or_given_up_with_a_line(pattern: str) -> None:
     random = np.random.default_rng(6)
     try:
-        constraint = regex(pattern, vocabulary_of(WORLD))
+        constraint = compile_regex(pattern, vocabulary_of(WORLD))
         for _ in range(30):
-            constraint.accept(int(random.choice(np.flatnonzero(constraint.mask())[-50:])))
+            constraint.accept(int(random.choice(np.flatnonzero(constraint.token_mask())[-50:])))
     except UsageError as error:
         assert "the regex cannot be used: " in str(error) or "cannot go on within its grammar: " in str(error)
         assert "\n" not in str(error) and len(str(error)) < 300

@@ -13,11 +13,11 @@ from fledge.core.errors import UsageError
 from fledge.engine.structured.grammar import Constraint, GrammarVocabulary
 from fledge.engine.structured.tool_calls import (
     ParsedToolCall,
-    parse_calls,
-    render_calls,
-    render_result,
+    compile_tool_calls,
+    parse_tool_calls,
+    render_tool_calls,
+    render_tool_result,
     render_tools,
-    tool_call,
 )
 from fledge.tokenizer import render
 
@@ -68,59 +68,59 @@ def taken(constraint: Constraint, tokenizer: ByteTokenizer, text: str) -> str:
     """How much of `text` the constraint takes; a whole text that may end there is marked by a full stop."""
     ids = tokenizer.encode(text)
     for place, token in enumerate(ids):
-        if not constraint.mask()[token]:
+        if not constraint.token_mask()[token]:
             # Where one text only can follow, the mask offers its own cut; others are taken all the same.
             try:
                 constraint.fork().accept(token)
             except UsageError:
                 return tokenizer.decode(ids[:place])
         constraint.accept(token)
-    return text + "." * constraint.may_end
+    return text + "." * constraint.is_accepting
 
 
 def test_required_calls_and_nothing_else(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
-    start = tool_call(TOOLS, "required", vocabulary)
-    for text in (render_calls([ROME]), render_calls([ROME, NOW, ROME]), " " + render_calls([NOW])):
+    start = compile_tool_calls(TOOLS, "required", vocabulary)
+    for text in (render_tool_calls([ROME]), render_tool_calls([ROME, NOW, ROME]), " " + render_tool_calls([NOW])):
         assert taken(start.fork(), tokenizer, text) == text + "."
     assert taken(start.fork(), tokenizer, "Hello") == ""
-    assert taken(start.fork(), tokenizer, render_calls([NOW]) + "\nHello") == render_calls([NOW]) + "\n"
-    far = render_calls([ParsedToolCall("weather", '{"city": "Oslo"')])
+    assert taken(start.fork(), tokenizer, render_tool_calls([NOW]) + "\nHello") == render_tool_calls([NOW]) + "\n"
+    far = render_tool_calls([ParsedToolCall("weather", '{"city": "Oslo"')])
     assert taken(start.fork(), tokenizer, far) == far[: far.index("Oslo")]
-    assert taken(start.fork(), tokenizer, render_calls([ParsedToolCall("wind", "{}")])).endswith('"name": "w')
-    kids = render_calls([ParsedToolCall("tree", '{"kids": [{"kids": []},{"kids":[]}]}')])
+    assert taken(start.fork(), tokenizer, render_tool_calls([ParsedToolCall("wind", "{}")])).endswith('"name": "w')
+    kids = render_tool_calls([ParsedToolCall("tree", '{"kids": [{"kids": []},{"kids":[]}]}')])
     assert taken(start.fork(), tokenizer, kids) == kids + "."
 
 
 def test_one_call_of_one_function(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
     choice = {"type": "function", "function": {"name": "weather_now"}}
-    start = tool_call(TOOLS, choice, vocabulary)
-    for once in (start.fork(), tool_call(TOOLS, "required", vocabulary, parallel=False)):
-        assert taken(once, tokenizer, render_calls([NOW])) == render_calls([NOW]) + "." and once.done
-        assert np.flatnonzero(once.mask()).tolist() == [tokenizer.eos_id]
-    assert taken(start.fork(), tokenizer, render_calls([ROME])).endswith('"weather')
-    several = tool_call(TOOLS, "required", vocabulary)
-    taken(several, tokenizer, render_calls([NOW]))
-    assert several.may_end and not several.done
+    start = compile_tool_calls(TOOLS, choice, vocabulary)
+    for once in (start.fork(), compile_tool_calls(TOOLS, "required", vocabulary, parallel=False)):
+        assert taken(once, tokenizer, render_tool_calls([NOW])) == render_tool_calls([NOW]) + "." and once.is_complete
+        assert np.flatnonzero(once.token_mask()).tolist() == [tokenizer.eos_id]
+    assert taken(start.fork(), tokenizer, render_tool_calls([ROME])).endswith('"weather')
+    several = compile_tool_calls(TOOLS, "required", vocabulary)
+    taken(several, tokenizer, render_tool_calls([NOW]))
+    assert several.is_accepting and not several.is_complete
 
 
 def test_auto_is_free_until_a_call_begins(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
-    start = tool_call(TOOLS, "auto", vocabulary)
-    for text in ("Hello <tool> & <tool_c 🙂\n\n", " I look.\n" + render_calls([ROME, NOW])):
+    start = compile_tool_calls(TOOLS, "auto", vocabulary)
+    for text in ("Hello <tool> & <tool_c 🙂\n\n", " I look.\n" + render_tool_calls([ROME, NOW])):
         assert taken(start.fork(), tokenizer, text) == text + "."
     assert taken(start.fork(), tokenizer, "So <tool_call> is").startswith("So <tool_call>")
     assert not taken(start.fork(), tokenizer, "So <tool_call> is").endswith("is.")
-    assert taken(start.fork(), tokenizer, render_calls([NOW]) + " And").endswith("</tool_call>")
+    assert taken(start.fork(), tokenizer, render_tool_calls([NOW]) + " And").endswith("</tool_call>")
 
 
 def test_random_calls_come_back(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
-    start, random, names = tool_call(TOOLS, "required", vocabulary), np.random.default_rng(7), set[str]()
+    start, random, names = compile_tool_calls(TOOLS, "required", vocabulary), np.random.default_rng(7), set[str]()
     for _ in range(50):
         constraint, ids = start.fork(), list[int]()
         while not ids or ids[-1] != tokenizer.eos_id:
-            ids.append(int(random.choice(np.flatnonzero(constraint.mask()))))
+            ids.append(int(random.choice(np.flatnonzero(constraint.token_mask()))))
             constraint.accept(ids[-1])
-        content, calls = parse_calls(tokenizer.decode(ids))
-        assert content == "" and calls and parse_calls(render_calls(calls)) == ("", calls)
+        content, calls = parse_tool_calls(tokenizer.decode(ids))
+        assert content == "" and calls and parse_tool_calls(render_tool_calls(calls)) == ("", calls)
         for call in calls:
             names.add(call.name)
             if call.name == "weather":
@@ -136,10 +136,10 @@ HARD = ParsedToolCall("say", '{"text": "</tool_call> } \\" <tool_call>", "n": ' 
     "text, content, calls",
     [
         ("Hello.\n", "Hello.\n", []),
-        (render_calls([HARD, NOW]), "", [HARD, NOW]),
-        ("I look.\n" + render_calls([ROME]) + "\nThere.", "I look.\n\nThere.", [ROME]),
+        (render_tool_calls([HARD, NOW]), "", [HARD, NOW]),
+        ("I look.\n" + render_tool_calls([ROME]) + "\nThere.", "I look.\n\nThere.", [ROME]),
         ('<tool_call>{"name":"a" , "arguments":{"b":[1]} }</tool_call>', "", [ParsedToolCall("a", '{"b":[1]}')]),
-        (render_calls([ROME])[:-3], render_calls([ROME])[:-3], []),
+        (render_tool_calls([ROME])[:-3], render_tool_calls([ROME])[:-3], []),
         (
             '<tool_call>\n{"name": "a", "arguments": {]}}\n</tool_call>',
             '<tool_call>\n{"name": "a", "arguments": {]}}\n</tool_call>',
@@ -153,23 +153,23 @@ HARD = ParsedToolCall("say", '{"text": "</tool_call> } \\" <tool_call>", "n": ' 
     ],
 )
 def test_texts_are_read_back(text: str, content: str, calls: list[ParsedToolCall]) -> None:
-    assert parse_calls(text) == (content, calls)
+    assert parse_tool_calls(text) == (content, calls)
 
 
 def test_a_cut_call_stays_text_beside_a_whole_one() -> None:
     cut = '<tool_call>\n{"name": "a", "arguments": {"b": ' + "[" * 100_000
-    assert parse_calls(cut) == (cut, [])
-    assert parse_calls(render_calls([NOW]) + cut) == (cut, [NOW])
+    assert parse_tool_calls(cut) == (cut, [])
+    assert parse_tool_calls(render_tool_calls([NOW]) + cut) == (cut, [NOW])
 
 
 def test_the_texts_fit_into_turns() -> None:
     told = render_tools(TOOLS)
-    assert "\n\n" not in told + render_calls([ROME, NOW]) + render_result("18 C")
+    assert "\n\n" not in told + render_tool_calls([ROME, NOW]) + render_tool_result("18 C")
     lines = [json.loads(line) for line in told.splitlines()[-3:]]
     assert [line["name"] for line in lines] == ["weather", "weather_now", "tree"]
     assert lines[0] == {"name": "weather", "description": "The weather.\n\nFor days.", "parameters": WEATHER}
     assert told in render([("system", told), ("user", "Rome?")])
-    assert "18 C" in render([("user", render_result("18 C"))])
+    assert "18 C" in render([("user", render_tool_result("18 C"))])
 
 
 @pytest.mark.parametrize(
@@ -195,5 +195,5 @@ def test_the_texts_fit_into_turns() -> None:
 )
 def test_bad_tools_and_choices_are_refused(vocabulary: GrammarVocabulary, tools: Any, choice: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        tool_call(tools, choice, vocabulary)
+        compile_tool_calls(tools, choice, vocabulary)
     assert "\n" not in str(caught.value)

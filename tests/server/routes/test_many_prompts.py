@@ -122,10 +122,10 @@ def test_nothing_goes_on_for_a_client_that_has_gone(path: str, body: dict[str, A
             assert model.waiting.wait(timeout=30)
         eventually(lambda: server.service.keys.tenant(None).running == 0)
         model.gate.set()
-        eventually(lambda: server.service.desk.jobs == 0 and not server.service.desk.engine.busy)
+        eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
         assert server.http.get("/health").status_code == 200 and server.service._boxes == {}
         assert server.post(CHAT, {"messages": HI, "max_tokens": 1}).status_code == 200
-        assert server.service.desk.engine.tally.requests <= 4 and sum(model.calls) < 1000
+        assert server.service.desk.engine.stats.requests <= 4 and sum(model.calls) < 1000
 
 
 def test_a_prompt_is_not_scored_beyond_the_limits_of_its_key(keyed: Server) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from running import Server, fake, random_model, serving
 
-from fledge.engine.event_buffer import FRAME
+from fledge.engine.events import FLUSH_INTERVAL
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 pytestmark = pytest.mark.peer
@@ -61,7 +61,9 @@ def test_an_answer(client: Any) -> None:
 
 def test_a_stream() -> None:
     llm = fake(" hello \u597d there\n\nUser: and more")
-    llm.model.register_forward_pre_hook(lambda *_: time.sleep(2 * FRAME))  # what comes faster would come together
+    llm.model.register_forward_pre_hook(
+        lambda *_: time.sleep(2 * FLUSH_INTERVAL)
+    )  # what comes faster would come together
     options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     with serving(llm) as server:
         completions = client_of(server).chat.completions

@@ -36,7 +36,7 @@ CHUNK = 1 << 22  # numbers unpacked at a time
 Groups = tuple[Tensor, Tensor, Tensor]
 
 
-def package() -> ModuleType:
+def import_gguf() -> ModuleType:
     """The `gguf` package. Raises UnsupportedError where it is not installed."""
     try:
         import gguf
@@ -45,13 +45,13 @@ def package() -> ModuleType:
     return gguf
 
 
-def block_of(kind: int) -> tuple[int, int]:
+def get_block_size(kind: int) -> tuple[int, int]:
     """How many numbers a block of a type holds, and in how many bytes. Raises UnsupportedError for an unknown type."""
     if kind in PLAIN:
         return 1, PLAIN[kind].itemsize
     if kind in SIZES:
         return GROUP, SIZES[kind]
-    gguf = package()
+    gguf = import_gguf()
     try:
         numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:
@@ -59,14 +59,14 @@ def block_of(kind: int) -> tuple[int, int]:
     return numbers, size
 
 
-def name_of(kind: int) -> str:
-    """What ggml calls a type that `block_of` knows: "Q4_K"."""
-    return NAMES[kind] if kind in NAMES else str(package().GGMLQuantizationType(kind).name)
+def get_type_name(kind: int) -> str:
+    """What ggml calls a type that `get_block_size` knows: "Q4_K"."""
+    return NAMES[kind] if kind in NAMES else str(import_gguf().GGMLQuantizationType(kind).name)
 
 
 def unpack_dense(raw: Tensor, kind: int, shape: tuple[int, ...], factor: float, dtype: torch.dtype) -> Tensor:
     """`factor` times the numbers in `raw` (bytes), as `dtype`, or as float32 where that overflows."""
-    rows = raw.view(-1, shape[-1] // block_of(kind)[0] * block_of(kind)[1])
+    rows = raw.view(-1, shape[-1] // get_block_size(kind)[0] * get_block_size(kind)[1])
     step = max(1, CHUNK // shape[-1])
     for wanted in (dtype, torch.float32):
         dense = torch.empty(len(rows), shape[-1], dtype=wanted)
@@ -81,7 +81,7 @@ def unpack_dense(raw: Tensor, kind: int, shape: tuple[int, ...], factor: float, 
     return dense.view(shape)
 
 
-def unpack_quantised(raw: Tensor, kind: int, shape: tuple[int, ...], factor: float) -> QuantizedMatrix | None:
+def unpack_quantized(raw: Tensor, kind: int, shape: tuple[int, ...], factor: float) -> QuantizedMatrix | None:
     """`factor` times the matrix in `raw` in Fledge's own format without any loss; None where there would be one."""
     form, columns = FORMATS[kind], shape[-1]
     blocks = raw.view(-1, columns // GROUP, SIZES[kind])
@@ -102,12 +102,12 @@ def _float32(rows: Tensor, kind: int) -> Tensor:
     if kind in SIZES:
         q, scale, least = _groups(rows.view(len(rows), -1, SIZES[kind]), kind)
         return (q.float() * scale[..., None] + least[..., None]).flatten(1)
-    gguf = package()
+    gguf = import_gguf()
     try:
         with np.errstate(all="ignore"):  # a damaged scale may be infinite
             return torch.from_numpy(gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType(kind)))
     except NotImplementedError as error:
-        raise UnsupportedError(f"the installed gguf package cannot unpack its type {name_of(kind)}") from error
+        raise UnsupportedError(f"the installed gguf package cannot unpack its type {get_type_name(kind)}") from error
 
 
 def _groups(blocks: Tensor, kind: int) -> Groups:
@@ -122,7 +122,7 @@ def _groups(blocks: Tensor, kind: int) -> Groups:
     return q, scale, halves[..., 1] if kind == Q4_1 else -8 * scale
 
 
-def pack_quantised(matrix: QuantizedMatrix) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def pack_quantized(matrix: QuantizedMatrix) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """The bytes of a matrix whose rows are a multiple of 32 long, in the type that KEPT names: (rows, bytes)."""
     return torch.cat([_pack_groups(groups, KEPT[matrix.format]) for groups in _by_rows(matrix)]).numpy()
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from fledge.checkpoint.formats.gguf.blocks import block_of
+from fledge.checkpoint.formats.gguf.blocks import get_block_size
 from fledge.core.errors import CheckpointError, UnsupportedError
 
 LARGEST_HEADER = 32 << 20  # bytes; a World model of any size needs a little over one megabyte
@@ -63,7 +63,7 @@ class GgufHeader:
     path: Path
     size: int  # bytes of the whole file
     values: dict[str, Any]  # numbers, bool, str, list[bytes] or Numbers
-    places: dict[str, TensorLocation]  # in file order
+    locations: dict[str, TensorLocation]  # in file order
 
 
 class _Damage(Exception):
@@ -86,13 +86,13 @@ def read_header(path: Path, check: Callable[[Path, dict[str, Any]], None] = lamb
             tensors, keys = _read_counts(cursor, path)
             values = _read_values(cursor, keys)
             check(path, values)
-            places = _read_places(cursor, tensors, _alignment(values), path)
-        _check_places(places, size)
+            locations = _read_places(cursor, tensors, _alignment(values), path)
+        _check_places(locations, size)
     except _Damage as error:
         raise CheckpointError(f"{path} is damaged: {error}; download or copy it again") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return GgufHeader(path, size, values, places)
+    return GgufHeader(path, size, values, locations)
 
 
 def _read_counts(cursor: _Cursor, path: Path) -> tuple[int, int]:
@@ -151,20 +151,20 @@ def _read_places(cursor: _Cursor, count: int, alignment: int, path: Path) -> dic
         shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
         found.append((name, shape, cursor.number("I"), cursor.number("Q")))
     start = -(-cursor.at // alignment) * alignment
-    places: dict[str, TensorLocation] = {}
+    locations: dict[str, TensorLocation] = {}
     for name, shape, kind, offset in found:
-        if name in places:
+        if name in locations:
             raise _Damage(f"the tensor {name!r:.80} is there twice")
         if offset % alignment:
             raise _Damage(f"the tensor {name!r:.80} does not begin at a multiple of {alignment}")
-        places[name] = TensorLocation(kind, shape, start + offset, _bytes_of(name, shape, kind, path))
-    return places
+        locations[name] = TensorLocation(kind, shape, start + offset, _bytes_of(name, shape, kind, path))
+    return locations
 
 
 def _bytes_of(name: str, shape: Sequence[int], kind: int, path: Path) -> int:
     """The bytes of a tensor of this shape and type."""
     try:
-        numbers, size = block_of(kind)
+        numbers, size = get_block_size(kind)
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {name!r:.80}: {error}") from error
     count = math.prod(shape)
@@ -173,10 +173,10 @@ def _bytes_of(name: str, shape: Sequence[int], kind: int, path: Path) -> int:
     return count // numbers * size
 
 
-def _check_places(places: dict[str, TensorLocation], size: int) -> None:
+def _check_places(locations: dict[str, TensorLocation], size: int) -> None:
     """Every tensor inside the file and none over another: what is read is then never more than what is there."""
     end, before = 0, ""
-    for name, place in sorted(places.items(), key=lambda item: item[1].begin):
+    for name, place in sorted(locations.items(), key=lambda item: item[1].begin):
         if place.begin < end:
             raise _Damage(f"the tensors {before!r:.80} and {name!r:.80} overlap")
         end, before = place.begin + place.nbytes, name

@@ -11,8 +11,8 @@
 
 Files from before the five mixes were stacked hold them one by one. llama.cpp's converter divides att.output and
 ffn.value of layer i by 2 ** (i // rescale_every_n_layers), and llama.cpp halves the stream after that many layers, in
-case something computes in float16; `rescale_of` is what undoes it. ggml drops axes of length 1 at the slow end, so
-shapes are restored from the fast end.
+case something computes in float16; `get_rescale_factor` is what undoes it. ggml drops axes of length 1 at the slow
+end, so shapes are restored from the fast end.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OutputTensor(NamedTuple):
     sources: tuple[str, ...]  # official names; five of them for the stacked mixes
 
 
-def official_name(name: str) -> str:
+def to_official_name(name: str) -> str:
     """The official name of a norm or a matrix; any other name, of nobody too, stays as it is."""
     match = BLOCK.fullmatch(name)
     if match is None:
@@ -85,12 +85,12 @@ def official_name(name: str) -> str:
 
 
 def is_matrix(official: str) -> bool:
-    """Whether this is one of the matrices that may be quantised."""
+    """Whether this is one of the matrices that may be quantized."""
     match = OURS.fullmatch(official)
     return official in ("emb.weight", "head.weight") or (match is not None and match[2] in MATRICES.values())
 
 
-def rescale_of(official: str, every: int, source: str) -> float:
+def get_rescale_factor(official: str, every: int, source: str) -> float:
     """What to multiply a tensor with that was divided on the way into a file with rescale_every_n_layers `every`."""
     match = OURS.fullmatch(official)
     if not every or match is None or match[2] not in RESCALED:
@@ -121,11 +121,11 @@ def from_gguf(name: str, tensor: Tensor, head_size: int) -> Parts:
             return {prefix + ours: tensor.reshape(-1, head_size) if tensor.dim() == 1 and head_size else tensor}
     except RuntimeError as error:
         raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
-    official = official_name(name)
+    official = to_official_name(name)
     return {official: tensor.reshape(-1, tensor.shape[-1]) if is_matrix(official) else tensor}
 
 
-def outgoing(names: Iterable[str]) -> list[OutputTensor]:
+def plan_output_tensors(names: Iterable[str]) -> list[OutputTensor]:
     """The tensors of a GGUF file for official `names`, in their order."""
     outside = {ours: theirs for theirs, ours in OUTSIDE.items()}
     inside = {ours: theirs for theirs, ours in (MATRICES | NORMS | VECTORS | TRANSPOSED | SWAPPED | HEADS).items()}

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fledge.checkpoint.detection import detect
 from fledge.checkpoint.formats.gguf import names
-from fledge.checkpoint.formats.gguf.blocks import FORMATS, PLAIN, name_of, unpack_dense, unpack_quantised
+from fledge.checkpoint.formats.gguf.blocks import FORMATS, PLAIN, get_type_name, unpack_dense, unpack_quantized
 from fledge.checkpoint.formats.gguf.header import GgufHeader, TensorLocation, read_header
-from fledge.checkpoint.formats.gguf.vocabulary import spec_of
+from fledge.checkpoint.formats.gguf.vocabulary import read_tokenizer_spec
 from fledge.checkpoint.mapped_memory import release_pages
 from fledge.checkpoint.record import RawFile, StoredMetadata
 from fledge.checkpoint.shapes import Shape
@@ -37,16 +37,16 @@ Found = tuple[dict[str, Tensor], dict[str, QuantizedMatrix]]
 
 
 def read_gguf(path: Path, *, weights: bool = True) -> RawFile:
-    """Tensors and quantised matrices under official names, with the config and the vocabulary of the file's keys.
+    """Tensors and quantized matrices under official names, with the config and the vocabulary of the file's keys.
 
     Without `weights` everything is on "meta" and only the header is read. Raises CheckpointError for a damaged file,
     UnsupportedError for other models and for types that cannot be unpacked.
     """
     header = read_header(path, _check_kind)
     config = _config(header, _tensors(header, None))
-    stored = StoredMetadata(config, spec_of(header.values, config.vocab_size, str(path)), _extra(header))
-    tensors, quantised = _tensors(header, _mapped(header) if weights else None)
-    return RawFile(path, "gguf", tensors, (path,), stored, quantised=quantised)
+    stored = StoredMetadata(config, read_tokenizer_spec(header.values, config.vocab_size, str(path)), _extra(header))
+    tensors, quantized = _tensors(header, _mapped(header) if weights else None)
+    return RawFile(path, "gguf", tensors, (path,), stored, quantized=quantized)
 
 
 def _check_kind(path: Path, values: dict[str, Any]) -> None:
@@ -65,9 +65,9 @@ def _check_kind(path: Path, values: dict[str, Any]) -> None:
 def _config(header: GgufHeader, found: Found) -> ModelConfig:
     """The sizes that the tensors show, held against those that the keys name, and the epsilon that only a key knows."""
     source = str(header.path)
-    tensors, quantised = found
+    tensors, quantized = found
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = detect(shapes | {name: matrix.shape for name, matrix in quantised.items()}, source)
+    config = detect(shapes | {name: matrix.shape for name, matrix in quantized.items()}, source)
     if config.version != "6.0":
         raise CheckpointError(f"{source} says it is {ARCHITECTURE}, but its tensors are of version {config.version}")
     sizes = {
@@ -100,8 +100,8 @@ def _extra(header: GgufHeader) -> dict[str, Any]:
         if isinstance(text, str) and 0 < len(text) <= LARGEST_NOTE and text.isprintable()
     }
     sizes: dict[str, int] = {}
-    for place in header.places.values():
-        sizes[name_of(place.type)] = sizes.get(name_of(place.type), 0) + place.nbytes
+    for place in header.locations.values():
+        sizes[get_type_name(place.type)] = sizes.get(get_type_name(place.type), 0) + place.nbytes
     extra["gguf_types"] = ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
     return extra
 
@@ -117,14 +117,14 @@ def _mapped(header: GgufHeader) -> Tensor:
 
 
 def _tensors(header: GgufHeader, mapped: Tensor | None) -> Found:
-    """Dense tensors and quantised matrices under official names; on "meta" without the mapped file."""
+    """Dense tensors and quantized matrices under official names; on "meta" without the mapped file."""
     source = str(header.path)
     every, head_size = (_count(header, key) for key in ("rescale_every_n_layers", "wkv.head_size"))
     tensors: dict[str, Tensor] = {}
-    quantised: dict[str, QuantizedMatrix] = {}
-    for name, place in header.places.items():
-        official = names.official_name(name)
-        factor = names.rescale_of(official, every, source)
+    quantized: dict[str, QuantizedMatrix] = {}
+    for name, place in header.locations.items():
+        official = names.to_official_name(name)
+        factor = names.get_rescale_factor(official, every, source)
         matrix = None
         if place.type in FORMATS and official != "emb.weight" and names.is_matrix(official):
             matrix = _matrix(place, mapped, factor)
@@ -133,13 +133,13 @@ def _tensors(header: GgufHeader, mapped: Tensor | None) -> Found:
             parts = {} if dense is None else names.from_gguf(name, dense, head_size)
         except CheckpointError as error:
             raise type(error)(f"{source}: {error}") from error
-        repeated = ({official} if matrix else parts.keys()) & (tensors.keys() | quantised.keys())
+        repeated = ({official} if matrix else parts.keys()) & (tensors.keys() | quantized.keys())
         if repeated:
             raise CheckpointError(f"{source} holds {min(repeated)!r:.80} twice, under several names; it is damaged")
         tensors |= parts
         if matrix:
-            quantised[official] = matrix
-    return tensors, quantised
+            quantized[official] = matrix
+    return tensors, quantized
 
 
 def _matrix(place: TensorLocation, mapped: Tensor | None, factor: float) -> QuantizedMatrix | None:
@@ -149,7 +149,7 @@ def _matrix(place: TensorLocation, mapped: Tensor | None, factor: float) -> Quan
         blocks = torch.empty(blocks_shape(form, rows, columns), dtype=torch.uint8, device="meta")
         return QuantizedMatrix(form, rows, columns, blocks)
     raw = _raw(place, mapped)
-    matrix = unpack_quantised(raw, place.type, place.shape, factor)
+    matrix = unpack_quantized(raw, place.type, place.shape, factor)
     if matrix is not None:
         release_pages(raw)
     return matrix

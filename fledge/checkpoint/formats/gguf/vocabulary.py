@@ -34,7 +34,7 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
-def tokenizer_keys(vocabulary: Vocabulary | None, rows: int) -> dict[str, Any]:
+def make_tokenizer_keys(vocabulary: Vocabulary | None, rows: int) -> dict[str, Any]:
     """Keys below `tokenizer.` for a model with this many rows; without a vocabulary a model takes token ids only."""
     if vocabulary is None:
         return {"ggml.model": "none"}
@@ -52,7 +52,7 @@ def tokenizer_keys(vocabulary: Vocabulary | None, rows: int) -> dict[str, Any]:
     return keys
 
 
-def spec_of(values: Mapping[str, Any], rows: int, source: str) -> dict[str, Any] | None:
+def read_tokenizer_spec(values: Mapping[str, Any], rows: int, source: str) -> dict[str, Any] | None:
     """The record of the vocabulary in a file's keys, where it is one that Fledge knows: World, pruned or bytes.
 
     None for any other, and where the file has none. Raises UnsupportedError where a model has World's 65536 rows but

@@ -1,9 +1,9 @@
 """Writing a Finch as a GGUF file that llama.cpp loads: which type each tensor gets, the keys, and the file itself.
 
 Always F32, as in llama.cpp's own files: norms, mixes, decays, the bonus and both LoRAs. The nine matrices have the type
-that is asked for. The embedding stays at 16 bits where that type is quantised: a model looks up single rows of it, so
-that quantising it would save no time. Matrices that Fledge has quantised keep their integers: int8 is Q8_0 and int4 is
-Q4_1, bit for bit. Rows that are no multiple of 32 long cannot be quantised and become F16.
+that is asked for. The embedding stays at 16 bits where that type is quantized: a model looks up single rows of it, so
+that quantizing it would save no time. Matrices that Fledge has quantized keep their integers: int8 is Q8_0 and int4 is
+Q4_1, bit for bit. Rows that are no multiple of 32 long cannot be quantized and become F16.
 
 Nothing is divided for the sake of float16: rescale_every_n_layers is 0. Tensors are made and written one at a time.
 """
@@ -27,17 +27,17 @@ from fledge.checkpoint.formats.gguf.blocks import (
     F16,
     F32,
     KEPT,
-    block_of,
-    name_of,
-    pack_quantised,
-    package,
+    get_block_size,
+    get_type_name,
+    import_gguf,
+    pack_quantized,
 )
 from fledge.checkpoint.formats.gguf.names import OutputTensor
 from fledge.checkpoint.formats.gguf.reader import ARCHITECTURE
-from fledge.checkpoint.formats.gguf.vocabulary import tokenizer_keys
+from fledge.checkpoint.formats.gguf.vocabulary import make_tokenizer_keys
 from fledge.checkpoint.record import Checkpoint
-from fledge.checkpoint.shapes import expected_shapes
-from fledge.checkpoint.writer import check_space
+from fledge.checkpoint.shapes import get_expected_shapes
+from fledge.checkpoint.writer import check_disk_space
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.core.files import atomic_path
 from fledge.models.config import ModelConfig
@@ -60,7 +60,7 @@ DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 CONTEXT_LENGTH = 1 << 20  # a nominal one, which llama.cpp wants to see
 LARGEST_HALF = 65504.0
 KNOWN_EXTRAS = {"name", "chat_template", "gguf_types"}  # of a GGUF file that was read; the new one has its own
-QUANTISATION_VERSION = 2  # of ggml's block formats
+QUANTIZATION_VERSION = 2  # of ggml's block formats
 
 Bytes = np.ndarray[Any, Any]
 
@@ -76,7 +76,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Of the file."""
-        numbers, size = block_of(self.type)
+        numbers, size = get_block_size(self.type)
         return int(np.prod(self.shape, dtype=np.int64)) // numbers * size
 
 
@@ -89,10 +89,10 @@ def write_gguf(checkpoint: Checkpoint, target: Path, kind: str | None = None) ->
     if kind is not None and kind not in TYPES:
         raise UsageError(f"type {kind!r:.40} is unknown; use one of {', '.join(TYPES)}")
     _check_model(checkpoint)
-    package()
+    import_gguf()
     pieces, notes = _plan(checkpoint, TYPES[kind][0] if kind else None)
     vocabulary = _vocabulary(checkpoint)
-    check_space(
+    check_disk_space(
         target.parent, {"": torch.empty(sum(piece.nbytes for piece in pieces), dtype=torch.uint8, device="meta")}
     )
     _write(checkpoint, target, pieces, vocabulary)
@@ -118,14 +118,14 @@ def _plan(checkpoint: Checkpoint, wanted: int | None) -> tuple[list[PlannedTenso
     """What the file will hold, in order, and what is to be said about it."""
     usual = wanted if wanted is not None else _usual_type(checkpoint)
     pieces, short, again = [], [], []
-    for outgoing in names.outgoing(expected_shapes(checkpoint.config)):
+    for outgoing in names.plan_output_tensors(get_expected_shapes(checkpoint.config)):
         name = outgoing.sources[0]
-        matrix = checkpoint.quantised.get(name)
+        matrix = checkpoint.quantized.get(name)
         shape = matrix.shape if matrix else _shape(outgoing, checkpoint.tensors)
         kind = _type(checkpoint, name, usual)
         if matrix and wanted in (None, KEPT[matrix.format]):
             kind = KEPT[matrix.format]
-        if kind not in DTYPES and shape[-1] % block_of(kind)[0]:
+        if kind not in DTYPES and shape[-1] % get_block_size(kind)[0]:
             kind = F16
             short.append(outgoing.name)
         if matrix and kind not in (*DTYPES, KEPT[matrix.format]):
@@ -135,7 +135,7 @@ def _plan(checkpoint: Checkpoint, wanted: int | None) -> tuple[list[PlannedTenso
     if short:
         notes.append(f"{len(short)} matrices became F16, {short[0]} say: their rows are no multiple of 32 long")
     if again:
-        notes.append(f"{len(again)} matrices were quantised a second time; give the original for a better result")
+        notes.append(f"{len(again)} matrices were quantized a second time; give the original for a better result")
     return pieces, notes
 
 
@@ -204,7 +204,7 @@ def _keys(
         "time_decay_extra_dim": config.decay_rank,
         "vocab_size": config.vocab_size,
     }
-    tokenizer = tokenizer_keys(vocabulary, config.vocab_size)
+    tokenizer = make_tokenizer_keys(vocabulary, config.vocab_size)
     named = checkpoint.extra.get("name")
     keys: dict[str, Any] = {
         "general.type": "model",
@@ -214,12 +214,12 @@ def _keys(
         **{f"tokenizer.{key}": value for key, value in tokenizer.items()},
     }
     if any(piece.type not in DTYPES for piece in pieces):
-        keys["general.quantization_version"] = QUANTISATION_VERSION
+        keys["general.quantization_version"] = QUANTIZATION_VERSION
     return keys
 
 
 def _write(checkpoint: Checkpoint, target: Path, pieces: list[PlannedTensor], vocabulary: Vocabulary | None) -> None:
-    gguf = package()
+    gguf = import_gguf()
     with atomic_path(target) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         try:
@@ -246,22 +246,24 @@ def _write(checkpoint: Checkpoint, target: Path, pieces: list[PlannedTensor], vo
 def _bytes(checkpoint: Checkpoint, piece: PlannedTensor) -> Bytes:
     """One tensor as the file holds it."""
     name = piece.outgoing.sources[0]
-    matrix = checkpoint.quantised.get(name)
+    matrix = checkpoint.quantized.get(name)
     if matrix and piece.type == KEPT[matrix.format]:
-        return pack_quantised(matrix)
-    tensor = matrix.dequantise() if matrix else names.to_gguf(piece.outgoing, checkpoint.tensors)
+        return pack_quantized(matrix)
+    tensor = matrix.dequantize() if matrix else names.to_gguf(piece.outgoing, checkpoint.tensors)
     if piece.type not in (F32, BF16) and bool((tensor.abs() > LARGEST_HALF).any()):
-        raise CheckpointError(f"{checkpoint.path}: {name} is too large for {name_of(piece.type)}; use f32 or bf16")
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} is too large for {get_type_name(piece.type)}; use f32 or bf16"
+        )
     if piece.type in DTYPES:
         return tensor.to(DTYPES[piece.type]).contiguous().view(torch.uint8).numpy()
-    return _quantised(tensor, piece.type)
+    return _quantized(tensor, piece.type)
 
 
-def _quantised(tensor: Tensor, kind: int) -> Bytes:
-    """A matrix as bytes of a quantised type, made some rows at a time: on the way they are float32."""
-    gguf = package()
+def _quantized(tensor: Tensor, kind: int) -> Bytes:
+    """A matrix as bytes of a quantized type, made some rows at a time: on the way they are float32."""
+    gguf = import_gguf()
     rows, columns = tensor.shape
-    numbers, size = block_of(kind)
+    numbers, size = get_block_size(kind)
     step = max(1, CHUNK // columns)
     packed = np.empty((rows, columns // numbers * size), dtype=np.uint8)
     for first in range(0, rows, step):

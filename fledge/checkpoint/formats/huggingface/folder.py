@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fledge.checkpoint import metadata
-from fledge.checkpoint.formats.container import container_of
+from fledge.checkpoint.formats.container import detect_container
 from fledge.checkpoint.formats.pth import read_pth
 from fledge.checkpoint.formats.safetensors import read_safetensors
 from fledge.checkpoint.record import RawFile, StoredMetadata
@@ -35,7 +35,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> RawFile:
     stored = StoredMetadata()
     files = _weight_files(folder)
     for file in files:
-        if container_of(file) == "safetensors":
+        if detect_container(file) == "safetensors":
             part, texts = read_safetensors(file, weights=weights)
             stored = metadata.decode(texts, str(file)) if metadata.KEY in texts else stored
         else:

@@ -24,7 +24,7 @@ TIME_MIX = re.compile(r"time_mix_(\w+)")
 BLOCK = re.compile(r"(rwkv\.)?blocks\.(\d+)\.(\w+)\.(.+)")
 
 
-def layout_of(names: Iterable[str]) -> str:
+def detect_layout(names: Iterable[str]) -> str:
     """ "official", "hf" or "fla": whose names these are. Names of nobody count as official, and are refused later."""
     for name in names:
         if name.startswith(("rwkv.embeddings.", "rwkv.blocks.0.pre_ln.", "rwkv.blocks.0.attention.")):

@@ -20,7 +20,7 @@ GROUP_NORM_BASE = 1e-5  # the remote code's group norm has this epsilon times he
 CLASSES = {"rwkv": "Rwkv", "rwkv5": "Rwkv5", "rwkv6": "Rwkv6"}
 
 
-def apply_settings(config: ModelConfig, settings: Mapping[str, Any], layout: str, source: str) -> ModelConfig:
+def apply_hf_config(config: ModelConfig, settings: Mapping[str, Any], layout: str, source: str) -> ModelConfig:
     """`config`, as detected from tensors, with those epsilons that a folder's config.json (`settings`) names.
 
     Raises CheckpointError where the two disagree on a size. A fla folder gives the epsilon of the LayerNorms only:
@@ -46,7 +46,7 @@ def apply_settings(config: ModelConfig, settings: Mapping[str, Any], layout: str
     return replace(config, group_norm_eps=GROUP_NORM_BASE * divisor**2)
 
 
-def hf_settings(config: ModelConfig) -> dict[str, Any]:
+def make_hf_config(config: ModelConfig) -> dict[str, Any]:
     """config.json for the remote code of rwkv5 and rwkv6, and for transformers' own rwkv (version 4)."""
     kind = MODEL_TYPES[config.version]
     name = CLASSES[kind]
@@ -77,7 +77,7 @@ def hf_settings(config: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def fla_settings(config: ModelConfig) -> dict[str, Any]:
+def make_fla_config(config: ModelConfig) -> dict[str, Any]:
     """config.json for flash-linear-attention's RWKV6ForCausalLM."""
     return {
         "architectures": ["RWKV6ForCausalLM"],
@@ -104,7 +104,7 @@ def fla_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def hf_notes(config: ModelConfig) -> tuple[str, ...]:
+def list_hf_notes(config: ModelConfig) -> tuple[str, ...]:
     """What the remote code will not take from a folder of this model; empty where it takes everything."""
     notes = []
     if config.version != "4":

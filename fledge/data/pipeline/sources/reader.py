@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import sha256, write_json
+from fledge.core.files import hash_file, write_json
 from fledge.data.compression import CompressionError, is_compressed, open_plain
 from fledge.data.documents import Bad, Document, RecordFields, bad_line, base_language, parse_lines
 from fledge.data.pipeline.clean import CleaningStep, steps
@@ -32,7 +32,7 @@ MORE = '; correct or remove it, or leave such lines out with on_error = "skip"'
 def hash_input(job: StageContext, file: InputFile) -> None:
     """Leave the SHA-256 of an input file behind."""
     try:
-        digest = sha256(file.path)
+        digest = hash_file(file.path)
     except OSError as error:
         raise DataError(f"{file.path} cannot be read: {error.strerror}") from None
     write_json(input_record(job, file), digest)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fledge.core.errors import FledgeError
-from fledge.engine import event_buffer
-from fledge.engine.event_buffer import EventBuffer
-from fledge.engine.events import ErrorEvent, FinishEvent, TextEvent, TextRequest, TextToken
+from fledge.engine import events
+from fledge.engine.events import ErrorEvent, EventBuffer, FinishEvent, TextEvent, TextRequest, TextToken
 from fledge.engine.request import Request
 
 
@@ -23,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(event_buffer, "time", clock)
+    monkeypatch.setattr(events, "time", clock)
     return clock
 
 
@@ -42,7 +41,7 @@ def end(choice: int = 0) -> FinishEvent:
 def rung(box: EventBuffer, rings: list[None]) -> bool:
     """Whether the bell rings now."""
     before = len(rings)
-    box.ring()
+    box.notify()
     return len(rings) > before
 
 
@@ -50,47 +49,47 @@ def test_beginnings_and_ends_ring_and_text_between_waits(clock: Clock) -> None:
     rings = list[None]()
     box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
     assert not rung(box, rings), "there is nothing"
-    box.tell(mine, piece("a"))
+    box.put(mine, piece("a"))
     assert rung(box, rings) and not rung(box, rings), "once is enough"
-    assert box.collect() == [(mine, piece("a"))]
-    box.tell(mine, piece("b"))
+    assert box.drain() == [(mine, piece("a"))]
+    box.put(mine, piece("b"))
     assert not rung(box, rings)
     clock.now += 0.4
-    box.tell(mine, piece("cd"))
+    box.put(mine, piece("cd"))
     assert not rung(box, rings)
     clock.now += 0.1
-    assert rung(box, rings) and box.collect() == [(mine, piece("bcd"))]
-    box.tell(mine, piece("e"))
-    box.tell(mine, end())
-    assert rung(box, rings) and box.collect() == [(mine, piece("e")), (mine, end())]
-    assert box.collect() == []
+    assert rung(box, rings) and box.drain() == [(mine, piece("bcd"))]
+    box.put(mine, piece("e"))
+    box.put(mine, end())
+    assert rung(box, rings) and box.drain() == [(mine, piece("e")), (mine, end())]
+    assert box.drain() == []
 
 
 def test_who_has_found_nothing_is_rung_for(clock: Clock) -> None:
     """He comes back by himself only after he has found something."""
     rings = list[None]()
     box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
-    box.tell(mine, piece("a"))
-    assert box.collect()
+    box.put(mine, piece("a"))
+    assert box.drain()
     clock.now += 1.0
-    assert not box.collect()
+    assert not box.drain()
     clock.now += 0.1
-    box.tell(mine, piece("b"))
+    box.put(mine, piece("b"))
     assert rung(box, rings)
-    assert box.collect() and not box.collect(), "the second time before the first one's hour"
-    box.tell(mine, piece("c"))
+    assert box.drain() and not box.drain(), "the second time before the first one's hour"
+    box.put(mine, piece("c"))
     assert rung(box, rings)
 
 
 def test_what_waits_can_be_collected_unrung_and_rings_when_nothing_should_wait(clock: Clock) -> None:
     rings = list[None]()
     box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
-    box.tell(mine, piece("a"))
-    box.collect()
-    box.tell(mine, piece("b"))
-    assert box.collect() == [(mine, piece("b"))] and not rings
-    box.tell(mine, piece("c"))
-    box.ring(now=True)
+    box.put(mine, piece("a"))
+    box.drain()
+    box.put(mine, piece("b"))
+    assert box.drain() == [(mine, piece("b"))] and not rings
+    box.put(mine, piece("c"))
+    box.notify(force=True)
     assert len(rings) == 1
 
 
@@ -100,14 +99,14 @@ def test_texts_of_all_choices_and_jobs_are_joined_each_with_its_own(clock: Clock
     for letter in "xyz":
         for place, each in enumerate((one, two)):
             for choice in range(2):
-                box.tell(each, piece(f"{letter}{place}{choice}", choice))
-    box.tell(one, end(1))
+                box.put(each, piece(f"{letter}{place}{choice}", choice))
+    box.put(one, end(1))
     expected = [
         (each, choice, f"x{place}{choice}y{place}{choice}z{place}{choice}")
         for place, each in enumerate((one, two))
         for choice in range(2)
     ]
-    *told, last = box.collect()
+    *told, last = box.drain()
     assert [(each, event.choice, event.text) for each, event in told if isinstance(event, TextEvent)] == expected
     assert last == (one, end(1))
 
@@ -116,14 +115,14 @@ def test_texts_of_all_choices_and_jobs_are_joined_each_with_its_own(clock: Clock
 def test_nothing_is_remembered_of_a_job_that_is_over(clock: Clock, way: str) -> None:
     box, mine = EventBuffer(lambda: None, 0.5), job()
     for choice in range(2):
-        box.tell(mine, piece("a", choice))
-    box.collect()
+        box.put(mine, piece("a", choice))
+    box.drain()
     if way == "cancelled":
-        box.forget(mine)
+        box.discard(mine)
     elif way == "failed whole":
-        box.tell(mine, ErrorEvent(-1, FledgeError("it broke")))
+        box.put(mine, ErrorEvent(-1, FledgeError("it broke")))
     else:
         for choice in range(2):
-            box.tell(mine, end(choice) if way == "ended" else ErrorEvent(choice, FledgeError("it broke")))
-    box.collect()
-    assert not vars(box)["_begun"] and not vars(box)["_pieces"]
+            box.put(mine, end(choice) if way == "ended" else ErrorEvent(choice, FledgeError("it broke")))
+    box.drain()
+    assert not vars(box)["_started"] and not vars(box)["_text_positions"]
