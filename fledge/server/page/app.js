@@ -58,7 +58,10 @@ function draw() {
   if (after) {
     const count = tree.following(place.at);
     const jump = h("button.quiet", { type: "button", onclick: () => go(tree.newest(place.at)) }, "Go to the newest");
-    by("onward").replaceChildren(`${count === 1 ? "One turn follows" : `${count} turns follow`} here. What you write now begins a branch. `, jump);
+    by("onward").replaceChildren(
+      `${count === 1 ? "One turn follows" : `${count} turns follow`} here. What you write now begins a branch. `,
+      jump,
+    );
   }
   by("look").classList.toggle("primary", place.looked !== here());
   by("remove").disabled = by("save-state").disabled = place.at === null;
@@ -91,7 +94,9 @@ function again(turn) {
   if (tree.children(turn.id).length) return ask(turn.parent, turn.user, turn);
   if (dialogue.running) return notice("An answer is being written. Stop it first, or wait.");
   notice("");
-  const others = turn.group ? tree.siblings(turn).filter((each) => each.group === turn.group && each.status === "failed") : [];
+  const others = turn.group
+    ? tree.siblings(turn).filter((each) => each.group === turn.group && each.status === "failed")
+    : [];
   return answer(place.group ? others : [turn]);
 }
 
@@ -218,7 +223,8 @@ window.addEventListener("storage", (event) => {
   draw();
 });
 
-lasting.onfull = () => notice("This browser's storage is full or closed: save the conversation as JSON, or it is gone with this tab.");
+lasting.onfull = () =>
+  notice("This browser's storage is full or closed: save the conversation as JSON, or it is gone with this tab.");
 for (const turn of tree.turns.values()) if (turn.status === "open") settle(turn);
 const remembered = passing.get("place") ?? lasting.get("place") ?? place;
 const there = tree.get(remembered.at) ? remembered.at : null;

@@ -55,7 +55,8 @@ export class Branches {
         level: row.level + 1,
         lane: row.lane + (row.forks ? 1 : 0),
         joins: row.forks,
-        through: row.forks && n < children.length - 1 ? [...row.through, { lane: row.lane, on: ahead > n }] : row.through,
+        through:
+          row.forks && n < children.length - 1 ? [...row.through, { lane: row.lane, on: ahead > n }] : row.through,
         position: n + 1,
         size: children.length,
       }));
@@ -69,13 +70,27 @@ export class Branches {
     const isHere = row.id === (this.at ?? ROOT);
     const on = onPath.has(row.id) || row.id === ROOT;
     const label = this.label(turn);
-    const fold = row.forks && h("span.fold", { "aria-hidden": "true" }, row.folded ? `+${this.tree.following(row.id || null)}` : "–");
-    return h(`div.branch${isHere ? ".here" : ""}${on ? ".on" : ""}`, {
-      role: "treeitem", "data-id": row.id, "aria-level": row.level, "aria-posinset": row.position,
-      "aria-setsize": row.size, "aria-selected": isHere ? "true" : "false", "aria-expanded": row.forks ? String(!row.folded) : null,
-      "aria-label": label + (this.running.has(turn) ? ", being written" : ""), tabindex: row.id === this.focus ? 0 : -1,
-      title: turn ? excerpt(turn.user || label, 300) : null,
-    }, this.twig(row, turn, on), h("span.label", { dir: "auto" }, label), fold);
+    const fold =
+      row.forks &&
+      h("span.fold", { "aria-hidden": "true" }, row.folded ? `+${this.tree.following(row.id || null)}` : "–");
+    return h(
+      `div.branch${isHere ? ".here" : ""}${on ? ".on" : ""}`,
+      {
+        role: "treeitem",
+        "data-id": row.id,
+        "aria-level": row.level,
+        "aria-posinset": row.position,
+        "aria-setsize": row.size,
+        "aria-selected": isHere ? "true" : "false",
+        "aria-expanded": row.forks ? String(!row.folded) : null,
+        "aria-label": label + (this.running.has(turn) ? ", being written" : ""),
+        tabindex: row.id === this.focus ? 0 : -1,
+        title: turn ? excerpt(turn.user || label, 300) : null,
+      },
+      this.twig(row, turn, on),
+      h("span.label", { dir: "auto" }, label),
+      fold,
+    );
   }
 
   label(turn) {
@@ -97,11 +112,17 @@ export class Branches {
     if (row.goesOn) lines.push([`M${here} ${MIDDLE}V${ROW}`, row.leads]);
     lines.sort((one, other) => one[1] - other[1]);
     const width = here + 9;
-    const dot = turn?.kind === "state" || !turn ? s("rect", { x: here - 4, y: MIDDLE - 4, width: 8, height: 8, rx: 1.5 })
-      : s("circle", { cx: here, cy: MIDDLE, r: 4.5 });
+    const dot =
+      turn?.kind === "state" || !turn
+        ? s("rect", { x: here - 4, y: MIDDLE - 4, width: 8, height: 8, rx: 1.5 })
+        : s("circle", { cx: here, cy: MIDDLE, r: 4.5 });
     if (this.running.has(turn)) dot.classList.add("running");
-    return s("svg", { class: "twig", width, height: ROW, viewBox: `0 0 ${width} ${ROW}`, "aria-hidden": "true" },
-      ...lines.map(([d, led]) => s("path", led ? { d, class: "led" } : { d })), dot);
+    return s(
+      "svg",
+      { class: "twig", width, height: ROW, viewBox: `0 0 ${width} ${ROW}`, "aria-hidden": "true" },
+      ...lines.map(([d, led]) => s("path", led ? { d, class: "led" } : { d })),
+      dot,
+    );
   }
 
   item(id) {
@@ -143,7 +164,7 @@ export class Branches {
   }
 
   above(row) {
-    const parent = row.id ? this.tree.get(row.id).parent ?? ROOT : null;
+    const parent = row.id ? (this.tree.get(row.id).parent ?? ROOT) : null;
     return this.rows.findIndex((each) => each.id === parent);
   }
 

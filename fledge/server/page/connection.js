@@ -40,7 +40,13 @@ export class Connection {
     let response;
     try {
       const sent = body === undefined || file ? body : JSON.stringify(body);
-      response = await fetch(new URL(path, document.baseURI), { method, headers, body: sent, signal, cache: "no-store" });
+      response = await fetch(new URL(path, document.baseURI), {
+        method,
+        headers,
+        body: sent,
+        signal,
+        cache: "no-store",
+      });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Failure("The server cannot be reached. Is it still running?");
@@ -68,7 +74,10 @@ export class Connection {
 }
 
 async function failure(response) {
-  const error = await response.json().then((body) => body.error, () => null);
+  const error = await response.json().then(
+    (body) => body.error,
+    () => null,
+  );
   const message = error?.message ?? `The server answered with status ${response.status}.`;
   return new Failure(message, { status: response.status, code: error?.code ?? null, param: error?.param ?? null });
 }

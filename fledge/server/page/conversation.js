@@ -13,14 +13,18 @@ export class Conversation {
     Object.assign(this, { tree, actions, views: new Map(), follows: true, top: 0 });
     this.log = by("log");
     this.place = by("turns");
-    this.log.addEventListener("scroll", () => {
-      // Only going up lets go of the end: text that grows faster than it is scrolled to is no wish of the reader's.
-      const { scrollTop, scrollHeight, clientHeight } = this.log;
-      if (scrollHeight - scrollTop - clientHeight < NEAR) this.follows = true;
-      else if (scrollTop < this.top - 1) this.follows = false;
-      this.top = scrollTop;
-      by("down").hidden = this.follows;
-    }, { passive: true });
+    this.log.addEventListener(
+      "scroll",
+      () => {
+        // Only going up lets go of the end: text that grows faster than it is scrolled to is no wish of the reader's.
+        const { scrollTop, scrollHeight, clientHeight } = this.log;
+        if (scrollHeight - scrollTop - clientHeight < NEAR) this.follows = true;
+        else if (scrollTop < this.top - 1) this.follows = false;
+        this.top = scrollTop;
+        by("down").hidden = this.follows;
+      },
+      { passive: true },
+    );
     by("down").addEventListener("click", () => this.end());
     new ResizeObserver(() => this.keepUp()).observe(this.place);
   }
@@ -31,7 +35,8 @@ export class Conversation {
     const shown = path.map((turn, place) => this.view(turn, place + 1));
     if (choices.length) shown.push(this.choices(choices, path.length + 1));
     const nodes = shown.map((view) => view.node);
-    const same = nodes.length === this.place.children.length && nodes.every((node, n) => node === this.place.children[n]);
+    const same =
+      nodes.length === this.place.children.length && nodes.every((node, n) => node === this.place.children[n]);
     if (!same) this.place.replaceChildren(...nodes);
     for (const view of shown) view.update();
     for (const id of this.views.keys()) if (!this.tree.get(id)) this.views.delete(id);
@@ -79,8 +84,12 @@ class Turn {
     this.title = h("h2.hidden");
     this.question = h("div.question", { dir: "auto" });
     this.answer = new Answer(conversation, turn);
-    this.asked = h("div.asked", {}, this.question, h("div.actions", {},
-      h("button.quiet", { type: "button", onclick: () => this.edit() }, "Edit")));
+    this.asked = h(
+      "div.asked",
+      {},
+      this.question,
+      h("div.actions", {}, h("button.quiet", { type: "button", onclick: () => this.edit() }, "Edit")),
+    );
     this.node = h("article.turn", {}, this.title, this.asked, this.answer.node);
     this.update();
     if (passing.get(`edit.${turn.id}`) !== null) this.edit(false);
@@ -103,10 +112,18 @@ class Turn {
     const send = () => {
       if (area.value.trim() && this.conversation.actions.edit(this.turn, area.value.trim())) close();
     };
-    const form = h("form.editing", { "aria-label": "Change the message" }, area, h("div.row.end", {},
-      h("span.aside", {}, "The old one stays in the tree"),
-      h("button.quiet", { type: "button", onclick: close }, "Cancel"),
-      h("button.primary", { type: "submit" }, "Send as a branch")));
+    const form = h(
+      "form.editing",
+      { "aria-label": "Change the message" },
+      area,
+      h(
+        "div.row.end",
+        {},
+        h("span.aside", {}, "The old one stays in the tree"),
+        h("button.quiet", { type: "button", onclick: close }, "Cancel"),
+        h("button.primary", { type: "submit" }, "Send as a branch"),
+      ),
+    );
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       send();
@@ -135,8 +152,7 @@ class Answer {
     this.error = h("div.error", { role: "alert" });
     this.figures = h("p.figures");
     this.buttons = h("div.actions");
-    this.node = h("div.answer", {}, this.text, this.waiting, this.error,
-      h("div.foot", {}, this.buttons, this.figures));
+    this.node = h("div.answer", {}, this.text, this.waiting, this.error, h("div.foot", {}, this.buttons, this.figures));
   }
 
   update() {
@@ -151,7 +167,9 @@ class Answer {
     if (state === this.state) return;
     this.state = state;
     const { actions } = this.conversation;
-    this.error.replaceChildren(...(turn.error ? [h("p", {}, turn.error), button("Retry", () => actions.again(turn))] : []));
+    this.error.replaceChildren(
+      ...(turn.error ? [h("p", {}, turn.error), button("Retry", () => actions.again(turn))] : []),
+    );
     this.figures.textContent = open ? "" : figures(turn);
     this.buttons.replaceChildren(...(open ? [] : this.tools()));
   }
@@ -174,8 +192,15 @@ class Answer {
         made.setAttribute("aria-label", name);
         return made;
       };
-      found.push(h("span.siblings", { role: "group", "aria-label": "Branches here" }, step(-1, "‹", "Branch before"),
-        h("span", {}, `${at + 1}/${siblings.length}`), step(1, "›", "Next branch")));
+      found.push(
+        h(
+          "span.siblings",
+          { role: "group", "aria-label": "Branches here" },
+          step(-1, "‹", "Branch before"),
+          h("span", {}, `${at + 1}/${siblings.length}`),
+          step(1, "›", "Next branch"),
+        ),
+      );
     }
     if (turn.status !== "failed") found.push(button("Retry", () => actions.retry(turn)));
     if (turn.answer) found.push(copier(() => turn.answer));
@@ -189,10 +214,16 @@ class Choices {
     this.id = turns[0].group;
     this.title = h("h2.hidden");
     this.answers = turns.map((turn) => new Answer(conversation, turn, true));
-    const columns = this.answers.map((answer, n) => h("section.choice", { "aria-label": `Answer ${n + 1}` },
-      h("h3", {}, `Answer ${n + 1}`), answer.node));
-    this.node = h("article.turn", {}, this.title, h("div.asked", {}, h("div.question", { dir: "auto" }, turns[0].user)),
-      h("div.choices", {}, columns));
+    const columns = this.answers.map((answer, n) =>
+      h("section.choice", { "aria-label": `Answer ${n + 1}` }, h("h3", {}, `Answer ${n + 1}`), answer.node),
+    );
+    this.node = h(
+      "article.turn",
+      {},
+      this.title,
+      h("div.asked", {}, h("div.question", { dir: "auto" }, turns[0].user)),
+      h("div.choices", {}, columns),
+    );
     this.update();
   }
 

@@ -25,7 +25,8 @@ export class Dialogue {
     const { system, template } = like ?? { system: this.settings.system, template: this.template(null) };
     const first = parent === null ? { system, template } : {};
     return Array.from({ length: count }, (_, number) =>
-      this.tree.add({ parent, user, status: "open", state: null, group, number, ...first }));
+      this.tree.add({ parent, user, status: "open", state: null, group, number, ...first }),
+    );
   }
 
   /** The template of the conversation that a turn is in; of one that begins now, that of the settings. */
@@ -86,7 +87,10 @@ export class Dialogue {
   /** The request. Throws Failure where the state of a file is needed and gone. */
   body(turns) {
     const [turn] = turns;
-    const again = this.tree.siblings(turn).filter((each) => each.user === turn.user).indexOf(turn);
+    const again = this.tree
+      .siblings(turn)
+      .filter((each) => each.user === turn.user)
+      .indexOf(turn);
     const { body, own } = this.settings.request(again, this.template(turn.id));
     const before = this.tree.request(turn.parent, turn.system, this.keeps);
     if (before.lost) throw lost(before.lost);

@@ -34,7 +34,10 @@ export function copier(text) {
   if (!navigator.clipboard) return null;
   const button = h("button.quiet", { type: "button" }, "Copy");
   button.addEventListener("click", async () => {
-    button.textContent = await navigator.clipboard.writeText(text()).then(() => "Copied", () => "Not copied");
+    button.textContent = await navigator.clipboard.writeText(text()).then(
+      () => "Copied",
+      () => "Not copied",
+    );
     setTimeout(() => (button.textContent = "Copy"), 2000);
   });
   return button;
@@ -45,15 +48,20 @@ export const by = (id) => document.getElementById(id);
 
 /** Text cut to a length that fits a label, without cutting a character in two. */
 export function excerpt(text, length) {
-  const line = text.slice(0, 8 * length).replace(/\s+/g, " ").trim();
+  const line = text
+    .slice(0, 8 * length)
+    .replace(/\s+/g, " ")
+    .trim();
   const characters = [...line];
   return characters.length > length ? `${characters.slice(0, length - 1).join("")}…` : line;
 }
 
 /** A number as people read it: 4 → "4", 0.3333 → "0.333", 12345.6 → "12,346". */
 export function number(value, digits = 3) {
-  return new Intl.NumberFormat("en", value >= 100 ? { maximumFractionDigits: 0 } : { maximumSignificantDigits: digits })
-    .format(value);
+  return new Intl.NumberFormat(
+    "en",
+    value >= 100 ? { maximumFractionDigits: 0 } : { maximumSignificantDigits: digits },
+  ).format(value);
 }
 
 /** Bytes as people read them. */

@@ -117,7 +117,11 @@ function drawn(block) {
   if (block.kind === "quote") return h("blockquote", { dir: "auto" }, block.blocks.map(drawn));
   if (block.kind === "paragraph") return h("p", { dir: "auto" }, inline(block.text));
   const items = block.items.map((item) =>
-    h("li", { dir: "auto" }, item.length === 1 && item[0].kind === "paragraph" ? inline(item[0].text) : item.map(drawn)),
+    h(
+      "li",
+      { dir: "auto" },
+      item.length === 1 && item[0].kind === "paragraph" ? inline(item[0].text) : item.map(drawn),
+    ),
   );
   return block.start === null ? h("ul", { dir: "auto" }, items) : h("ol", { start: block.start, dir: "auto" }, items);
 }
@@ -125,7 +129,17 @@ function drawn(block) {
 function code(block) {
   const name = block.language ? `Code, ${block.language}` : "Code";
   const text = h("pre", { tabindex: 0, role: "group", "aria-label": name, dir: "ltr" }, h("code", {}, block.text));
-  return h("div.code", {}, h("div.bar", {}, h("span", {}, block.language || "code"), copier(() => block.text)), text);
+  return h(
+    "div.code",
+    {},
+    h(
+      "div.bar",
+      {},
+      h("span", {}, block.language || "code"),
+      copier(() => block.text),
+    ),
+    text,
+  );
 }
 
 /** The nodes of one stretch of text. */

@@ -13,7 +13,9 @@ export class Panels {
     this.opener = null;
     for (const name of NAMES) {
       this.button(name).addEventListener("click", () => this.show(name, by(name).hidden));
-      by(name).querySelector(".close").addEventListener("click", () => this.show(name, false));
+      by(name)
+        .querySelector(".close")
+        .addEventListener("click", () => this.show(name, false));
     }
     by("room").addEventListener("pointerdown", (event) => !event.target.closest(".panel") && this.close());
     NARROW.addEventListener("change", () => this.arrange());
@@ -34,7 +36,11 @@ export class Panels {
     }
     this.set(name, open);
     this.arrange();
-    if (byHand && !NARROW.matches) lasting.put("panels", NAMES.filter((each) => !by(each).hidden));
+    if (byHand && !NARROW.matches)
+      lasting.put(
+        "panels",
+        NAMES.filter((each) => !by(each).hidden),
+      );
     if (open) this.onopen(name);
     if (byHand && open && NARROW.matches) panel.focus();
     if (byHand && !open) this.button(name).focus();

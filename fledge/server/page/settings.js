@@ -4,16 +4,79 @@ import { by, h } from "./element.js";
 import { lasting } from "./storage.js";
 
 const FIELDS = [
-  { name: "system", label: "System text", area: 3, about: "What the model reads before a new conversation begins. Only the template world has a place for it." },
-  { name: "template", label: "Template", choices: [], about: "How messages are laid out for the model. Take the one it was tuned with." },
-  { name: "temperature", label: "Temperature", min: 0, max: 100, step: 0.05, about: "0: always the likeliest word. 1: as the model weighs them. Above: wilder." },
-  { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05, about: "Draw only from the likeliest words that together have this share. Small models need a small one." },
-  { name: "top_k", label: "Top k", min: 0, step: 1, about: "Draw only from so many of the likeliest words. 0: from all." },
-  { name: "presence_penalty", label: "Presence penalty", min: -100, max: 100, step: 0.1, about: "Makes words that have been used less likely, however often." },
-  { name: "frequency_penalty", label: "Frequency penalty", min: -100, max: 100, step: 0.1, about: "The same, for each time they have been used." },
-  { name: "penalty_decay", label: "Penalty decay", min: 0, max: 1, step: 0.001, about: "How much of the penalties is left after each further word. 1: all of it." },
-  { name: "max_tokens", label: "Longest answer", min: 1, step: 1, about: "In tokens. An answer that reaches it stops in the middle." },
-  { name: "seed", label: "Seed", min: 0, step: 1, about: "The same seed gives the same answer again. Empty: another one each time. Retry counts it up." },
+  {
+    name: "system",
+    label: "System text",
+    area: 3,
+    about: "What the model reads before a new conversation begins. Only the template world has a place for it.",
+  },
+  {
+    name: "template",
+    label: "Template",
+    choices: [],
+    about: "How messages are laid out for the model. Take the one it was tuned with.",
+  },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 100,
+    step: 0.05,
+    about: "0: always the likeliest word. 1: as the model weighs them. Above: wilder.",
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    min: 0,
+    max: 1,
+    step: 0.05,
+    about: "Draw only from the likeliest words that together have this share. Small models need a small one.",
+  },
+  {
+    name: "top_k",
+    label: "Top k",
+    min: 0,
+    step: 1,
+    about: "Draw only from so many of the likeliest words. 0: from all.",
+  },
+  {
+    name: "presence_penalty",
+    label: "Presence penalty",
+    min: -100,
+    max: 100,
+    step: 0.1,
+    about: "Makes words that have been used less likely, however often.",
+  },
+  {
+    name: "frequency_penalty",
+    label: "Frequency penalty",
+    min: -100,
+    max: 100,
+    step: 0.1,
+    about: "The same, for each time they have been used.",
+  },
+  {
+    name: "penalty_decay",
+    label: "Penalty decay",
+    min: 0,
+    max: 1,
+    step: 0.001,
+    about: "How much of the penalties is left after each further word. 1: all of it.",
+  },
+  {
+    name: "max_tokens",
+    label: "Longest answer",
+    min: 1,
+    step: 1,
+    about: "In tokens. An answer that reaches it stops in the middle.",
+  },
+  {
+    name: "seed",
+    label: "Seed",
+    min: 0,
+    step: 1,
+    about: "The same seed gives the same answer again. Empty: another one each time. Retry counts it up.",
+  },
   { name: "stop", label: "Stop texts", area: 2, about: "One a line. The answer ends before the first of them." },
 ];
 const OWN = ["top_k", "penalty_decay", "template"]; // in the request's field fledge, not among OpenAI's
@@ -32,8 +95,13 @@ export class Settings {
   draw(server) {
     const rows = FIELDS.map((field) => {
       const id = `set-${field.name}`;
-      return h("div.field", {}, h("label", { for: id }, field.label), this.control(field, id, server),
-        h("p.aside", { id: `${id}-about` }, field.about));
+      return h(
+        "div.field",
+        {},
+        h("label", { for: id }, field.label),
+        this.control(field, id, server),
+        h("p.aside", { id: `${id}-about` }, field.about),
+      );
     });
     this.form.replaceChildren(...rows);
   }
@@ -53,7 +121,16 @@ export class Settings {
       return area;
     }
     const { min, max, step } = field;
-    const input = h("input", { ...given, type: "number", min, max, step, inputmode: "decimal", placeholder: "the server's choice", autocomplete: "off" });
+    const input = h("input", {
+      ...given,
+      type: "number",
+      min,
+      max,
+      step,
+      inputmode: "decimal",
+      placeholder: "the server's choice",
+      autocomplete: "off",
+    });
     input.value = value;
     return input;
   }

@@ -82,7 +82,10 @@ export class Tree {
       lasting.put(`turn.${turn.id}`, null);
     }
     const { parent } = gone[0];
-    this.below.set(parent, (this.below.get(parent) ?? []).filter((each) => each !== id));
+    this.below.set(
+      parent,
+      (this.below.get(parent) ?? []).filter((each) => each !== id),
+    );
     return gone;
   }
 
@@ -149,7 +152,10 @@ export class Tree {
   }
 
   reparent(turn, parent) {
-    this.below.set(turn.parent, (this.below.get(turn.parent) ?? []).filter((id) => id !== turn.id));
+    this.below.set(
+      turn.parent,
+      (this.below.get(turn.parent) ?? []).filter((id) => id !== turn.id),
+    );
     turn.parent = parent;
     this.below.set(parent, [...(this.below.get(parent) ?? []), turn.id]);
   }
