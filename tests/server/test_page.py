@@ -516,7 +516,7 @@ def test_scroll_position_is_kept_after_scrolling_up(browser: Browser) -> None:
         for page in open_page(browser, server, viewport={"width": 400, "height": 500}):
             log = page.locator("#log")
             model.pause(after=700)
-            send(page, "Tell")
+            send(page, "Count")
             expect(get_turn(page, 0).locator(".text")).to_contain_text("word " * 100)
             end = "element => element.scrollHeight - element.scrollTop - element.clientHeight"
             assert log.evaluate(end) < 60

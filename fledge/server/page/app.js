@@ -50,7 +50,10 @@ const panels = new Panels((name) => {
   if (name === "tree") treeView.render();
 });
 
-/** Go to a turn (null: the root). Nothing is sent. The next question continues from the state of that turn. */
+/**
+ * Go to a turn (null: the root) and store the position. Nothing is sent. The next question continues from the state of
+ * that turn.
+ */
 function goTo(turnId, group = null) {
   Object.assign(current, { turnId, group });
   for (const store of [sessionStore, localStore]) store.set("place", { at: turnId, group });

@@ -107,7 +107,7 @@ function getRange(halfLives) {
 function createHalfLifeLegend(halfLives) {
   const [shortest, longest] = getRange(halfLives);
   const labels = [shortest, Math.sqrt(shortest * longest), longest].map(formatHalfLife);
-  return createLegend(labels, "tokens (logarithmic scale)");
+  return createLegend(labels, "tokens (log scale)");
 }
 
 function formatHalfLife(halfLife) {
