@@ -15,6 +15,7 @@ VENV_STAMP := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.developing
 BROWSING := $(VENV)/.browsing
+BIOME_STAMP := node_modules/.installed
 NATIVE_TESTS := $(wildcard tests/*/test_native_*.py tests/*/test_rounding.py)
 NATIVE := $(shell find native -type f)
 SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
@@ -35,18 +36,20 @@ demo: $(INSTALLED) ## install into .venv and generate text with the bundled mode
 test: check $(BROWSING) ## install for development, check everything, run the tests
 	$(BIN)/python -m pytest -n logical
 
-check: $(DEVELOPING) ## formatting, lint and types, without changing a file
+check: $(DEVELOPING) $(BIOME_STAMP) ## formatting, lint and types, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --quiet
+	$(call biome,ci --error-on-warnings)
 
 docs: $(DEVELOPING) ## build the documentation site with the API reference into build/site
 	$(BIN)/mkdocs build
 
-fix: $(DEVELOPING) ## format the code and repair what the linter can
+fix: $(DEVELOPING) $(BIOME_STAMP) ## format the code and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(call biome,check --write)
 
 bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
 	$(BIN)/fledge bench cpu --widths fp32,bf16,int8,int4
@@ -85,6 +88,18 @@ $(DEVELOPING): $(VENV_STAMP) pyproject.toml $(NATIVE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@rm -rf build/native
 	@touch $@
+
+# Biome checks the JavaScript, CSS and HTML of the web pages. Without npm, or without access to its registry, the recipe
+# creates no stamp and the check is skipped. The version is pinned in package.json.
+$(BIOME_STAMP): package.json
+	@if ! command -v npm >/dev/null; then exit 0; fi; \
+		echo "Installing Biome into node_modules"; \
+		npm install --silent --no-audit --no-fund --fetch-retries=1 && touch $@ || true
+
+define biome
+@if [ -e $(BIOME_STAMP) ]; then echo "node_modules/.bin/biome $(1)"; node_modules/.bin/biome $(1); else \
+	echo "SKIPPED: biome (format and lint of the web pages): npm or its registry is not available"; fi
+endef
 
 # The chat page is tested in Chromium. Where none can be had, those tests are skipped and say so.
 $(BROWSING): $(DEVELOPING)
