@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import io
 import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,6 +33,7 @@ from torch import Tensor
 from fledge import checkpoint
 from fledge.core.errors import StateError
 from fledge.core.files import atomic_path
+from fledge.core.safetensors_header import HeaderError, read_header, reject_repeated_names
 from fledge.engine.llm.adapters import weights_of
 from fledge.engine.llm.llm import LLM
 from fledge.models.state import COUNTS, KIND, KINDS, State
@@ -132,7 +133,7 @@ def dump(state: State, card: StateMetadata, secret: bytes | None = None) -> byte
 def parse(data: bytes, secret: bytes | None = None) -> tuple[State, StateMetadata]:
     """The state in a file's content, and its card. Raises StateError for what is not sound, and, with a secret, for
     what was not signed with it."""
-    metadata = _metadata(data)
+    metadata = _metadata(io.BytesIO(data), len(data))
     try:
         kind, text = KINDS[metadata[KIND]], metadata[CARD]
         tensors = safetensors.torch.load(data)
@@ -151,33 +152,19 @@ def parse(data: bytes, secret: bytes | None = None) -> tuple[State, StateMetadat
 def peek(path: str | os.PathLike[str]) -> StateMetadata:
     """The card of a file, without its tensors and without a look at its signature. Raises StateError, OSError."""
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > HEADER:
-            raise StateError(f"{path} is no state file of Fledge's")
-        file.seek(0)
-        metadata = _metadata(file.read(8 + size))
+        metadata = _metadata(file, os.fstat(file.fileno()).st_size)
     return _card(metadata.get(CARD))
 
 
-def _metadata(data: bytes) -> Mapping[str, Any]:
+def _metadata(file: BinaryIO, size: int) -> Mapping[str, str]:
     """The texts in the header, which the library gives for files only."""
     try:
-        (size,) = struct.unpack_from("<Q", data)
-        if size > min(HEADER, len(data) - 8):
-            raise StateError("it is no safetensors file, or cut off")
-        metadata = json.loads(data[8 : 8 + size], object_pairs_hook=_without_repeats)["__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
-        raise StateError("it is no state file of Fledge's") from None
-    if not isinstance(metadata, dict) or not metadata.keys() <= {KIND, CARD, SIGNATURE}:
+        metadata = read_header(file, size, HEADER).metadata
+    except HeaderError as error:
+        raise StateError(f"it is no state file of Fledge's: {error}") from None
+    if metadata is None or not metadata.keys() <= {KIND, CARD, SIGNATURE}:
         raise StateError("it is no state file of Fledge's")
     return metadata
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name appears twice")
-    return found
 
 
 def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
@@ -200,7 +187,7 @@ def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
 def _card(text: Any) -> StateMetadata:
     """A card, every value of the kind it must have."""
     try:
-        values = json.loads(text, object_pairs_hook=_without_repeats)
+        values = json.loads(text, object_pairs_hook=reject_repeated_names)
         card = StateMetadata(**values)
         json.dumps(values, ensure_ascii=False).encode()  # fails for a lone surrogate, which nothing could write again
     except (ValueError, TypeError, RecursionError):
