@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT := Once upon a time
 
-# The first Python on the PATH that Fledge supports; where there is none, python3, so that the message can name its version.
+# The first Python on the PATH that Fledge supports; else python3, so that the message can name its version.
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && exit; done; echo python3)
@@ -20,7 +20,7 @@ NATIVE_TESTS := $(wildcard tests/*/test_native_*.py tests/*/test_rounding.py)
 NATIVE := $(shell find native -type f)
 SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
 
-# Somebody's import path must not decide which code is tested.
+# Tests must run the code of this checkout, whatever import path the user has set.
 unexport PYTHONPATH
 unexport PYTHONHOME
 
@@ -55,7 +55,7 @@ bench: $(DEVELOPING) ## measure speed on this machine, other software beside it 
 	$(BIN)/fledge bench cpu --widths fp32,bf16,int8,int4
 
 # Leaks are not looked for: Python and torch keep memory until the end on purpose.
-sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behaviour sanitizers
+sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behavior sanitizers
 	cmake -S native -B build/sanitize -DFLEDGE_SANITIZE=ON
 	cmake --build build/sanitize --parallel
 	@mkdir -p build/native && cp build/sanitize/libfledge_native.so build/native/

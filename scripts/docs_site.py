@@ -1,7 +1,7 @@
 """Hooks of `mkdocs build`: add README, CHANGELOG, CONTRIBUTING, the benchmarks and an API reference to the site.
 
-The pages of docs/ are written so that their links work in a checkout. A link to a file that is not a page of the site is
-shown as text. The API reference has one page for each module of the package, generated from its docstrings.
+The pages of docs/ have links that work in a checkout. A link to a file that is not a page of the site is shown as text.
+The API reference has one page for each module of the package, generated from its docstrings.
 """
 
 from __future__ import annotations
@@ -83,10 +83,19 @@ def list_modules() -> list[str]:
 
 def index_page(modules: list[str]) -> str:
     """The list of all modules with the first line of each docstring."""
-    lines = ["# API reference", "", "Every module, with the first line of its docstring.", "", "| module | purpose |", "|---|---|"]
+    lines = [
+        "# API reference",
+        "",
+        "Every module, with the first line of its docstring.",
+        "",
+        "| module | purpose |",
+        "|---|---|",
+    ]
     for module in modules:
         path = REPO / module.replace(".", "/")
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        purpose = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0].replace("\n", " ")
+        purpose = (
+            (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0].replace("\n", " ")
+        )
         lines.append(f"| [`{module}`]({module}.md) | {purpose.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
