@@ -162,7 +162,7 @@ def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
 def _agreed(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelConfig:
     """The stored config, which knows what no shape tells, once its sizes are those of the tensors."""
     epsilons = (stored.norm_eps, stored.group_norm_eps)
-    if not all(isinstance(eps, int | float) and 0 < eps < LARGEST_NUMBER for eps in epsilons):
+    if not all(0 < eps < LARGEST_NUMBER for eps in epsilons):
         raise CheckpointError(f"{source}: the config in its header has impossible epsilons {epsilons}")
     untold = {name: getattr(stored, name) for name in UNTOLD}
     try:

@@ -48,6 +48,18 @@ class FinishEvent(NamedTuple):
     state: State | None = None  # the state after the prompt and `ids`; only if the request asks for it
 
 
+class PromptLogprobsEvent(NamedTuple):
+    """Consecutive prompt tokens of a request with `prompt_logprobs`; together these events hold the whole prompt.
+
+    If the deadline passes before the whole prompt is read, FinishEvents with the reason "deadline" follow. The tokens
+    until then include the one after the last token read, because its log probability is known.
+    """
+
+    choice: int  # always 0: the completions share the prompt
+    tokens: tuple[TextToken, ...]  # the first prompt token has no log probability
+    computed_tokens: int  # prompt tokens that the model has read so far
+
+
 class ErrorEvent(NamedTuple):
     """A request, or one completion of it, has failed."""
 
@@ -55,7 +67,7 @@ class ErrorEvent(NamedTuple):
     error: FledgeError
 
 
-Event = TextEvent | FinishEvent | ErrorEvent
+Event = TextEvent | FinishEvent | PromptLogprobsEvent | ErrorEvent
 
 EventCallback = Callable[[], None]
 """Called in the engine's thread when events are ready to be drained."""
@@ -176,7 +188,8 @@ class EventBuffer:
                 self._text_positions[key] = len(self._events)
             else:
                 self._is_urgent = True
-                self._started.discard(key)
+                if not isinstance(event, PromptLogprobsEvent):
+                    self._started.discard(key)
             self._events.append((request, event))
         if isinstance(event, ErrorEvent) and event.choice < 0:
             self.discard(request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import runpy
 import traceback
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fledge.core.config import from_dict
+from fledge.core.config import check_keys, parse_text
 from fledge.core.errors import ConfigError, FledgeError, UsageError
 from fledge.data.batches import Batches
 from fledge.data.windows import OfficialWindows, Tokens, Windows
@@ -120,12 +121,10 @@ class Recipe:
 
     def changed(self, settings: Mapping[str, str]) -> Recipe:
         """This recipe with settings given as text. Raises ConfigError for an unknown one or a wrong value."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        values = {
-            name: _parse(name, text, str(fields[name].type)) if name in fields else text
-            for name, text in settings.items()
-        }
-        return from_dict(Recipe, {**dataclasses.asdict(self), **values})
+        check_keys(Recipe, settings)
+        kinds = typing.get_type_hints(Recipe)
+        values = {name: parse_text(kinds[name], text, name) for name, text in settings.items()}
+        return dataclasses.replace(self, **values)
 
 
 SHARED = ("clip", "window", "through", "recompute", "compile", "log_every", "save_every", "validate_every")
@@ -136,19 +135,6 @@ RATES = ("peak", "final", "warmup", "beta1", "beta2", "eps", "weight_decay", "cl
 """With these a run may go on that are not those it began with: to be helped over a bad place."""
 
 IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in HOW + RATES)
-
-
-def _parse(name: str, text: str, kind: str) -> Any:
-    if text.lower() == "none" and "None" in kind:
-        return None
-    try:
-        if kind.startswith("bool"):
-            return {"true": True, "false": False}[text.lower()]
-        if kind.startswith("int"):
-            return int(text.replace("_", ""))
-        return float(text) if kind.startswith("float") else text
-    except (KeyError, ValueError):
-        raise ConfigError(f"{name} is {text!r}; it must be {kind.replace(' | None', ' or none')}") from None
 
 
 def settings_of(config: ModelConfig) -> dict[str, Any]:

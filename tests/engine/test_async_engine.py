@@ -14,8 +14,8 @@ from torch import nn
 
 from fledge.core.errors import FledgeError, TokenizerError
 from fledge.engine.async_engine import AsyncEngine
-from fledge.engine.engine import Engine
-from fledge.engine.events import ErrorEvent, Event, FinishEvent, TextEvent, TextRequest
+from fledge.engine.engine import Engine, compute_prompt_logprobs
+from fledge.engine.events import ErrorEvent, Event, FinishEvent, PromptLogprobsEvent, TextEvent, TextRequest, TextToken
 from fledge.engine.generation import make_initial_state
 from fledge.engine.llm.stream import Completion, Stream
 from fledge.engine.prefix_cache.cache import PrefixMatch
@@ -167,6 +167,21 @@ def test_tokens_come_with_the_text_they_show() -> None:
     assert "".join(text for text, _ in shown) == "h\u597dlo ab"
 
 
+def test_prompt_logprobs_come_before_the_text() -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    ids = tuple(TOKENIZER.encode("a prompt of several chunks. " * 12))
+    request = TextRequest(Request(ids, SamplingParams(seed=3, max_tokens=5), n=2, prompt_logprobs=1))
+    with Office(model) as office:
+        office.submit(request)
+        tokens = list[TextToken]()
+        while isinstance(event := office.arrived[request].get(timeout=60), PromptLogprobsEvent):
+            tokens += event.tokens
+            read = event.computed_tokens
+        assert isinstance(event, TextEvent)
+    assert read == len(ids) and tuple(token.id for token in tokens) == ids
+    assert [token.logprob for token in tokens] == compute_prompt_logprobs(model, ids, top=1)
+
+
 def test_text_that_comes_fast_is_handed_over_together() -> None:
     """The first of it at once, and all of it before the end; with other jobs beside it, each keeps its own order."""
     replies = ["h\u597dlo ab and more", "second text, longer than that", "third"]
@@ -297,7 +312,7 @@ def test_what_still_runs_when_the_time_is_over_is_told_so() -> None:
 
 def test_work_for_the_engines_thread() -> None:
     with Office(fake("a")) as office:
-        assert office.desk.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-desk"
+        assert office.desk.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-engine"
         with pytest.raises(ZeroDivisionError):
             office.desk.call(lambda: 1 // 0).result(timeout=60)
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import StateError, TokenizerError, UsageError
-from fledge.engine.engine import Engine
+from fledge.engine import engine as engine_module
+from fledge.engine.engine import PROMPT_LOGPROBS_CHUNK, Engine, compute_prompt_logprobs
 from fledge.engine.generation import ModelOutput, generate_tokens, make_initial_state, prefill
 from fledge.engine.request import QueueFull, Request, TokenOutput
 from fledge.engine.sampling import Sampler, SamplingParams
@@ -186,7 +187,7 @@ def test_what_cannot_be_run_is_refused_and_the_queue_has_an_end() -> None:
     assert not engine.busy
     first = engine.add(Request((1,)))
     engine.add(Request((1,)))
-    with pytest.raises(QueueFull, match="2 requests are on their way"):
+    with pytest.raises(QueueFull, match="2 requests are queued"):
         engine.add(Request((1,)))
     engine.abort(first)
     engine.add(Request((1,)))
@@ -214,6 +215,82 @@ def test_likelihoods_are_those_of_the_model() -> None:
         assert output.logprob.logprob == pytest.approx(float(expected[output.token]), abs=1e-5)
         assert [token for token, _ in output.logprob.top] == expected.topk(3).indices.tolist()
         cursor = prefill(model, [output.token], cursor.state)
+
+
+@needs_native
+@pytest.mark.parametrize("version", VERSIONS)
+def test_prompt_logprobs_do_not_depend_on_other_requests(version: str) -> None:
+    """They are those of the model's own logits in fixed chunks, bit for bit, and the completions are unchanged."""
+    model = packed(version)
+    engine = Engine(model, eos_id=EOS, scheduler=Scheduler(slots=3, prefill_chunk=64))
+    ids = prompt(2 * PROMPT_LOGPROBS_CHUNK + 9, 1)
+    scored = [Request(ids[:length], PARAMS, prompt_logprobs=2) for length in (1, PROMPT_LOGPROBS_CHUNK, len(ids))]
+    numbers = {engine.add(request): request for request in (*scored, *requests(4, 2))}
+    found = run(engine)
+    for number, request in numbers.items():
+        outputs = found[number, 0]
+        assert drawn(outputs) == [token for token, _ in plain(model, request)]
+        chunks = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+        if request.prompt_logprobs is None:
+            assert not chunks
+            continue
+        assert chunks == [output.prompt_logprobs for output in outputs[: len(chunks)]], "the prompt comes first"
+        assert tuple(token for chunk in chunks for token in chunk.ids) == request.ids
+        assert [chunk.computed_tokens for chunk in chunks][-1] == len(request.ids)
+        logprobs, state = list[object]([None]), make_initial_state(model)
+        for begin in range(0, len(request.ids), PROMPT_LOGPROBS_CHUNK):
+            logits, state = model(torch.tensor([request.ids[begin : begin + PROMPT_LOGPROBS_CHUNK]]), state)
+            for place, token in enumerate(request.ids[begin + 1 : begin + PROMPT_LOGPROBS_CHUNK + 1]):
+                expected = torch.log_softmax(logits[0, place], -1)
+                values, tokens = expected.topk(2)
+                top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+                logprobs.append((float(expected[token]), top))
+        assert [logprob for chunk in chunks for logprob in chunk.logprobs] == logprobs
+
+
+def test_prompt_logprobs_of_one_text() -> None:
+    model = random_finch(VOCAB)
+    start, ids = prefill(model, prompt(5, 1), make_initial_state(model)), prompt(PROMPT_LOGPROBS_CHUNK + 3, 2)
+    logprobs = compute_prompt_logprobs(model, ids, start)
+    assert len(logprobs) == len(ids) and all(each is not None and each.top == () for each in logprobs)
+    assert logprobs[0] is not None
+    assert logprobs[0].logprob == float(torch.log_softmax(start.logits, -1)[ids[0]]), "the ModelOutput has its logits"
+    after_state = compute_prompt_logprobs(model, ids, start.state)
+    assert after_state[0] is None and after_state[1:] == logprobs[1:]
+
+
+def test_a_deadline_ends_prompt_logprobs_after_the_chunks_that_were_read() -> None:
+    now = [10.0]
+    engine = Engine(random_finch(VOCAB), clock=lambda: now[0])
+    ids = prompt(5 * PROMPT_LOGPROBS_CHUNK, 1)
+    late = engine.add(Request(ids, PARAMS, n=2, prompt_logprobs=0, deadline=12.0))
+    never = engine.add(Request(ids, PARAMS, prompt_logprobs=0, deadline=5.0))
+    outputs = []
+    while engine.busy:
+        outputs += engine.step()
+        now[0] += 0.6
+    for number, completions, chunks in ((late, 2, 3), (never, 1, 1)):
+        mine = [output for output in outputs if output.request_id == number]
+        assert [output.finish_reason for output in mine] == [None] * chunks + ["deadline"] * completions
+        assert sum(len(output.prompt_logprobs.ids) for output in mine if output.prompt_logprobs is not None) == (
+            chunks * PROMPT_LOGPROBS_CHUNK + 1
+        ), "the log probability of the next token is known too"
+        assert all(output.prompt_incomplete for output in mine[chunks:])
+
+
+def test_an_error_in_prompt_logprobs_ends_that_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    model = random_finch(VOCAB)
+    engine = Engine(model, eos_id=EOS)
+    monkeypatch.setattr(engine_module, "run_with_all_logits", fail)
+    bad = engine.add(Request(prompt(5, 2), PARAMS, prompt_logprobs=0))
+    good = engine.add(request := Request(prompt(5, 2), PARAMS))
+    found = run(engine)
+    (failed,) = found[bad, 0]
+    assert failed.finish_reason == "failed" and str(failed.error) == "the model failed: out of memory"
+    assert drawn(found[good, 0]) == [token for token, _ in plain(model, request)]
 
 
 def test_the_tally_counts_what_was_done() -> None:

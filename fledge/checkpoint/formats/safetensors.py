@@ -10,7 +10,6 @@ Writing is done here because it can then stream tensors that are larger than mem
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -23,12 +22,12 @@ from torch import Tensor
 
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.core.files import atomic_path
+from fledge.core.safetensors_header import HeaderError, SafetensorsHeader, encode_header, read_header
 
-LARGEST_HEADER = 32 << 20  # bytes; Finch 14B needs a quarter of a megabyte
+MAX_HEADER_BYTES = 32 << 20  # bytes; Finch 14B needs a quarter of a megabyte
 LARGEST_RANK = 8
 LARGEST_STRIDE = 1 << 56  # numbers; torch counts bytes in 64 bits
 ALIGNMENT = 64  # bytes; the start of the data, so that mapped matrices suit vector loads
-METADATA = "__metadata__"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = {**DTYPES, "U8": torch.uint8}  # bytes are quantized matrices; the header's record says which
 CODES = {dtype: code for code, dtype in STORED.items()}
@@ -40,9 +39,10 @@ def read_safetensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Ten
     With `weights` the tensors are views of the mapped file; without, they are on "meta" and only the header is read.
     Raises CheckpointError for a damaged file and UnsupportedError for tensors that are neither floats nor bytes.
     """
-    entries, metadata, held = _read_header(path)
-    shapes = {name: _tensor(name, entry, path) for name, entry in entries.items()}
-    _check_offsets(entries, held, path)
+    header = _read_header(path)
+    metadata = header.metadata or {}
+    shapes = {name: _tensor(name, entry, path) for name, entry in header.entries.items()}
+    _check_offsets(header.entries, header.data_bytes, path)
     if not weights:
         return shapes, metadata
     try:
@@ -59,17 +59,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     cache lines, then wide dtypes before narrow ones: this keeps every tensor aligned.
     """
     ordered = sorted(tensors, key=lambda name: (tensors[name].dtype != torch.uint8, -tensors[name].element_size()))
-    header: dict[str, Any] = {METADATA: dict(metadata)}
+    entries: dict[str, Any] = {}
     begin = 0
     for name in ordered:
         tensor = tensors[name]
         end = begin + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(encode_header(entries, metadata, ALIGNMENT))
         for name in ordered:
             _write_bytes(tensors[name], file)
 
@@ -80,35 +78,13 @@ def _write_bytes(tensor: Tensor, file: BinaryIO) -> None:
     file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """The tensor entries (not yet checked), the string map, and the bytes that follow the header."""
+def _read_header(path: Path) -> SafetensorsHeader:
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}"
-            )
-        if length > LARGEST_HEADER:
-            raise CheckpointError(f"{path}: its header claims {length} bytes, more than any checkpoint needs; refused")
-        raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a damaged safetensors header: it is not a JSON object")
-    metadata = header.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path} has a damaged safetensors header: {METADATA} is not a map of texts")
-    return header, metadata, size - 8 - length
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name appears twice")
-    return found
+        with open(path, "rb") as file:
+            return read_header(file, size, MAX_HEADER_BYTES)
+    except HeaderError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _tensor(name: str, entry: Any, path: Path) -> Tensor:

@@ -5,16 +5,13 @@ Here: the settings, their defaults and limits. Not here: what is done with them.
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from fledge.core.config import from_dict
+from fledge.core.config import ByteSize, from_dict
 from fledge.core.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -22,11 +19,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-T = TypeVar("T")
-
 FORMATS = ("jsonl", "parquet", "text")
 VOCABULARIES = "world, a number of tokens, or a .json file"
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 STANDARD_CLEANING = ("newlines", "nfc", "control_characters", "edges", {"min_characters": 20})
 
 
@@ -97,7 +91,7 @@ class ValidationConfig:
 
     share: float = 0.01  # of a language's documents; 0: none at all
     documents: int = 3  # but about so many at least, though not more than a quarter of them
-    bytes: int = 100_000  # and no more than this a language; one document gives a quarter of it at most
+    bytes: ByteSize = 100_000  # and no more than this a language; one document gives a quarter of it at most
 
     def __post_init__(self) -> None:
         _within("validation.share", self.share, 0.0, 0.9)
@@ -119,7 +113,7 @@ class MixtureGroup:
     sources: tuple[str, ...] = ("*",)
     weight: float = 0.0  # share of the text, as against the other groups with a weight; 0: all there is
     epochs: float = 1.0  # how often a document may be repeated; 0.5 takes half of them
-    max_bytes: int = 0  # at most so much text; 0: no limit
+    max_bytes: ByteSize = 0  # at most so much text; 0: no limit
 
     def __post_init__(self) -> None:
         for name in ("weight", "epochs", "max_bytes"):
@@ -136,8 +130,8 @@ class MixtureConfig:
     """How much of what. Documents that fit no group are left out."""
 
     groups: tuple[MixtureGroup, ...] = (MixtureGroup("all"),)
-    total_bytes: int = 0  # of all groups with a weight, at most
-    source_bytes: Mapping[str, int] = field(default_factory=dict)  # of one source, in each group
+    total_bytes: ByteSize = 0  # of all groups with a weight, at most
+    source_bytes: Mapping[str, ByteSize] = field(default_factory=dict)  # of one source, in each group
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
@@ -164,10 +158,10 @@ class BuildConfig:
     dedup: DedupConfig = DedupConfig()
     validation: ValidationConfig = ValidationConfig()
     mixture: MixtureConfig = MixtureConfig()
-    vocabulary: str | int = "world"  # or N: the N most used tokens; or a .json file with a vocabulary
+    vocabulary: Annotated[str | int, VOCABULARIES] = "world"  # a number N: the N most used tokens
     dtype: str = "auto"  # of the ids in the store: uint16, or int32
     cut_characters: int = 200_000  # longer documents become several; 0: never
-    piece_bytes: int = 16_000_000  # of input that one worker takes at a time
+    piece_bytes: ByteSize = 16_000_000  # of input that one worker takes at a time
     on_error: str = "stop"  # at a line that is no document; "skip" counts it and goes on
     seed: int = 1
 
@@ -208,73 +202,4 @@ def read_config(path: Path) -> BuildConfig:
 
 def build_config(values: Mapping[str, Any]) -> BuildConfig:
     """A config of plain values, as TOML has them."""
-    given = dict(values)
-    parts: dict[str, Any] = {"languages": LanguageConfig, "dedup": DedupConfig, "validation": ValidationConfig}
-    for name, part in parts.items():
-        if name in given:
-            given[name] = _typed(part, given[name], name)
-    if "sources" in given:
-        given["sources"] = [_typed(SourceConfig, one, "sources") for one in _tables(given["sources"], "sources")]
-    if "mixture" in given:
-        mixture = dict(_tables([given["mixture"]], "mixture")[0])
-        if "groups" in mixture:
-            mixture["groups"] = [_typed(MixtureGroup, one, "groups") for one in _tables(mixture["groups"], "groups")]
-        limits = _tables([mixture.get("source_bytes", {})], "source_bytes")[0]
-        mixture["source_bytes"] = {name: _size(value, f"source_bytes of {name}") for name, value in limits.items()}
-        given["mixture"] = _typed(MixtureConfig, mixture, "mixture")
-    return _typed(BuildConfig, given, "")
-
-
-def _tables(values: Any, name: str) -> list[Mapping[str, Any]]:
-    if not (isinstance(values, list) and all(isinstance(one, Mapping) for one in values)):
-        raise ConfigError(f"{name} must be a table, or several of them under [[{name}]]")
-    return values
-
-
-def _typed(cls: type[T], values: Any, where: str) -> T:
-    """A dataclass from a table whose values have the types of its fields."""
-    (values,) = _tables([values], where)
-    types = typing.get_type_hints(cls)
-    fields = {one.name for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    prefix = f"{where}." if where else ""
-    return from_dict(
-        cls, {key: _value(types[key], one, prefix + key) if key in fields else one for key, one in values.items()}
-    )
-
-
-def _value(wanted: Any, value: Any, name: str) -> Any:
-    """`value` as a field has it: lists as tuples, sizes such as "34MB" as numbers."""
-    if typing.get_origin(wanted) is tuple:
-        kind = typing.get_args(wanted)[0]
-        if not isinstance(value, list) or (kind is str and not all(isinstance(one, str) for one in value)):
-            raise ConfigError(f"{name} must be a list{' of texts' if kind is str else ''}, not {value!r:.60}")
-        return tuple(value)
-    if wanted is int:
-        return _size(value, name) if "bytes" in name else _whole(value, name)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted in (str, float, bool) and type(value) is not wanted:
-        raise ConfigError(f"{name} must be a {wanted.__name__}, not {value!r:.60}")
-    if wanted == str | int and type(value) not in (str, int):
-        raise ConfigError(f"{name} must be {VOCABULARIES}, not {value!r:.60}")
-    return value
-
-
-def _whole(value: Any, name: str) -> int:
-    if type(value) is not int:
-        raise ConfigError(f"{name} must be a whole number, not {value!r:.60}")
-    return value
-
-
-def _size(value: Any, name: str) -> int:
-    """A number of bytes: 34000000 or "34MB"."""
-    if not isinstance(value, str):
-        return _whole(value, name)
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-z]*?)B?\s*", value, re.I)
-    unit = match[2].upper() + "B" if match and match[2] else ""
-    try:
-        if match is None or unit not in UNITS:
-            raise ValueError
-        return round(float(match[1]) * UNITS[unit])
-    except ValueError:
-        raise ConfigError(f'{name} must be a size such as 34000000 or "34MB", not {value!r:.60}') from None
+    return from_dict(BuildConfig, values)

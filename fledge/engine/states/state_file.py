@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import io
 import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from fledge import checkpoint
 from fledge.core.errors import StateError
 from fledge.core.files import atomic_path
+from fledge.core.safetensors_header import HeaderError, read_header, reject_repeated_names
 from fledge.models.config import ModelConfig
 from fledge.models.state import COUNTS, KIND, KINDS, State
 
@@ -120,7 +121,7 @@ def decode_state(data: bytes, secret: bytes | None = None) -> LoadedState:
 
     Raises StateError for invalid content and, if there is a secret, for content that was not signed with it.
     """
-    header = _read_header(data)
+    header = _read_header(io.BytesIO(data), len(data))
     try:
         kind, text = KINDS[header[KIND]], header[METADATA]
         tensors = safetensors.torch.load(data)
@@ -130,7 +131,7 @@ def decode_state(data: bytes, secret: bytes | None = None) -> LoadedState:
         raise StateError(f"it is damaged: {str(error).partition(chr(10))[0]}") from None
     _check_tensors(kind, tensors)  # before they are hashed, as numpy does not support every dtype
     if secret is not None:
-        signature, expected = str(header.get(SIGNATURE, "")), _sign(secret, header[KIND], text, tensors)
+        signature, expected = header.get(SIGNATURE, ""), _sign(secret, header[KIND], text, tensors)
         if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
             raise StateError("it was not signed with this server's key, or it has changed since")
     return LoadedState(kind(**tensors), _parse_metadata(text))
@@ -139,33 +140,19 @@ def decode_state(data: bytes, secret: bytes | None = None) -> LoadedState:
 def read_metadata(path: str | os.PathLike[str]) -> StateMetadata:
     """The metadata of a file, without reading its tensors or checking its signature. Raises StateError, OSError."""
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER_BYTES:
-            raise StateError(f"{path} is not a Fledge state file")
-        file.seek(0)
-        header = _read_header(file.read(8 + size))
+        header = _read_header(file, os.fstat(file.fileno()).st_size)
     return _parse_metadata(header.get(METADATA))
 
 
-def _read_header(data: bytes) -> Mapping[str, Any]:
-    """The metadata in the header. The safetensors library returns it for files only, not for bytes."""
+def _read_header(file: BinaryIO, size: int) -> Mapping[str, str]:
+    """The metadata in the header of a file of `size` bytes."""
     try:
-        (size,) = struct.unpack_from("<Q", data)
-        if size > min(MAX_HEADER_BYTES, len(data) - 8):
-            raise StateError("it is not a safetensors file, or it is truncated")
-        header = json.loads(data[8 : 8 + size], object_pairs_hook=_reject_duplicates)["__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
-        raise StateError("it is not a Fledge state file") from None
-    if not isinstance(header, dict) or not header.keys() <= {KIND, METADATA, SIGNATURE}:
+        header = read_header(file, size, MAX_HEADER_BYTES).metadata
+    except HeaderError as error:
+        raise StateError(f"it is not a Fledge state file: {error}") from None
+    if header is None or not header.keys() <= {KIND, METADATA, SIGNATURE}:
         raise StateError("it is not a Fledge state file")
     return header
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a name appears twice")
-    return result
 
 
 def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
@@ -188,7 +175,7 @@ def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
 def _parse_metadata(text: Any) -> StateMetadata:
     """The metadata, with the type of each value checked."""
     try:
-        values = json.loads(text, object_pairs_hook=_reject_duplicates)
+        values = json.loads(text, object_pairs_hook=reject_repeated_names)
         metadata = StateMetadata(**values)
         json.dumps(values, ensure_ascii=False).encode()  # fails for a lone surrogate, which cannot be written again
     except (ValueError, TypeError, RecursionError):

@@ -125,7 +125,7 @@ def test_damaged_records_are_errors(change: dict[str, Any], message: str, tmp_pa
         ({"vocab_size": 40}, "its header says vocab_size 40, its tensors say vocab_size 37"),
         ({"norm_eps": "x"}, "config in its header .*impossible"),
         ({"norm_eps": float("inf")}, "impossible epsilons"),
-        ({"group_norm_eps": 10**400}, "impossible epsilons"),
+        ({"group_norm_eps": 10**400}, "impossible: group_norm_eps is too large"),
         ({"n_embd": "x"}, "config in its header is impossible"),
         ({"colour": 1}, "has no setting 'colour'"),
     ],
@@ -193,7 +193,7 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.write((1 << 40).to_bytes(8, "little") + b"{")
         file.truncate((1 << 40) + 100)  # sparse: takes no room
-    with pytest.raises(CheckpointError, match="header claims 1099511627776 bytes, more than any checkpoint needs"):
+    with pytest.raises(CheckpointError, match="header claims 1099511627776 bytes, more than the limit of 33554432"):
         load(path)
 
 
@@ -210,7 +210,7 @@ def test_truncated_files_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.safetensors .*(empty|truncated)"):
+        with pytest.raises(CheckpointError, match=r"cut\.safetensors.*(empty|truncated)"):
             load(path)
 
 

@@ -70,7 +70,7 @@ ONE = {"sources": [{"path": "x"}]}
     [
         ({}, "needs sources"),
         ({"sources": []}, r"no \[\[sources\]\]"),
-        ({"sources": "x"}, "sources must be a table"),
+        ({"sources": "x"}, r"sources must be tables under \[\[sources\]\], not 'x'"),
         ({"sources": [{}]}, "either a path or a hub"),
         ({"sources": [{"path": "x", "hub": "y"}]}, "either a path or a hub"),
         ({"sources": [{"pth": "x"}]}, "no setting 'pth'; did you mean 'path'"),
