@@ -33,7 +33,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fledge.core.errors import UsageError
-from fledge.core.files import atomic_path, exclusive
+from fledge.core.files import atomic_path
+from fledge.core.locks import try_lock_folder
 from fledge.models.state import KINDS, State
 
 log = logging.getLogger("fledge")
@@ -101,7 +102,7 @@ class SnapshotStore:
         """Raises UsageError where another process has it open, OSError or sqlite3.Error where it cannot be used."""
         self._states = folder / "states"
         with ExitStack() as stack:
-            if not stack.enter_context(exclusive(folder)):
+            if not stack.enter_context(try_lock_folder(folder)):
                 raise UsageError(f"{folder}: another process keeps its snapshots there; give each a folder of its own")
             self._states.mkdir(exist_ok=True)
             self._index, rows = _open_index(folder / INDEX)

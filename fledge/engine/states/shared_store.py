@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.core.files import LOCK, atomic_path, describe_disk_error, hash_name, locked, read_json, write_json
+from fledge.core.files import atomic_path, describe_disk_error, hash_name, read_json, write_json
+from fledge.core.locks import LOCK_NAME, lock_file
 from fledge.engine.states.eviction import select_evictions
 from fledge.engine.states.state_file import LoadedState, StateMetadata, decode_state, encode_state, read_metadata
 from fledge.engine.states.store import SessionConflict, StateEntry, StoreTotals, check_name
@@ -148,7 +149,7 @@ class SharedStateStore:
         """The folder of an owner's conversations, locked against other servers during the block."""
         folder = self.folder / _hash(owner) / "sessions"
         try:
-            with locked(folder / LOCK):
+            with lock_file(folder / LOCK_NAME):
                 yield folder
         except OSError as error:
             raise FledgeError(

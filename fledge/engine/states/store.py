@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.core.files import atomic_path, describe_disk_error, exclusive, hash_name
+from fledge.core.files import atomic_path, describe_disk_error, hash_name
+from fledge.core.locks import try_lock_folder
 from fledge.engine.states.eviction import select_evictions
 from fledge.engine.states.state_file import LoadedState, StateMetadata, decode_state, encode_state
 from fledge.models.state import State
@@ -99,7 +100,7 @@ class StateStore:
         self._lock = threading.RLock()
         with ExitStack() as stack:
             try:
-                if not stack.enter_context(exclusive(self.folder)):
+                if not stack.enter_context(try_lock_folder(self.folder)):
                     raise UsageError(
                         f"{folder}: another process uses this folder for its states; give each process its own"
                     )
