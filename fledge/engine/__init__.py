@@ -14,6 +14,8 @@ Not here: HTTP, checkpoints (fledge.checkpoint reads those), the mathematics (fl
 """
 
 from fledge.engine.generation import ModelOutput, SampledToken, generate_tokens, prefill
+from fledge.engine.llm.async_llm import AsyncLLM
+from fledge.engine.llm.batch import BatchStream
 from fledge.engine.llm.chat import Chat, ChatTurn
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
@@ -24,6 +26,8 @@ from fledge.engine.states.state_file import LoadedState, StateMetadata, read_sta
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BatchStream",
     "Chat",
     "ChatTurn",
     "Completion",

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import torch
 
+from fledge.engine.engine import PROMPT_LOGPROBS_CHUNK as CHUNK
 from fledge.engine.engine import compute_logprobs
 from fledge.engine.events import TextToken
 from fledge.engine.generation import ModelOutput, get_device
-from fledge.engine.llm.scoring import CHUNK
 from fledge.engine.request import QueueFull
 from fledge.models.state import State
 from fledge.server.errors import api_error

@@ -21,7 +21,8 @@ from fledge.engine.events import (
 )
 from fledge.engine.generation import ModelOutput
 from fledge.engine.llm.batch import make_completion
-from fledge.engine.llm.llm import LLM, Prompt, Prompts, is_batch
+from fledge.engine.llm.llm import LLM
+from fledge.engine.llm.prompts import Prompt, Prompts, split_prompts
 from fledge.engine.llm.scoring import ScoredText, scoring_request
 from fledge.engine.llm.stream import Completion, Timings
 from fledge.engine.sampling import SamplingParams
@@ -87,20 +88,24 @@ class AsyncLLM:
         **overrides: Any,
     ) -> Completion | list[Completion]:
         """As `LLM.generate`: one completion for one prompt, a list for a list of prompts."""
-        requests = self.llm.make_requests(prompt, state, (params or SamplingParams()).with_overrides(overrides))
+        prompts, is_batch = split_prompts(prompt)
+        requests = self.llm.make_requests(prompts, state, (params or SamplingParams()).with_overrides(overrides))
         completions = await _gather([self._complete(request) for request in requests])
-        return completions if is_batch(prompt) else completions[0]
+        return completions if is_batch else completions[0]
 
     def stream(
         self, prompt: Prompt, *, state: State | None = None, params: SamplingParams | None = None, **overrides: Any
     ) -> AsyncStream:
         """As `LLM.stream`: the text in pieces, for `async for`. Raises the same errors, before the first piece."""
         settings = (params or SamplingParams()).with_overrides(overrides)
-        (request,) = self.llm.make_requests([self.llm.encode(prompt)], state, settings)
+        (request,) = self.llm.make_requests([prompt], state, settings)
         return AsyncStream(self, request)
 
+    # A str is a Sequence[str] too, but the first signature takes precedence.
     @overload
-    async def logprobs(self, text: Prompt, state: State | None = None, context: Prompt | None = None) -> ScoredText: ...
+    async def logprobs(  # type: ignore[overload-overlap]
+        self, text: Prompt, state: State | None = None, context: Prompt | None = None
+    ) -> ScoredText: ...
 
     @overload
     async def logprobs(
@@ -111,10 +116,11 @@ class AsyncLLM:
         self, text: Prompt | Prompts, state: State | None = None, context: Prompt | None = None
     ) -> ScoredText | list[ScoredText]:
         """As `LLM.logprobs`: the scores of one text, or a list for a list of texts."""
-        texts = [self.llm.encode(each) for each in (text if is_batch(text) else [text])]
+        prompts, is_batch = split_prompts(text)
+        texts = [self.llm.encode(each) for each in prompts]
         start = await asyncio.wrap_future(self._engine.call(lambda: self.llm.read_context(state, context)))
         scores = await _gather([self._score(ids, start) for ids in texts])
-        return scores if is_batch(text) else scores[0]
+        return scores if is_batch else scores[0]
 
     async def _complete(self, request: TextRequest) -> Completion:
         stream = AsyncStream(self, request)

@@ -37,7 +37,7 @@ class BatchStream(Iterator[tuple[int, str]]):
 
     def __next__(self) -> tuple[int, str]:
         while not self._pieces:
-            if not (self._waiting or self._text_engine.admitted):
+            if not (self._waiting or self._text_engine.engine.busy):
                 raise StopIteration
             self._step()
         return self._pieces.popleft()
@@ -45,7 +45,7 @@ class BatchStream(Iterator[tuple[int, str]]):
     def close(self) -> None:
         """Stop all texts that have not ended; their completions stay None."""
         self._waiting.clear()
-        for request in list(self._text_engine.admitted):
+        for request in self._indices:
             self._text_engine.remove(request)
         self._pieces.clear()
 

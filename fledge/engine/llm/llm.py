@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from fledge.engine.llm.adapters import AdapterSources, adapt_model, hash_changes
 from fledge.engine.llm.batch import BatchStream
 from fledge.engine.llm.chat import Chat
 from fledge.engine.llm.embedding import embed_state
+from fledge.engine.llm.prompts import Prompt, Prompts, split_prompts
 from fledge.engine.llm.scoring import ScoredText, score_texts
 from fledge.engine.llm.stream import Completion, Stream
 from fledge.engine.request import Request
@@ -41,12 +42,6 @@ from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 from fledge.models.state import State
 from fledge.tokenizer import NO_EOS, Tokenizer
-
-Prompt = str | bytes | Sequence[int]
-"""Text, its bytes, or token ids."""
-
-Prompts = Sequence[str] | Sequence[bytes] | Sequence[Sequence[int]]
-"""Several prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +153,15 @@ class LLM:
         Raises UsageError for an empty prompt or an invalid setting, TokenizerError for an id outside the vocabulary,
         StateError for a state of another model.
         """
-        if is_batch(prompt):
-            batch = self.stream_many(prompt, state=state, params=params, **overrides)
+        prompts, is_batch = split_prompts(prompt)
+        if is_batch:
+            batch = self._stream_batch(prompts, state, params, overrides)
             for _ in batch:
                 pass
             return [completion for completion in batch.completions if completion is not None]
-        stream = self.stream(prompt, state=state, params=params, **overrides)
+        if isinstance(state, Sequence):
+            raise UsageError("a list of states needs a list of prompts")
+        stream = self.stream(prompts[0], state=state, params=params, **overrides)
         for _ in stream:
             pass
         return stream.completion
@@ -198,24 +196,32 @@ class LLM:
 
         Raises the same errors, before the first piece. `completions` of the result has the completion of each prompt.
         """
-        settings = (params or SamplingParams()).with_overrides(overrides)
-        return BatchStream(self.model, self.tokenizer, self.make_requests(prompts, state, settings))
+        return self._stream_batch(list(prompts), state, params, overrides)
 
     def make_requests(
-        self, prompts: Prompts, state: State | Sequence[State] | None, params: SamplingParams
+        self, prompts: Sequence[Prompt], state: State | Sequence[State] | None, params: SamplingParams
     ) -> list[TextRequest]:
         """One request for each prompt, for a `TextEngine` or an `AsyncEngine`. Raises the errors of `generate`."""
         states = [state] * len(prompts) if state is None or isinstance(state, State) else list(state)
         if len(states) != len(prompts):
             raise UsageError(
-                f"there are {len(prompts)} prompts, but {len(states)} states; give one state for each prompt"
+                f"there are {len(prompts)} prompts and {len(states)} states; give one state for each prompt"
             )
-        return [
-            TextRequest(
-                Request(tuple(self._prompt_ids(each, after)), params, self._start(after)), should_return_state=True
-            )
+        requests = [
+            Request(tuple(self._prompt_ids(each, after)), params, self._start(after))
             for each, after in zip(prompts, states, strict=True)
         ]
+        return [TextRequest(request, should_return_state=True) for request in requests]
+
+    def _stream_batch(
+        self,
+        prompts: list[Prompt],
+        state: State | Sequence[State] | None,
+        params: SamplingParams | None,
+        overrides: dict[str, Any],
+    ) -> BatchStream:
+        settings = (params or SamplingParams()).with_overrides(overrides)
+        return BatchStream(self.model, self.tokenizer, self.make_requests(prompts, state, settings))
 
     def read(self, text: Prompt, state: State | None = None, progress: ProgressCallback | None = None) -> State:
         """The state after `text`, which follows the text that `state` has read."""
@@ -288,8 +294,11 @@ class LLM:
             raise UsageError("the text is empty; an embedding needs at least one token")
         return embed_state(self.read(ids))
 
+    # A str is a Sequence[str] too, but the first signature takes precedence.
     @overload
-    def logprobs(self, text: Prompt, state: State | None = None, context: Prompt | None = None) -> ScoredText: ...
+    def logprobs(  # type: ignore[overload-overlap]
+        self, text: Prompt, state: State | None = None, context: Prompt | None = None
+    ) -> ScoredText: ...
 
     @overload
     def logprobs(
@@ -305,10 +314,11 @@ class LLM:
         to the end-of-text id: the start of a document. With a state, `context` must have at least one token, because a
         state does not include the logits of the next token.
         """
-        texts = [self.encode(each) for each in (text if is_batch(text) else [text])]
+        prompts, is_batch = split_prompts(text)
+        texts = [self.encode(each) for each in prompts]
         logprobs = score_texts(self.model, self.read_context(state, context), texts)
         scored = [ScoredText.from_logprobs(self.tokenizer, *each) for each in zip(texts, logprobs, strict=True)]
-        return scored if is_batch(text) else scored[0]
+        return scored if is_batch else scored[0]
 
     def read_context(self, state: State | None, context: Prompt | None) -> ModelOutput:
         """Logits and state after `context`, with the defaults and errors of `logprobs`."""
@@ -380,10 +390,3 @@ class LLM:
         else:
             advice = f"give some text, or pass ids [{self.tokenizer.eos_id}] to start a new document"
         raise UsageError(f"the prompt is empty; {advice}")
-
-
-def is_batch(prompt: Prompt | Prompts) -> TypeGuard[Prompts]:
-    """Whether the argument is a list of prompts, not one prompt. An empty list is one prompt without ids."""
-    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
-        return False
-    return len(prompt) > 0 and isinstance(prompt[0], str | bytes | Sequence)

@@ -123,7 +123,7 @@ def test_ids_out_of_range_are_named(token: int) -> None:
         fake_llm().generate([1, token])
 
 
-@pytest.mark.parametrize("prompt", [None, 5, ["a"], [1.5]])
+@pytest.mark.parametrize("prompt", [None, 5, [None], [1.5]])
 def test_other_prompts_are_refused(prompt: Any) -> None:
     with pytest.raises(UsageError, match="a prompt is text, bytes or token ids"):
         fake_llm().generate(prompt)
