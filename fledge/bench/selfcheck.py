@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native_ops, pack, packed_linear, why_not, wkv, wkv4
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native_ops, pack, packed_linear, why_not_packable, wkv, wkv4
 from fledge.kernels.rounding import quantize
 from fledge.native.library import why_missing
 
@@ -62,7 +62,7 @@ def check_kernels() -> list[Check]:
             _check_inference(_run_wkv4, "wkv4", _wkv4_inputs()),
         ]
         checks += [_check_native_product(format) for format in native_ops.FORMATS]
-    return checks if why_not(torch.float32) else [*checks, _check_packed()]
+    return checks if why_not_packable(torch.float32) else [*checks, _check_packed()]
 
 
 def _check_inference(kernel: Kernel, name: str, inputs: Sequence[Tensor]) -> Check:
@@ -85,7 +85,7 @@ def _check_native_product(format: str) -> Check:
         weight = weight.half()
     if format in ("int8", "int4"):
         rounded, _ = quantize(weight, format)
-        matrix, dense = native_ops.PackedMatrix.of(rounded), rounded.dequantize(torch.float64)
+        matrix, dense = native_ops.PackedMatrix.from_quantized(rounded), rounded.dequantize(torch.float64)
     else:
         matrix, dense = native_ops.pack(weight, format), weight.double()
     expected = x.double() @ dense.T

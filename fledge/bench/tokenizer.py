@@ -24,7 +24,7 @@ from fledge.core.device import count_usable_cores
 from fledge.core.errors import FledgeError, UsageError
 from fledge.data.texts import read_texts
 from fledge.tokenizer import Tokenizer, load_world
-from fledge.tokenizer.native_tokenizer import available
+from fledge.tokenizer.native_tokenizer import is_available
 
 MEGABYTE = 1_000_000
 SLOW_SHARE = 16
@@ -115,7 +115,7 @@ def run(spec: Spec, report: Report) -> Outcome:
 
 def find_programs(threads: int) -> Iterator[Program]:
     """Those that are here: Fledge's, then the packages of others."""
-    if available():
+    if is_available():
         yield from _native_programs(load_world("native"), threads)
     if importlib.util.find_spec("pyrwkv_tokenizer"):
         peer = importlib.import_module("pyrwkv_tokenizer").RWKVTokenizer()

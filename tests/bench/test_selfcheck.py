@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fledge.bench import selfcheck
 from fledge.bench.selfcheck import TOLERANCE, check_kernels
-from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native_ops, why_not
+from fledge.kernels import WKV4_BACKENDS, WKV_BACKENDS, native_ops, why_not_packable
 from fledge.kernels.wkv.reference import wkv_reference
 from fledge.native.library import why_missing
 
@@ -20,7 +20,7 @@ from fledge.native.library import why_missing
 def test_every_backend_passes_with_room_to_spare() -> None:
     checks = check_kernels()
     names = {(check.kernel, check.backend) for check in checks if check.device == "cpu"}
-    packed = set() if why_not(torch.float32) else {("linear", "packed")}
+    packed = set() if why_not_packable(torch.float32) else {("linear", "packed")}
     plain = {("wkv", name) for name in WKV_BACKENDS} | {("wkv4", name) for name in WKV4_BACKENDS} | packed
     assert {name for name in names if not name[1].startswith("native")} == plain
     forward_only = {kernel for kernel, backend in names if backend.startswith("native")}
