@@ -11,8 +11,8 @@ using namespace fledge;
 
 FLEDGE_API Model* fledge_model_new(const int64_t* sizes, float eps, float head_eps) {
     try {
-        const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9],
-                      sizes[10]};
+        const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                      sizes[6], sizes[7], sizes[8], sizes[9], sizes[10]};
         return new Model(s, eps, head_eps);
     } catch (const std::exception&) {
         return nullptr;
@@ -44,8 +44,8 @@ FLEDGE_API void fledge_model_embedding(Model* model, const void* data, int32_t s
 // Null where everything is there, else the name of what is not.
 FLEDGE_API const char* fledge_model_check(const Model* model) { return model->check(); }
 
-// One forward pass. places: of each sequence its number of tokens; then of each the state it comes from; then of each its
-// row there; then the sequences of every such state. before: the tensors of the first of these states (3, or 5 for
+// One forward pass. places: of each sequence its number of tokens; then of each the state it comes from; then of each
+// its row there; then the sequences of every such state. before: the tensors of the first of these states (3, or 5 for
 // RWKV-4), then those of the next; after: those of one new state. 0, or -1 where memory did not suffice.
 FLEDGE_API int fledge_model_forward(Model* model, const int64_t* ids, int64_t rows, int64_t sequences,
                                     const int64_t* places, void* const* before, void* const* after, int32_t parts,
@@ -61,7 +61,8 @@ FLEDGE_API int fledge_model_forward(Model* model, const int64_t* ids, int64_t ro
     });
 }
 
-// The recurrence of RWKV-5 and 6. r, k, decay (B, T, H, K), v, y (B, T, H, V), u (H, K), states (B, H, K, V); contiguous.
+// The recurrence of RWKV-5 and 6. r, k, decay (B, T, H, K), v, y (B, T, H, V), u (H, K), states (B, H, K, V);
+// contiguous.
 FLEDGE_API int fledge_wkv(const int64_t* sizes, const float* r, const float* k, const float* v, const float* decay,
                           const float* u, const float* before, float* after, float* y) {
     return guarded([&] {
@@ -74,7 +75,8 @@ FLEDGE_API int fledge_wkv(const int64_t* sizes, const float* r, const float* k, 
             const int64_t b = part / H, h = part % H;
             Wkv call{};
             call.length = T, call.keys = K, call.values = V;
-            call.r = r + (b * T * H + h) * K, call.k = k + (b * T * H + h) * K, call.decay = decay + (b * T * H + h) * K;
+            call.r = r + (b * T * H + h) * K, call.k = k + (b * T * H + h) * K,
+            call.decay = decay + (b * T * H + h) * K;
             call.v = v + (b * T * H + h) * V, call.y = y + (b * T * H + h) * V;
             call.stride = call.w_stride = H * K, call.v_stride = call.y_stride = H * V;
             call.bonus = u + h * K;
@@ -85,8 +87,8 @@ FLEDGE_API int fledge_wkv(const int64_t* sizes, const float* r, const float* k, 
     });
 }
 
-// Its gradient. dy and dafter: of y and of the state after; the results have the shapes of what they are gradients of, dw
-// is that of the decay's logarithm, and du (B, H, K) has still to be summed over B.
+// Its gradient. dy and dafter: of y and of the state after; the results have the shapes of what they are gradients of,
+// dw is that of the decay's logarithm, and du (B, H, K) has still to be summed over B.
 FLEDGE_API int fledge_wkv_gradient(const int64_t* sizes, const float* r, const float* k, const float* v,
                                    const float* decay, const float* u, const float* before, const float* dy,
                                    const float* dafter, float* dr, float* dk, float* dv, float* dw, float* du,
@@ -114,7 +116,8 @@ FLEDGE_API int fledge_wkv_gradient(const int64_t* sizes, const float* r, const f
     });
 }
 
-// RWKV-4. k, v, w, y (B, T, A) with A a multiple of 16; u (A); aa, bb, pp (B, A), changed in place. w: log of the decay.
+// RWKV-4. k, v, w, y (B, T, A) with A a multiple of 16; u (A); aa, bb, pp (B, A), changed in place. w: log of the
+// decay.
 FLEDGE_API int fledge_wkv4(const int64_t* sizes, const float* k, const float* v, const float* w, const float* u,
                            float* aa, float* bb, float* pp, float* y) {
     return guarded([&] {

@@ -36,8 +36,7 @@ std::vector<const Kernels*> usable() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_floats();
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && has_bf16_products())
-        found.push_back(&kernels_avx512_bf16);
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && has_bf16_products()) found.push_back(&kernels_avx512_bf16);
     if (avx512) found.push_back(&kernels_avx512);
     if (avx2) found.push_back(&kernels_avx2);
 #endif

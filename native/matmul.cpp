@@ -35,7 +35,8 @@ void Prepared::reset(Kind kind, int64_t rows, int64_t k, bool sparse) {
     }
     view_.alive = view_.alive_from = nullptr;
     if (sparse && rows == 1 && kind != FLOATS) {
-        view_.alive = static_cast<int32_t*>(alive_.bytes(static_cast<size_t>(padded / 2 + groups + 1) * sizeof(int32_t)));
+        view_.alive =
+            static_cast<int32_t*>(alive_.bytes(static_cast<size_t>(padded / 2 + groups + 1) * sizeof(int32_t)));
         view_.alive_from = view_.alive + padded / 2;
         view_.alive_from[0] = 0;
     }

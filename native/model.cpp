@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // rows of one pass: enough to use a weight well, few enough that all stays in the cache
 constexpr int64_t CACHES = 16 << 20;  // bytes of state that may still be there at the next token
-constexpr int64_t FEW_ROWS = 32;  // up to here reading the weights is what takes the time
+constexpr int64_t FEW_ROWS = 32;      // up to here reading the weights is what takes the time
 enum Mix { X, W_, K_, V_, R_, G_ };
 
 int64_t filled(int64_t n) { return round_up(n, PANEL); }
@@ -52,22 +52,37 @@ Model::Model(const Sizes& sizes, float eps, float head_eps)
       layers_(static_cast<size_t>(sizes.layers)), work_(std::make_shared<Work>()) {}
 
 bool Model::set_vector(int64_t number, const char* name, const float* values, int64_t n) {
-    struct Place { const char* name; Vector* vector; };
+    struct Place {
+        const char* name;
+        Vector* vector;
+    };
     if (number < 0) {
-        const Place places[] = {{"ln0.weight", &ln0_weight_}, {"ln0.bias", &ln0_bias_},
-                                {"ln_out.weight", &ln_out_weight_}, {"ln_out.bias", &ln_out_bias_}};
+        const Place places[] = {{"ln0.weight", &ln0_weight_},
+                                {"ln0.bias", &ln0_bias_},
+                                {"ln_out.weight", &ln_out_weight_},
+                                {"ln_out.bias", &ln_out_bias_}};
         for (const Place& p : places)
             if (!std::strcmp(p.name, name)) return p.vector->set(values, n), true;
         return false;
     }
     if (number >= s_.layers) return false;
     Layer& l = layers_[static_cast<size_t>(number)];
-    const Place places[] = {
-        {"ln1.weight", &l.ln1_weight}, {"ln1.bias", &l.ln1_bias}, {"ln2.weight", &l.ln2_weight},
-        {"ln2.bias", &l.ln2_bias}, {"att.ln_x.weight", &l.ln_x_weight}, {"att.ln_x.bias", &l.ln_x_bias},
-        {"att.mix_x", &l.mix[X]}, {"att.mix_w", &l.mix[W_]}, {"att.mix_k", &l.mix[K_]}, {"att.mix_v", &l.mix[V_]},
-        {"att.mix_r", &l.mix[R_]}, {"att.mix_g", &l.mix[G_]}, {"att.decay", &l.decay}, {"att.bonus", &l.bonus},
-        {"ffn.mix_k", &l.ffn_mix_k}, {"ffn.mix_r", &l.ffn_mix_r}};
+    const Place places[] = {{"ln1.weight", &l.ln1_weight},
+                            {"ln1.bias", &l.ln1_bias},
+                            {"ln2.weight", &l.ln2_weight},
+                            {"ln2.bias", &l.ln2_bias},
+                            {"att.ln_x.weight", &l.ln_x_weight},
+                            {"att.ln_x.bias", &l.ln_x_bias},
+                            {"att.mix_x", &l.mix[X]},
+                            {"att.mix_w", &l.mix[W_]},
+                            {"att.mix_k", &l.mix[K_]},
+                            {"att.mix_v", &l.mix[V_]},
+                            {"att.mix_r", &l.mix[R_]},
+                            {"att.mix_g", &l.mix[G_]},
+                            {"att.decay", &l.decay},
+                            {"att.bonus", &l.bonus},
+                            {"ffn.mix_k", &l.ffn_mix_k},
+                            {"ffn.mix_r", &l.ffn_mix_r}};
     for (const Place& p : places)
         if (!std::strcmp(p.name, name)) return p.vector->set(values, n), true;
     return false;
@@ -77,13 +92,25 @@ bool Model::set_matrix(int64_t number, const char* name, const Matrix& weight) {
     if (number < 0) return !std::strcmp(name, "head.weight") ? (head_ = weight, true) : false;
     if (number >= s_.layers) return false;
     Layer& l = layers_[static_cast<size_t>(number)];
-    const struct { const char* name; Matrix* matrix; } places[] = {
-        {"att.mix_down", &l.mix_down}, {"att.mix_up_w", &l.mix_up[0]}, {"att.mix_up_k", &l.mix_up[1]},
-        {"att.mix_up_v", &l.mix_up[2]}, {"att.mix_up_r", &l.mix_up[3]}, {"att.mix_up_g", &l.mix_up[4]},
-        {"att.decay_down", &l.decay_down}, {"att.decay_up", &l.decay_up}, {"att.receptance.weight", &l.receptance},
-        {"att.key.weight", &l.key}, {"att.value.weight", &l.value}, {"att.gate.weight", &l.gate},
-        {"att.output.weight", &l.output}, {"ffn.key.weight", &l.ffn_key}, {"ffn.value.weight", &l.ffn_value},
-        {"ffn.receptance.weight", &l.ffn_receptance}};
+    const struct {
+        const char* name;
+        Matrix* matrix;
+    } places[] = {{"att.mix_down", &l.mix_down},
+                  {"att.mix_up_w", &l.mix_up[0]},
+                  {"att.mix_up_k", &l.mix_up[1]},
+                  {"att.mix_up_v", &l.mix_up[2]},
+                  {"att.mix_up_r", &l.mix_up[3]},
+                  {"att.mix_up_g", &l.mix_up[4]},
+                  {"att.decay_down", &l.decay_down},
+                  {"att.decay_up", &l.decay_up},
+                  {"att.receptance.weight", &l.receptance},
+                  {"att.key.weight", &l.key},
+                  {"att.value.weight", &l.value},
+                  {"att.gate.weight", &l.gate},
+                  {"att.output.weight", &l.output},
+                  {"ffn.key.weight", &l.ffn_key},
+                  {"ffn.value.weight", &l.ffn_value},
+                  {"ffn.receptance.weight", &l.ffn_receptance}};
     for (const auto& p : places)
         if (!std::strcmp(p.name, name)) return *p.matrix = weight, true;
     return false;
@@ -250,7 +277,8 @@ void Model::mix_inputs(const Layer& layer, int64_t rows) {
             w.in.row(mixed, row);
         });
         float* low = w.low.floats(rows * low_width);
-        if (rows <= FEW_ROWS) expect({&layer.mix_up[0], &layer.mix_up[1], &layer.mix_up[2], &layer.mix_up[3], &layer.mix_up[4]});
+        if (rows <= FEW_ROWS)
+            expect({&layer.mix_up[0], &layer.mix_up[1], &layer.mix_up[2], &layer.mix_up[3], &layer.mix_up[4]});
         multiply({{&layer.mix_down, &w.in.get(), {low, low_width, low_width, false}}});
         for (Prepared& part : w.mix) part.reset(FLOATS, rows, s_.mix_rank);
         for_rows(rows, [&](int64_t row, int) {
@@ -358,7 +386,8 @@ void Model::wkv4_channels(const Batch& batch, const std::vector<Segment>& segmen
         }
         Wkv4 call{};
         call.length = g.length, call.width = PANEL, call.stride = A_, call.w_stride = 0;
-        call.k = w.row[K_ - 1].floats(0) + at, call.v = w.row[V_ - 1].floats(0) + at, call.w = layer.decay.get() + channel;
+        call.k = w.row[K_ - 1].floats(0) + at, call.v = w.row[V_ - 1].floats(0) + at,
+        call.w = layer.decay.get() + channel;
         call.u = layer.bonus.get() + channel;
         call.aa = sums, call.bb = sums + PANEL, call.pp = sums + 2 * PANEL, call.y = w.y.floats(0) + at;
         kernels().wkv4(call);
@@ -385,7 +414,8 @@ void Model::channel_mix(const Batch& batch, const std::vector<Segment>& segments
         kernels().lerp(norm + row * C_, before, layer.ffn_mix_r.get(), nullptr, C_, mixed);
         w.ffn_r.row(mixed, row);
     });
-    float *hidden = w.hidden.floats(rows * F_), *r = w.row[0].floats(rows * C_), *out = w.row[1].floats(rows * std::max(A_, C_));
+    float *hidden = w.hidden.floats(rows * F_), *r = w.row[0].floats(rows * C_),
+          *out = w.row[1].floats(rows * std::max(A_, C_));
     multiply({{&layer.ffn_key, &w.ffn_k.get(), {hidden, F_, F_, false}},
               {&layer.ffn_receptance, &w.ffn_r.get(), {r, C_, C_, false}}});
     w.ffn_hidden.reset(kind_of(layer.ffn_value.format), rows, s_.hidden, true);
@@ -393,7 +423,8 @@ void Model::channel_mix(const Batch& batch, const std::vector<Segment>& segments
         kernels().squared_relu(hidden + row * F_, F_);
         w.ffn_hidden.row(hidden + row * F_, row);
     });
-    if (rows <= FEW_ROWS) expect({number + 1 < s_.layers ? first_of(layers_[static_cast<size_t>(number + 1)]) : &head_});
+    if (rows <= FEW_ROWS)
+        expect({number + 1 < s_.layers ? first_of(layers_[static_cast<size_t>(number + 1)]) : &head_});
     multiply({{&layer.ffn_value, &w.ffn_hidden.get(), {out, C_, C_, false}}});
     float* x = w.x.floats(0);
     for_rows(rows, [&](int64_t row, int) { kernels().gated_add(x + row * C_, r + row * C_, out + row * C_, C_); });

@@ -28,8 +28,8 @@ constexpr int MIXES = 6;  // x, w, k, v, r, g
 
 struct Layer {
     Vector ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias;
-    Vector mix[MIXES];      // weight of the token before, by letter
-    Vector decay, bonus;    // Finch: time_decay; Eagle: the decay factor; RWKV-4: the log of the decay
+    Vector mix[MIXES];    // weight of the token before, by letter
+    Vector decay, bonus;  // Finch: time_decay; Eagle: the decay factor; RWKV-4: the log of the decay
     Vector ffn_mix_k, ffn_mix_r;
     Matrix mix_down{}, mix_up[5]{}, decay_down{}, decay_up{};  // Finch's LoRA factors; up in the order w, k, v, r, g
     Matrix receptance{}, key{}, value{}, gate{}, output{};
@@ -44,13 +44,15 @@ struct Embedding {
 
 // The state tensors as state.py has them, (layer, batch, ...), float32: att_shift, wkv, ffn_shift, or for RWKV-4
 // att_shift, aa, bb, pp, ffn_shift.
-struct StateOut { float* tensor[5]; };
+struct StateOut {
+    float* tensor[5];
+};
 
 // The states that come in lie where they are: each sequence names one of several batched states and its row in it.
 struct StateIn {
-    const float* const* tensors;       // those of the first state, then of the next
-    const int64_t *batches, *rows;     // of each state: its sequences; of each sequence: its row
-    const int64_t* sources;            // of each sequence: its state
+    const float* const* tensors;    // those of the first state, then of the next
+    const int64_t *batches, *rows;  // of each state: its sequences; of each sequence: its row
+    const int64_t* sources;         // of each sequence: its state
     int64_t parts;
     // Where the numbers of one layer and sequence begin, `size` of them a sequence.
     const float* at(int64_t part, int64_t layer, int64_t sequence, int64_t size) const {
@@ -62,12 +64,12 @@ struct StateIn {
 enum Want : int32_t { LAST = 1, ALL = 2 };
 
 struct Batch {
-    const int64_t* ids;      // the tokens of all sequences, one after the other
+    const int64_t* ids;  // the tokens of all sequences, one after the other
     int64_t rows, sequences;
     const int64_t* lengths;  // of each sequence
     StateIn before;
-    StateOut after;          // must not overlap `before`
-    float* logits;           // ALL: (rows, vocab); LAST: (sequences, vocab), each with at least one token
+    StateOut after;  // must not overlap `before`
+    float* logits;   // ALL: (rows, vocab); LAST: (sequences, vocab), each with at least one token
     int32_t want;
 };
 
@@ -87,7 +89,8 @@ class Model {
     struct Work;
     void run_chunk(const Batch& batch, const std::vector<Segment>& segments, int64_t first_row, int64_t rows);
     void embed(const Batch& batch, int64_t first_row, int64_t rows);
-    void norm_and_shift(const Batch& batch, const std::vector<Segment>& segments, int64_t layer, int64_t rows, int which);
+    void norm_and_shift(const Batch& batch, const std::vector<Segment>& segments, int64_t layer, int64_t rows,
+                        int which);
     void time_mix(const Batch& batch, const std::vector<Segment>& segments, int64_t layer, int64_t rows);
     void mix_inputs(const Layer& layer, int64_t rows);
     void project(const Layer& layer, int64_t rows);

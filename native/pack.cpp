@@ -43,12 +43,17 @@ uint16_t float_to_bf16(float x) {
 }
 
 // What the 16 bits of a packed number are.
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
 
 template <class T, int32_t STORED>
 T converted(uint32_t stored) {
-    constexpr bool same = (STORED == STORED_F16 && std::is_same_v<T, F16>) || (STORED == STORED_BF16 && std::is_same_v<T, Bf16>);
+    constexpr bool same =
+        (STORED == STORED_F16 && std::is_same_v<T, F16>) || (STORED == STORED_BF16 && std::is_same_v<T, Bf16>);
     if constexpr (same) return {static_cast<uint16_t>(stored)};
     const float x = STORED == STORED_F32    ? from_bits(stored)
                     : STORED == STORED_BF16 ? from_bits(stored << 16)
@@ -123,7 +128,8 @@ double quantise_panel(const Source& from, const Matrix& to, int64_t panel, const
         alignas(64) Rows<float> rows;
         gather(from, to, panel, group, rows);
         uint8_t* block = data + panel * to.panel_bytes() + group * block_bytes(to.format);
-        const double error = kernels().quantise(to.format, rows[0], importance ? importance + group * GROUP : nullptr, block);
+        const double error =
+            kernels().quantise(to.format, rows[0], importance ? importance + group * GROUP : nullptr, block);
         if (error < 0) return -1;
         total += error;
     }
@@ -160,7 +166,8 @@ FLEDGE_API int fledge_pack(int32_t format, int64_t n, int64_t k, const void* sou
 }
 
 // Dense weight (n, k) -> the blocks of INT8 or INT4. importance: null, or one number for each input, filled up to whole
-// groups. Returns the weighted sum of squared errors, -1 where a weight cannot be held, or -2 where memory did not suffice.
+// groups. Returns the weighted sum of squared errors, -1 where a weight cannot be held, or -2 where memory did not
+// suffice.
 FLEDGE_API double fledge_quantise(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
                                   int64_t column, const float* importance, uint8_t* data) {
     double total = 0;

@@ -10,7 +10,7 @@ enum Refusal : int64_t { NOT_NUMBERS = -1, INFINITE = -2, NOTHING = -3, BEYOND =
 
 // All fields have 8 bytes; fledge/engine/native_sampling.py declares the same.
 struct Draw {
-    const float* logits;    // (vocabulary); not changed
+    const float* logits;     // (vocabulary); not changed
     const uint8_t* allowed;  // (vocabulary) one byte for each token, or null: all
     const int64_t* banned;
     int64_t banned_count;

@@ -42,8 +42,7 @@ void run_parts(int64_t parts, Part part, void* task);
 template <class F>
 void parallel(int64_t parts, F&& f) {
     using Task = std::remove_reference_t<F>;
-    run_parts(
-        parts, [](void* task, int64_t part, int thread) { (*static_cast<Task*>(task))(part, thread); }, &f);
+    run_parts(parts, [](void* task, int64_t part, int thread) { (*static_cast<Task*>(task))(part, thread); }, &f);
 }
 
 // The same for parts of which all together read and write about `bytes`: a little is done sooner than anybody is told.

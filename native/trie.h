@@ -25,7 +25,7 @@ constexpr uint32_t LARGEST = (1u << 24) - 1;  // id, and base
 constexpr uint32_t ROOT_BASE = 0;             // block 0 holds the nodes of the single bytes, nodes[b] for byte b
 constexpr uint32_t LEAF_BASE = 1;             // nodes[1 ^ b] has the label 1 ^ b, never b: no child for any byte
 constexpr size_t BLOCK = 256;
-constexpr size_t PADDING = 16;                // so that a short token can be read as 16 bytes
+constexpr size_t PADDING = 16;  // so that a short token can be read as 16 bytes
 
 inline Record record(uint32_t label, uint32_t back, uint32_t id, uint32_t base) {
     return label | back << 8 | static_cast<Record>(id) << 16 | static_cast<Record>(base) << 40;

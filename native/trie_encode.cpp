@@ -163,8 +163,8 @@ class Encoder {
     const Byte* next_ = nullptr;        // from here on
     Cut* cut_;
     Sink<Id> sink_;
-    const Byte* at_ = nullptr;  // how far the piece that goes out is cut
-    size_t before_ = 0;         // ids of the pieces before it
+    const Byte* at_ = nullptr;    // how far the piece that goes out is cut
+    size_t before_ = 0;           // ids of the pieces before it
     size_t head_ = 0, tail_ = 0;  // numbers of the first segment under way and of the one behind the last
     int busy_ = 0;
     Segment<Id>* work_[LANES] = {};

@@ -8,8 +8,8 @@
 //     dk_t = G_t v_t      + a u r_t        d(log d)_t = d_t * rowsum(G_t * S_{t-1})
 //     du  += a r_t k_t                     G_{t-1} = diag(d_t) G_t + r_t^T dy_t
 //
-// S is not run backwards, which a decay of almost zero does not allow: it is kept at the borders of segments and computed
-// again inside each. Nothing is divided, and no difference of sums is taken, so it is exact for every decay.
+// S is not run backwards, which a decay of almost zero does not allow: it is kept at the borders of segments and
+// computed again inside each. Nothing is divided, and no difference of sums is taken, so it is exact for every decay.
 // S and G lie as (V, K) here: vectors run over keys, and of all sums only that of dv goes across a vector.
 #pragma once
 #include "recurrence.h"
@@ -37,8 +37,9 @@ INLINE void run_state(int64_t values, int64_t wide, const float* k, const float*
 
 // N vectors of keys of one token: g = G_t becomes G_{t-1}; dk and dw are set, dv is added to.
 template <int N>
-INLINE void run_gradient(int64_t values, int64_t wide, const float* r, const float* k, const float* decay, const float* v,
-                         const float* dy, const float* state, float* g, float* dk, float* dw, float* dv) {
+INLINE void run_gradient(int64_t values, int64_t wide, const float* r, const float* k, const float* decay,
+                         const float* v, const float* dy, const float* state, float* g, float* dk, float* dw,
+                         float* dv) {
     vf read[N], key[N], keep[N], from_value[N] = {}, from_state[N] = {};
     for (int n = 0; n < N; n++) read[n] = load(r + n * W), key[n] = load(k + n * W), keep[n] = load(decay + n * W);
     for (int64_t j = 0; j < values; j++) {
@@ -69,8 +70,8 @@ void state_step(const WkvGradient& c, int64_t wide, const Token& x, const float*
         run_state<1, READ>(c.values, wide, x.k + i, x.decay + i, x.v, x.dy, before + i, after + i, dr + i);
 }
 
-void gradient_step(const WkvGradient& c, int64_t wide, const Token& x, const float* state, float* g, float* dk, float* dw,
-                   float* dv) {
+void gradient_step(const WkvGradient& c, int64_t wide, const Token& x, const float* state, float* g, float* dk,
+                   float* dw, float* dv) {
     for (int64_t j = 0; j < c.values; j++) dv[j] = 0;
     int64_t i = 0;
     for (; i + 4 * W <= wide; i += 4 * W)
@@ -109,8 +110,8 @@ void turn_out(const float* from, int64_t keys, int64_t values, int64_t wide, flo
 void wkv_gradient(const WkvGradient& c) {
     const int64_t K = c.keys, V = c.values, wide = (K + W - 1) / W * W, size = V * wide;
     const int64_t segments = (c.length + SEGMENT - 1) / SEGMENT;
-    float* g = c.scratch;                    // (V, wide)
-    float* states = g + size;                // (SEGMENT + 1, V, wide): before each token of the segment, and after it
+    float* g = c.scratch;      // (V, wide)
+    float* states = g + size;  // (SEGMENT + 1, V, wide): before each token of the segment, and after it
     float* rows = states + (SEGMENT + 1) * size;  // (SEGMENT, 3, wide): r, k and decay of its tokens
     float* sums = rows + SEGMENT * 3 * wide;      // (3, wide): dr, dk, dw of one token
     float* starts = sums + 3 * wide;              // (segments, V, wide)

@@ -119,8 +119,9 @@ void burn(int64_t turns, int32_t kind) {
 
 namespace fledge {
 const Kernels FLEDGE_TABLE = {
-    NAME(FLEDGE_ISA), W,  panel,        prepare, wkv,  wkv_gradient, wkv4, layer_norm, lerp, tanh_all,
-    sigmoid_all,      squared_relu, decay, gate,    gated_add, multiply, quantise,     extremes, weigh,
-    above,            spread,       gather, heat,   read_all,  burn,
+    NAME(FLEDGE_ISA), W,        panel,    prepare,     wkv,          wkv_gradient, wkv4,
+    layer_norm,       lerp,     tanh_all, sigmoid_all, squared_relu, decay,        gate,
+    gated_add,        multiply, quantise, extremes,    weigh,        above,        spread,
+    gather,           heat,     read_all, burn,
 };
 }

@@ -1,8 +1,8 @@
 // Products of one panel of a weight (64 rows) with a tile of activations.
 //
 // Every output is one sum over the inputs in their order, whatever the number of rows in the tile or in the batch, so a
-// sequence gets the same bits alone, in any batch and in any cut of its prompt. Sums live in registers (bf16, float) or,
-// for quantised weights, integer sums of one group in registers and the float total in `c`.
+// sequence gets the same bits alone, in any batch and in any cut of its prompt. Sums live in registers (bf16, float)
+// or, for quantised weights, integer sums of one group in registers and the float total in `c`.
 #pragma once
 #include "tables.h"
 #include "vector.h"
@@ -11,24 +11,25 @@ namespace {
 
 using namespace fledge;
 
-constexpr int NV = 4;                      // vectors of columns worked on at a time
-constexpr int COLUMNS = NV * W;            // 64, 32 or 16
-constexpr int PARTS = PANEL / COLUMNS;     // 1, 2 or 4
-constexpr int TILE = W == 16 ? 6 : 3;      // rows: as many as the registers hold
-constexpr int FAR = 32;  // pairs: the same where zeros are skipped, and into the second cache, which waits for more at once
+constexpr int NV = 4;                   // vectors of columns worked on at a time
+constexpr int COLUMNS = NV * W;         // 64, 32 or 16
+constexpr int PARTS = PANEL / COLUMNS;  // 1, 2 or 4
+constexpr int TILE = W == 16 ? 6 : 3;   // rows: as many as the registers hold
+constexpr int FAR =
+    32;  // pairs: the same where zeros are skipped, and into the second cache, which waits for more at once
 
 constexpr int FEW_TILES = 4;
 
 struct Tile {
-    const void* a;       // first input (pair) of the tile's first row
-    int64_t pitch;       // words from row to row
+    const void* a;  // first input (pair) of the tile's first row
+    int64_t pitch;  // words from row to row
     const float *scale, *total;
-    int64_t groups;      // of a whole row: from row to row of `scale` and `total`
+    int64_t groups;                     // of a whole row: from row to row of `scale` and `total`
     const int32_t *alive, *alive_from;  // null: all pairs count
-    float* c;            // [rows][PANEL]
-    bool first;          // c holds nothing yet
-    const uint8_t* ahead;  // what the tiles of this block are to bring into the cache for the next one
-    int64_t ahead_step;    // bytes for each pair of inputs; 0: nothing
+    float* c;                           // [rows][PANEL]
+    bool first;                         // c holds nothing yet
+    const uint8_t* ahead;               // what the tiles of this block are to bring into the cache for the next one
+    int64_t ahead_step;                 // bytes for each pair of inputs; 0: nothing
 };
 
 INLINE void bring(const Tile& t, int64_t pair) {
@@ -51,8 +52,7 @@ void tile_bf16(const uint8_t* panel, int64_t groups, const Tile& t) {
     for (int part = 0; part < PARTS; part++) {
         vf acc[M][NV];
         for (int m = 0; m < M; m++)
-            for (int v = 0; v < NV; v++)
-                acc[m][v] = t.first ? vf{} : load(t.c + m * PANEL + part * COLUMNS + v * W);
+            for (int v = 0; v < NV; v++) acc[m][v] = t.first ? vf{} : load(t.c + m * PANEL + part * COLUMNS + v * W);
         const int32_t* a = (const int32_t*)t.a;
         const uint8_t* b = panel + part * COLUMNS * 4;
         auto pair = [&](int64_t kp) {
@@ -116,8 +116,7 @@ void tile_float(const uint8_t* panel, int64_t groups, const Tile& t) {
     for (int part = 0; part < PARTS; part++) {
         vf acc[M][NV];
         for (int m = 0; m < M; m++)
-            for (int v = 0; v < NV; v++)
-                acc[m][v] = t.first ? vf{} : load(t.c + m * PANEL + part * COLUMNS + v * W);
+            for (int v = 0; v < NV; v++) acc[m][v] = t.first ? vf{} : load(t.c + m * PANEL + part * COLUMNS + v * W);
         const float* a = (const float*)t.a;
         for (int64_t kp = 0; kp < groups * PAIRS; kp++) {
             const uint8_t* b = panel + kp * Stored::PAIR_BYTES;
@@ -162,8 +161,8 @@ struct Int4 {
     INLINE bool sixteenfold(int part, int v) { return (part * NV + v) * W / 16 % 2; }
     INLINE const uint8_t* pairs(const uint8_t* block) { return block + 4 * PANEL; }
     INLINE void pair(const uint8_t* p, int part, vi (&out)[NV]) {
-        constexpr int LOADS = 16 / W;            // of the 16 words
-        constexpr int QUARTERS = NV / LOADS;     // of the panel in this part
+        constexpr int LOADS = 16 / W;         // of the 16 words
+        constexpr int QUARTERS = NV / LOADS;  // of the panel in this part
         for (int i = 0; i < LOADS; i++) {
             const vi words = load_ints(p + i * W * 4);
             for (int q = 0; q < QUARTERS; q++) {
@@ -213,7 +212,8 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
             } else {
                 if (M == 1 && part == 0) ask<Stored::DISTANCE>(block, Stored::BYTES - PAIRS * Stored::PAIR_BYTES);
                 for (int kp = 0; kp < PAIRS; kp++) {
-                    if (M == 1 && part == 0) ask<Stored::DISTANCE>(Stored::pairs(block) + kp * Stored::PAIR_BYTES, Stored::PAIR_BYTES);
+                    if (M == 1 && part == 0)
+                        ask<Stored::DISTANCE>(Stored::pairs(block) + kp * Stored::PAIR_BYTES, Stored::PAIR_BYTES);
                     if (M > 1 && part == 0) bring(t, g * PAIRS + kp);
                     pair(kp);
                 }
@@ -227,7 +227,8 @@ void tile_quantised(const uint8_t* panel, int64_t groups, const Tile& t) {
                 const vf by = splat(t.scale[m * t.groups + g]), total = splat(t.total[m * t.groups + g]);
                 for (int v = 0; v < NV; v++) {
                     float* c = t.c + m * PANEL + part * COLUMNS + v * W;
-                    vf sum = fma(to_float(acc[m][v]), scale[v] * (Stored::sixteenfold(part, v) ? by * 0.0625f : by), load(c));
+                    vf sum = fma(to_float(acc[m][v]), scale[v] * (Stored::sixteenfold(part, v) ? by * 0.0625f : by),
+                                 load(c));
                     if (Stored::HAS_MIN) sum = fma(least[v], total, sum);
                     store(c, sum);
                 }
@@ -259,9 +260,9 @@ TileFunction tile_for(int32_t format, int64_t rows) {
     return tile_of<M>(format);
 }
 
-// A panel is worked off in blocks of about this size, each with all rows before the next. While they multiply, the tiles
-// share the work of asking for the next block: with a few rows, memory and arithmetic would otherwise take turns. The
-// fewer tiles, the smaller the block, which stays in the first cache beside the next one's arrival in the second.
+// A panel is worked off in blocks of about this size, each with all rows before the next. While they multiply, the
+// tiles share the work of asking for the next block: with a few rows, memory and arithmetic would otherwise take turns.
+// The fewer tiles, the smaller the block, which stays in the first cache beside the next one's arrival in the second.
 INLINE int64_t groups_of_block(const Matrix& w, const Activations& a) {
     if (a.rows <= TILE) return a.groups();
     const int64_t bytes = a.rows <= FEW_TILES * TILE ? 16 << 10 : 32 << 10, fitting = bytes / block_bytes(w.format);

@@ -1,8 +1,8 @@
 // The recurrences, token after token (paper, equations 5 and 18; RWKV-4's with its running maximum).
 //
-// One head's state of 64 x 64 floats stays in the first-level cache, so a step costs three operations a number of state:
-// a few hundredths of what the products around it cost. A chunked form, which trades these for matrix products, has
-// nothing left to win here.
+// One head's state of 64 x 64 floats stays in the first-level cache, so a step costs three operations a number of
+// state: a few hundredths of what the products around it cost. A chunked form, which trades these for matrix products,
+// has nothing left to win here.
 #pragma once
 #include "tables.h"
 #include "vector.h"
@@ -61,8 +61,8 @@ void wkv(const Wkv& c) {
     if (wide == V) {
         const float* state = c.before;
         for (int64_t t = 0; t < c.length; t++) {
-            wkv_step<false>(K, V, c.r + t * c.stride, c.k + t * c.stride, c.v + t * c.v_stride, c.decay + t * c.w_stride,
-                     c.bonus, state, c.after, c.y + t * c.y_stride);
+            wkv_step<false>(K, V, c.r + t * c.stride, c.k + t * c.stride, c.v + t * c.v_stride,
+                            c.decay + t * c.w_stride, c.bonus, state, c.after, c.y + t * c.y_stride);
             state = c.after;
         }
         return;
@@ -76,7 +76,8 @@ void wkv(const Wkv& c) {
     for (int64_t j = V; j < wide; j++) v[j] = 0;
     for (int64_t t = 0; t < c.length; t++) {
         copy(v, c.v + t * c.v_stride, V);
-        wkv_step<false>(K, wide, c.r + t * c.stride, c.k + t * c.stride, v, c.decay + t * c.w_stride, c.bonus, state, state, y);
+        wkv_step<false>(K, wide, c.r + t * c.stride, c.k + t * c.stride, v, c.decay + t * c.w_stride, c.bonus, state,
+                        state, y);
         copy(c.y + t * c.y_stride, y, V);
     }
     for (int64_t i = 0; i < K; i++) copy(c.after + i * V, state + i * wide, V);
@@ -89,7 +90,8 @@ void wkv4(const Wkv4& c) {
         vf a = load(aa + j), b = load(bb + j), p = load(pp + j);
         const vf bonus = load(u + j), tiny = splat(1e-30f);
         for (int64_t t = 0; t < length; t++) {
-            const vf key = load(k + t * stride + j), value = load(v + t * stride + j), decay = load(w + t * w_stride + j);
+            const vf key = load(k + t * stride + j), value = load(v + t * stride + j),
+                     decay = load(w + t * w_stride + j);
             const vf with_bonus = bonus + key;
             const vf top = select((vi)(p > with_bonus), p, with_bonus);
             const vf old = exp(p - top), fresh = exp(with_bonus - top);

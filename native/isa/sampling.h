@@ -8,7 +8,7 @@ namespace {
 
 using namespace fledge;
 
-constexpr int D = W / 2;  // doubles in a vector
+constexpr int D = W / 2;     // doubles in a vector
 constexpr int ROW_SUMS = 4;  // vectors of a pass that go side by side, so that no sum waits for itself
 typedef double vd __attribute__((vector_size(D * 8), aligned(8), may_alias));
 typedef int64_t vl __attribute__((vector_size(D * 8), aligned(8), may_alias));

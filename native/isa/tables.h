@@ -33,12 +33,12 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 struct Activations {
     Kind kind;
     int64_t rows, k, padded;  // padded: k filled up to whole groups
-    int64_t pitch;      // words (floats, or int32 for pairs) from row to row
-    void* data;         // FLOATS: [rows][padded] floats; pairs: [rows][padded / 2] int32
-    float* scale;       // I16_PAIRS: [rows][groups]
-    float* total;       // I16_PAIRS: the same shape, the sum of a group's numbers
-    int32_t* alive;     // single row of pairs: the numbers of those that are not both zero, or null
-    int32_t* alive_from;  // (groups + 1): where each group's begin in `alive`
+    int64_t pitch;            // words (floats, or int32 for pairs) from row to row
+    void* data;               // FLOATS: [rows][padded] floats; pairs: [rows][padded / 2] int32
+    float* scale;             // I16_PAIRS: [rows][groups]
+    float* total;             // I16_PAIRS: the same shape, the sum of a group's numbers
+    int32_t* alive;           // single row of pairs: the numbers of those that are not both zero, or null
+    int32_t* alive_from;      // (groups + 1): where each group's begin in `alive`
     int64_t groups() const { return padded / GROUP; }
 };
 
@@ -71,14 +71,14 @@ inline int64_t Matrix::panel_bytes() const { return padded() / GROUP * block_byt
 struct Wkv {  // one head of one sequence
     int64_t length, keys, values;
     const float *r, *k, *v;
-    const float* decay;       // the factor itself, 0 to 1
+    const float* decay;                            // the factor itself, 0 to 1
     int64_t stride, v_stride, w_stride, y_stride;  // floats from token to token; w_stride 0: a static decay
-    const float* bonus;       // (K)
-    const float* before;      // (K, V)
-    float* after;             // (K, V), may be `before`
+    const float* bonus;                            // (K)
+    const float* before;                           // (K, V)
+    float* after;                                  // (K, V), may be `before`
     float* y;
-    bool past_caches;         // write `after` past the caches: it is part of more than they hold
-    float* scratch;           // keys * round_up(values, LANES) + 3 * round_up(max(keys, values), LANES) floats
+    bool past_caches;  // write `after` past the caches: it is part of more than they hold
+    float* scratch;    // keys * round_up(values, LANES) + 3 * round_up(max(keys, values), LANES) floats
 };
 
 // Tokens of which a gradient keeps every state: a quarter of a megabyte for heads of 64, which a second cache holds.
@@ -87,14 +87,14 @@ constexpr int64_t SEGMENT = 16;
 struct WkvGradient {  // of one head of one sequence; see gradient.h
     int64_t length, keys, values;
     const float *r, *k, *v, *dy;
-    const float* decay;         // the factor itself, 0 to 1
-    int64_t stride, v_stride;   // floats from token to token: of r, k, decay, dr, dk, dw; of v, dy, dv
-    const float* bonus;         // (K)
+    const float* decay;            // the factor itself, 0 to 1
+    int64_t stride, v_stride;      // floats from token to token: of r, k, decay, dr, dk, dw; of v, dy, dv
+    const float* bonus;            // (K)
     const float *before, *dafter;  // (K, V)
-    float *dr, *dk, *dv, *dw;   // dw: of the decay's logarithm
-    float* du;                  // (K)
-    float* dbefore;             // (K, V)
-    float* scratch;             // scratch_floats()
+    float *dr, *dk, *dv, *dw;      // dw: of the decay's logarithm
+    float* du;                     // (K)
+    float* dbefore;                // (K, V)
+    float* scratch;                // scratch_floats()
 
     static int64_t scratch_floats(int64_t length, int64_t keys, int64_t values) {
         const int64_t wide = round_up(keys, LANES), segments = round_up(length, SEGMENT) / SEGMENT;
@@ -102,12 +102,12 @@ struct WkvGradient {  // of one head of one sequence; see gradient.h
     }
 };
 
-struct Wkv4 {  // some channels of one sequence of RWKV-4
+struct Wkv4 {                  // some channels of one sequence of RWKV-4
     int64_t length, width;     // width: a multiple of LANES
     int64_t stride, w_stride;  // floats from token to token; w_stride 0: a static decay
     const float *k, *v, *w;    // w: the log of the decay
     const float* u;
-    float *aa, *bb, *pp;       // the state, changed in place
+    float *aa, *bb, *pp;  // the state, changed in place
     float* y;
 };
 
@@ -147,9 +147,9 @@ struct Kernels {
     void (*tanh)(float* x, int64_t n);
     void (*sigmoid)(float* x, int64_t n);
     void (*squared_relu)(float* x, int64_t n);
-    void (*decay)(const float* x, const float* base, int64_t n, float* y);     // exp(-exp(base + x))
-    void (*gate)(float* y, const float* g, int64_t n);                         // y *= silu(g)
-    void (*gated_add)(float* x, const float* r, const float* v, int64_t n);    // x += sigmoid(r) v
+    void (*decay)(const float* x, const float* base, int64_t n, float* y);   // exp(-exp(base + x))
+    void (*gate)(float* y, const float* g, int64_t n);                       // y *= silu(g)
+    void (*gated_add)(float* x, const float* r, const float* v, int64_t n);  // x += sigmoid(r) v
     void (*multiply)(float* x, const float* y, int64_t n);
     double (*quantise)(int32_t format, const float* rows, const float* importance, uint8_t* block);
     // Of the draw of a token, n being a multiple of SCORES; see sampling.h and native/sample.cpp.

@@ -149,7 +149,8 @@ INLINE vi widen_bytes(const void* p) {
 #else
     vi out;
     const int8_t* bytes = (const int8_t*)p;
-    for (int i = 0; i < W; i++) out[i] = (int32_t)((uint32_t)(uint16_t)(int16_t)bytes[2 * i] | (uint32_t)(int32_t)bytes[2 * i + 1] << 16);
+    for (int i = 0; i < W; i++)
+        out[i] = (int32_t)((uint32_t)(uint16_t)(int16_t)bytes[2 * i] | (uint32_t)(int32_t)bytes[2 * i + 1] << 16);
     return out;
 #endif
 }
