@@ -17,6 +17,8 @@ DEVELOPING := $(VENV)/.developing
 BROWSING := $(VENV)/.browsing
 NATIVE_TESTS := $(wildcard tests/*/test_native_*.py tests/*/test_rounding.py)
 NATIVE := $(shell find native -type f)
+CPP_FILES := $(filter %.cpp %.h,$(NATIVE))
+TIDY_FLAGS := -std=gnu++20 -Inative -DFLEDGE_ISA=portable -DFLEDGE_TABLE=kernels_portable
 SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
 
 # Somebody's import path must not decide which code is tested.
@@ -39,16 +41,23 @@ check: $(DEVELOPING) ## formatting, lint and types, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	@if [ -x $(BIN)/clang-tidy ]; then \
+		echo "$(BIN)/clang-tidy (native)"; $(BIN)/clang-tidy --quiet $(filter %.cpp,$(CPP_FILES)) -- $(TIDY_FLAGS); \
+	else \
+		echo "clang-tidy is not installed: skipped ($(BIN)/pip install 'clang-tidy>=23.1,<23.2')"; \
+	fi
 
 fix: $(DEVELOPING) ## format the code and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
 	$(BIN)/fledge bench cpu --widths fp32,bf16,int8,int4
 
-# Leaks are not looked for: Python and torch keep memory until the end on purpose.
-sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behaviour sanitizers
+# Leak detection is off, because Python and torch intentionally keep memory until the process exits.
+sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behavior sanitizers
 	cmake -S native -B build/sanitize -DFLEDGE_SANITIZE=ON
 	cmake --build build/sanitize --parallel
 	@mkdir -p build/native && cp build/sanitize/libfledge_native.so build/native/

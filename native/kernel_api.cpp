@@ -67,7 +67,8 @@ FLEDGE_API double fledge_burn(int64_t repeats, int32_t kind) {
     const CallLock lock;
     const int parts = 8 * thread_count();
     parallel_for(parts, [&](int64_t, int) { kernels().multiply_registers(repeats, kind); });
-    return static_cast<double>(repeats) * parts * CHAINS * kernels().vector_floats * (kind == FLOATS ? 2 : 4);
+    const auto operations_per_vector = static_cast<double>(kernels().vector_floats * (kind == FLOATS ? 2 : 4));
+    return static_cast<double>(repeats) * parts * CHAINS * operations_per_vector;
 }
 
 // The recurrence of RWKV-5 and RWKV-6. sizes: B, T, H, K, V. r, k, decay (B, T, H, K), v, y (B, T, H, V), u (H, K),

@@ -86,8 +86,8 @@ struct TokenInputs {
 };
 
 template <bool READ>
-void forward_token(const WkvGradientParams& p, int64_t padded_keys, const TokenInputs& x, const float* state,
-                   float* next_state, float* dr) {
+INLINE void forward_token(const WkvGradientParams& p, int64_t padded_keys, const TokenInputs& x, const float* state,
+                          float* next_state, float* dr) {
     int64_t i = 0;
     for (; i + 4 * W <= padded_keys; i += 4 * W)
         advance_state<4, READ>(p.values, padded_keys, x.k + i, x.decay + i, x.v, x.dy, state + i, next_state + i,
@@ -97,8 +97,8 @@ void forward_token(const WkvGradientParams& p, int64_t padded_keys, const TokenI
                                dr + i);
 }
 
-void backward_token(const WkvGradientParams& p, int64_t padded_keys, const TokenInputs& x, const float* state, float* g,
-                    float* dk, float* dw, float* dv) {
+INLINE void backward_token(const WkvGradientParams& p, int64_t padded_keys, const TokenInputs& x, const float* state,
+                           float* g, float* dk, float* dw, float* dv) {
     for (int64_t j = 0; j < p.values; j++) dv[j] = 0;
     int64_t i = 0;
     for (; i + 4 * W <= padded_keys; i += 4 * W)

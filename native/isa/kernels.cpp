@@ -1,5 +1,6 @@
 // All kernels for one instruction set. The build compiles this file several times, each time with the compiler flags of
 // one instruction set and with FLEDGE_TABLE set to the name of its table.
+#include "activations.h"
 #include "gradient.h"
 #include "products.h"
 #include "recurrence.h"

@@ -37,7 +37,7 @@ class ParameterVector {
 
 enum MixInput { MIX_X, MIX_W, MIX_K, MIX_V, MIX_R, MIX_G, MIX_COUNT };
 
-// The projections of the time mix. Index of the arrays below, of `mix_up`, and of the arrays in Workspace.
+// The projections of the time mix: indices of the arrays in Layer and Workspace.
 enum Projection { DECAY, KEY, VALUE, RECEPTANCE, GATE, PROJECTION_COUNT };
 
 struct Layer {
