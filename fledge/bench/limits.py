@@ -87,7 +87,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def _reading(nbytes: int) -> float:
     buffer = torch.ones(nbytes, dtype=torch.uint8)  # written, so that every page is there
-    return nbytes / _shortest(lambda: functions().fledge_read(buffer.data_ptr(), nbytes, 1))
+    return nbytes / _shortest(lambda: functions().fledge_measure_read(buffer.data_ptr(), nbytes, 1))
 
 
 def _registers(kind: int, seconds: float) -> float:
@@ -96,9 +96,9 @@ def _registers(kind: int, seconds: float) -> float:
     while taken < seconds:
         turns *= 2
         began = time.perf_counter()
-        operations = functions().fledge_burn(turns, kind)
+        operations = functions().fledge_measure_compute(turns, kind)
         taken = time.perf_counter() - began
-    return operations / min(taken, _shortest(lambda: functions().fledge_burn(turns, kind)))
+    return operations / min(taken, _shortest(lambda: functions().fledge_measure_compute(turns, kind)))
 
 
 def product(dtype: torch.dtype, size: int, device: torch.device | str = "cpu") -> float:

@@ -55,7 +55,7 @@ def choose_instruction_set(name: str = "") -> None:
 
     Raises BackendError for an instruction set that this processor does not support.
     """
-    if functions().fledge_choose(name.encode()):
+    if functions().fledge_select_instruction_set(name.encode()):
         raise BackendError(f"instruction set {name!r} is not one of: {', '.join(instruction_sets())}")
 
 
@@ -134,7 +134,7 @@ def quantize_native(
     if importance is not None:
         importance = torch.nn.functional.pad(importance.float(), (0, -columns % GROUP)).contiguous()
     follow_torch_threads()
-    error: float = functions().fledge_quantise(
+    error: float = functions().fledge_quantize(
         FORMATS[format],
         *_source_arguments(weight),
         None if importance is None else importance.data_ptr(),

@@ -98,7 +98,7 @@ class NativeModel(nn.Module):
         self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
         # Held here as well: `model.to(...)` exchanges buffers, and the library keeps the address.
         self._table = (self.embedding,)
-        functions().fledge_model_embedding(
+        functions().fledge_model_set_embedding(
             self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
         )
         self._tuned = _tuned_layers(config, tensors)
@@ -236,7 +236,7 @@ class NativeModel(nn.Module):
     def set_vector(self, layer: int, name: str, values: Tensor) -> None:
         """Hand a vector of parameters over; the library copies it."""
         flat = values.detach().float().reshape(-1).contiguous()
-        found = functions().fledge_model_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
+        found = functions().fledge_model_set_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
         assert found == 0, name
 
     def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
@@ -258,7 +258,7 @@ class NativeModel(nn.Module):
 
     def _keep(self, layer: int, name: str, matrix: PackedMatrix) -> None:
         self.matrices[name if layer < 0 else f"blocks.{layer}.{name}"] = matrix
-        found = functions().fledge_model_matrix(
+        found = functions().fledge_model_set_matrix(
             self._handle, layer, name.encode(), matrix.code, matrix.rows, matrix.columns, matrix.data.data_ptr()
         )
         assert found == 0, name
