@@ -29,7 +29,7 @@ from fledge.bench.limits import Limits
 from fledge.bench.random_model import config_of
 from fledge.checkpoint import inspect
 from fledge.core.errors import UsageError
-from fledge.engine.llm.loading import locate
+from fledge.engine.llm.loading import locate_checkpoint
 
 WIDTHS = ("fp32", "bf16", "int8", "int4")
 DEFAULT_WIDTHS = ("bf16", "int8", "int4")
@@ -84,7 +84,7 @@ class Spec:
     def version(self, name: str) -> str:
         """The version of one of `names`, without writing anything."""
         if self.model is not None:
-            return inspect(locate(self.model)).config.version
+            return inspect(locate_checkpoint(self.model)).config.version
         return config_of(name, self.vocab, self.family).version
 
 

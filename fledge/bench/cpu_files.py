@@ -21,7 +21,7 @@ from fledge.bench.random_model import config_of, random_tensors
 from fledge.checkpoint.formats.gguf.header import read_header
 from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import UsageError
-from fledge.engine.llm.loading import locate
+from fledge.engine.llm.loading import locate_checkpoint
 from fledge.models import ModelConfig
 
 KINDS = {
@@ -62,7 +62,7 @@ def model_files(model: str, folder: Path, kinds: Iterable[str]) -> ModelFiles:
 
     Raises UsageError for a quantised one, CheckpointError as loading does.
     """
-    found = checkpoint.read(locate(model))
+    found = checkpoint.read(locate_checkpoint(model))
     if found.quantized:
         raise UsageError(f"{model} is quantised already; give the checkpoint from before quantisation")
     stem = Path(os.fspath(model)).stem

@@ -29,7 +29,7 @@ from fledge.checkpoint.quantization.quantizer import SCHEMES, is_quantizable, qu
 from fledge.core.errors import UsageError
 from fledge.core.files import hash_file
 from fledge.data.texts import read_texts
-from fledge.engine.llm.loading import locate, tokenizer_of
+from fledge.engine.llm.loading import locate_checkpoint
 from fledge.models.state import State
 from fledge.native.library import why_missing
 from fledge.tokenizer import NO_EOS, Tokenizer
@@ -164,11 +164,11 @@ class Outcome:
 def run(spec: Spec, report: Report = lambda *_: None) -> Outcome:
     """Measure. Raises UsageError where the reference is quantised, or a file is of another model."""
     machine = machine_facts()  # before the work, which is load too
-    path = locate(spec.model)
+    path = locate_checkpoint(spec.model)
     found = checkpoint.read(path)
     if found.quantized:
         raise UsageError(f"{path} is quantised; give the checkpoint it was made from, and this file among the formats")
-    tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
+    tokenizer = checkpoint.load_tokenizer(found.tokenizer_spec, found.config.vocab_size, str(path))
     documents = list(_documents(spec, tokenizer))
     if not documents:
         raise UsageError(f"{spec.text} holds no text of at least two tokens")

@@ -21,7 +21,7 @@ from fledge.bench.harness import PACKAGE_PARENT
 from fledge.checkpoint.formats.gguf.header import read_header
 from fledge.core.device import count_usable_cores
 from fledge.core.errors import FledgeError
-from fledge.engine.llm.loading import locate
+from fledge.engine.llm.loading import locate_checkpoint
 
 PEER = "llama-cpp-python"
 VOCABULARY = 65536  # of random models
@@ -53,7 +53,7 @@ def prepared(model: str | None, shape: str | None, folder: Path, *, peer: bool) 
         return Model(str(paths["pth"]), "bfloat16", paths.get("bf16"))
     if not peer:
         return Model(model)
-    source, gguf = locate(model), folder / "peer.gguf"
+    source, gguf = locate_checkpoint(model), folder / "peer.gguf"
     found = checkpoint.read(source)
     if found.quantized:
         return Model(model, why_no_gguf="the model is quantised in a way of this program's own; give --shape")

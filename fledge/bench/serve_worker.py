@@ -152,13 +152,12 @@ def hold(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from fledge.engine.llm.loading import load as load_model
-    from fledge.engine.states.state_file import identity_of
     from fledge.server.auth import Tenant
     from fledge.server.service import Service
     from fledge.server.settings import ServerSettings
 
     llm = load_model(job["model"], dtype=job["dtype"])
-    service = Service(llm, ServerSettings(folder=Path(job["folder"]), shelf=1 << 40), identity_of(llm))
+    service = Service(llm, ServerSettings(folder=Path(job["folder"]), shelf=1 << 40), llm.identity)
     shelf, tenant, card = service.states, Tenant(OWNER), service.card(1, None)
     owner, draw, before = service.owner(tenant), random.Random(0), resident()
     ids, began = list[str](), time.perf_counter()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
     from fledge.checkpoint.shapes import get_expected_shapes
+    from fledge.checkpoint.tokenizers import load_tokenizer
     from fledge.checkpoint.writer import save
 
 # No module may bear the name of a function here: importing the module would hide the function.
@@ -64,6 +65,7 @@ _HOME = {
     "inspect_adapter": "adapters.files",
     "load": "reader",
     "load_model": "model_loader",
+    "load_tokenizer": "tokenizers",
     "load_tuned_state": "adapters.tuned_state",
     "merge_to_file": "adapters.merging",
     "merge_tuned_state": "adapters.tuned_state",
@@ -100,6 +102,7 @@ __all__ = [
     "inspect_adapter",
     "load",
     "load_model",
+    "load_tokenizer",
     "load_tuned_state",
     "merge_adapters",
     "merge_to_file",

@@ -230,13 +230,13 @@ class AsyncEngine:
         """Emit the FinishEvent: now, or after the state has read the whole text if the request wants the state."""
         outcome = completion.detokenizer.outcome
         assert outcome is not None
-        cut = completion.detokenizer.cut()
-        rest = (*completion.detokenizer.rest(cut), *request.suffix_ids)
+        cut = completion.detokenizer.rewind_point()
+        rest = (*completion.detokenizer.remaining_ids(cut), *request.suffix_ids)
         end = FinishEvent(
             completion.index,
             outcome.reason,
             outcome.stop,
-            (*cut.kept, *rest),
+            (*cut.ids, *rest),
             completion.sampled_tokens,
             completion.seed,
             completion.cached_tokens,
@@ -248,10 +248,10 @@ class AsyncEngine:
         if not needs_state or completion.prompt_incomplete:
             return
         if rest:
-            final_read = Request(rest, start=cut.row.alone(), n=0, priority=request.request.priority)
+            final_read = Request(rest, start=cut.state.alone(), n=0, priority=request.request.priority)
             self._final_reads[self.engine.add(final_read, bypass_limit=True)] = (request, end)
         else:
-            self._emit_final_state(request, end, cut.row.alone())
+            self._emit_final_state(request, end, cut.state.alone())
 
     def _emit_final_state(self, request: TextRequest, end: FinishEvent, state: State) -> None:
         """Store and emit the state that has read the whole text."""

@@ -125,9 +125,9 @@ class CompletionState:
             self.sampled_tokens += 1
             if self._has_logprobs:
                 self._add_token(output)
-            text = self.detokenizer.push(output.token, output.state_before)
+            text = self.detokenizer.add_token(output.token, output.state_before)
         if output.finish_reason is not None and self.detokenizer.outcome is None:
-            text += self.detokenizer.end(FINISH_REASONS.get(output.finish_reason, "eos"))
+            text += self.detokenizer.finish(FINISH_REASONS.get(output.finish_reason, "eos"))
         tokens = self._take_emitted_tokens() if self._has_logprobs else ()
         return TextEvent(self.index, text, tokens) if text or tokens else None
 
@@ -144,7 +144,7 @@ class CompletionState:
         emitted = []
         while self._unsent:
             begin, end, token = self._unsent[0]
-            if not (begin < outcome.place if outcome is not None else end <= self.detokenizer.place):
+            if not (begin < outcome.length if outcome is not None else end <= self.detokenizer.emitted_bytes):
                 break
             emitted.append(token)
             self._unsent.popleft()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fledge
 from fledge.checkpoint import convert, detect, get_expected_shapes, inspect, load, load_model, merge_tuned_state, save
+from fledge.checkpoint.quantization.calibration import calibrate
 from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
-from fledge.engine.llm.calibration import calibrate
 from fledge.models import KvState, ModelConfig, Transformer, build, init_weights
 from fledge.models.native_model import why_not_native
 

@@ -140,8 +140,8 @@ def test_the_closing_is_read_after_the_text() -> None:
         model, TOKENIZER, [*asked.request.ids, *ends[0].ids], make_initial_state(model), SamplingParams(max_tokens=1)
     )
     next(again, None)
-    assert again.begin is not None and ends[0].state is not None
-    assert equal_states(again.begin.state, ends[0].state)
+    assert again.prompt_output is not None and ends[0].state is not None
+    assert equal_states(again.prompt_output.state, ends[0].state)
 
 
 def test_a_job_without_a_state_ends_at_once() -> None:

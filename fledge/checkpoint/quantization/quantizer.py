@@ -88,7 +88,7 @@ def quantize(
 ) -> QuantizationReport:
     """Write the checkpoint `source` as the quantized .safetensors `target`, whole or not at all.
 
-    importance: what `fledge.engine.llm.calibration` gives; None: every input counts the same.
+    importance: what `fledge.checkpoint.quantization.calibration` gives; None: every input counts the same.
     Raises CheckpointError where the source is quantized already or the target exists (unless `force`), UsageError for
     an unknown scheme or another suffix.
     """

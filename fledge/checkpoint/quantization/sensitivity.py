@@ -7,9 +7,9 @@ move by
     F_ij = outputs_i inputs_j
 
 where `inputs` is the mean square of what a column multiplies, and `outputs` that of the gradient of log p of a token
-that the model itself draws, at a row's output. `fledge.engine.llm.calibration` measures both on a text. Without a text
-stands a table of what was measured on small trained models.
-Not here: rounding (fledge.kernels.rounding).
+that the model itself draws, at a row's output. `fledge.checkpoint.quantization.calibration` measures both on a text.
+Without a text stands a table of what was measured on small trained models. Not here: rounding
+(fledge.kernels.rounding).
 """
 
 from __future__ import annotations

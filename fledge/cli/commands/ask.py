@@ -88,15 +88,14 @@ def show_answer(stream: Stream) -> None:
 
 
 def _read(llm: LLM, data: bytes, template: str, book: str) -> ReadResult:
-    from fledge.engine.states.read_document import make_room, mark_used, read_kept, source_of
-    from fledge.engine.states.state_file import identity_of
+    from fledge.engine.states.read_document import evict_oldest, mark_used, source_hash
 
     ids, folder = turn_ids(llm, data, template), get_cache_folder() / "books"
     with SlowBar(f"reading {visible(book)}", "tokens") as bar:
-        path = folder / f"{source_of(llm, ids)[:32]}-{identity_of(llm)[:32]}.state"
-        reading = read_kept(llm, ids, path, title=Path(book).name, progress=bar.update, trouble=_not_kept)
+        path = folder / f"{source_hash(llm.read([]), ids)[:32]}-{llm.identity[:32]}.state"
+        reading = llm.read_document(ids, path, title=Path(book).name, progress=bar.update, on_write_error=_not_kept)
     mark_used(path)
-    make_room(folder, KEPT)
+    evict_oldest(folder, KEPT)
     return reading
 
 
@@ -105,8 +104,8 @@ def _not_kept(error: OSError) -> None:
 
 
 def _told(reading: ReadResult, seconds: float) -> str:
-    total = reading.card.tokens
-    if not reading.new:
+    total = reading.metadata.tokens
+    if not reading.new_tokens:
         return f"known: {total:,} tokens"
-    before = f", {total - reading.new:,} were known" if reading.new < total else ""
-    return f"read {reading.new:,} tokens in {seconds:.1f} s{before}"
+    before = f", {total - reading.new_tokens:,} were known" if reading.new_tokens < total else ""
+    return f"read {reading.new_tokens:,} tokens in {seconds:.1f} s{before}"

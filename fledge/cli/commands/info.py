@@ -28,9 +28,9 @@ def info(
 ) -> None:
     """Show what a checkpoint or an adapter is, without reading its weights."""
     from fledge.checkpoint import inspect, inspect_adapter
-    from fledge.engine.llm.loading import locate
+    from fledge.engine.llm.loading import locate_checkpoint
 
-    path = locate(file)
+    path = locate_checkpoint(file)
     if adapter := inspect_adapter(path):
         if as_json:
             print(json.dumps(adapter_record(adapter), ensure_ascii=False))

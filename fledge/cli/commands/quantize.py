@@ -40,12 +40,12 @@ def quantize(
     """
     with SlowBar("reading the checkpoint") as bar:
         from fledge.checkpoint.quantization.quantizer import check_request, quantize
-        from fledge.engine.llm.loading import locate
+        from fledge.engine.llm.loading import locate_checkpoint
 
         check_request(target, to, force)
         if report is not None:
             _check_text(report)
-        path = str(locate(source))
+        path = str(locate_checkpoint(source))
         importance = None if calibrate is None else _importance(path, calibrate, bar)
         done = quantize(
             path,
@@ -87,8 +87,8 @@ def _check_text(path: Path) -> None:
 
 
 def _importance(source: str, text: Path, bar: SlowBar) -> dict[str, MatrixImportance]:
+    from fledge.checkpoint.quantization.calibration import calibrate
     from fledge.data.texts import read_texts
-    from fledge.engine.llm.calibration import calibrate
 
     texts = [document.text for document in read_texts(text)]
     return calibrate(source, texts, report=lambda at, total: bar.step("calibrating", at, total))

@@ -131,12 +131,11 @@ def serve(model: ModelOptions, place: ListenOptions, limits: ServerLimits) -> No
 def _run(model: ModelOptions, settings: ServerSettings, place: ListenOptions) -> None:
     import uvicorn
 
-    from fledge.engine.states.state_file import identity_of
     from fledge.server.app import create_app
     from fledge.server.service import Service
 
     llm = model.load()
-    service = Service(llm, settings, identity_of(llm))
+    service = Service(llm, settings, llm.identity)
     config = uvicorn.Config(
         create_app(service, place.host),
         log_level="warning",

@@ -51,13 +51,11 @@ def save(
     data = text_of(text)
     llm = model.load()
 
-    from fledge.engine.states.read_document import read_kept
-
     ids = llm.tokenizer.encode(data) if template is None else turn_ids(llm, data, template)
     title = ("" if text == "-" else Path(text).name) if title is None else title
     with SlowBar(f"reading {visible(text)}", "tokens") as bar:
-        reading = read_kept(llm, ids, to, template=template, title=title, progress=bar.update)
-    known = f", {len(ids) - reading.new:,} of them before" if reading.new < len(ids) else ""
+        reading = llm.read_document(ids, to, template=template, title=title, progress=bar.update)
+    known = f", {len(ids) - reading.new_tokens:,} of them before" if reading.new_tokens < len(ids) else ""
     print(visible(f"{to}: {len(ids):,} tokens read{known}, {to.stat().st_size:,} bytes"))
 
 
@@ -85,7 +83,7 @@ def load(
     After a plain text the prompt continues it, as in `fledge generate`; after a state with a template it is asked as a
     question, as in `fledge chat`. Only the model that made the state takes it.
     """
-    from fledge.engine.states.state_file import identity_of, read_state
+    from fledge.engine.states.state_file import read_state
 
     found, card = read_state(file)
     data = text_or_stdin(prompt, "prompt", f'fledge state load {file} "What comes next"')
@@ -94,7 +92,7 @@ def load(
         raise UsageError("the prompt is empty; give at least one character to follow what the state has read")
     llm = model.load()
     with SlowBar("comparing the weights"):
-        card.check(identity_of(llm), llm.name)
+        card.check(llm.identity, llm.name)
     if card.template is None:
         _go_on(llm, found, data, sampling)
         return
@@ -113,12 +111,12 @@ def diff(
     0 where they are the same, 1 where one holds nothing. att_shift and ffn_shift are what is left of the last token,
     memory is everything before it.
     """
-    from fledge.engine.states.inspect import distances
+    from fledge.engine.states.inspect import layer_distances
     from fledge.engine.states.state_file import read_state
 
     (one, mine), (other, theirs) = read_state(first), read_state(second)
     mine.check(theirs.identity, theirs.model)
-    found = distances(one, other)
+    found = layer_distances(one, other)
     layers = zip(*found.values(), strict=True)
     print_rows([(str(layer), *(f"{x:.4f}" for x in row)) for layer, row in enumerate(layers)], ("layer", *found))
 

@@ -80,12 +80,12 @@ def _tokenizer(model: str | None) -> Tokenizer:
         from fledge.tokenizer import load_world
 
         return load_world()
-    from fledge.checkpoint import inspect
-    from fledge.engine.llm.loading import locate, tokenizer_of
+    from fledge.checkpoint import inspect, load_tokenizer
+    from fledge.engine.llm.loading import locate_checkpoint
 
-    path = locate(model)
+    path = locate_checkpoint(model)
     found = inspect(path)
-    return tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(path))
+    return load_tokenizer(found.tokenizer_spec, found.config.vocab_size, str(path))
 
 
 def _ids(words: Sequence[str] | None) -> list[int]:

@@ -60,11 +60,11 @@ def train(
     if show:
         print_rows([(name, str(value)) for name, value in vars(chosen).items()])
         return
-    from fledge.engine.llm.loading import locate
+    from fledge.engine.llm.loading import locate_checkpoint
     from fledge.train.distributed import join
     from fledge.train.run import run
 
-    start = None if options.start is None else locate(options.start)
+    start = None if options.start is None else locate_checkpoint(options.start)
     with join(options.parallel, options.device) as team, _reports(chosen, options, team.leads) as report:
         result = run(chosen, options.data, options.to, report, start=start, team=team, device=options.device)
     if team.leads:

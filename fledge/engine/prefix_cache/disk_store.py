@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.numpy
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fledge.core.errors import UsageError
-from fledge.core.files import atomic_path, exclusive
-from fledge.models.state import KIND, KINDS, State
+from fledge.core.files import atomic_path
+from fledge.core.locks import try_lock_folder
+from fledge.models.state import KINDS, State
 
 log = logging.getLogger("fledge")
 
@@ -102,7 +102,7 @@ class SnapshotStore:
         """Raises UsageError where another process has it open, OSError or sqlite3.Error where it cannot be used."""
         self._states = folder / "states"
         with ExitStack() as stack:
-            if not stack.enter_context(exclusive(folder)):
+            if not stack.enter_context(try_lock_folder(folder)):
                 raise UsageError(f"{folder}: another process keeps its snapshots there; give each a folder of its own")
             self._states.mkdir(exist_ok=True)
             self._index, rows = _open_index(folder / INDEX)
@@ -178,12 +178,8 @@ class SnapshotStore:
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
-    """The content of a snapshot's file: readable by `State.load` too where there are no logits."""
-    tensors = dict(snapshot.state.tensors())
-    if snapshot.logits is not None:
-        tensors[LOGITS] = snapshot.logits
-    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-    return safetensors.numpy.save(arrays, metadata={KIND: type(snapshot.state).__name__})
+    """The content of a snapshot's file. Without logits, `State.load` can read it too."""
+    return snapshot.state.encode(tensors=None if snapshot.logits is None else {LOGITS: snapshot.logits})
 
 
 def _sound(row: SnapshotRecord) -> bool:

@@ -75,7 +75,7 @@ def test_an_interrupted_reading_is_kept(
     assert (cut.code, cut.text) == (
         130,
         "",
-    ) and f"{PREFILL_CHUNK} of {PREFILL_CHUNK + 22} tokens have been read and kept" in cut.messages
+    ) and f"{PREFILL_CHUNK} of {PREFILL_CHUNK + 22} tokens are read and saved" in cut.messages
     done = fledge("ask", book, "Who?", "-m", byte_model, *SAMPLING)
     assert (
         done.code == 0

@@ -158,7 +158,7 @@ def test_what_waits_does_not_give_way_itself(tmp_path: Path, monkeypatch: pytest
             going.wait()
             return encode_snapshot(snapshot)
 
-        monkeypatch.setattr("fledge.engine.prefix_cache.disk_cache.encoded", slow)
+        monkeypatch.setattr("fledge.engine.prefix_cache.disk_cache.encode_snapshot", slow)
         put(snapshots, (3, 9))
         assert longest(snapshots, (1, 9, 9)) is not None and longest(snapshots, (2, 9, 9)) is not None
         going.set()

@@ -11,10 +11,10 @@ from random_checkpoints import random_checkpoint
 from torch import Tensor
 
 from fledge import checkpoint
+from fledge.checkpoint.quantization.calibration import WINDOW, calibrate, measure
 from fledge.checkpoint.quantization.quantizer import is_quantizable, quantize
 from fledge.checkpoint.quantization.sensitivity import compute_cost
 from fledge.core.errors import CheckpointError, UsageError
-from fledge.engine.llm.calibration import WINDOW, calibrate, measure
 from fledge.kernels.rounding import quantize as round_weight
 from fledge.models import BaseModel
 
@@ -106,7 +106,7 @@ def test_what_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text to calibrate with"):
         calibrate(source, [""])
     quantize(source, tmp_path / "q.safetensors", "int8")
-    with pytest.raises(CheckpointError, match="is quantized already"):
+    with pytest.raises(CheckpointError, match="is already quantized"):
         calibrate(tmp_path / "q.safetensors", TEXTS)
 
 
