@@ -19,7 +19,7 @@ from prefixes import BYTES, logits_of, same, state_of
 
 from fledge.core.errors import UsageError
 from fledge.engine.prefix_cache.disk_cache import BLOCK_TOKENS, DiskCache, StoredSnapshot
-from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
+from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.engine.prefix_cache.radix_tree import pack_ids
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
@@ -79,7 +79,7 @@ def test_damaged_files_are_misses(tmp_path: Path) -> None:
         assert stored is not None and stored.length == 5
         files[0].unlink()
         assert longest(snapshots, IDS[:20]) is None
-    (tmp_path / INDEX).write_bytes(b"no database" * 500)
+    (tmp_path / SnapshotStore.INDEX).write_bytes(b"no database" * 500)
     with DiskCache(tmp_path, "one", max_bytes=LIMIT) as snapshots:
         assert len(snapshots) == 0
         put(snapshots, IDS[:5])
@@ -92,7 +92,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         module = "fledge.engine.prefix_cache.disk_cache"
         code = f"from {module} import DiskCache; DiskCache({str(tmp_path)!r}, 'one', max_bytes=9)"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "another process keeps its snapshots there" in other.stderr.splitlines()[-1]
+        assert "another process uses this folder for its snapshots" in other.stderr.splitlines()[-1]
         with pytest.raises(UsageError, match="another process"):
             DiskCache(tmp_path, "one", max_bytes=LIMIT)
 
@@ -217,7 +217,7 @@ def test_many_rows_of_one_beginning(tmp_path: Path) -> None:
             row = SnapshotRecord(
                 "one", sha256(b"a").digest(), sha256(bytes([last])).digest(), sha256().digest(), length=2
             )
-            snapshots._enter(row)
+            snapshots._add_record(row)
         put(snapshots, IDS[:70])
         put(snapshots, IDS[:90])
         for asked, length in ((71, 70), (90, 70), (91, 90), (200, 90)):
@@ -276,12 +276,12 @@ def test_a_sweep_leaves_the_files_of_others(tmp_path: Path) -> None:
 
 
 def test_an_index_of_another_version_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with closing(sqlite3.connect(tmp_path / INDEX)) as index:
+    with closing(sqlite3.connect(tmp_path / SnapshotStore.INDEX)) as index:
         index.execute("PRAGMA user_version = 7")
     with DiskCache(tmp_path, "one", max_bytes=LIMIT) as snapshots:
         put(snapshots, IDS)
     assert len(caplog.records) == 1 and "version 7, not 1" in caplog.text
-    assert sorted(path.name for path in tmp_path.glob("index*")) == ["index.damaged", INDEX]
+    assert sorted(path.name for path in tmp_path.glob("index*")) == ["index.damaged", SnapshotStore.INDEX]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_an_index_of_another_version_is_set_aside(tmp_path: Path, caplog: pytest
 def test_a_row_that_is_wrong_is_a_miss(tmp_path: Path, change: str, left: int) -> None:
     with DiskCache(tmp_path, "one", max_bytes=LIMIT) as snapshots:
         put(snapshots, IDS[:3])
-    with closing(sqlite3.connect(tmp_path / INDEX)) as index, index:
+    with closing(sqlite3.connect(tmp_path / SnapshotStore.INDEX)) as index, index:
         index.execute(f"UPDATE snapshots {change}")
     with DiskCache(tmp_path, "one", max_bytes=LIMIT) as snapshots:
         assert len(snapshots) == left
@@ -315,7 +315,7 @@ def test_an_index_damaged_anywhere_never_lies(tmp_path: Path) -> None:
     with DiskCache(tmp_path / "sound", "one", max_bytes=LIMIT) as snapshots:
         for length in range(1, 41):
             put(snapshots, IDS[:length])
-    sound = (tmp_path / "sound" / INDEX).read_bytes()
+    sound = (tmp_path / "sound" / SnapshotStore.INDEX).read_bytes()
     assert len(sound) > 3 * 4096, "more than one page of rows"
     chooser, begun_anew = random.Random(8), 0
     for attempt in range(30):
@@ -324,7 +324,7 @@ def test_an_index_damaged_anywhere_never_lies(tmp_path: Path) -> None:
         data = bytearray(sound)
         place, length = chooser.randrange(len(data)), chooser.choice([1, 3, 50, 3000])
         data[place : place + length] = chooser.randbytes(min(length, len(data) - place))
-        (folder / INDEX).write_bytes(data[: chooser.choice([len(data), len(data), place])])
+        (folder / SnapshotStore.INDEX).write_bytes(data[: chooser.choice([len(data), len(data), place])])
         for _ in range(2):
             with DiskCache(folder, "one", max_bytes=LIMIT) as snapshots:
                 for asked in range(2, 45):

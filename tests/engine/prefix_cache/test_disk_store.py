@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from prefixes import logits_of, same, state_of
 
-from fledge.engine.prefix_cache.disk_store import INDEX, Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
+from fledge.engine.prefix_cache.disk_store import Snapshot, SnapshotRecord, SnapshotStore, encode_snapshot
 from fledge.models.state import State
 
 
 def row(number: int) -> SnapshotRecord:
-    return SnapshotRecord("model", b"space", b"ids %d" % number, b"anchor", length=number, kind="WkvState", logits=1)
+    return SnapshotRecord(
+        "model", b"space", b"ids %d" % number, b"anchor", length=number, state_class="WkvState", has_logits=1
+    )
 
 
 def fill(store: SnapshotStore, *numbers: int) -> list[SnapshotRecord]:
@@ -77,7 +79,7 @@ def test_an_index_that_takes_no_change_keeps_no_files(tmp_path: Path, monkeypatc
     def full(*arguments: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(store, "_forget", full)
+    monkeypatch.setattr(store, "_delete_rows", full)
     with pytest.raises(sqlite3.OperationalError):
         store.remove(rows[:1])
     assert names(tmp_path) == {rows[1].file} and store.read(rows[0]) is None
@@ -92,7 +94,7 @@ def test_a_damaged_index_is_begun_anew(tmp_path: Path, damage: bytes, caplog: py
     store = SnapshotStore(tmp_path)
     fill(store, 3)
     store.close()
-    (tmp_path / INDEX).write_bytes(damage)
+    (tmp_path / SnapshotStore.INDEX).write_bytes(damage)
     store = SnapshotStore(tmp_path)
     assert store.records == [] and names(tmp_path) == set()
     kept = fill(store, 5)
