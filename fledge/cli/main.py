@@ -42,7 +42,7 @@ COMMANDS = {
     "train": "fledge.cli.commands.train",
     "tune": "fledge.cli.commands.tune",
     "doctor": "fledge.cli.commands.doctor",
-    "bench": "fledge.cli.bench",
+    "bench": "fledge.cli.bench.app",
 }
 """Command -> the module with its `app`, in the order in which help lists them."""
 

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 
-from fledge.kernels.native_ops import enough_memory, follow_torch_threads, functions
+from fledge.kernels.native_ops import check_memory, follow_torch_threads, functions
 
 NAN_LOGIT, INFINITE_LOGIT, NO_TOKEN, BAN_OUT_OF_RANGE = -1, -2, -3, -4
 """In place of a token: there is NaN or infinity among the scores, no token is left, a banned id is not below V."""
@@ -42,5 +42,5 @@ def sample(rows: Sequence[NativeSampleInput], vocab_size: int) -> list[int]:
     found = (c_int64 * len(rows))()
     follow_torch_threads()
     failed = functions().fledge_sample((NativeSampleInput * len(rows))(*rows), len(rows), vocab_size, found)
-    enough_memory(failed, f"the draw of {len(rows)} tokens")
+    check_memory(failed, f"the draw of {len(rows)} tokens")
     return list(found)

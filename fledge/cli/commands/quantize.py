@@ -96,7 +96,7 @@ def _importance(source: str, text: Path, bar: SlowBar) -> dict[str, MatrixImport
 
 def _report(source: str, target: Path, text: Path) -> None:
     """The table of `fledge bench quality` for what was just written."""
-    from fledge.cli.bench_quality import measured, show
+    from fledge.cli.bench.quality import print_quality, run_quality
 
     print()
-    show(measured(source, text, (str(target),)))
+    print_quality(run_quality(text, source, (str(target),)))

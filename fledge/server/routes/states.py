@@ -25,7 +25,7 @@ from fledge.server.generation import ConcurrencySlot, check_label, check_length,
 from fledge.server.prompts import template_of, turns
 from fledge.server.schema import ReadRequest, ViewRequest
 from fledge.server.service import Service
-from fledge.tokenizer import pieces
+from fledge.tokenizer import render_segments
 
 router = APIRouter(prefix="/v1/fledge")
 
@@ -42,7 +42,7 @@ async def read(body: ReadRequest, request: Request) -> dict[str, Any]:
         template, parts = None, [body.text]
     else:
         chosen = template_of(body.template, service.template, "template")
-        template, closed = chosen.name, [*pieces(turns(body.messages or [], chosen), chosen, answer=False)]
+        template, closed = chosen.name, [*render_segments(turns(body.messages or [], chosen), chosen, answer=False)]
         parts = [*closed, chosen.close_turn()]
     param = "text" if body.messages is None else "messages"
     ids = tuple(chain.from_iterable(await encoded(service, parts, param)))
@@ -136,7 +136,7 @@ async def view(body: ViewRequest, request: Request) -> dict[str, Any]:
     """How long each head remembers, and how much each message changed it."""
     service, tenant = service_of(request), tenant_of(request)
     template = template_of(body.template, service.template, "template")
-    texts = [*pieces(turns(body.messages, template), template, answer=False)]
+    texts = [*render_segments(turns(body.messages, template), template, answer=False)]
     ids = await encoded(service, texts, "messages")
     check_length(service, sum(map(len, ids)), "messages")
     start = service.beginning
@@ -168,7 +168,7 @@ async def rendered(body: ViewRequest, request: Request) -> dict[str, Any]:
     service = service_of(request)
     tenant_of(request)
     template = template_of(body.template, service.template, "template")
-    texts = [*pieces(turns(body.messages, template), template)]
+    texts = [*render_segments(turns(body.messages, template), template)]
     return {"text": "".join(texts), "tokens": sum(map(len, await encoded(service, texts, "messages")))}
 
 
