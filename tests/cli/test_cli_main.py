@@ -90,7 +90,11 @@ def broken(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         (OSError(28, "No space left on device"), 1, ["No space left on device; free some space and run"]),
         (OSError(28, "No space left on device", "a/b.pth"), 1, ["the disk of a is full", "a/b.pth cannot be written"]),
         (MemoryError(), 1, ["more memory than is available"]),
-        (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"), 1, ["more memory than is available"]),
+        (
+            RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            ["more memory than is available"],
+        ),
         (ValueError("odd"), 1, ["ValueError: odd", "a bug", "`fledge --traceback tokenize 'a b'`"]),
         (OSError("odd"), 1, ["OSError: odd", "a bug"]),
     ],

@@ -129,7 +129,9 @@ class Person:
 @pytest.fixture
 def at_keyboard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A conversation with a `Person`: what was shown on both streams, as one text."""
-    monkeypatch.setattr(terminal, "message_console", lambda: Console(force_terminal=True, no_color=True, highlight=False))
+    monkeypatch.setattr(
+        terminal, "message_console", lambda: Console(force_terminal=True, no_color=True, highlight=False)
+    )
 
     def run(person: Person, model: FakeModel | None = None, **settings: Any) -> str:
         chat = LLM(model or model_of(), TOKENIZER).chat(params=SamplingParams(**settings))
