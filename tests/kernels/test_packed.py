@@ -23,9 +23,10 @@ def test_packed_equals_linear(dtype: torch.dtype, rows: tuple[int, ...], shape: 
     found = packed_linear(x, pack(weight))
     expected = x.double() @ weight.double().T
     assert found.shape == expected.shape and found.dtype == dtype
-    # A float32 sum of 33 terms, the shortest here, is exact to 33 * 2**-24 = 2e-6; bfloat16 rounds the sum once more.
-    tolerance = 2e-6 if dtype == torch.float32 else 2e-6 + UNIT_ROUNDOFF[dtype]
-    assert_close_relative(found, expected, tolerance)
+    # The bound of a float32 sum, or less for the longest ones, and one more rounding of the sum to bfloat16. The
+    # largest error measured in float32 is 1.1e-6, for 768 terms with oneDNN's AVX2 kernels.
+    tolerance = min(shape[1] * UNIT_ROUNDOFF[torch.float32], 5e-6)
+    assert_close_relative(found, expected, tolerance + (UNIT_ROUNDOFF[dtype] if dtype == torch.bfloat16 else 0))
 
 
 def test_a_transposed_weight_is_packed_as_it_reads() -> None:
