@@ -152,7 +152,11 @@ def test_errors_do_not_end_a_conversation(at_keyboard: Any) -> None:
 def test_ctrl_c_at_the_prompt_and_ctrl_d(at_keyboard: Any) -> None:
     person = Person("half\\", KeyboardInterrupt(), "Hello")
     shown = at_keyboard(person)
-    assert person.prompts == ["> ", "... ", "> ", "> "] and "Ctrl-D or /quit ends the conversation" in shown and "One." in shown
+    assert (
+        person.prompts == ["> ", "... ", "> ", "> "]
+        and "Ctrl-D or /quit ends the conversation" in shown
+        and "One." in shown
+    )
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
