@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close_relative, float64_arithmetic
-from fledge.models.native import NativeModel
+from fledge.models.native_model import NativeModel
 from random_checkpoints import random_checkpoint
 from torch import Tensor
 
