@@ -24,12 +24,12 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close_relative, float64_arithmetic
-from fledge.models.native_model import NativeModel
 from random_checkpoints import random_checkpoint
 from torch import Tensor
 
 from fledge.checkpoint import inspect, load_model
-from fledge.models import State, Trunk
+from fledge.models import BaseModel, State
+from fledge.models.native_model import NativeModel
 from fledge.models.state import Rwkv4State
 
 pytestmark = [
@@ -127,7 +127,7 @@ def layers_of(state: State) -> list[list[Tensor]]:
     return [[fields[name][layer, 0] for name in names] for layer in range(len(fields["att_shift"]))]
 
 
-def feed(model: Trunk | NativeModel, pieces: list[list[int]]) -> dict[str, Any]:
+def feed(model: BaseModel | NativeModel, pieces: list[list[int]]) -> dict[str, Any]:
     """Logits and states of a model that reads `pieces`, in the form in which rwkv_runner.py returns them."""
     state, logits, states = None, [], []
     for piece in pieces:

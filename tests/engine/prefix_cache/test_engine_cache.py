@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engine_runs import PARAMS, native_model, random_prompt, reference_ids, run, tokens_of
+from fakes import EOS
 from native_library import needs_native
-from test_engine import EOS, PARAMS, drawn, packed, plain, prompt, run
 
 from fledge.engine.engine import Engine
 from fledge.engine.prefix_cache.cache import PrefixCache
@@ -20,13 +21,13 @@ MEMORY = 1 << 22
 
 
 def engine_of(cache: PrefixCache, version: str = "6.0") -> Engine:
-    return Engine(packed(version), eos_id=EOS, scheduler=Scheduler(slots=5, prefill_chunk=64), cache=cache)
+    return Engine(native_model(version), eos_id=EOS, scheduler=Scheduler(slots=5, prefill_chunk=64), cache=cache)
 
 
 def edited(ids: tuple[int, ...], chooser: random.Random) -> tuple[int, ...]:
     """A prompt after an edit: extended, cut, or with other tokens in the middle."""
     position = chooser.randrange(1, max(len(ids), 2))
-    more = prompt(chooser.choice([1, 5, 40]), chooser.randrange(10**6))
+    more = random_prompt(chooser.choice([1, 5, 40]), chooser.randrange(10**6))
     return chooser.choice([ids + more, ids[:position], ids[:position] + more + ids[position + 1 :], ids])
 
 
@@ -39,7 +40,7 @@ def test_the_cache_changes_no_token(version: str, disk: bool, tmp_path: Path) ->
     snapshots = DiskCache(tmp_path, "model", max_bytes=MEMORY) if disk else None
     cache = PrefixCache(memory_bytes=MEMORY // 64, disk=snapshots, snapshot_interval=32)
     engine = engine_of(cache, version)
-    prompts = [prompt(90, seed) for seed in range(3)]
+    prompts = [random_prompt(90, seed) for seed in range(3)]
     for _ in range(12):
         submitted = {}
         for _ in range(4):
@@ -57,7 +58,7 @@ def test_the_cache_changes_no_token(version: str, disk: bool, tmp_path: Path) ->
             continue
         found = run(engine)
         for request_id, request in submitted.items():
-            assert drawn(found[request_id, 0]) == [token for token, _ in plain(engine.model, request)]
+            assert tokens_of(found[request_id, 0]) == reference_ids(engine.model, request)
     assert cache.stats.hits > 5 and cache.stats.evictions > 0
     if snapshots is not None:
         cache.flush()
@@ -67,15 +68,15 @@ def test_the_cache_changes_no_token(version: str, disk: bool, tmp_path: Path) ->
 @needs_native
 def test_only_the_new_part_of_a_prompt_is_computed() -> None:
     engine = engine_of(PrefixCache(memory_bytes=MEMORY, snapshot_interval=32))
-    first = Request(prompt(100, 1), PARAMS, cache_namespace="a", message_ends=(70,))
+    first = Request(random_prompt(100, 1), PARAMS, cache_namespace="a", message_ends=(70,))
     cached_tokens_of(engine, first)
     assert engine.stats.prefill_tokens == 100
     for ids, cached in (
         (first.ids, 100),  # the same prompt: not even its last token is computed
-        (first.ids + prompt(9, 2), 100),
-        (first.ids[:80] + prompt(9, 3), 70),  # edited after the end of a message
-        (first.ids[:60] + prompt(9, 4), 32),
-        (first.ids[:60] + prompt(9, 5), 60),  # where the previous prompt diverged
+        (first.ids + random_prompt(9, 2), 100),
+        (first.ids[:80] + random_prompt(9, 3), 70),  # edited after the end of a message
+        (first.ids[:60] + random_prompt(9, 4), 32),
+        (first.ids[:60] + random_prompt(9, 5), 60),  # where the previous prompt diverged
     ):
         before = engine.stats.prefill_tokens
         assert cached_tokens_of(engine, Request(ids, PARAMS, cache_namespace="a")) == cached
@@ -86,7 +87,7 @@ def test_only_the_new_part_of_a_prompt_is_computed() -> None:
 
 @needs_native
 def test_snapshots_survive_a_restart(tmp_path: Path) -> None:
-    request = Request(prompt(100, 1), PARAMS, cache_namespace="a")
+    request = Request(random_prompt(100, 1), PARAMS, cache_namespace="a")
     tokens = []
     for cached in (0, 100):
         with DiskCache(tmp_path, "model", max_bytes=1 << 24) as disk:
@@ -94,7 +95,7 @@ def test_snapshots_survive_a_restart(tmp_path: Path) -> None:
             engine = engine_of(cache)
             request_id = engine.add(request)
             outputs = run(engine)[request_id, 0]
-            tokens.append(drawn(outputs))
+            tokens.append(tokens_of(outputs))
             assert outputs[0].cached_tokens == cached
             cache.flush()
     assert tokens[0] == tokens[1]
@@ -104,5 +105,5 @@ def cached_tokens_of(engine: Engine, request: Request) -> int:
     """The cached tokens of the prompt; checks that the sampled tokens are those without a cache."""
     request_id = engine.add(request)
     outputs = run(engine)[request_id, 0]
-    assert drawn(outputs) == [token for token, _ in plain(engine.model, request)]
+    assert tokens_of(outputs) == reference_ids(engine.model, request)
     return outputs[0].cached_tokens
