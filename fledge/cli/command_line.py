@@ -1,4 +1,4 @@
-"""The command line of this process, as it is recorded in results."""
+"""The command line of this process, for records of results."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import typer
 from fledge.cli.bench.runner import OutputOptions, run_suite
 from fledge.cli.bench.tables import format_memory, format_rate, print_failures, print_notes
 from fledge.cli.options import spread
-from fledge.cli.terminal import print_heading, print_rows, visible
+from fledge.cli.terminal import escape_controls, print_heading, print_rows
 
 if TYPE_CHECKING:
     from fledge.bench.cpu.benchmark import CpuBenchmark
@@ -77,7 +77,7 @@ def cpu(options: CpuBenchmarkOptions, output: OutputOptions) -> None:
 
 def _print_model(block: dict[str, Any], record: dict[str, Any]) -> None:
     model, settings = block["model"], record["settings"]
-    print_heading(visible(f"{model['family']} {model['name']}, {model['parameters']:,} parameters"))
+    print_heading(escape_controls(f"{model['family']} {model['name']}, {model['parameters']:,} parameters"))
     cpu_name = record["machine"]["cpu"]
     print(
         f"prompt of {settings['prompt']} tokens, then {settings['tokens']}; {record['threads']} threads of {cpu_name}"

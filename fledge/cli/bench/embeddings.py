@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fledge.cli.bench.runner import OutputOptions, RecordOption, run_suite
-from fledge.cli.terminal import print_heading, print_rows, visible
+from fledge.cli.terminal import escape_controls, print_heading, print_rows
 
 if TYPE_CHECKING:
     from fledge.bench.embeddings import EmbeddingsBenchmark
@@ -32,11 +32,11 @@ def embeddings(
         return EmbeddingsBenchmark(pairs, model, limit)
 
     result = run_suite(load, OutputOptions(record), "pairs")
-    print_heading(visible(result["model"]))
+    print_heading(escape_controls(result["model"]))
     languages = result["languages"]
     columns = ("model", "words_in_common")
     rows = [
-        (visible(language), f"{values['pairs']}", *(f"{values[column]:.3f}" for column in columns))
+        (escape_controls(language), f"{values['pairs']}", *(f"{values[column]:.3f}" for column in columns))
         for language, values in languages.items()
     ]
     print_rows(rows, ("language", "pairs", "model", "words in common"))

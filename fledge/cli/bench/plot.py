@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fledge.cli.terminal import visible
+from fledge.cli.terminal import escape_controls
 
 
 def plot(
@@ -18,4 +18,4 @@ def plot(
     from fledge.bench.plot import draw, read_record
 
     draw(read_record(record), target)
-    print(visible(str(target)))
+    print(escape_controls(str(target)))

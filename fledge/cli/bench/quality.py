@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.bench.runner import OutputOptions, RecordOption, run_suite
-from fledge.cli.terminal import print_heading, print_rows, visible
+from fledge.cli.terminal import escape_controls, print_heading, print_rows
 
 if TYPE_CHECKING:
     from fledge.bench.quality import QualityBenchmark
@@ -67,7 +67,7 @@ def print_quality(record: Mapping[str, Any]) -> None:
     metrics = {name: values["figures"] for name, values in record["formats"].items()}
     reference = metrics["float32"]
     overall = reference["all"]
-    name = visible(f"{record['model']['name']} on {record['text']['name']}")
+    name = escape_controls(f"{record['model']['name']} on {record['text']['name']}")
     print_heading(f"{name}: {overall['tokens']:,} tokens, {overall['bytes']:,} bytes")
     bits = {name: values["bits_per_weight"] for name, values in record["formats"].items()}
     print_rows([_row(name, bits[name], by_language["all"]) for name, by_language in metrics.items()], HEADS)

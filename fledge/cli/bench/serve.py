@@ -12,8 +12,8 @@ import typer
 
 from fledge.cli.bench.runner import OutputOptions, run_suite
 from fledge.cli.bench.tables import print_failures, print_notes
-from fledge.cli.options import spread, whole_numbers
-from fledge.cli.terminal import print_heading, print_rows, visible
+from fledge.cli.options import parse_integers, spread
+from fledge.cli.terminal import escape_controls, print_heading, print_rows
 
 if TYPE_CHECKING:
     from fledge.bench.serve.benchmark import ServeBenchmark
@@ -43,7 +43,7 @@ class ServeBenchmarkOptions:
         """Return the benchmark, with valid settings."""
         from fledge.bench.serve.benchmark import ServeBenchmark
 
-        lists = {name: whole_numbers(name, getattr(self, name), gaps=True) for name in ("clients", "documents")}
+        lists = {name: parse_integers(name, getattr(self, name), allow_empty=True) for name in ("clients", "documents")}
         return ServeBenchmark(**{**vars(self), **lists})
 
 
@@ -61,7 +61,7 @@ def serve(options: ServeBenchmarkOptions, output: OutputOptions) -> None:
 
 
 def _print_tables(record: Mapping[str, Any]) -> None:
-    print_heading(visible(record["model"]))
+    print_heading(escape_controls(record["model"]))
     heads = ("clients", "program", "tokens/s", "first token", "p95", "between events", "p95")
     print_rows([row for load in record["loads"] for row in _rows(load)], heads)
     failures = {f"{load['clients']} clients, llama-cpp-python": load for load in record["loads"]}
@@ -70,7 +70,7 @@ def _print_tables(record: Mapping[str, Any]) -> None:
         names = [name[:-2] for name in document if name.endswith("_s")]
         times = [f"{name.replace('_', ' ')} {_ms(statistics.median(document[f'{name}_s']))}" for name in names]
         failure = f", llama-cpp-python failed: {document['peer_error']}" if "peer_error" in document else ""
-        print(visible(f"{document['tokens']} tokens, to the first token: {', '.join(times)}{failure}"))
+        print(escape_controls(f"{document['tokens']} tokens, to the first token: {', '.join(times)}{failure}"))
     if record["targets"]:
         print()
         rows = [_target_row(target) for target in record["targets"]]

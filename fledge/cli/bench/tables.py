@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fledge.cli.terminal import note, visible
+from fledge.cli.terminal import escape_controls, print_note
 
 MAX_SPREAD = 0.25  # (max - min) / median of a rate on an idle machine
 
@@ -29,7 +29,7 @@ def print_failures(rows: Mapping[str, Mapping[str, Any]], key: str = "error") ->
     """Print the error of each row of a baseline that crashed."""
     for name, row in rows.items():
         if key in row:
-            print(visible(f"{name}  failed: {row[key]}"))
+            print(escape_controls(f"{name}  failed: {row[key]}"))
 
 
 def print_notes(record: Mapping[str, Any], rates: Sequence[Summary | None] = ()) -> None:
@@ -38,14 +38,16 @@ def print_notes(record: Mapping[str, Any], rates: Sequence[Summary | None] = ())
     rates: those that should be stable.
     """
     for text in record["notes"]:
-        note(f"note: {text}")
+        print_note(f"note: {text}")
     machine = record["machine"]
     load, cores = machine["load_average"], machine["count_usable_cores"]
     if load is not None and load[0] > cores / 2:
-        note(f"note: the machine was busy at the start (load {load[0]} on {cores} cores); measure again")
+        print_note(f"note: the machine was busy at the start (load {load[0]} on {cores} cores); measure again")
     measured = [rate for rate in rates if rate]
     unstable = sum(rate["spread"] > MAX_SPREAD for rate in measured)
     if unstable:
-        note(f"note: {unstable} of {len(measured)} rates vary by more than {MAX_SPREAD:.0%}; was the machine busy?")
+        print_note(
+            f"note: {unstable} of {len(measured)} rates vary by more than {MAX_SPREAD:.0%}; was the machine busy?"
+        )
     if record["settings"]["repeats"] < 3:
-        note("note: the spread of fewer than 3 repeats means nothing")
+        print_note("note: the spread of fewer than 3 repeats means nothing")

@@ -10,7 +10,7 @@ import typer
 
 from fledge.cli.bench.runner import OutputOptions, RecordOption, run_suite
 from fledge.cli.bench.tables import format_rate, print_notes
-from fledge.cli.terminal import print_rows, visible
+from fledge.cli.terminal import escape_controls, print_rows
 
 if TYPE_CHECKING:
     from fledge.bench.tokenizer import TokenizerBenchmark
@@ -41,7 +41,7 @@ def tokenizer(
 
     result = run_suite(load, OutputOptions(record))
     sample, machine = result["text"], result["machine"]
-    print(f"{visible(sample['source'])}: {sample['documents']:,} documents, {sample['bytes']:,} bytes")
+    print(f"{escape_controls(sample['source'])}: {sample['documents']:,} documents, {sample['bytes']:,} bytes")
     per_token = sample["bytes"] / sample["tokens"]
     print(f"{per_token:.2f} bytes per token; {machine['count_usable_cores']} cores of {machine['cpu']}")
     print()

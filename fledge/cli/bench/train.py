@@ -11,8 +11,8 @@ import typer
 
 from fledge.cli.bench.runner import OutputOptions, run_suite
 from fledge.cli.bench.tables import format_memory, format_rate, print_failures, print_notes
-from fledge.cli.options import spread, whole_numbers
-from fledge.cli.terminal import print_heading, print_rows, visible
+from fledge.cli.options import parse_integers, spread
+from fledge.cli.terminal import escape_controls, print_heading, print_rows
 
 if TYPE_CHECKING:
     from fledge.bench.train.benchmark import TrainBenchmark
@@ -52,7 +52,7 @@ class TrainBenchmarkOptions:
         """Return the benchmark, with valid settings."""
         from fledge.bench.train.benchmark import TrainBenchmark
 
-        lengths = whole_numbers("lengths", self.lengths)
+        lengths = parse_integers("lengths", self.lengths)
         return TrainBenchmark(**{**vars(self), "lengths": lengths, "dtypes": tuple(self.dtypes.split(","))})
 
 
@@ -80,7 +80,7 @@ def train(options: TrainBenchmarkOptions, output: OutputOptions) -> None:
 def _print_tables(record: Mapping[str, Any], growth: float | None) -> None:
     settings = record["settings"]
     sizes = [f"{model['family']} {model['parameters']:,} parameters" for model in record["models"].values()]
-    print_heading(visible(f"{settings['shape']}: {'; '.join(sizes)}"))
+    print_heading(escape_controls(f"{settings['shape']}: {'; '.join(sizes)}"))
     on_cpu = record["device"] == "cpu"
     device = f"{record['threads']} threads of {record['machine']['cpu']}" if on_cpu else record["device"]
     print(f"{settings['tokens']} tokens per step; {device}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.command_line import command_line
-from fledge.cli.terminal import SlowBar, note, print_heading, print_rows, write
+from fledge.cli.terminal import SlowBar, print_heading, print_note, print_rows, write
 
 if TYPE_CHECKING:
     from fledge.data.store import TokenStore
@@ -60,9 +60,9 @@ def build(
     seconds = clock.stop()
     read = sum(one["bytes"] for one in store.manifest["inputs"])
     if clock.worked:
-        note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
+        print_note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
     else:
-        note("the store was finished before, and is as it was")
+        print_note("the store was finished before, and is as it was")
     if record is not None:
         clock.write(record, store, workers)
     _show(store, to)

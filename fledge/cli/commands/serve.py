@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from fledge.cli.options import ModelOptions, read_adapters, spread
-from fledge.cli.terminal import remark
+from fledge.cli.terminal import print_terminal_note
 from fledge.core.errors import FledgeError, UsageError
 from fledge.server.settings import MB, ServerSettings
 
@@ -128,9 +128,9 @@ def _check_options(listen: ListenOptions) -> None:
         if not ORIGIN.fullmatch(origin):
             raise UsageError(f"--origin {origin}: give only scheme, host and port, such as https://chat.example:8443")
     if listen.secret is not None and not listen.secret.exists():
-        remark(f"--secret: {listen.secret} does not exist and will be created")
+        print_terminal_note(f"--secret: {listen.secret} does not exist and will be created")
     if not is_local(listen.host) and listen.keys is None:
-        remark(f"everyone who can reach {listen.host} can use this server, because it has no --keys")
+        print_terminal_note(f"everyone who can reach {listen.host} can use this server, because it has no --keys")
 
 
 def _run(model: ModelOptions, settings: ServerSettings, listen: ListenOptions) -> None:
@@ -170,7 +170,9 @@ def _create_server(config: Any, service: Any) -> Any:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             if count := len(self.server_state.tasks):
                 drain, requests = service.settings.drain_seconds, "1 request" if count == 1 else f"{count} requests"
-                remark(f"finishing {requests} for up to {drain:g} s; press Ctrl-C again to stop immediately")
+                print_terminal_note(
+                    f"finishing {requests} for up to {drain:g} s; press Ctrl-C again to stop immediately"
+                )
                 asyncio.get_running_loop().call_later(drain, service.async_engine.begin_shutdown)
             await super().shutdown(sockets)
 
