@@ -97,5 +97,5 @@ def check_disk_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed; make room or write elsewhere"
+            f"{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed; free space or write elsewhere"
         )

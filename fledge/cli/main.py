@@ -25,7 +25,7 @@ from typer.main import get_command
 from fledge import __version__
 from fledge.cli.terminal import one_line
 from fledge.core.errors import FledgeError
-from fledge.core.files import FULL, describe_disk_error
+from fledge.core.files import DISK_FULL, describe_disk_error
 from fledge.core.interrupts import Interrupted
 
 COMMANDS = {
@@ -147,7 +147,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     """One line for people, and the exit code."""
     if isinstance(error, FledgeError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         if not error.filename:  # whose disk it is nobody knows
             return f"{error.strerror}; make room and give the same command again", 1
         return describe_disk_error(error, Path(error.filename).parent), 1

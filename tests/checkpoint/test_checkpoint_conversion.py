@@ -177,7 +177,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
     source = saved(tmp_path, make("4"))
     for name in ("x.pth", "x.safetensors", "deep/er/x"):
-        with pytest.raises(CheckpointError, match=r"has 0\.00 GB free, and 0\.00 GB are needed; make room"):
+        with pytest.raises(CheckpointError, match=r"has 0\.00 GB free, and 0\.00 GB are needed; free space"):
             convert(source, tmp_path / name)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
 
