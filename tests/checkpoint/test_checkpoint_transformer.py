@@ -52,7 +52,7 @@ def test_it_comes_back_bit_for_bit(file: Path) -> None:
         model = load_model(file, **options).model  # type: ignore[arg-type]
         assert isinstance(model, Transformer) and not model.training
     info = inspect(file)
-    facts = dict(info.rows())
+    facts = dict(info.to_rows())
     assert info.parameters == sum(tensor.numel() for tensor in weights().values())
     assert facts["state"] == f"{4 * 2 * 2 * 30} bytes for each token read"
     assert facts["model"] == "Transformer, version llama" and info.flops_per_token == 2 * info.parameters

@@ -41,7 +41,7 @@ def info(
     if as_json:
         print(json.dumps(record(found), ensure_ascii=False))
         return
-    print_rows([*found.rows(), *_model_rows(found.extra)])
+    print_rows([*found.to_rows(), *_model_rows(found.extra)])
 
 
 def record(found: CheckpointInfo) -> dict[str, Any]:

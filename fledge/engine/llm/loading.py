@@ -70,7 +70,7 @@ def load(
         found = checkpoint.merge_adapters(found, replace(changes, state={}), chosen_dtype)
         changes = replace(changes, factors={}, full_parameters={})
     stored = found.tensors["emb.weight"].dtype
-    weights = checkpoint.ModelWeights(found.tensors, found.quantized, spend=True)
+    weights = checkpoint.ModelWeights(found.tensors, found.quantized, is_consumable=True)
     model = checkpoint.assemble(found.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant)
     if chosen_dtype is None and stored == torch.float16 and chosen_device.type == "cpu":
         dtype_reason = "the file's float16, computed in float32"

@@ -74,7 +74,7 @@ def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> No
     assert {n: (m.format, m.shape) for n, m in found.quantized.items()} == {
         n: (m.format, m.shape) for n, m in meta.quantized.items()
     }
-    dense = found.dense()
+    dense = found.dequantize()
     for tensor in gguf.GGUFReader(path).tensors:
         name = ours(tensor.name)
         if not is_matrix(name) and name != "emb.weight":
