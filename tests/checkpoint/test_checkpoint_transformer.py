@@ -76,7 +76,7 @@ def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -
         return merge_tuned_state(CONFIG, weights(), {}, "s.pth")
 
     for call, kind, message in (
-        (lambda: save(tmp_path / "m.pth", CONFIG, weights()), UsageError, "how many heads a transformer has"),
+        (lambda: save(tmp_path / "m.pth", CONFIG, weights()), UsageError, "cannot hold the number of heads of a transformer"),
         (lambda: convert(file, tmp_path / "m.pth"), UnsupportedError, "only a .safetensors can hold, not a pth"),
         (lambda: convert(file, tmp_path / "m.gguf"), UnsupportedError, "only a .safetensors can hold, not a gguf"),
         (lambda: convert(file, tmp_path / "folder"), UnsupportedError, "only a .safetensors can hold, not a hf"),

@@ -169,8 +169,8 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         ({"a": ENTRY | {"data_offsets": [0, 1 << 70]}}, 24, "impossible shape or offsets"),
         ({"a": ENTRY | {"data_offsets": [8, 32]}}, 32, "overlap or leave gaps at byte 0"),
         ({"a": ENTRY, "b": ENTRY}, 24, "overlap or leave gaps at byte 24"),
-        ({"a": ENTRY}, 23, "truncated or damaged: its tensors need 24 bytes, 23 are there"),
-        ({"a": ENTRY}, 25, "its tensors need 24 bytes, 25 are there"),
+        ({"a": ENTRY}, 23, "truncated or damaged: its tensors need 24 bytes, 23 are present"),
+        ({"a": ENTRY}, 25, "its tensors need 24 bytes, 25 are present"),
     ],
 )
 def test_hostile_headers(header: object, data: int, message: str, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
         save(tmp_path / "m.safetensors", config, tensors | {"emb.weight": tensors["emb.weight"].long()})
     with pytest.raises(CheckpointError, match=r"emb\.weight has no values"):
         save(tmp_path / "m.pth", config, tensors | {"emb.weight": tensors["emb.weight"].to("meta")})
-    with pytest.raises(UsageError, match=r"'\.onnx' is no checkpoint format"):
+    with pytest.raises(UsageError, match=r"'\.onnx' is not a checkpoint format"):
         save(tmp_path / "m.onnx", config, tensors)
     with pytest.raises(UsageError, match=r"a \.pth holds dense tensors only"):
         save(tmp_path / "m.pth", config, tensors, extra={"steps": 1})
