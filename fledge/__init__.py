@@ -4,7 +4,7 @@
     llm = fledge.load()
     print(llm.generate("Once upon a time").text)
 
-This is the front door: the names below, each loaded on first use, so that importing the package costs nothing.
+The public names below are loaded on first use, so importing the package takes no time.
 """
 
 from __future__ import annotations
@@ -13,20 +13,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fledge.core.errors import FledgeError
-    from fledge.engine import LLM, Chat, Completion, SamplingParams, ScoredText, Stream, load
+    from fledge.engine import (
+        LLM,
+        Chat,
+        Completion,
+        LoadedState,
+        SamplingParams,
+        ScoredText,
+        StateMetadata,
+        Stream,
+        load,
+        read_state,
+    )
     from fledge.models import ModelConfig, State
 
 __version__ = "0.1.0"
 
-_ROOM = {
+_MODULES = {
     "FledgeError": "core.errors",
     "LLM": "engine",
     "Chat": "engine",
     "Completion": "engine",
+    "LoadedState": "engine",
     "SamplingParams": "engine",
     "ScoredText": "engine",
+    "StateMetadata": "engine",
     "Stream": "engine",
     "load": "engine",
+    "read_state": "engine",
     "ModelConfig": "models",
     "State": "models",
 }
@@ -36,22 +50,25 @@ __all__ = [
     "Chat",
     "Completion",
     "FledgeError",
+    "LoadedState",
     "ModelConfig",
     "SamplingParams",
     "ScoredText",
     "State",
+    "StateMetadata",
     "Stream",
     "__version__",
     "load",
+    "read_state",
 ]
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name not in _ROOM:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fledge' has no attribute {name!r}")
-    return getattr(import_module(f"fledge.{_ROOM[name]}"), name)
+    return getattr(import_module(f"fledge.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

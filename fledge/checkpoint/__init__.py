@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fledge.checkpoint.reader import load, read, verify
     from fledge.checkpoint.record import Checkpoint
     from fledge.checkpoint.shapes import get_expected_shapes
+    from fledge.checkpoint.tokenizers import load_tokenizer
     from fledge.checkpoint.writer import save
 
 # No module may have the name of a function here: importing the module would hide the function.
@@ -69,6 +70,7 @@ _HOME = {
     "inspect_adapter": "adapters.files",
     "load": "reader",
     "load_model": "model_loader",
+    "load_tokenizer": "tokenizers",
     "load_tuned_state": "adapters.tuned_state",
     "merge_to_file": "adapters.merging",
     "merge_tuned_state": "adapters.tuned_state",
@@ -105,6 +107,7 @@ __all__ = [
     "inspect_adapter",
     "load",
     "load_model",
+    "load_tokenizer",
     "load_tuned_state",
     "merge_adapters",
     "merge_to_file",

@@ -1,4 +1,4 @@
-"""Atomic writes, readable disk errors, hashes, standard folders, and locks of folders and files."""
+"""Atomic writes, readable disk errors, hashes and standard folders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-LOCK = "lock"  # the file that `exclusive` makes in a folder
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LIBRARY_MESSAGES = (
-    "requested and",
-    "unexpected pos",
-    "PytorchStreamWriter failed",
-)  # of numpy and torch, if it is full
+LIBRARY_MESSAGES = ("requested and", "unexpected pos", "PytorchStreamWriter failed")
+"""Parts of the errors that numpy and torch raise if the disk is full."""
 
 
 @contextmanager
@@ -128,49 +124,6 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works in `folder` during the block. Ends with the process, however it ends.
-
-    Who is alone may move the folder away within the block; whoever comes then makes a new one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two programs at once are then up to the user
-            file.close()  # or the folder could not be moved
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The lock of a file that was moved away since it was opened keeps nobody out.
-            alone = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
-        except OSError:
-            alone = False
-        yield alone
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone during the block among all who lock this file, which stays there and is empty. Ends with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # an OSError after ten seconds
-            try:
-                yield
-            finally:
-                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:

@@ -20,21 +20,25 @@ from fledge.engine.llm.loading import load
 from fledge.engine.llm.scoring import ScoredText, ScoredToken
 from fledge.engine.llm.stream import Completion, Stream, Timings
 from fledge.engine.sampling import Sampler, SamplingParams
+from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state
 
 __all__ = [
     "LLM",
     "Chat",
     "ChatTurn",
     "Completion",
+    "LoadedState",
     "ModelOutput",
     "SampledToken",
     "Sampler",
     "SamplingParams",
     "ScoredText",
     "ScoredToken",
+    "StateMetadata",
     "Stream",
     "Timings",
     "generate_tokens",
     "load",
     "prefill",
+    "read_state",
 ]

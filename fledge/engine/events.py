@@ -48,6 +48,18 @@ class FinishEvent(NamedTuple):
     state: State | None = None  # the state after the prompt and `ids`; only if the request asks for it
 
 
+class PromptLogprobsEvent(NamedTuple):
+    """Consecutive prompt tokens of a request with `prompt_logprobs`; together these events hold the whole prompt.
+
+    If the deadline passes before the whole prompt is read, FinishEvents with the reason "deadline" follow. The tokens
+    until then include the one after the last token read, because its log probability is known.
+    """
+
+    choice: int  # always 0: the completions share the prompt
+    tokens: tuple[TextToken, ...]  # the first prompt token has no log probability
+    computed_tokens: int  # prompt tokens that the model has read so far
+
+
 class ErrorEvent(NamedTuple):
     """A request, or one completion of it, has failed."""
 
@@ -55,7 +67,7 @@ class ErrorEvent(NamedTuple):
     error: FledgeError
 
 
-Event = TextEvent | FinishEvent | ErrorEvent
+Event = TextEvent | FinishEvent | PromptLogprobsEvent | ErrorEvent
 
 EventCallback = Callable[[], None]
 """Called in the engine's thread when events are ready to be drained."""
@@ -113,9 +125,9 @@ class CompletionState:
             self.sampled_tokens += 1
             if self._has_logprobs:
                 self._add_token(output)
-            text = self.detokenizer.push(output.token, output.state_before)
+            text = self.detokenizer.add_token(output.token, output.state_before)
         if output.finish_reason is not None and self.detokenizer.outcome is None:
-            text += self.detokenizer.end(FINISH_REASONS.get(output.finish_reason, "eos"))
+            text += self.detokenizer.finish(FINISH_REASONS.get(output.finish_reason, "eos"))
         tokens = self._take_emitted_tokens() if self._has_logprobs else ()
         return TextEvent(self.index, text, tokens) if text or tokens else None
 
@@ -132,7 +144,7 @@ class CompletionState:
         emitted = []
         while self._unsent:
             begin, end, token = self._unsent[0]
-            if not (begin < outcome.place if outcome is not None else end <= self.detokenizer.place):
+            if not (begin < outcome.length if outcome is not None else end <= self.detokenizer.emitted_bytes):
                 break
             emitted.append(token)
             self._unsent.popleft()
@@ -176,7 +188,8 @@ class EventBuffer:
                 self._text_positions[key] = len(self._events)
             else:
                 self._is_urgent = True
-                self._started.discard(key)
+                if not isinstance(event, PromptLogprobsEvent):
+                    self._started.discard(key)
             self._events.append((request, event))
         if isinstance(event, ErrorEvent) and event.choice < 0:
             self.discard(request)

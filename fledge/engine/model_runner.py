@@ -1,8 +1,8 @@
-"""One call of the model for sequences of any lengths: those that read a prompt and those that write a token.
+"""Model calls for sequences of any lengths: prompts that are prefilled and tokens that are decoded, in one batch.
 
-On the native library the states are read where they lie and every sequence gets the bits it would get alone. Other
-models take the written tokens as one batch and the prompts one by one, so that nothing is padded; their sums depend on
-the size of a batch, so there a token may differ from the one drawn alone where two are equally probable up to rounding.
+The native library reads the states in place, and every sequence gets the bits that it would get alone. Other models
+decode all sequences as one batch and prefill prompts one by one, so nothing is padded. Their sums depend on the batch
+size, so a token may differ from the one sampled alone if two tokens are equally probable up to rounding.
 """
 
 from __future__ import annotations
@@ -18,20 +18,31 @@ from fledge.models.state_slice import StateSlice, gather_states
 
 
 def run_model(
-    model: nn.Module, pieces: Sequence[Sequence[int]], rows: Sequence[StateSlice]
+    model: nn.Module, ids: Sequence[Sequence[int]], states: Sequence[StateSlice]
 ) -> tuple[Tensor, list[StateSlice]]:
-    """Read each piece (at least one id) after its row: the scores then (B, V), float32 on the CPU, and the rows."""
+    """Read the ids of each sequence (at least one) after its state.
+
+    Returns the logits (B, V) after the last id of each, float32 on the CPU, and the states after them.
+    """
     if isinstance(model, NativeModel):
-        logits, state = model.read(pieces, rows)
-        return logits, [StateSlice(state, place) for place in range(len(rows))]
-    single = [place for place, piece in enumerate(pieces) if len(piece) == 1]
-    groups = [single] if single else []
-    groups += [[place] for place, piece in enumerate(pieces) if len(piece) > 1]
-    found: dict[int, tuple[Tensor, StateSlice]] = {}
+        logits, state = model.read(ids, states)
+        return logits, [StateSlice(state, index) for index in range(len(states))]
+    decoding = [index for index, each in enumerate(ids) if len(each) == 1]
+    groups = [decoding] if decoding else []
+    groups += [[index] for index, each in enumerate(ids) if len(each) > 1]
+    results: dict[int, tuple[Tensor, StateSlice]] = {}
     for group in groups:
-        idx = torch.tensor([list(pieces[place]) for place in group], dtype=torch.long, device=get_device(model))
+        idx = torch.tensor([list(ids[index]) for index in group], dtype=torch.long, device=get_device(model))
         with torch.no_grad():
-            scores, state = model(idx, gather_states([rows[place] for place in group]), last=True)
-        found |= {place: (scores[at, -1], StateSlice(state, at)) for at, place in enumerate(group)}
-    ordered = [found[place] for place in range(len(rows))]
-    return torch.stack([scores for scores, _ in ordered]).float().cpu(), [row for _, row in ordered]
+            scores, state = model(idx, gather_states([states[index] for index in group]), last=True)
+        results |= {index: (scores[row, -1], StateSlice(state, row)) for row, index in enumerate(group)}
+    ordered = [results[index] for index in range(len(states))]
+    return torch.stack([scores for scores, _ in ordered]).float().cpu(), [after for _, after in ordered]
+
+
+def run_with_all_logits(model: nn.Module, ids: Sequence[int], state: StateSlice) -> tuple[Tensor, StateSlice]:
+    """Read `ids` of one sequence: the logits (T, V) after each id, on the model's device, and the state after them."""
+    idx = torch.tensor([list(ids)], dtype=torch.long, device=get_device(model))  # (1, T)
+    with torch.no_grad():
+        logits, after = model(idx, state.alone())
+    return logits[0], StateSlice(after)

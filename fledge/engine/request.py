@@ -1,6 +1,7 @@
-"""What is asked of the engine and what it answers: token ids, states and reasons. No text.
+"""Requests to the engine and its outputs: token ids, states and finish reasons.
 
-A request reads its ids once; its continuations (`n`) then go on from the same state, each with its own random numbers.
+The prompt of a request is computed once. Its `n` completions continue from the same state, each with its own random
+numbers.
 """
 
 from __future__ import annotations
@@ -18,52 +19,64 @@ from fledge.models.state import State
 from fledge.models.state_slice import StateSlice
 
 EngineFinishReason = Literal["eos", "length", "complete", "read", "deadline", "failed"]
-"""Why nothing more comes: the end-of-text id, `max_tokens`, a constraint that is complete, all ids of a request without
-continuations, a deadline that has passed, or an error of this request alone."""
+"""Why a completion ended: the end-of-text id, `max_tokens`, a constraint that is complete, the end of the prompt of a
+request with `n=0`, a deadline that has passed, or an error of this completion."""
 
 
 class QueueFull(FledgeError):
-    """As many requests as may wait are waiting."""
+    """The engine has as many requests as it accepts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Ids to be read, and what is to be drawn after them."""
+    """Token ids to read, and how to continue them.
 
-    ids: tuple[int, ...]  # at least one; none where `start` is a Cursor
+    prompt_logprobs: also compute the log probability of every prompt token, and of this many most probable
+    alternatives (0: the token only). The first token of the prompt has one only if `start` is a ModelOutput. Such a
+    prompt is read in chunks of `PROMPT_LOGPROBS_CHUNK` tokens, one per engine step, and neither reads nor fills the
+    prefix cache. If the deadline passes, the chunks read so far have been output; the first chunk is always read.
+    """
+
+    ids: tuple[int, ...]  # at least one; if `start` is a ModelOutput, only together with `prompt_logprobs`
     params: SamplingParams = field(default_factory=SamplingParams)
-    start: State | ModelOutput | None = None  # what they follow; None: the model's own beginning
-    n: int = 1  # continuations; 0 reads only
-    priority: int = 0  # higher goes first: one step of it is worth `Scheduler.grace` seconds of waiting
+    start: State | ModelOutput | None = None  # what the ids follow; None: the model's initial state
+    n: int = 1  # completions; 0 only reads the prompt
+    priority: int = 0  # higher goes first; one step is worth `Scheduler.priority_seconds` of waiting time
     deadline: float | None = None  # on the engine's clock
-    cache_namespace: str | None = (
-        None  # of the state cache: texts of other spaces, or other starts, never meet; None: no cache
-    )
-    message_ends: tuple[int, ...] = ()  # places in `ids` at which others may begin to differ: ends of messages
+    cache_namespace: str | None = None  # of the prefix cache; must differ for different `start`; None: do not cache
+    message_ends: tuple[int, ...] = ()  # positions in `ids` where other prompts may diverge
     constraint: Constraint | None = None
-    logprobs: int | None = None  # how many of the most probable ids are told with every token; None: not even its own
+    logprobs: int | None = None  # alternatives to report with each sampled token; None: no log probabilities
+    prompt_logprobs: int | None = None  # as `logprobs`, for the prompt
 
 
 class TokenLogprob(NamedTuple):
-    """How probable the model found a token, before bans, penalties and cuts; and the most probable ones beside it."""
+    """The log probability of a token, before bans, penalties and truncation, and the most probable alternatives."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...]  # (id, log probability), falling
+    top: tuple[tuple[int, float], ...]  # (token id, log probability), highest first
+
+
+class PromptLogprobs(NamedTuple):
+    """Log probabilities of consecutive prompt tokens."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]  # one per id; None for a first token that follows no known logits
+    computed_tokens: int  # tokens of the prompt that the state has read so far
 
 
 class TokenOutput(NamedTuple):
-    """One event of one continuation: a token, an end, or both in one."""
+    """One output of one completion: a token, an end, both, or log probabilities of the prompt."""
 
     request_id: int
-    choice: int  # of the n; 0 where nothing is drawn
-    state_before: StateSlice  # the state that has not read `token`
+    choice: int  # index of the completion; 0 for a request that only reads
+    state_before: StateSlice  # the state before `token`
     token: int | None = None
     finish_reason: EngineFinishReason | None = None
-    seed: int = 0  # gives this continuation again
-    cached_tokens: int = 0  # tokens of the prompt that the cache spared
-    logprob: TokenLogprob | None = None
-    logits: Tensor | None = None  # (V,), with "read": of the token that would follow
+    seed: int = 0  # reproduces this completion
+    cached_tokens: int = 0  # tokens of the prompt that came from the prefix cache
+    logprob: TokenLogprob | None = None  # of `token`
+    logits: Tensor | None = None  # (V,), with "read": of the token after the prompt
     error: FledgeError | None = None  # with "failed"
-    prompt_incomplete: bool = (
-        False  # with "deadline": the prompt was not read to its end, and `before` knows a part of it
-    )
+    prompt_incomplete: bool = False  # with "deadline" or "failed": `state_before` has not read the whole prompt
+    prompt_logprobs: PromptLogprobs | None = None

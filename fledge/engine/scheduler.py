@@ -1,13 +1,13 @@
-"""Who takes part in the next call of the model, and with how many tokens.
+"""Scheduling: which requests take part in the next model call, and with how many tokens.
 
-A recurrent state can be put aside at no cost, so nothing is settled for longer than one call: the requests that come
-first take part, all others stand by, whether they have begun or not. First is who came first, with a lead of `grace`
-seconds for each step of priority; so a request waits for finitely many others, however many come after it.
+A recurrent state can be set aside at no cost, so every decision lasts for one call only: the requests with the lowest
+rank take part and all others wait, whether they have started or not. The rank is the arrival time, minus
+`priority_seconds` for each step of priority. A request therefore waits for a finite number of others, however many
+arrive later.
 
-Those who write get a token each. Those who read share a budget of tokens that keeps the call short for the writers:
-half of it in equal parts, the rest to the first in line. Prompts that come after a quiet time may be read in one long
-call: writers who halt once for a moment are disturbed less than by many calls that each take twice as long.
-Not here: states, models.
+Each sequence that decodes gets one token. Prompts share a token budget that keeps the call short for decoding
+sequences: half of it in equal parts, the rest to the first request in line. After a quiet period, prompts may be read
+in one long call, because one short pause disturbs decoding less than many calls that each take twice as long.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import NamedTuple
 from fledge.engine.sequence import RequestState, Sequence
 
 MIN_PREFILL_TOKENS = 16
-"""Tokens of prompts that a call may always hold: reading must come forward however long a call takes."""
+"""Prompt tokens that a call may always contain, so that prompts make progress however long a call takes."""
 
 
 class ScheduledTokens(NamedTuple):
-    """Some tokens of one sequence: of a prompt (no strand), or the last one written."""
+    """Tokens of one sequence in a model call: a part of the prompt (`sequence` is None), or the last sampled token."""
 
     request_state: RequestState
     sequence: Sequence | None
@@ -31,7 +31,7 @@ class ScheduledTokens(NamedTuple):
 
 
 class LatencyModel:
-    """How long a call takes, a + b tokens, learnt from the calls so far; the older, the less they count."""
+    """Predicts the duration of a model call as a + b * tokens, fitted to past calls with exponential decay."""
 
     DECAY = 0.98
 
@@ -39,7 +39,7 @@ class LatencyModel:
         self._n = self._x = self._xx = self._t = self._xt = 0.0  # weighted sums
 
     def update(self, tokens: int, seconds: float) -> None:
-        """One call more."""
+        """Add the measurement of one call."""
         for name, value in (
             ("_n", 1.0),
             ("_x", tokens),
@@ -50,22 +50,22 @@ class LatencyModel:
             setattr(self, name, self.DECAY * getattr(self, name) + value)
 
     def tokens_within(self, factor: float) -> float:
-        """The tokens of a call that takes `times` as long as one with a single token; 0 where that is unknown."""
-        fixed, each = self._line()
+        """The tokens of a call that takes `factor` times as long as a call with one token; 0 if unknown."""
+        fixed, each = self._fit()
         return (factor * (fixed + each) - fixed) / each if each else 0.0
 
     def predict_seconds(self, tokens: float) -> float:
-        """How long a call with so many tokens takes; 0 where that is unknown."""
-        fixed, each = self._line()
+        """The predicted duration of a call with this many tokens; 0 if unknown."""
+        fixed, each = self._fit()
         return fixed + each * tokens if each else 0.0
 
     @property
     def seconds_per_token(self) -> float:
-        """Seconds that a token adds; 0 where that is unknown."""
-        return self._line()[1]
+        """Seconds that one more token adds to a call; 0 if unknown."""
+        return self._fit()[1]
 
-    def _line(self) -> tuple[float, float]:
-        """a and b; zeros where they are unknown."""
+    def _fit(self) -> tuple[float, float]:
+        """The coefficients a and b, or zeros if they are unknown."""
         spread = self._n * self._xx - self._x**2
         if spread <= 1e-9 * self._n * self._xx:
             return 0.0, 0.0
@@ -74,93 +74,101 @@ class LatencyModel:
 
 
 class BurstBudget:
-    """Seconds by which calls may be longer than the ordinary, saved up while they are not."""
+    """A token bucket of seconds by which calls may exceed the ordinary duration; ordinary calls refill it."""
 
     def __init__(self, limit: float, refill_rate: float) -> None:
-        """limit: seconds; it begins full. saving: the share of the time of ordinary calls that is put in."""
+        """limit: seconds; the budget starts full. refill_rate: the share of the time of ordinary calls to add."""
         self._limit, self._refill_rate, self._seconds = limit, refill_rate, limit
 
     @property
     def available(self) -> float:
-        """What may be spent: nothing below a half, so that there are few long calls, not many that are a bit longer."""
+        """Seconds that may be spent: 0 below half of the limit, for few long calls, not many slightly longer ones."""
         return self._seconds if self._seconds >= self._limit / 2 else 0.0
 
     def refill(self) -> None:
-        """Up to the limit."""
+        """Fill the budget up to its limit."""
         self._seconds = self._limit
 
     def accrue(self, seconds: float) -> None:
-        """An ordinary call has taken so long."""
+        """Add a share of the duration of an ordinary call."""
         self._seconds = min(self._limit, self._seconds + self._refill_rate * seconds)
 
     def spend(self, seconds: float) -> None:
-        """A call is so much longer."""
+        """Subtract the seconds by which a call exceeds the ordinary duration."""
         self._seconds = max(0.0, self._seconds - seconds)
 
 
 @dataclass
 class Scheduler:
-    """The rules and their numbers."""
+    """The scheduling policy and its parameters."""
 
     slots: int = 64  # sequences in one call
-    prefill_chunk: int = 512  # tokens of prompts in one call while nobody writes
-    latency_factor: float = (
-        2.5  # how much longer a call may take, for the sake of readers, than one with a single token
-    )
-    burst_seconds: float = 0.2  # seconds that long calls may take beyond that, after a quiet time
-    refill_rate: float = 0.15  # share of the time of ordinary calls that is saved up for that
-    priority_seconds: float = 10.0  # seconds that one step of priority is worth
+    prefill_chunk: int = 512  # prompt tokens in one call while no sequence decodes
+    latency_factor: float = 2.5  # how much longer than a call with one token a call with prompts may take
+    burst_seconds: float = 0.2  # seconds by which calls may exceed that after a quiet period
+    refill_rate: float = 0.15  # share of the time of ordinary calls that refills `burst_seconds`
+    priority_seconds: float = 10.0  # waiting time that one step of priority is worth
 
     def __post_init__(self) -> None:
         self._budget = BurstBudget(self.burst_seconds, self.refill_rate)
 
     def compute_rank(self, arrived: float, priority: int) -> float:
-        """The place in the line; the lower goes first."""
+        """The position in line of a request; a lower rank goes first."""
         return arrived - self.priority_seconds * priority
 
     def select(self, request_states: abc.Sequence[RequestState]) -> list[RequestState]:
-        """Those that take part, first ones first. Who needs more slots than are free stands by; the next may try."""
-        free, found = self.slots, []
-        for task in sorted(request_states, key=lambda task: (task.rank, task.request_id)):
-            if task.num_sequences <= free:
-                found.append(task)
-                free -= task.num_sequences
-        return found
+        """The requests that take part in the next call, first in line first.
+
+        A request that needs more slots than are free waits, and the next one may take part.
+        """
+        free, selected = self.slots, []
+        for request_state in sorted(request_states, key=lambda each: (each.rank, each.request_id)):
+            if request_state.num_sequences <= free:
+                selected.append(request_state)
+                free -= request_state.num_sequences
+        return selected
+
+    def select_scoring(self, request_states: abc.Sequence[RequestState]) -> RequestState | None:
+        """The request whose next chunk of prompt log probabilities is computed: the one that has read least."""
+        scoring = [each for each in request_states if each.is_scoring]
+        return min(scoring, key=lambda each: (each.computed_tokens, each.rank, each.request_id), default=None)
 
     def schedule(self, request_states: abc.Sequence[RequestState], latency: LatencyModel) -> list[ScheduledTokens]:
-        """What the next call reads: the tokens written last, and as much of the prompts as there is time for.
+        """The tokens of the next call: all last sampled tokens, and as many prompt tokens as there is time for.
 
-        That time is spent by asking.
+        The call spends or refills the burst budget.
         """
-        written = [
-            ScheduledTokens(task, strand, (strand.last_token,)) for task in request_states for strand in task.sequences
+        decoding = [
+            ScheduledTokens(request_state, sequence, (sequence.last_token,))
+            for request_state in request_states
+            for sequence in request_state.sequences
         ]
-        readers = [task for task in request_states if task.is_prefilling]
-        if not written:
-            self._budget.refill()  # nobody is kept waiting
-            return self._split_budget(readers, self.prefill_chunk) if readers else []
-        if not readers:
-            self._budget.accrue(latency.predict_seconds(len(written)))
-            return written
+        prefilling = [each for each in request_states if each.is_prefilling]
+        if not decoding:
+            self._budget.refill()  # no sequence waits
+            return self._split_budget(prefilling, self.prefill_chunk) if prefilling else []
+        if not prefilling:
+            self._budget.accrue(latency.predict_seconds(len(decoding)))
+            return decoding
         each = latency.seconds_per_token
-        ordinary = max(MIN_PREFILL_TOKENS, int(latency.tokens_within(self.latency_factor)) - len(written))
+        ordinary = max(MIN_PREFILL_TOKENS, int(latency.tokens_within(self.latency_factor)) - len(decoding))
         extra = int(self._budget.available / each) if each else 0
-        read = self._split_budget(readers, min(self.prefill_chunk, ordinary + extra))
-        count = sum(len(piece.ids) for piece in read)
+        prompts = self._split_budget(prefilling, min(self.prefill_chunk, ordinary + extra))
+        count = sum(len(tokens.ids) for tokens in prompts)
         if count > ordinary:
             self._budget.spend((count - ordinary) * each)
         else:
-            self._budget.accrue(latency.predict_seconds(len(written) + count))
-        return written + read
+            self._budget.accrue(latency.predict_seconds(len(decoding) + count))
+        return decoding + prompts
 
-    def _split_budget(self, readers: abc.Sequence[RequestState], budget: int) -> list[ScheduledTokens]:
-        """The budget divided: everybody a share of one half, the rest to the first in line."""
-        share = max(1, budget // (2 * len(readers)))
-        wanted = [len(task.next_prompt_ids(share)) for task in readers]
-        rest = budget - sum(wanted)
-        found = []
-        for task, least in zip(readers, wanted, strict=True):
-            ids = task.next_prompt_ids(least + max(rest, 0))
-            rest -= len(ids) - least
-            found.append(ScheduledTokens(task, None, ids))
-        return found
+    def _split_budget(self, prefilling: abc.Sequence[RequestState], budget: int) -> list[ScheduledTokens]:
+        """Divide a token budget: one half in equal parts, the rest to the first requests in line."""
+        share = max(1, budget // (2 * len(prefilling)))
+        shares = [len(request_state.next_prompt_ids(share)) for request_state in prefilling]
+        rest = budget - sum(shares)
+        scheduled = []
+        for request_state, count in zip(prefilling, shares, strict=True):
+            ids = request_state.next_prompt_ids(count + max(rest, 0))
+            rest -= len(ids) - count
+            scheduled.append(ScheduledTokens(request_state, None, ids))
+        return scheduled

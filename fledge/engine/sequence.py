@@ -1,7 +1,4 @@
-"""A request on its way through the engine: what of it has been read, and the continuations being written.
-
-And what both lead to: the tokens that are due, drawn for all continuations at once.
-"""
+"""The state of a request in the engine: how much of its prompt is computed, and the completions being sampled."""
 
 from __future__ import annotations
 
@@ -20,78 +17,84 @@ from fledge.models.state_slice import StateSlice
 
 @dataclass(eq=False)
 class Sequence:
-    """One continuation. `token` has been drawn and not read yet."""
+    """One completion of a request."""
 
-    choice: int
-    state_slice: StateSlice
+    choice: int  # index of the completion in its request
+    state_slice: StateSlice  # the state before `last_token`
     sampler: Sampler
-    remaining_tokens: int  # tokens that may still be drawn
+    remaining_tokens: int  # how many more tokens may be sampled
     constraint: Constraint | None
-    last_token: int
+    last_token: int  # sampled, not yet read by the model
 
 
 @dataclass(eq=False)
 class RequestState:
-    """A request, its place in the line, and how far it is."""
+    """A request in the engine."""
 
     request_id: int
     request: Request
-    rank: float  # the lower goes first
-    state_slice: StateSlice  # of the ids read so far
-    computed_tokens: int = 0  # how many of the ids have been read
-    cached_tokens: int = 0  # and how many of these were known
+    rank: float  # requests with a lower rank go first
+    state_slice: StateSlice  # the state after `computed_tokens` tokens of the prompt
+    last_logits: Tensor | None = None  # (V,) of the token after `state_slice`, if known before the prompt is prefilled
+    computed_tokens: int = 0  # tokens of the prompt that `state_slice` has read
+    cached_tokens: int = 0  # the part of them that came from the prefix cache
     is_started: bool = False
-    snapshot_positions: deque[int] = field(default_factory=deque)  # places where a snapshot is due
+    snapshot_positions: deque[int] = field(default_factory=deque)  # prompt lengths at which to store a snapshot
     sequences: list[Sequence] = field(default_factory=list)
 
     @property
     def num_sequences(self) -> int:
-        """The sequences it takes in a batch."""
+        """Places that this request takes in a batch."""
         return len(self.sequences) if self.sequences else max(self.request.n, 1)
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether ids are left to be read."""
+        """Whether the prompt is still being read."""
         return not self.sequences
 
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log probabilities of prompt tokens are still to be computed."""
+        return self.request.prompt_logprobs is not None and self.computed_tokens < len(self.request.ids)
+
     def next_prompt_ids(self, max_tokens: int) -> tuple[int, ...]:
-        """The ids to be read next: up to `most`, and not beyond a place where a snapshot is due."""
+        """The prompt ids to read next: at most `max_tokens`, and not past the next snapshot position."""
         end = min(self.computed_tokens + max_tokens, len(self.request.ids))
-        return self.request.ids[
-            self.computed_tokens : min(end, self.snapshot_positions[0]) if self.snapshot_positions else end
-        ]
+        if self.snapshot_positions:
+            end = min(end, self.snapshot_positions[0])
+        return self.request.ids[self.computed_tokens : end]
 
     def detach_state(self) -> None:
-        """Let go of the batch that its states lie in, as it may be a while until it goes on."""
+        """Copy the states out of their batches, so that a waiting request does not keep whole batches in memory."""
         self.state_slice = StateSlice(self.state_slice.alone())
-        for strand in self.sequences:
-            strand.state_slice = StateSlice(strand.state_slice.alone())
+        for sequence in self.sequences:
+            sequence.state_slice = StateSlice(sequence.state_slice.alone())
 
 
 class PendingSample(NamedTuple):
-    """A continuation that is to get its next token, and the scores (V,) from which it is drawn."""
+    """A sequence whose next token is to be sampled."""
 
     request_state: RequestState
     sequence: Sequence
-    logits: Tensor
+    logits: Tensor  # (V,)
 
 
 def sample_next_tokens(pending: abc.Sequence[PendingSample]) -> list[int | FledgeError]:
-    """For each a token that its constraint has accepted, or the error in its way."""
-    found: dict[int, int | FledgeError] = {}
+    """Sample the next token of each sequence and advance its constraint. Returns the token or the error of each."""
+    results: dict[int, int | FledgeError] = {}
     masks: dict[int, Mask | None] = {}
-    for place, (_, strand, _) in enumerate(pending):
+    for index, (_, sequence, _) in enumerate(pending):
         try:
-            masks[place] = None if strand.constraint is None else strand.constraint.token_mask()
+            masks[index] = None if sequence.constraint is None else sequence.constraint.token_mask()
         except FledgeError as error:
-            found[place] = error
-    samplers, scores = [pending[place].sequence.sampler for place in masks], [pending[place].logits for place in masks]
-    for place, token in zip(masks, sample_batch(samplers, scores, list(masks.values())), strict=True):
-        found[place] = _accepted(pending[place].sequence.constraint, token)
-    return [found[place] for place in range(len(pending))]
+            results[index] = error
+    samplers, logits = [pending[index].sequence.sampler for index in masks], [pending[index].logits for index in masks]
+    for index, token in zip(masks, sample_batch(samplers, logits, list(masks.values())), strict=True):
+        results[index] = _accept(pending[index].sequence.constraint, token)
+    return [results[index] for index in range(len(pending))]
 
 
-def _accepted(constraint: Constraint | None, token: int | FledgeError) -> int | FledgeError:
+def _accept(constraint: Constraint | None, token: int | FledgeError) -> int | FledgeError:
     try:
         if constraint is not None and not isinstance(token, FledgeError):
             constraint.accept(token)

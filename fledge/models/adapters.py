@@ -122,7 +122,7 @@ def shared_copy(model: BaseModel) -> BaseModel:
 
 
 def stacked(adapters: Sequence[Mapping[str, LoraFactors]]) -> dict[str, LoraFactors]:
-    """Several adapters as one that does what all of them do together: B1 A1 + B2 A2 = [B1 B2] [A1; A2]."""
+    """Several adapters as one: B1 A1 + B2 A2 = [B1 B2] times A1 stacked on A2."""
     together: dict[str, list[LoraFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.items():

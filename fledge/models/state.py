@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.core.errors import StateError
@@ -102,11 +102,20 @@ class State:
         """The same states with tensors that differ in nothing but the batch axis."""
         return states
 
+    def encode(self, metadata: Mapping[str, str] | None = None, tensors: Mapping[str, Tensor] | None = None) -> bytes:
+        """The content of a safetensors file with this state.
+
+        metadata, tensors: entries to add to those of the state. All files with states are made here.
+        """
+        combined = {**self.tensors(), **(tensors or {})}
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in combined.items()}
+        return safetensors.numpy.save(arrays, metadata={KIND: type(self).__name__, **(metadata or {})})
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write this state as safetensors, whole or not at all. To which model it belongs is the caller's to record."""
+        """Write this state to a safetensors file atomically. The file does not record which model the state belongs
+        to."""
         with atomic_path(path) as temporary:
-            tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
-            save_file(tensors, temporary, metadata={KIND: type(self).__name__})
+            temporary.write_bytes(self.encode())
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str = "cpu") -> State:

@@ -232,7 +232,7 @@ class Generation:
         else:
             handle = options.state
         if handle is None:
-            return self.service.llm.start, ""
+            return self.service.llm.initial_state, ""
         state, self._card = await self.service.known_state(self.tenant, handle)
         return state, handle if handle.startswith("st_") else None
 

@@ -18,7 +18,7 @@ from fledge.engine.structured.grammar import (
 )
 from fledge.server.errors import ApiError, api_error
 from fledge.server.schema import ChatMessage, ChatRequest, GenerationRequest, ResponseFormat
-from fledge.tokenizer import ChatTemplate, Tokenizer, pieces, template_named
+from fledge.tokenizer import ChatTemplate, Tokenizer, render_segments, template_named
 
 NO_TOOLS = "none"
 
@@ -67,7 +67,7 @@ def turns(
 def prompt(turns: list[tuple[str, str]], template: ChatTemplate, tokenizer: Tokenizer) -> ChatPrompt:
     """The ids of a conversation, up to where the model answers."""
     ids, marks = list[int](), list[int]()
-    for piece in pieces(turns, template):
+    for piece in render_segments(turns, template):
         ids += tokenizer.encode(piece)
         marks.append(len(ids))
     return ChatPrompt(tuple(ids), tuple(marks))

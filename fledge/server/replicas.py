@@ -21,7 +21,6 @@ from fledge.checkpoint import read_adapters
 from fledge.core.errors import FledgeError, UsageError
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
-from fledge.engine.states.state_file import identity_of
 from fledge.server.app import create_app
 from fledge.server.service import Service, read_secret
 from fledge.server.settings import ServerSettings
@@ -30,7 +29,7 @@ from fledge.server.settings import ServerSettings
 def build(arguments: dict[str, Any], settings: ServerSettings, host: str) -> FastAPI:
     """The app of one copy, made where the copy runs."""
     llm = _loaded(**arguments)
-    return create_app(Service(llm, settings, identity_of(llm)), host)
+    return create_app(Service(llm, settings, llm.identity), host)
 
 
 def _loaded(adapter: Sequence[str] = (), alpha: float | None = None, any_base: bool = False, **more: Any) -> LLM:

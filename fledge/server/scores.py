@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import torch
 
-from fledge.engine.engine import compute_logprob
+from fledge.engine.engine import compute_logprobs
 from fledge.engine.events import TextToken
 from fledge.engine.generation import ModelOutput, get_device
 from fledge.engine.llm.scoring import CHUNK
@@ -52,6 +52,6 @@ class PromptScoring:
         self.cursor = ModelOutput(scores[0, -1], self._state)
         after = self._ids[begin + 1 : begin + CHUNK + 1]
         return [
-            TextToken(token, compute_logprob(scores[0, place].cpu(), token, self._top))
+            TextToken(token, compute_logprobs(scores[0, place].cpu()[None], [token], self._top)[0])
             for place, token in enumerate(after)
         ]

@@ -30,10 +30,10 @@ from fledge.engine.prefix_cache.cache import PrefixCache
 from fledge.engine.prefix_cache.disk_cache import DiskCache
 from fledge.engine.request import QueueFull
 from fledge.engine.scheduler import Scheduler
-from fledge.engine.states.eviction import SHARE
-from fledge.engine.states.read_document import source_of
+from fledge.engine.states.eviction import OWNER_SHARE
+from fledge.engine.states.read_document import source_hash
 from fledge.engine.states.shared_store import SharedStateStore
-from fledge.engine.states.state_file import StateMetadata, dump, parse
+from fledge.engine.states.state_file import StateMetadata, decode_state, encode_state
 from fledge.engine.states.store import SessionConflict, StateStore
 from fledge.engine.structured.grammar import GrammarVocabulary
 from fledge.kernels.native_ops import instruction_set
@@ -93,7 +93,7 @@ class Service:
         folder = settings.folder
         self.disk = None
         if folder is not None and settings.cache_disk and settings.cache_memory:
-            began = source_of(llm, ())  # a tuned initial state is no part of the identity
+            began = source_hash(llm.read([]), ())  # a tuned initial state is no part of the identity
             self.disk = DiskCache(
                 folder / "cache", f"{identity} {_arithmetic(llm)} {began}", max_bytes=settings.cache_disk
             )
@@ -114,13 +114,13 @@ class Service:
         self._sessions = dict[tuple[str, str], str | None]()  # in use, and the state at which each stood
 
     def _states(self) -> StateStore | SharedStateStore | None:
-        settings, share = self.settings, SHARE if self.keys.several else 1.0
+        settings, share = self.settings, OWNER_SHARE if self.keys.several else 1.0
         if settings.shared is not None:
             return SharedStateStore(
-                settings.shared, self.identity, self.secret, limit_bytes=settings.shelf, share=share
+                settings.shared, self.identity, self.secret, limit_bytes=settings.shelf, owner_share=share
             )
         if settings.folder is not None:
-            return StateStore(settings.folder / "states", self.identity, limit_bytes=settings.shelf, share=share)
+            return StateStore(settings.folder / "states", self.identity, limit_bytes=settings.shelf, owner_share=share)
         return None
 
     @cached_property
@@ -131,7 +131,7 @@ class Service:
     @cached_property
     def beginning(self) -> State:
         """What texts begin from, where the model is."""
-        start = make_initial_state(self.llm.model) if self.llm.start is None else self.llm.start
+        start = make_initial_state(self.llm.model) if self.llm.initial_state is None else self.llm.initial_state
         return start.to(self.llm.device)
 
     @property
@@ -147,7 +147,7 @@ class Service:
 
     def card(self, tokens: int, template: str | None) -> StateMetadata:
         """What a state that has read so much is described by."""
-        return StateMetadata.of(self.llm, self.identity, tokens=tokens, template=template)
+        return StateMetadata.create(self.identity, self.llm.name, self.llm.config, tokens, template=template)
 
     @property
     def template(self) -> str:
@@ -217,7 +217,7 @@ class Service:
             if text.startswith("st_"):
                 state, card = self._taken(self.owner(tenant), self.opened(tenant, text, param), param)
             else:
-                state, card = parse(base64.b64decode(text, validate=True), self.secret)
+                state, card = decode_state(base64.b64decode(text, validate=True), self.secret)
             card.check(self.identity, self.llm.name)
             state.check(self.llm.config, 1)
         except ValueError:  # binascii's kind too
@@ -247,7 +247,7 @@ class Service:
 
     def packed(self, state: State, card: StateMetadata) -> str:
         """A state for the client to keep, signed."""
-        return base64.b64encode(dump(state, card, self.secret)).decode()
+        return base64.b64encode(encode_state(state, card, self.secret)).decode()
 
     def handle(self, tenant: Tenant, id: str) -> str:
         """The name of a kept state, signed for its owner."""
@@ -284,7 +284,7 @@ class Service:
             raise ApiError(409, f"session {name!r} is answering another request; wait for it", param="fledge.session")
         self._sessions[key] = None
         try:
-            id = self._sessions[key] = await asyncio.to_thread(self.shelf_for("fledge.session").head, *key)
+            id = self._sessions[key] = await asyncio.to_thread(self.shelf_for("fledge.session").current_state, *key)
             yield None if id is None else self.handle(tenant, id)
         finally:
             del self._sessions[key]
@@ -295,9 +295,11 @@ class Service:
         Raises ApiError 409 where another server has moved it since.
         """
         key, id = (self.owner(tenant), session), handle.partition(".")[0]
-        set_head = partial(self.shelf_for("fledge.session").set_head, *key, id, expected=self._sessions[key])
+        compare_and_set = partial(
+            self.shelf_for("fledge.session").compare_and_set, *key, id, expected=self._sessions[key]
+        )
         try:
-            await asyncio.to_thread(set_head)
+            await asyncio.to_thread(compare_and_set)
         except SessionConflict as error:
             message = f"{error}, perhaps by another server: this answer is no part of it; ask again"
             raise ApiError(409, message, param="fledge.session") from None

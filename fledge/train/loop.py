@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fledge.core.errors import ConfigError, TrainingError, UsageError
-from fledge.core.files import exclusive, write_json
+from fledge.core.files import write_json
 from fledge.core.interrupts import Interrupted, StopRequest, catch_signals
+from fledge.core.locks import try_lock_folder
 from fledge.data.batches import Batch, Batches
 from fledge.kernels import prepare_tracing
 from fledge.models import State
@@ -98,7 +99,7 @@ def train(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder) if team.leads else nullcontext(True) as alone:
+    with try_lock_folder(folder) if team.leads else nullcontext(True) as alone:
         if not alone:
             raise TrainingError(f"another run is going on in {folder}; choose another folder, or wait for its end")
         called = team.wrap(prepare(model, settings))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fledge
 from fledge.checkpoint import convert, detect, get_expected_shapes, inspect, load, load_model, merge_tuned_state, save
+from fledge.checkpoint.quantization.calibration import calibrate
 from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
-from fledge.engine.llm.calibration import calibrate
 from fledge.models import KvState, ModelConfig, Transformer, build, init_weights
 from fledge.models.native_model import why_not_native
 
@@ -76,7 +76,11 @@ def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -
         return merge_tuned_state(CONFIG, weights(), {}, "s.pth")
 
     for call, kind, message in (
-        (lambda: save(tmp_path / "m.pth", CONFIG, weights()), UsageError, "cannot hold the number of heads of a transformer"),
+        (
+            lambda: save(tmp_path / "m.pth", CONFIG, weights()),
+            UsageError,
+            "cannot hold the number of heads of a transformer",
+        ),
         (lambda: convert(file, tmp_path / "m.pth"), UnsupportedError, "only a .safetensors can hold, not a pth"),
         (lambda: convert(file, tmp_path / "m.gguf"), UnsupportedError, "only a .safetensors can hold, not a gguf"),
         (lambda: convert(file, tmp_path / "folder"), UnsupportedError, "only a .safetensors can hold, not a hf"),

@@ -109,4 +109,4 @@ def test_files_that_are_no_models(fledge: Any, tmp_path: Path, make: Callable[[P
 def test_a_vocabulary_that_no_tokenizer_fits(fledge: Any, tmp_path: Path) -> None:
     torch.save(_model(vocab_size=300), tmp_path / "model.pth")
     for arguments in (["generate", "Once"], ["chat"], ["tokenize", "Once"]):
-        fledge(*arguments, "--model", tmp_path / "model.pth").check_error(1, "300 token rows", "records no vocabulary")
+        fledge(*arguments, "--model", tmp_path / "model.pth").check_error(1, "300 token rows", "no stored vocabulary")

@@ -1,4 +1,4 @@
-"""Atomic writes, readable disk errors, secrets, hashes and the lock of a folder."""
+"""Atomic writes, readable disk errors, secrets and hashes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from racing import race
@@ -19,7 +16,6 @@ from racing import race
 from fledge.core.files import (
     atomic_path,
     describe_disk_error,
-    exclusive,
     get_asset_path,
     get_cache_folder,
     hash_file,
@@ -145,62 +141,3 @@ def test_json_is_written_and_read_back(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "r.json", {"a": [1, "é"]})
     assert json.loads((tmp_path / "new" / "r.json").read_text(encoding="utf-8")) == {"a": [1, "é"]}
     assert read_json(tmp_path / "new" / "r.json") == {"a": [1, "é"]}
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from fledge.core.files import exclusive
-with exclusive(Path(sys.argv[1])) as alone:
-    print(alone, flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_has_one_holder_at_a_time(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    with exclusive(tmp_path / "new") as first:
-        with exclusive(tmp_path / "new") as second:
-            assert first and not second
-        with exclusive(tmp_path / "new") as third:
-            assert not third, "the lock was lost with a block that did not have it"
-    with exclusive(tmp_path / "new") as alone:
-        assert alone
-
-
-def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "True\n"
-        with exclusive(tmp_path) as alone:
-            assert not alone
-        process.kill()
-        process.wait()
-        with exclusive(tmp_path) as alone:
-            assert alone
-
-
-def test_a_lock_of_a_folder_that_was_moved_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who opened the lock file before the move, and locks it after, is not alone: the next one makes a new file."""
-    fcntl = pytest.importorskip("fcntl")
-    folder, gone = tmp_path / "folder", tmp_path / "gone"
-    lock = fcntl.flock
-
-    def moved_first(*arguments: Any) -> None:
-        os.rename(folder, gone)
-        lock(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "flock", moved_first)
-        with exclusive(folder) as late:
-            assert not late
-    with exclusive(folder) as alone:
-        assert alone
-
-
-def test_without_locks_everyone_may_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows has no fcntl."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with exclusive(tmp_path) as first, exclusive(tmp_path) as second:
-        assert first and second

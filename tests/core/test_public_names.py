@@ -1,4 +1,4 @@
-"""`import fledge`: its names, its version, and that each name is there."""
+"""Public names of the package: every name can be imported, and the version is that of the project file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", fledge.__all__)
-def test_every_name_is_there(name: str) -> None:
+def test_every_public_name_exists(name: str) -> None:
     assert getattr(fledge, name) is not None
     assert name in dir(fledge)
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'fledge' has no attribute 'laod'"):
         _ = fledge.laod
 
 
-def test_the_version_is_that_of_the_project_file() -> None:
+def test_version_matches_project_file() -> None:
     found = re.search(r'^version = "(.+)"$', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert found is not None and found[1] == fledge.__version__

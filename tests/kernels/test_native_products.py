@@ -28,7 +28,7 @@ def packed_and_dense(format: str, rows: int, columns: int) -> tuple[PackedMatrix
     weight = torch.randn(rows, columns)
     if format in ("int8", "int4"):
         matrix, _ = quantize(weight, format)
-        return PackedMatrix.of(matrix), matrix.dequantize(torch.float64)
+        return PackedMatrix.from_quantized(matrix), matrix.dequantize(torch.float64)
     if format != "float32":
         weight = weight.half() if format == "float16 exact" else weight.bfloat16()
     return pack(weight, format), weight.double()
@@ -110,7 +110,9 @@ def test_inputs_of_any_size(format: str, scale: float) -> None:
 def test_the_readable_twin_is_the_same_function(format: str) -> None:
     matrix, _ = quantize(torch.randn(67, 45), format)
     x = torch.randn(5, 45)
-    torch.testing.assert_close(matmul(x, PackedMatrix.of(matrix)), quantized_linear(x, matrix), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        matmul(x, PackedMatrix.from_quantized(matrix)), quantized_linear(x, matrix), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_threads_change_nothing() -> None:

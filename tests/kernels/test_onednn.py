@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fledge.kernels import explain, pack, packed_linear, why_not
+from fledge.kernels import explain, pack, packed_linear, why_not_packable
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("rows", [(0,), (1,), (2,), (5, 3), (1, 257)], ids=str)
 @pytest.mark.parametrize("shape", [(96, 33), (7, 768), (513, 64)], ids=str)
 def test_packed_equals_linear(dtype: torch.dtype, rows: tuple[int, ...], shape: tuple[int, int]) -> None:
-    if reason := why_not(dtype):
+    if reason := why_not_packable(dtype):
         pytest.skip(reason)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(*rows, shape[1], generator=g).to(dtype)
@@ -29,7 +29,7 @@ def test_packed_equals_linear(dtype: torch.dtype, rows: tuple[int, ...], shape: 
 
 
 def test_a_transposed_weight_is_packed_as_it_reads() -> None:
-    if reason := why_not(torch.float32):
+    if reason := why_not_packable(torch.float32):
         pytest.skip(reason)
     weight = torch.randn(20, 30).T
     x = torch.randn(4, 20)
@@ -37,10 +37,10 @@ def test_a_transposed_weight_is_packed_as_it_reads() -> None:
 
 
 def test_other_dtypes_are_refused_with_a_reason() -> None:
-    assert "float16" in str(why_not(torch.float16))
+    assert "float16" in str(why_not_packable(torch.float16))
 
 
 def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fledge.kernels.dispatch.why_missing", lambda: "not built")
     choice = next(c for c in explain() if c.kernel == "linear" and "inference" in c.situation)
-    assert choice.backend == ("plain" if why_not(torch.float32) else "packed")
+    assert choice.backend == ("plain" if why_not_packable(torch.float32) else "packed")

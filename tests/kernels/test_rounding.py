@@ -77,7 +77,7 @@ def test_what_cannot_be_held_is_an_error(format: str, value: float) -> None:
     weight = torch.randn(70, 75)
     weight[69, 74] = value
     assert quantize_reference(weight, format) is None
-    with pytest.raises(CheckpointError, match=rf"a weight of \(70, 75\) has numbers that {format} cannot hold"):
+    with pytest.raises(CheckpointError, match=rf"a weight of \(70, 75\) has numbers that {format} cannot represent"):
         quantize(weight, format)
 
 

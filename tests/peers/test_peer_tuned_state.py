@@ -57,7 +57,7 @@ def test_the_package_gives_our_logits(tuned: Path, mode: str, way: str) -> None:
     answers = torch.load(tuned / f"{way}.results", weights_only=True)
     assert "error" not in answers, answers["error"]
     llm = fledge.load(tuned / "base.pth", device="cpu", adapter=tuned / "state.pth")
-    state, logits = llm.start, []
+    state, logits = llm.initial_state, []
     for piece in pieces_of(mode, VOCAB):
         with torch.no_grad():
             out, state = llm.model(torch.tensor([piece]), state)
@@ -68,9 +68,9 @@ def test_the_package_gives_our_logits(tuned: Path, mode: str, way: str) -> None:
 
 def test_a_state_that_is_not_turned_gives_other_logits(tuned: Path) -> None:
     llm = fledge.load(tuned / "base.pth", device="cpu", adapter=tuned / "state.pth")
-    assert llm.start is not None
+    assert llm.initial_state is not None
     theirs = torch.load(tuned / "beside.results", weights_only=True)["sequence"]["logits"][:9]
-    wrong = {**llm.start.tensors(), "wkv": llm.start.tensors()["wkv"].transpose(-1, -2).contiguous()}
+    wrong = {**llm.initial_state.tensors(), "wkv": llm.initial_state.tensors()["wkv"].transpose(-1, -2).contiguous()}
     with torch.no_grad():
-        out, _ = llm.model(torch.tensor([pieces_of("sequence", VOCAB)[0]]), type(llm.start)(**wrong))
+        out, _ = llm.model(torch.tensor([pieces_of("sequence", VOCAB)[0]]), type(llm.initial_state)(**wrong))
     assert (out[0] - theirs).abs().max() > 100 * TOLERANCE

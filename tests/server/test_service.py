@@ -21,7 +21,7 @@ from fledge.engine.generation import make_initial_state
 from fledge.engine.llm.llm import LLM
 from fledge.engine.prefix_cache.disk_store import Snapshot
 from fledge.engine.prefix_cache.radix_tree import pack_ids
-from fledge.engine.states.state_file import parse
+from fledge.engine.states.state_file import decode_state
 from fledge.engine.states.store import StateStore
 from fledge.models.state import State
 from fledge.server.service import Service, read_secret
@@ -40,7 +40,7 @@ def serviced(llm: LLM, **settings: Any) -> Iterator[Service]:
 
 def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = random_model()
-    with serviced(replace(llm, start=make_initial_state(llm.model)), folder=tmp_path) as made:
+    with serviced(replace(llm, initial_state=make_initial_state(llm.model)), folder=tmp_path) as made:
         tenant, state = made.keys.tenant(None), make_initial_state(llm.model)
         handle = asyncio.run(made.kept(tenant, state, made.card(3, None)))
         inline = made.packed(state, made.card(3, None))
@@ -54,11 +54,11 @@ def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> No
     llm, path = random_model(), pack_ids(range(40))
     plain = make_initial_state(llm.model)
     tuned = type(plain)(**{name: tensor + 1 for name, tensor in plain.tensors().items()})
-    with serviced(replace(llm, start=tuned), folder=tmp_path) as made:
+    with serviced(replace(llm, initial_state=tuned), folder=tmp_path) as made:
         assert made.disk is not None
         made.disk.put("\0", path, Snapshot(tuned, None))
     for start, known in ((None, False), (plain, False), (tuned, True)):
-        with serviced(replace(llm, start=start), folder=tmp_path) as made:
+        with serviced(replace(llm, initial_state=start), folder=tmp_path) as made:
             assert made.disk is not None and (made.disk.find_longest("\0", path + path, 1) is not None) == known
 
 
@@ -89,7 +89,7 @@ def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.M
         tenant, state, card = made.keys.tenant(None), made.beginning, made.card(3, None)
         handle, inline = asyncio.run(made.kept(tenant, state, card)), made.packed(state, card)
         monkeypatch.setattr(StateStore, "describe", noted(StateStore.describe))
-        monkeypatch.setattr("fledge.server.service.parse", noted(parse))
+        monkeypatch.setattr("fledge.server.service.decode_state", noted(decode_state))
         for text in (handle, inline):
             found, _ = asyncio.run(made.known_state(tenant, text))
             assert isinstance(found, State)

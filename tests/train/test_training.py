@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fledge.core.errors import CheckpointError, ConfigError, TrainingError, UsageError
-from fledge.core.files import exclusive
 from fledge.core.interrupts import Interrupted
+from fledge.core.locks import try_lock_folder
 from fledge.data.batches import Batch
 from fledge.data.windows import Windows
 from fledge.models import BaseModel, ModelConfig, build, init_weights
@@ -155,7 +155,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path: Path, at: in
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    with exclusive(tmp_path) as alone:
+    with try_lock_folder(tmp_path) as alone:
         assert alone
         with pytest.raises(TrainingError, match="another run is going on in"):
             run(tmp_path, 5)

@@ -84,7 +84,7 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize the checkpoint `source` and write it atomically as the .safetensors `target`.
 
-    importance: from `fledge.engine.llm.calibration`; None gives every input the same weight.
+    importance: from `fledge.checkpoint.quantization.calibration`; None gives every input the same weight.
     Raises CheckpointError if the source is quantized already or the target exists (unless `force`), UsageError for an
     unknown scheme or another suffix.
     """

@@ -7,7 +7,7 @@ Rounding changes a weight W by D. To second order, and for independent errors, t
 
 `inputs` is the mean square of the activations that a column multiplies. `outputs` is the mean square of the gradient of
 log p at the output of a row, where p is the probability of a token sampled from the model. Calibration
-(fledge.engine.llm.calibration) measures both on a text. Without a text, a table of measurements on small trained models
+(calibration.py) measures both on a text. Without a text, a table of measurements on small trained models
 is used.
 """
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from fledge.cli.options import ModelOptions, read_adapters, spread
-from fledge.cli.terminal import remark
+from fledge.cli.terminal import print_terminal_note
 from fledge.core.errors import FledgeError, UsageError
 from fledge.server.settings import MB, ServerSettings
 
@@ -104,9 +104,9 @@ def serve(model: ModelOptions, place: ListenOptions, limits: ServerLimits) -> No
         if not ORIGIN.fullmatch(origin):
             raise UsageError(f"--origin {origin}: give scheme, name and port only, as https://chat.example:8443")
     if place.secret is not None and not place.secret.exists():
-        remark(f"--secret: {place.secret} is not there; a new one is made")
+        print_terminal_note(f"--secret: {place.secret} is not there; a new one is made")
     if not is_local(place.host) and place.keys is None:
-        remark(f"anybody who reaches {place.host} can use this server: it has no --keys")
+        print_terminal_note(f"anybody who reaches {place.host} can use this server: it has no --keys")
     settings = ServerSettings(
         name=limits.name,
         folder=place.folder,
@@ -131,12 +131,11 @@ def serve(model: ModelOptions, place: ListenOptions, limits: ServerLimits) -> No
 def _run(model: ModelOptions, settings: ServerSettings, place: ListenOptions) -> None:
     import uvicorn
 
-    from fledge.engine.states.state_file import identity_of
     from fledge.server.app import create_app
     from fledge.server.service import Service
 
     llm = model.load()
-    service = Service(llm, settings, identity_of(llm))
+    service = Service(llm, settings, llm.identity)
     config = uvicorn.Config(
         create_app(service, place.host),
         log_level="warning",
@@ -166,7 +165,7 @@ def _stoppable(config: Any, service: Any) -> Any:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             if count := len(self.server_state.tasks):
                 drain, requests = service.settings.drain, "1 request" if count == 1 else f"{count} requests"
-                remark(f"finishing {requests}, for up to {drain:g} s; Ctrl-C again breaks off")
+                print_terminal_note(f"finishing {requests}, for up to {drain:g} s; Ctrl-C again breaks off")
                 asyncio.get_running_loop().call_later(drain, service.desk.wind_up)
             await super().shutdown(sockets)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.options import spread
-from fledge.cli.terminal import SlowBar, note, visible
+from fledge.cli.terminal import SlowBar, escape_controls, print_note
 from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -112,13 +112,13 @@ def _run(base: str, data: Path, options: RunOptions, settings: TuneSettings) -> 
         raise UsageError("give the folder of the run, --to FOLDER, or --dry-run to see what it would do")
     from fledge import checkpoint
     from fledge.cli.views.tuning import show_examples, show_line, show_plan, show_result
-    from fledge.engine.llm.loading import locate, tokenizer_of
+    from fledge.engine.llm.loading import locate_checkpoint
     from fledge.train.tuning.run import prepare
 
     with SlowBar("reading base and examples"):
-        found = checkpoint.read(locate(base))
+        found = checkpoint.read(locate_checkpoint(base))
         settings = replace(settings, template=options.template or found.template or settings.template)
-        tokenizer = tokenizer_of(found.tokenizer_spec, found.config.vocab_size, str(found.path))
+        tokenizer = checkpoint.load_tokenizer(found.tokenizer_spec, found.config.vocab_size, str(found.path))
         validate, device, dtype = options.validate, options.device, options.dtype
         run = prepare(found, tokenizer, data, settings, validate=validate, device=device, dtype=dtype)
     if options.to is None or options.dry_run:
@@ -146,16 +146,18 @@ def merge(
     with SlowBar("merging"):
         from fledge import checkpoint
         from fledge.cli.options import read_adapters
-        from fledge.engine.llm.loading import locate
+        from fledge.engine.llm.loading import locate_checkpoint
 
-        done = checkpoint.merge_to_file(locate(base), read_adapters(adapters, alpha, any_base), to, force=force)
-    print(visible(f"{done.target}: {done.nbytes:,} bytes"))
+        done = checkpoint.merge_to_file(
+            locate_checkpoint(base), read_adapters(adapters, alpha, any_base), to, force=force
+        )
+    print(escape_controls(f"{done.target}: {done.nbytes:,} bytes"))
     print(
         f"verified: the adapter moves logits by up to {done.effect:.2g} of their spread, merging changed that by "
         f"{done.difference:.2g}"
     )
     for sentence in done.notes:
-        note(f"note: {sentence}")
+        print_note(f"note: {sentence}")
 
 
 @app.command()
@@ -171,11 +173,11 @@ def convert(
     """Write an adapter in the other form: .pth for RWKV-PEFT and rwkv, .safetensors with everything recorded."""
     from fledge import checkpoint
     from fledge.cli.options import read_adapters
-    from fledge.engine.llm.loading import locate
+    from fledge.engine.llm.loading import locate_checkpoint
 
     (adapter,) = read_adapters([source], alpha, any_base=False)
-    found = None if base is None else checkpoint.read(locate(base))
+    found = None if base is None else checkpoint.read(locate_checkpoint(base))
     notes = checkpoint.convert_adapter(adapter, target, base=found, force=force)
-    print(visible(f"{target}: {adapter.kind}, {target.stat().st_size:,} bytes"))
+    print(escape_controls(f"{target}: {adapter.kind}, {target.stat().st_size:,} bytes"))
     for sentence in notes:
-        note(f"note: {sentence}")
+        print_note(f"note: {sentence}")

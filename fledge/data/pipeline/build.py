@@ -27,7 +27,8 @@ from typing import Any
 
 from fledge.core.device import count_usable_cores
 from fledge.core.errors import DataError, UsageError
-from fledge.core.files import LOCK, describe_disk_error, exclusive, read_json
+from fledge.core.files import describe_disk_error, read_json
+from fledge.core.locks import LOCK_NAME, try_lock_folder
 from fledge.data.binidx import files_of
 from fledge.data.pipeline import store_assembly
 from fledge.data.pipeline.clean import steps
@@ -108,7 +109,7 @@ def _locked(to: Path, fingerprint: str) -> Iterator[bool | None]:
     """Whether this build alone works in `to`; None: the store is finished, and its disk takes no lock."""
     with ExitStack() as stack:
         try:
-            alone: bool | None = stack.enter_context(exclusive(to / WORK))
+            alone: bool | None = stack.enter_context(try_lock_folder(to / WORK))
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
@@ -249,7 +250,7 @@ def _check_folder(to: Path, fingerprint: str, options: BuildOptions) -> None:
     if to.exists() and not to.is_dir():
         raise UsageError(f"{to} is a file; name a folder for the store")
     work = to / WORK
-    ours = (work / LOCK).is_file()
+    ours = (work / LOCK_NAME).is_file()
     if work.exists() and not ours and not (work.is_dir() and not any(work.iterdir())):
         raise UsageError(f"{work} was not made by a build; rename it, or choose another folder for the store")
     if options.force or not to.is_dir():

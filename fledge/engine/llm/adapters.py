@@ -1,70 +1,54 @@
-"""Adapters on a model that is loaded: LoRAs around its weights, a tuned state as what its texts begin from.
-
-Here: what `fledge.load(adapter=...)` and `llm.adapted(...)` have in common. Not here: files, and the mathematics.
-"""
+"""Adapters for a loaded model: reading them, applying them without merging, and hashing what they change."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+from torch import nn
 
 from fledge import checkpoint
 from fledge.core.errors import UsageError
 from fledge.models import BaseModel
-from fledge.models.adapters import adapted, start_state
+from fledge.models.adapters import adapted
 
-if TYPE_CHECKING:
-    from fledge.engine.llm.llm import LLM
+AdapterSource: TypeAlias = "checkpoint.Adapter | str | os.PathLike[str]"
+"""An adapter file, or an adapter in memory (`fledge.checkpoint.read_adapter`)."""
 
-One: TypeAlias = "checkpoint.Adapter | str | os.PathLike[str]"
-Adapters: TypeAlias = "One | Sequence[One]"
-"""A file, an adapter in memory (`fledge.checkpoint.read_adapter`), or several that are used together."""
-
-
-def adapter_list(given: Adapters) -> tuple[checkpoint.Adapter, ...]:
-    """The adapters, read from their files."""
-    several = [given] if isinstance(given, checkpoint.Adapter | str | os.PathLike) else given
-    return tuple(one if isinstance(one, checkpoint.Adapter) else checkpoint.read_adapter(one) for one in several)
+AdapterSources: TypeAlias = "AdapterSource | Sequence[AdapterSource]"
+"""One adapter, or several that are used together."""
 
 
-def check_fit(adapters: tuple[checkpoint.Adapter, ...], llm: LLM) -> None:
-    """Raise CheckpointError unless the adapters belong to the weights of `llm`: its file's, or those in memory."""
-    checkpoint.check_base(adapters, weights_of(llm))
+def read_adapters(sources: AdapterSources) -> tuple[checkpoint.Adapter, ...]:
+    """The adapters, read from their files where needed. Raises CheckpointError for a file that is not an adapter."""
+    several = [sources] if isinstance(sources, checkpoint.Adapter | str | os.PathLike) else sources
+    return tuple(
+        source if isinstance(source, checkpoint.Adapter) else checkpoint.read_adapter(source) for source in several
+    )
 
 
-def weights_of(llm: LLM) -> checkpoint.Checkpoint:
-    """What `llm` was made from: its file, or the weights in memory, of which a native or adapted model lacks some."""
-    if llm.source:
-        return checkpoint.read(llm.source)
-    return checkpoint.Checkpoint(Path(llm.name), "", llm.config, llm.model.state_dict(), ())
+def adapt_model(model: nn.Module, changes: checkpoint.CombinedAdapter, name: str) -> nn.Module:
+    """A model with these changes that shares the weights of `model`; `model` itself if no weight changes.
 
-
-def with_changes(llm: LLM, changes: checkpoint.CombinedAdapter) -> LLM:
-    """`llm` with these changes, on the same weights. Raises UsageError where its model cannot have them unmerged."""
-    if changes.template:
-        llm = replace(llm, template=changes.template)
-    if changes.state:
-        llm = replace(llm, start=start_state(llm.config, changes.state))
+    Raises UsageError for a native model, which cannot apply unmerged adapters. `name` is the model's name in the error.
+    """
     if not (changes.factors or changes.full_parameters):
-        return llm
-    llm = replace(llm, altered=fingerprint(changes, llm.altered))
-    if not isinstance(llm.model, BaseModel):
+        return model
+    if not isinstance(model, BaseModel):
         raise UsageError(
-            f"{llm.name} runs natively, where a LoRA can only be merged while loading: load it with adapter=..., or "
+            f"{name} uses the native library, which can apply a LoRA only while loading: load it with adapter=..., or "
             "with pack=False to switch between adapters on the same weights"
         )
-    return replace(llm, model=adapted(llm.model, changes.factors, changes.full_parameters).eval())
+    return adapted(model, changes.factors, changes.full_parameters).eval()
 
 
-def fingerprint(changes: checkpoint.CombinedAdapter, before: str = "") -> str:
-    """A hash of how the weights change, after what changed them before; nothing where they do not."""
+def hash_changes(changes: checkpoint.CombinedAdapter, previous: str = "") -> str:
+    """SHA-256 of the changes to the weights, applied after those of `previous`; `previous` if no weight changes."""
     if not (changes.factors or changes.full_parameters):
-        return before
-    digest = hashlib.sha256(before.encode())
+        return previous
+    digest = hashlib.sha256(previous.encode())
     tensors = dict(changes.full_parameters)
     for name, factors in changes.factors.items():
         tensors |= {f"{name} down": factors.down * factors.scale, f"{name} up": factors.up}

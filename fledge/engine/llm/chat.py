@@ -1,8 +1,9 @@
-"""A conversation as a tree of turns, each with the state after it, so that undo, retry and branch read nothing again.
+"""Chats: a conversation as a tree of turns, each with the state after it.
 
-What the model reads is defined token by token. The system text is one piece, each question another (the template's
-`open_turn`, up to where the answer begins), then come the ids of the answer, then the template's `close_turn`. Each
-piece is encoded on its own; `Chat.ids` is all of them, and the state is that of reading exactly these ids.
+Undo, retry and branch never read a token again. The ids that a chat reads are exactly defined: those of the system
+text, then for each turn those of the question (the template's `open_turn`, up to the start of the answer), those of the
+answer, and those of the template's `close_turn`. Each part is encoded separately. `Chat.ids` has all of them, and
+`Chat.state` is the state after exactly these ids.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ from fledge.models.state import State
 from fledge.tokenizer import Tokenizer, template_named
 
 CHAT_PARAMS = SamplingParams(top_p=0.3, presence_penalty=0.5, frequency_penalty=0.5, max_tokens=1024)
-"""The settings of the official chat demo for World models; they keep a small model on its subject."""
+"""The settings of the official chat demo for World models. They keep a small model on topic."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChatTurn:
-    """A question and its answer. Turns are never changed; they point to the turn before, so branches share them.
+    """A question and its answer. Turns never change. Each refers to the previous one, so branches share turns.
 
-    Each keeps two states (see `begin` and `state`): a conversation costs memory by its turns, not by their length.
+    Each turn keeps two states (`prompt_output` and `state`): memory grows with the number of turns, not their length.
     """
 
     parent: ChatTurn | None = field(repr=False)
     user: str
-    answer: str  # as the model wrote it, commonly with a space in front
+    answer: str  # as generated, usually with a leading space
     question_ids: tuple[int, ...] = field(repr=False)
-    ids: tuple[int, ...] = field(repr=False)  # all that was read in this turn: question, answer, separator
-    begin: ModelOutput = field(repr=False)  # where the answer begins
+    ids: tuple[int, ...] = field(repr=False)  # all ids of the turn: question, answer, separator
+    prompt_output: ModelOutput = field(repr=False)  # logits and state before the answer
     state: State = field(repr=False)  # after `ids`
     completion: Completion = field(repr=False)
 
 
 class Chat:
-    """One conversation. It changes as it goes on, so one thread at a time uses it; its states are values like any.
+    """One conversation. It changes with every turn and must be used by one thread at a time; its states are values.
 
-    An answer that is not taken to its end (an interrupt, a `break`) is closed when the chat goes on, and stays as far
-    as it was shown. A question whose reading was interrupted was never asked.
+    An answer that was not finished (after an interrupt or a `break`) is closed when the chat continues, and keeps the
+    text emitted so far. If reading a question was interrupted, the question is not part of the chat.
     """
 
     def __init__(
@@ -58,7 +59,10 @@ class Chat:
         template: str = "world",
         params: SamplingParams | None = None,
     ) -> None:
-        """Begin after `start`. Raises UsageError for an unknown template, or a system text where it has none."""
+        """A conversation after the state `start`.
+
+        Raises UsageError for an unknown template, or for a system text if the template has none.
+        """
         self.template = template_named(template)
         self.system = system
         self.params = self._with_stops(params or CHAT_PARAMS)
@@ -66,22 +70,22 @@ class Chat:
         opening = self.template.turn("system", system) + self.template.close_turn() if system else ""
         self._opening_ids = tuple(tokenizer.encode(opening))
         self._opening_state = advance_state(model, self._opening_ids, start)
-        self._heads: dict[str, ChatTurn | None] = {"main": None}
+        self._last_turns: dict[str, ChatTurn | None] = {"main": None}  # of each branch
         self._current = "main"
         self._running: Stream | None = None
 
     @property
     def turns(self) -> tuple[ChatTurn, ...]:
         """The finished turns of the current branch, oldest first."""
-        found, turn = [], self._heads[self._current]
+        turns, turn = list[ChatTurn](), self._last_turns[self._current]
         while turn is not None:
-            found.append(turn)
+            turns.append(turn)
             turn = turn.parent
-        return tuple(reversed(found))
+        return tuple(reversed(turns))
 
     @property
     def messages(self) -> list[tuple[str, str]]:
-        """The conversation as (role, text), as `fledge.tokenizer.render` takes it."""
+        """The conversation as (role, text) pairs, the input of `fledge.tokenizer.render`."""
         opening = [("system", self.system)] if self.system else []
         return opening + [
             message for turn in self.turns for message in (("user", turn.user), ("assistant", turn.answer.strip()))
@@ -89,24 +93,24 @@ class Chat:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Every token the state of the current branch has read since the chat began."""
+        """All ids that the state of the current branch has read since the chat began."""
         return self._opening_ids + tuple(token for turn in self.turns for token in turn.ids)
 
     @property
     def transcript(self) -> str:
-        """The text of `ids`: exactly what the model has before it."""
+        """The text of `ids`: exactly what the model has read."""
         return self._tokenizer.decode(self.ids)
 
     @property
     def state(self) -> State:
         """The state after the last finished turn."""
-        head = self._heads[self._current]
-        return self._opening_state if head is None else head.state
+        last = self._last_turns[self._current]
+        return self._opening_state if last is None else last.state
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The names of all branches, oldest first; the first is "main"."""
-        return tuple(self._heads)
+        """The names of all branches, oldest first. The first is "main"."""
+        return tuple(self._last_turns)
 
     @property
     def current(self) -> str:
@@ -114,60 +118,60 @@ class Chat:
         return self._current
 
     def say(self, text: str, **overrides: Any) -> Stream:
-        """Ask; the answer comes as a stream. overrides: fields of SamplingParams, for this answer only.
+        """Ask a question and return the answer as a stream. overrides: fields of SamplingParams, for this answer only.
 
-        Where `params` has a seed, each turn draws with its own, made of that seed and the number of turns before it
-        (`turn_seed`). A seed among the overrides is taken as it is.
+        If `params` has a seed, each turn uses its own seed, computed from that seed and the number of previous turns
+        (`turn_seed`). A seed among the overrides is used as it is. Raises UsageError for an empty question.
         """
         if not text.strip():
-            raise UsageError("there is no text to say")
-        self._settle()
+            raise UsageError("the message is empty; give some text")
+        self._close_running()
         question = tuple(self._tokenizer.encode(self.template.open_turn(text)))
         if self.params.seed is not None:
             overrides = {"seed": turn_seed(self.params.seed, len(self.turns)), **overrides}
-        return self._answer(text, question, self._heads[self._current], self.state, overrides)
+        return self._answer(text, question, self._last_turns[self._current], self.state, overrides)
 
     def retry(self, **overrides: Any) -> Stream:
-        """Another answer to the last question, in place of the present one (name a branch first to keep that).
+        """Generate another answer to the last question, which replaces the present one. `branch` first to keep it.
 
-        The question is not read again. Without a seed of its own the new answer uses the one after the present
-        answer's, to be different and still repeatable.
+        The question is not read again. Unless a seed is given, the seed is that of the present answer plus one, so the
+        new answer differs and is still reproducible.
         """
-        self._settle()
-        last = self._head("retry")
+        self._close_running()
+        last = self._last_turn("retry")
         overrides = {"seed": (last.completion.seed + 1) % MAX_SEED, **overrides}
-        return self._answer(last.user, last.question_ids, last.parent, last.begin, overrides)
+        return self._answer(last.user, last.question_ids, last.parent, last.prompt_output, overrides)
 
     def undo(self) -> ChatTurn:
-        """Take back the last turn of this branch, and return it."""
-        self._settle()
-        last = self._head("undo")
-        self._heads[self._current] = last.parent
+        """Remove the last turn of this branch and return it."""
+        self._close_running()
+        last = self._last_turn("undo")
+        self._last_turns[self._current] = last.parent
         return last
 
     def branch(self, name: str) -> None:
-        """Begin a new branch here and go on in it. The present branch keeps its turns."""
-        self._settle()
-        if name in self._heads:
-            raise UsageError(f"there is a branch {name!r} already; switch to it, or choose another name")
-        self._heads[name] = self._heads[self._current]
+        """Create a branch at the current turn and switch to it. The present branch keeps its turns."""
+        self._close_running()
+        if name in self._last_turns:
+            raise UsageError(f"branch {name!r} already exists; switch to it, or choose another name")
+        self._last_turns[name] = self._last_turns[self._current]
         self._current = name
 
     def switch(self, name: str) -> None:
-        """Go on in another branch."""
-        self._settle()
-        if name not in self._heads:
-            raise UsageError(f"there is no branch {name!r}; branches: {', '.join(self._heads)}")
+        """Switch to another branch."""
+        self._close_running()
+        if name not in self._last_turns:
+            raise UsageError(f"there is no branch {name!r}; branches: {', '.join(self._last_turns)}")
         self._current = name
 
-    def _head(self, purpose: str) -> ChatTurn:
-        head = self._heads[self._current]
-        if head is None:
-            raise UsageError(f"there is nothing to {purpose}: no turn has been finished in branch {self._current!r}")
-        return head
+    def _last_turn(self, action: str) -> ChatTurn:
+        last = self._last_turns[self._current]
+        if last is None:
+            raise UsageError(f"there is nothing to {action}: branch {self._current!r} has no finished turn")
+        return last
 
-    def _settle(self) -> None:
-        """End an answer that is still running."""
+    def _close_running(self) -> None:
+        """End an answer that is still being generated."""
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -186,34 +190,35 @@ class Chat:
             () if isinstance(start, ModelOutput) else question,
             start,
             self._with_stops(self.params.with_overrides(overrides)),
-            on_end=lambda completion: self._keep(stream.begin, completion, user, question, parent),
+            on_end=lambda completion: self._append_turn(stream.prompt_output, completion, user, question, parent),
             show_held=False,
         )
         return stream
 
     def _with_stops(self, params: SamplingParams) -> SamplingParams:
-        """The settings, with what ends an answer in this template among the stop texts."""
+        """The settings, with the template's stop strings added."""
         return replace(params, stop=tuple(dict.fromkeys((*self.template.stops, *params.stop))))
 
-    def _keep(
+    def _append_turn(
         self,
-        begin: ModelOutput | None,
+        prompt_output: ModelOutput | None,
         completion: Completion,
         user: str,
         question: tuple[int, ...],
         parent: ChatTurn | None,
     ) -> None:
-        """Make a turn of a finished answer and put it at the end of the current branch."""
-        if begin is None:
+        """Make a turn of a finished answer, and append it to the current branch."""
+        if prompt_output is None:
             return
         closing = self._tokenizer.encode(self.template.close_turn())
         ids = (*question, *completion.ids, *closing)
         state = advance_state(self._model, closing, completion.state)
-        self._heads[self._current] = ChatTurn(parent, user, completion.text, question, ids, begin, state, completion)
+        turn = ChatTurn(parent, user, completion.text, question, ids, prompt_output, state, completion)
+        self._last_turns[self._current] = turn
 
 
 def turn_seed(seed: int, number: int) -> int:
-    """The seed of turn `number` (from 0) in a chat with `seed`, so that no two turns share their random numbers.
+    """The seed of turn `number` (from 0) of a chat with `seed`, so that no two turns share random numbers.
 
     The first four bytes, little-endian, of the SHA-256 of "seed number" in decimal.
     """

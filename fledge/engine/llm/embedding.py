@@ -1,11 +1,11 @@
-"""A text as a vector: what it leaves in the heads.
+"""Text embeddings: a vector computed from the state after a text.
 
-A head's state is a sum of what it read, value by key, old text faded. Summed over the keys it is that fading sum of
-values, one vector a head. Each is brought to length one, so that no head speaks louder than the others; the layers are
-added up, and the whole again has length one. RWKV-4 has no heads: a layer counts as one, with its weighted mean of
-values. Of a transformer it is the sum of the values it has seen.
+The state of a head is a decaying sum of outer products of keys and values. Summed over the keys, it is a decaying sum
+of values: one vector per head. Each is normalized to length one, so that no head dominates. The layers are added, and
+the result is normalized again. RWKV-4 has no heads: each layer counts as one head, with its weighted mean of values.
+For a transformer the vector is the sum of all cached values.
 
-No model here was trained for this. How well it does is measured: `fledge bench embeddings`.
+No model here was trained for embeddings. `fledge bench embeddings` measures their quality.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn.functional import normalize
 from fledge.models.state import KvState, Rwkv4State, State, WkvState
 
 
-def embedding(state: State) -> Tensor:
-    """(A,) float32 of length one, A being the width of the heads together (`dim_att`), of the first sequence."""
-    summed = normalize(_values(state), dim=-1).sum(dim=0)  # (H, V)
-    return normalize(summed.flatten(), dim=0)
+def embed_state(state: State) -> Tensor:
+    """(A,) float32 of length one for the first sequence. A is the width of all heads together (`dim_att`)."""
+    layers = normalize(_summed_values(state), dim=-1).sum(dim=0)  # (H, V)
+    return normalize(layers.flatten(), dim=0)
 
 
-def _values(state: State) -> Tensor:
+def _summed_values(state: State) -> Tensor:
     """(L, H, V) float32."""
     if isinstance(state, WkvState):
         return state.wkv[:, 0].float().sum(dim=-2)

@@ -1,21 +1,21 @@
-"""`LLM`: a model and its tokenizer as one value that reads and writes text.
-
-Text in and out, prompts checked, everything else in the files beside this one. Nothing here changes after it is made,
-and states are values, so threads may share an LLM.
-"""
+"""`LLM`: a model and its tokenizer, which together read and generate text."""
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fledge import checkpoint
-from fledge.core.errors import TokenizerError, UsageError
+from fledge.core.errors import StateError, TokenizerError, UsageError
 from fledge.engine.generation import (
     ProgressCallback,
     check_token_ids,
@@ -24,12 +24,15 @@ from fledge.engine.generation import (
     make_initial_state,
     prefill,
 )
-from fledge.engine.llm.adapters import Adapters, adapter_list, check_fit, with_changes
+from fledge.engine.llm.adapters import AdapterSources, adapt_model, hash_changes, read_adapters
 from fledge.engine.llm.chat import Chat
-from fledge.engine.llm.embedding import embedding
-from fledge.engine.llm.scoring import ScoredText, ScoredToken, score
+from fledge.engine.llm.embedding import embed_state
+from fledge.engine.llm.scoring import ScoredText, ScoredToken, score_tokens
 from fledge.engine.llm.stream import Completion, Stream
 from fledge.engine.sampling import SamplingParams
+from fledge.engine.states.read_document import ReadResult, read_document
+from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state, write_state
+from fledge.models.adapters import start_state
 from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 from fledge.models.state import State
@@ -41,25 +44,26 @@ Prompt = str | bytes | Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class LLM:
-    """A model ready to use. `fledge.load` makes one; the constructor takes any model and tokenizer that fit."""
+    """A model ready to use, made by `fledge.load` or from any model and tokenizer that fit together.
+
+    An LLM never changes, and states are values, so threads may share it.
+    """
 
     model: nn.Module
     tokenizer: Tokenizer
     name: str = "model"
-    device_reason: str = ""  # why it runs where it runs, and in which dtype
+    device_reason: str = ""  # why this device and this dtype were chosen
     dtype_reason: str = ""
-    start: State | None = None  # of one sequence: what texts begin from; None: the model's own initial state
-    source: str = ""  # the checkpoint it came from
-    template: str | None = None  # of the chats it was tuned on, where its files tell
-    altered: str = (
-        ""  # how the weights differ from those of `source`, by adapters or rounding; nothing where they do not
-    )
+    initial_state: State | None = None  # of one sequence: the state before any text; None: the model's own
+    source: str = ""  # the checkpoint it was loaded from
+    template: str | None = None  # the chat template it was tuned with, if its files record one
+    weight_changes: str = ""  # identifies changes to the weights of `source` by adapters or rounding; "" if none
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size != self.config.vocab_size:
             raise TokenizerError(
-                f"{self.name} has {self.config.vocab_size} token rows, but the tokenizer {self.tokenizer.vocab_size}; "
-                "give the tokenizer the model was trained with"
+                f"{self.name} has {self.config.vocab_size} token rows, but the tokenizer has "
+                f"{self.tokenizer.vocab_size}; use the tokenizer the model was trained with"
             )
 
     @property
@@ -69,29 +73,49 @@ class LLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return get_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrices that are not quantised; everything else is float32."""
+        """The dtype of the matrices that are not quantized. Everything else is float32."""
         if isinstance(self.model, NativeModel):
             return self.model.dtype
         return next((weight.dtype for weight in self.model.parameters() if weight.dim() == 2), torch.float32)
 
     @property
     def weights(self) -> str:
-        """How the matrices are held, in words: "bfloat16", "int8", "int4+int8"."""
+        """The formats of the matrices in words: "bfloat16", "int8", "int4+int8"."""
         quantized = self.model.quantized if isinstance(self.model, NativeModel) else ()
         return "+".join(quantized) or str(self.dtype).removeprefix("torch.")
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the weights the model computes with, in hex. A saved state belongs to one identity.
+
+        Includes adapters and rounding while loading, but not a tuned initial state. The first access reads the
+        checkpoint again, because a native model does not keep its original weights: seconds for a large model. Raises
+        StateError for a model without a checkpoint whose original weights are gone.
+        """
+        weights = self._read_weights()
+        if (
+            not weights.tensors.keys() | weights.quantized.keys()
+            >= checkpoint.get_expected_shapes(weights.config).keys()
+        ):
+            raise StateError(
+                f"{self.name} was made in memory and does not keep its original weights, so it cannot be compared with "
+                "the model of a saved state; load it from a checkpoint"
+            )
+        base = checkpoint.compute_identity(weights)
+        return hashlib.sha256(f"{base}\n{self.weight_changes}".encode()).hexdigest() if self.weight_changes else base
 
     def generate(
         self, prompt: Prompt, *, state: State | None = None, params: SamplingParams | None = None, **overrides: Any
     ) -> Completion:
-        """Continue `prompt`, which follows what `state` has read.
+        """Continue `prompt`, which follows the text that `state` has read.
 
-        overrides: fields of SamplingParams, taken instead of those of `params`.
-        Raises UsageError for an empty prompt or a bad setting, TokenizerError for an id outside the vocabulary,
+        overrides: fields of SamplingParams that replace those of `params`.
+        Raises UsageError for an empty prompt or an invalid setting, TokenizerError for an id outside the vocabulary,
         StateError for a state of another model.
         """
         stream = self.stream(prompt, state=state, params=params, **overrides)
@@ -108,33 +132,91 @@ class LLM:
         progress: ProgressCallback | None = None,
         **overrides: Any,
     ) -> Stream:
-        """As `generate`, but the text in pieces as it comes. The errors are raised here, before the first piece.
+        """As `generate`, but returns the text in pieces as it is generated. Raises the same errors, before the first
+        piece.
 
-        Breaking off, or an interrupt, leaves `stream.completion` with the text so far and the state that has read it.
+        After an interrupt, or if the iteration stops early, `stream.completion` has the text so far and its state.
         """
         settings = (params or SamplingParams()).with_overrides(overrides)
-        ids = self._ids(prompt)
-        if not ids:
-            raise UsageError(f"the prompt is empty; {self._advice(state)}")
+        ids = self._prompt_ids(prompt, state)
         return Stream(self.model, self.tokenizer, ids, self._start(state), settings, progress=progress)
 
     def read(self, text: Prompt, state: State | None = None, progress: ProgressCallback | None = None) -> State:
-        """The state after `text`, which follows what `state` has read. Read once, ask many times."""
+        """The state after `text`, which follows the text that `state` has read."""
         ids, start = self._ids(text), self._start(state)
         return prefill(self.model, ids, start, progress=progress).state if ids else start
 
+    def read_document(
+        self,
+        text: Prompt,
+        path: str | os.PathLike[str],
+        *,
+        template: str | None = None,
+        title: str = "",
+        progress: ProgressCallback | None = None,
+        on_write_error: Callable[[OSError], None] | None = None,
+    ) -> ReadResult:
+        """The state after a long text, kept in the file `path`, so that the same text is never read twice.
+
+        If the file holds the state after this text, or after the start of it, only the rest is read. An interrupt keeps
+        what has been read. template, title: stored with the state. on_write_error: called if the file cannot be
+        written; None raises OSError. Raises UsageError if the text is empty.
+        """
+        return read_document(
+            self.model,
+            self._ids(text),
+            Path(path),
+            start=self._start(None),
+            metadata=self.state_metadata(0, template=template, title=title),
+            progress=progress,
+            on_write_error=on_write_error,
+        )
+
+    def save_state(
+        self,
+        state: State,
+        path: str | os.PathLike[str],
+        *,
+        tokens: int = 0,
+        template: str | None = None,
+        title: str = "",
+    ) -> StateMetadata:
+        """Write `state` to a file that `load_state` reads, and return the stored metadata. The write is atomic.
+
+        tokens: how many tokens the state has read; 0 if unknown. template: of the chat the state belongs to; None for
+        plain text. Raises StateError if the state does not fit this model, and the errors of `identity`.
+        """
+        state.check(self.config, 1)
+        metadata = self.state_metadata(tokens, template=template, title=title)
+        write_state(path, state, metadata)
+        return metadata
+
+    def load_state(self, path: str | os.PathLike[str]) -> LoadedState:
+        """The state in a file and its metadata: `state, metadata = llm.load_state(path)`.
+
+        Raises StateError if the file is damaged or is not a state, or if other weights made the state.
+        """
+        state, metadata = read_state(path)
+        metadata.check(self.identity, self.name)
+        state.check(self.config, 1)
+        return LoadedState(state.to(self.device), metadata)
+
+    def state_metadata(self, tokens: int, *, template: str | None = None, title: str = "") -> StateMetadata:
+        """The metadata of a state of this model that has read `tokens` tokens."""
+        return StateMetadata.create(self.identity, self.name, self.config, tokens, template=template, title=title)
+
     def embed(self, text: Prompt) -> Tensor:
-        """(A,) float32 of length one: what `text` leaves in the heads. `fledge bench embeddings` measures its worth."""
+        """(A,) float32 of length one: an embedding of `text`. `fledge bench embeddings` measures its quality."""
         ids = self._ids(text)
         if not ids:
-            raise UsageError("the text is empty; there is nothing to make a vector of")
-        return embedding(self.read(ids))
+            raise UsageError("the text is empty; an embedding needs at least one token")
+        return embed_state(self.read(ids))
 
     def logprobs(self, text: Prompt, state: State | None = None, context: Prompt | None = None) -> ScoredText:
-        """How probable each token of `text` is after `context`, which follows what `state` has read.
+        """Log probability of each token of `text` after `context`, which follows the text that `state` has read.
 
-        Without a state the context may be left out and is then the end-of-text id: the beginning of a document. A
-        state does not hold the scores of the token after it, so with one there must be some context.
+        Without a state, `context` defaults to the end-of-text id: the start of a document. With a state, `context` must
+        have at least one token, because a state does not include the logits of the next token.
         """
         ids, start = self._ids(text), self._start(state)
         if context is None and state is None and self.tokenizer.eos_id != NO_EOS:
@@ -142,10 +224,10 @@ class LLM:
         before = [] if context is None else self._ids(context)
         if not before:
             raise UsageError("context is empty; give at least one token between the state and the text to be scored")
-        found = score(self.model, prefill(self.model, before, start), ids)
+        logprobs = score_tokens(self.model, prefill(self.model, before, start), ids)
         return ScoredText(
-            ScoredToken(token, self.tokenizer.decode_bytes([token]), value)
-            for token, value in zip(ids, found, strict=True)
+            ScoredToken(token, self.tokenizer.decode_bytes([token]), logprob)
+            for token, logprob in zip(ids, logprobs, strict=True)
         )
 
     def chat(
@@ -155,30 +237,59 @@ class LLM:
         params: SamplingParams | None = None,
         state: State | None = None,
     ) -> Chat:
-        """A conversation, which may follow what `state` has read. params: None takes
-        `fledge.engine.llm.chat.CHAT_PARAMS`.
+        """A conversation, which may follow the text that `state` has read.
 
-        template: one of `fledge.tokenizer.TEMPLATES`; None takes the one the model was tuned with, else "world". Raises
-        UsageError for another name.
+        template: one of `fledge.tokenizer.TEMPLATES`; None: the one the model was tuned with, or else "world".
+        params: None: `fledge.engine.llm.chat.CHAT_PARAMS`. Raises UsageError for an unknown template.
         """
         start, template = self._start(state), template or self.template or "world"
         return Chat(self.model, self.tokenizer, start, system=system, template=template, params=params)
 
-    def adapted(self, adapter: Adapters) -> LLM:
-        """Another LLM on the same weights, with one adapter or several in addition; this one stays as it is.
+    def with_adapter(self, adapter: AdapterSources) -> LLM:
+        """Another LLM on the same weights, with one adapter or several in addition. This LLM does not change.
 
-        Any number of them costs the memory of one model. A file may hold a LoRA or a tuned state, which replaces the
-        present one. Raises CheckpointError for an adapter of another base, UsageError for a LoRA on a native model.
+        Any number of these LLMs need the memory of one model. An adapter may be a LoRA, or a tuned state, which
+        replaces the present initial state. Raises CheckpointError for an adapter of another base model, UsageError for
+        a LoRA on a native model.
         """
-        adapters = adapter_list(adapter)
-        check_fit(adapters, self)
-        return with_changes(self, checkpoint.combine_adapters(adapters))
+        adapters = read_adapters(adapter)
+        checkpoint.check_base(adapters, self._read_weights())
+        return self.with_changes(checkpoint.combine_adapters(adapters))
+
+    def with_changes(self, changes: checkpoint.CombinedAdapter) -> LLM:
+        """As `with_adapter`, for adapters that have been combined and checked."""
+        return replace(
+            self,
+            model=adapt_model(self.model, changes, self.name),
+            template=changes.template or self.template,
+            initial_state=start_state(self.config, changes.state) if changes.state else self.initial_state,
+            weight_changes=hash_changes(changes, self.weight_changes),
+        )
+
+    def _read_weights(self) -> checkpoint.Checkpoint:
+        """The checkpoint, or the weights in memory; a native or adapted model lacks some of those."""
+        if self.source:
+            return checkpoint.read(self.source)
+        return checkpoint.Checkpoint(Path(self.name), "", self.config, self.model.state_dict(), ())
 
     def _start(self, state: State | None) -> State:
         if state is None:
-            return make_initial_state(self.model) if self.start is None else self.start.to(self.device)
+            return make_initial_state(self.model) if self.initial_state is None else self.initial_state.to(self.device)
         state.check(self.config, 1)
         return state.to(self.device)
+
+    def _prompt_ids(self, prompt: Prompt, state: State | None) -> list[int]:
+        """The ids of a prompt. Raises UsageError if there are none."""
+        ids = self._ids(prompt)
+        if ids:
+            return ids
+        if state is not None:
+            advice = "a state does not include the logits of the next token, so give at least one token to follow it"
+        elif self.tokenizer.eos_id == NO_EOS:
+            advice = "give at least one character"
+        else:
+            advice = f"give some text, or pass ids [{self.tokenizer.eos_id}] to start a new document"
+        raise UsageError(f"the prompt is empty; {advice}")
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str | bytes):
@@ -189,10 +300,3 @@ class LLM:
             raise UsageError(f"a prompt is text, bytes or token ids, not {prompt!r:.60}") from None
         check_token_ids(ids, self.config.vocab_size)
         return ids
-
-    def _advice(self, state: State | None) -> str:
-        if state is not None:
-            return "a state does not hold the scores of the next token, so give at least one token of text to follow it"
-        if self.tokenizer.eos_id == NO_EOS:
-            return "give at least one character"
-        return f"give some text, or pass ids [{self.tokenizer.eos_id}] to begin a new document"

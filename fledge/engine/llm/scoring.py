@@ -1,4 +1,4 @@
-"""How probable a model finds a given text, token by token."""
+"""Log probabilities of the tokens of a given text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fledge.core.errors import UsageError
 from fledge.engine.generation import ModelOutput, get_device
 
 CHUNK = 128
-"""Tokens scored in one call: all their logits exist at once, 33 MB for 128 tokens of a 65536-token vocabulary."""
+"""Tokens scored in one call. All their logits exist at the same time: 33 MB for a vocabulary of 65,536 tokens."""
 
 
 class ScoredToken(NamedTuple):
-    """One token of a scored text; `logprob` is the natural logarithm of its probability after all before it."""
+    """One token of a scored text. `logprob` is the natural log probability given everything before it."""
 
     id: int
     bytes: bytes
@@ -25,32 +25,34 @@ class ScoredToken(NamedTuple):
 
 
 class ScoredText(list[ScoredToken]):
-    """The scores of a text's tokens, in order."""
+    """The scored tokens of a text, in order."""
 
     @property
     def total(self) -> float:
-        """Natural logarithm of the probability of the whole text."""
-        return math.fsum(score.logprob for score in self)
+        """Natural log probability of the whole text."""
+        return math.fsum(token.logprob for token in self)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits needed for each byte of the text: comparable between models with different tokenizers."""
-        length = sum(len(score.bytes) for score in self)
+        """Bits per byte, which is comparable between models with different tokenizers.
+
+        Raises UsageError for a text without bytes.
+        """
+        length = sum(len(token.bytes) for token in self)
         if not length:
             raise UsageError("bits_per_byte needs a text of at least one byte")
         return -self.total / math.log(2) / length
 
 
-def score(model: nn.Module, start: ModelOutput, ids: Sequence[int], chunk: int = CHUNK) -> list[float]:
-    """Natural log probability of each of `ids` when they follow at `start`."""
-    first, found = start.logits, []
+def score_tokens(model: nn.Module, start: ModelOutput, ids: Sequence[int], chunk: int = CHUNK) -> list[float]:
+    """Natural log probability of each of `ids`, which follow the text that led to `start`."""
+    logits_before, logprobs = start.logits, list[float]()
     state = start.state
     for begin in range(0, len(ids), chunk):
-        piece = list(ids[begin : begin + chunk])
-        wanted = torch.tensor(piece, device=get_device(model))
+        targets = torch.tensor(list(ids[begin : begin + chunk]), device=get_device(model))  # (T,)
         with torch.no_grad():
-            logits, state = model(wanted[None], state)  # (1, T, V)
-            shifted = torch.cat([first[None], logits[0, :-1]])  # (T, V): what was expected before each token
-            found += (-torch.nn.functional.cross_entropy(shifted, wanted, reduction="none")).tolist()
-            first = logits[0, -1]
-    return found
+            logits, state = model(targets[None], state)  # (1, T, V)
+            shifted = torch.cat([logits_before[None], logits[0, :-1]])  # (T, V): the prediction before each token
+            logprobs += (-torch.nn.functional.cross_entropy(shifted, targets, reduction="none")).tolist()
+            logits_before = logits[0, -1]
+    return logprobs

@@ -1,7 +1,7 @@
-"""Generated text as it comes, and what is known once it ends.
+"""Streaming generation of one text.
 
-`Stream` joins the token loop, the stop texts and the decoder, and sees to it that text and state agree: however it
-ends, the final state has read exactly the text that was handed over, no more and no less.
+`Stream` combines the token loop and the detokenizer. However it ends, the final state has read exactly the text that
+was returned.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fledge.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent in the engine; what the receiver of the text does in between does not count."""
+    """Seconds spent in the engine, without the time the caller spends between two pieces of text."""
 
     prefill_s: float
     decode_s: float
@@ -39,25 +39,25 @@ class Timings:
 class Completion:
     """One finished generation.
 
-    `state` has read the prompt and then `ids`, whose bytes are those of `text` (where these are not valid UTF-8,
-    `text` shows U+FFFD). A stop text and an end-of-text id are in neither. Where the cut falls inside a token, the
-    part of it that is kept was encoded anew, so `ids` may end in tokens that were not drawn.
+    `state` has read the prompt and then `ids`, whose bytes are those of `text` (U+FFFD replaces bytes that are not
+    valid UTF-8). Neither contains the stop string or the end-of-text id. If the text ends inside a token, its kept part
+    is encoded again, so the last tokens of `ids` may differ from those that were sampled.
     """
 
     text: str
     ids: tuple[int, ...]
     finish_reason: FinishReason
-    stop: str | None  # the stop text that was found
-    prompt_tokens: int  # read from the prompt; fewer than it has if reading was interrupted
-    seed: int  # gives the same text again
+    stop: str | None  # the stop string that was found
+    prompt_tokens: int  # tokens of the prompt that were read; fewer than all if reading was interrupted
+    seed: int  # reproduces the text
     state: State = field(repr=False)
     timings: Timings
 
 
 class Stream(Iterator[str]):
-    """The pieces of one generated text; afterwards, or after breaking off at any point, `completion` tells the rest.
+    """Iterates over the pieces of one generated text. `completion` is the result.
 
-    Nothing is computed before the first piece is asked for. Used by one thread at a time.
+    Computes nothing before the first piece is requested. Must be used by one thread at a time.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Stream(Iterator[str]):
         on_end: Callable[[Completion], None] | None = None,
         show_held: bool = True,
     ) -> None:
-        """Continue `prompt`, read after `start` (if that is a Cursor, the prompt has been read and is empty).
+        """Continue `prompt`, read after the state `start`. If `start` is a ModelOutput, the prompt must be empty.
 
         progress: called while the prompt is read. on_end: called once with the completion, before the iteration ends.
-        show_held: whether text that might have become a stop text is shown after all when generation ends without one.
+        show_held: when generation ends without a stop string, whether to emit text held back for one.
         """
         assert (len(prompt) == 0) == isinstance(start, ModelOutput)
         self.params = params
@@ -83,16 +83,16 @@ class Stream(Iterator[str]):
         self._prompt, self._progress = prompt, progress
         self._on_end = on_end
         self._sampler = Sampler(params)
-        self._begin: ModelOutput | None = None
-        known = StateSlice(start.state if isinstance(start, ModelOutput) else start)
-        self._writer = Detokenizer(tokenizer, params.stop, known, show_held=show_held)
+        self._prompt_output: ModelOutput | None = None
+        initial = StateSlice(start.state if isinstance(start, ModelOutput) else start)
+        self._detokenizer = Detokenizer(tokenizer, params.stop, initial, show_held=show_held)
         self._start = start
-        self._steps: Iterator[SampledToken] | None = None
+        self._tokens: Iterator[SampledToken] | None = None
         self._completion: Completion | None = None
         self._prefill_s = self._decode_s = 0.0
 
     def __next__(self) -> str:
-        if self._writer.outcome is None:
+        if self._detokenizer.outcome is None:
             piece = self._advance()
             if piece:
                 return piece
@@ -100,76 +100,76 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop here, if the text has not ended yet."""
-        self._writer.interrupt()
+        """Stop generating. No effect if the text has already ended."""
+        self._detokenizer.interrupt()
         self._complete()
 
     @property
     def completion(self) -> Completion:
-        """The result. Asking for it before the text has ended stops it there, as "interrupted"."""
-        self._writer.interrupt()
+        """The result. If the text has not ended, it ends here with the reason "interrupted"."""
+        self._detokenizer.interrupt()
         return self._complete()
 
     @property
-    def begin(self) -> ModelOutput | None:
-        """The place after the prompt, from which another text can be drawn; None until the first piece is asked for."""
-        return self._begin
+    def prompt_output(self) -> ModelOutput | None:
+        """Logits and state after the prompt, from which another text can be sampled. None before the first piece."""
+        return self._prompt_output
 
     def _advance(self) -> str:
-        """The next piece of text; "" when there is none, and then the outcome is known."""
+        """The next piece of text, or "" once the outcome is known."""
         try:
-            if self._steps is None:
-                self._steps = self._open()
+            if self._tokens is None:
+                self._tokens = self._prefill()
             began = time.perf_counter()
-            piece = self._draw(self._steps)
+            piece = self._decode(self._tokens)
             self._decode_s += time.perf_counter() - began
             return piece
         except BaseException:
-            self._writer.interrupt()
+            self._detokenizer.interrupt()
             raise
 
-    def _open(self) -> Iterator[SampledToken]:
+    def _prefill(self) -> Iterator[SampledToken]:
         """Read the prompt."""
         began = time.perf_counter()
         if isinstance(self._start, ModelOutput):
-            cursor = self._start
+            output = self._start
         else:
-            for done, cursor in prefill_chunks(self._model, self._prompt, self._start):
-                self._writer.begin(StateSlice(cursor.state), done)
+            for done, output in prefill_chunks(self._model, self._prompt, self._start):
+                self._detokenizer.set_prompt_state(StateSlice(output.state), done)
                 if self._progress is not None:
                     self._progress(done, len(self._prompt))
-        self._begin = cursor
+        self._prompt_output = output
         self._prefill_s = time.perf_counter() - began
-        return generate_tokens(self._model, *cursor, self._sampler, self.params.max_tokens)
+        return generate_tokens(self._model, *output, self._sampler, self.params.max_tokens)
 
-    def _draw(self, steps: Iterator[SampledToken]) -> str:
-        """Draw tokens until there is text that may be shown."""
+    def _decode(self, steps: Iterator[SampledToken]) -> str:
+        """Sample tokens until there is text to emit."""
         for step in steps:
-            piece = self._writer.push(step.id, StateSlice(step.state_before))
-            if piece or self._writer.outcome is not None:
+            piece = self._detokenizer.add_token(step.id, StateSlice(step.state_before))
+            if piece or self._detokenizer.outcome is not None:
                 return piece
-        return self._writer.end("length")
+        return self._detokenizer.finish("length")
 
     def _complete(self) -> Completion:
-        """Bring the state to the end of the text, once; if that is interrupted, the next call does it."""
+        """Compute the state at the end of the text, once. If that is interrupted, the next call repeats it."""
         if self._completion is None:
-            outcome = self._writer.outcome
+            outcome = self._detokenizer.outcome
             assert outcome is not None
             began = time.perf_counter()
-            cut = self._writer.cut()
-            rest = self._writer.rest(cut)
+            point = self._detokenizer.rewind_point()
+            remaining = self._detokenizer.remaining_ids(point)
             completion = Completion(
-                text=self._writer.text,
-                ids=(*cut.kept, *rest),
+                text=self._detokenizer.text,
+                ids=(*point.ids, *remaining),
                 finish_reason=outcome.reason,
                 stop=outcome.stop,
-                prompt_tokens=self._writer.read,
+                prompt_tokens=self._detokenizer.prompt_tokens,
                 seed=self._sampler.seed,
-                state=advance_state(self._model, rest, cut.row.alone()),
+                state=advance_state(self._model, remaining, point.state.alone()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
             if self._on_end is not None:
                 self._on_end(completion)
             self._completion = completion
-            self._on_end = None  # what it refers to may refer to this stream, and would keep all its states alive
+            self._on_end = None  # it may refer to this stream, and would keep all its states in memory
         return self._completion

@@ -1,9 +1,9 @@
-"""Whose states go when there is no room for one more: nobody's loop drives out what others keep.
+"""Eviction of states: which states to delete when a store is full, fairly between owners.
 
-Where all room is taken, whoever holds most gives first, and who asks before others that hold as much: so an owner who
-keeps on putting ends up with an equal part and then replaces states of their own. And no owner has more than a share of
-all room, named states included, so that one alone can never fill it. Not here: which states of an owner may go, and in
-which order (shelf.py, commons.py).
+The owner with the most bytes loses states first; between equals, the owner who stores the new state. So an owner who
+keeps storing ends up with an equal part and then replaces their own states. No owner may exceed a share of the limit,
+named states included, so no single owner can fill the store. The stores decide which states of an owner may be deleted,
+and in which order.
 """
 
 from __future__ import annotations
@@ -14,42 +14,45 @@ from typing import TypeVar
 
 from fledge.core.errors import FledgeError
 
-SHARE = 0.5
-"""Of all room, what each owner may take where there are several."""
+OWNER_SHARE = 0.5
+"""The part of the limit that each owner may use if there are several."""
 
 Owner = TypeVar("Owner", bound=Hashable)
 Item = TypeVar("Item")
 
 
-def giving_way(
+def select_evictions(
     owner: Owner,
     size: int,
-    held: Mapping[Owner, int],
-    free: Callable[[Owner], Iterator[tuple[Item, int]]],
+    used: Mapping[Owner, int],
+    evictable: Callable[[Owner], Iterator[tuple[Item, int]]],
     limit: int,
-    share: float = 1.0,
+    owner_share: float = 1.0,
 ) -> list[tuple[Owner, Item, int]]:
-    """What has to go for `size` bytes more of `owner`: whose it is, what, its bytes.
+    """The states to delete so that `owner` can store `size` more bytes: (owner, item, bytes) of each.
 
-    held: bytes of every owner. free: what may go of an owner, with its bytes, in the order in which it should. limit:
-    of all bytes. share: of the limit, for each owner. Raises FledgeError where too little may go.
+    used: bytes of each owner. evictable: the states of an owner that may be deleted, with their bytes, in the order of
+    deletion. limit: bytes of all owners. owner_share: of the limit, for each owner. Raises FledgeError if not enough
+    can be deleted.
     """
-    left = Counter(held)
-    left[owner] += size
-    givers = {who: free(who) for who in left}
-    victims = list[tuple[Owner, Item, int]]()
-    while (over := left[owner] > share * limit) or left.total() > limit:
-        if not givers or (over and owner not in givers):
-            kept = "without the states that have a name or a conversation there is no room for"
-            told = f"{kept} {size / 1e6:.1f} MB more; delete some"
-            if over and share < 1:
-                raise FledgeError(f"you may keep {share * limit / 1e6:.1f} MB of states here, and {told}")
-            raise FledgeError(f"the shelf is full: it holds {limit / 1e6:.1f} MB, and {told}")
-        giver = owner if over else max(givers, key=lambda who: (left[who], who == owner))
-        found: tuple[Item, int] | None = next(givers[giver], None)
-        if found is None:
-            del givers[giver]
+    remaining = Counter(used)
+    remaining[owner] += size
+    candidates = {name: evictable(name) for name in remaining}
+    evictions = list[tuple[Owner, Item, int]]()
+    while (over_share := remaining[owner] > owner_share * limit) or remaining.total() > limit:
+        if not candidates or (over_share and owner not in candidates):
+            reason = (
+                f"states with a name or a conversation are never evicted, and the others do not free {size / 1e6:.1f} "
+                "MB; delete some states"
+            )
+            if over_share and owner_share < 1:
+                raise FledgeError(f"your limit of {owner_share * limit / 1e6:.1f} MB of states is reached: {reason}")
+            raise FledgeError(f"the state store is full, with a limit of {limit / 1e6:.1f} MB: {reason}")
+        victim = owner if over_share else max(candidates, key=lambda name: (remaining[name], name == owner))
+        eviction: tuple[Item, int] | None = next(candidates[victim], None)
+        if eviction is None:
+            del candidates[victim]
         else:
-            victims.append((giver, *found))
-            left[giver] -= found[1]
-    return victims
+            evictions.append((victim, *eviction))
+            remaining[victim] -= eviction[1]
+    return evictions

@@ -1,11 +1,11 @@
-"""A long text, read once: its state is a file, on the way as well, so that nobody reads the same text twice.
+"""Long documents that are read once: the state after a text is kept in a file, also while it is being read.
 
     path            the state after the whole text
-    path + ".part"  the state after some of it, from a reading that was cut off
+    path + ".part"  the state after the first part of it, from an interrupted read
 
-Who asks for a text again gets its state from the file, or what is there of it and then the rest. That the file is of
-this text and this model is never guessed: its card tells the weights, and as `source` the SHA-256 of the state that the
-text began from and of all ids read since (four bytes each, little-endian). Not here: what is done with the state.
+A later read of the same text loads its state from the file, or continues from the longest part. The file must match the
+model and the text exactly: its metadata has the identity of the weights, and as `source` the SHA-256 of the initial
+state and of all ids read since (four bytes each, little-endian).
 """
 
 from __future__ import annotations
@@ -19,95 +19,97 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fledge.core.errors import StateError, UsageError
 from fledge.core.interrupts import Interrupted, catch_signals
-from fledge.engine.generation import PREFILL_CHUNK, ProgressCallback, prefill_chunks
-from fledge.engine.llm.llm import LLM
-from fledge.engine.states.state_file import StateMetadata, identity_of, read_state, write_state
+from fledge.engine.generation import PREFILL_CHUNK, ProgressCallback, get_config, get_device, prefill_chunks
+from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state, write_state
 from fledge.models.state import State
 
 PARTIAL = ".part"
-OFTEN = 64 * PREFILL_CHUNK
-"""Tokens after which a part is written, against ends that nobody announces."""
+SAVE_INTERVAL = 64 * PREFILL_CHUNK
+"""Tokens between two saves of a partial state, so that a killed process loses little."""
 
-Trouble = Callable[[OSError], None]
+WriteErrorHandler = Callable[[OSError], None]
 
 
 @dataclass(frozen=True, eq=False)
 class ReadResult:
-    """A text that has been read."""
+    """The state after a document."""
 
     state: State
-    card: StateMetadata
-    new: int  # tokens read for this; all others were known
+    metadata: StateMetadata
+    new_tokens: int  # tokens that were read now; the file already covered all others
 
 
-def source_of(llm: LLM, ids: Sequence[int]) -> str:
-    """What the card of a state says that has read these ids and nothing else."""
-    digest = _beginning(llm)
-    digest.update(_packed(ids))
+def source_hash(start: State, ids: Sequence[int]) -> str:
+    """The `source` in the metadata of a state that has read exactly these ids after the state `start`."""
+    digest = _hash_state(start)
+    digest.update(_pack(ids))
     return str(digest.hexdigest())
 
 
-def read_kept(
-    llm: LLM,
+def read_document(
+    model: nn.Module,
     ids: Sequence[int],
     path: Path,
     *,
-    template: str | None = None,
-    title: str = "",
+    start: State,
+    metadata: StateMetadata,
     progress: ProgressCallback | None = None,
-    trouble: Trouble | None = None,
+    on_write_error: WriteErrorHandler | None = None,
 ) -> ReadResult:
-    """The state after `ids`, from the file where it is known, and in the file afterwards.
+    """The state after `ids`, which follow the state `start`; from the file if possible, and stored in it afterwards.
 
-    An interrupt ends it after the chunk at hand and keeps what was read. trouble: told what cannot be written, where
-    that is no reason to lose the state; None raises it. Raises UsageError where there is nothing to read.
+    metadata: of the result; `tokens` and `source` are filled in here. on_write_error: called if the file cannot be
+    written; None raises OSError. An interrupt takes effect after the current chunk and keeps what has been read. Raises
+    UsageError if there are no ids.
     """
     if not ids:
         raise UsageError("there are no tokens to read")
-    card = replace(StateMetadata.of(llm, identity_of(llm), tokens=0, template=template, title=title), source="")
-    part = path.with_name(path.name + PARTIAL)
-    found = [known for file in (path, part) if (known := _known(file, llm, card, ids)) is not None]
-    state, before = max(found, key=lambda known: known[1].tokens, default=(llm.read([]), card))
+    metadata = replace(metadata, source="")
+    partial_path = path.with_name(path.name + PARTIAL)
+    files = [_load_prefix(file, model, start, metadata, ids) for file in (path, partial_path)]
+    saved = [file for file in files if file is not None]
+    state, before = max(saved, key=lambda file: file.metadata.tokens, default=LoadedState(start, metadata))
     done = begin = before.tokens
     if begin == len(ids):
-        with _told(trouble):
-            part.unlink(missing_ok=True)
-            if (before.template, before.title) != (card.template, card.title) or not path.exists():
-                before = replace(before, template=card.template, title=card.title)
+        with _handle_write_errors(on_write_error):
+            partial_path.unlink(missing_ok=True)
+            if (before.template, before.title) != (metadata.template, metadata.title) or not path.exists():
+                before = replace(before, template=metadata.template, title=metadata.title)
                 write_state(path, state, before)
         return ReadResult(state, before, 0)
-    digest = _beginning(llm)
-    digest.update(_packed(ids[:begin]))
+    digest = _hash_state(start)
+    digest.update(_pack(ids[:begin]))
     with catch_signals() as stop:
-        for count, cursor in prefill_chunks(llm.model, ids[begin:], state):
-            digest.update(_packed(ids[done : begin + count]))
-            done, state = begin + count, cursor.state
-            card = replace(card, tokens=done, source=digest.hexdigest())
+        for count, output in prefill_chunks(model, ids[begin:], state):
+            digest.update(_pack(ids[done : begin + count]))
+            done, state = begin + count, output.state
+            metadata = replace(metadata, tokens=done, source=digest.hexdigest())
             if progress is not None:
                 progress(done, len(ids))
-            if done < len(ids) and (stop.number or count % OFTEN == 0):
-                with _told(trouble):
-                    write_state(part, state, card)
+            if done < len(ids) and (stop.number or count % SAVE_INTERVAL == 0):
+                with _handle_write_errors(on_write_error):
+                    write_state(partial_path, state, metadata)
                 if stop.number:
-                    kept = f"{done:,} of {len(ids):,} tokens have been read and kept; the same command reads the rest"
-                    raise Interrupted(stop.number, kept)
-        with _told(trouble):
-            write_state(path, state, card)
-            part.unlink(missing_ok=True)
-    return ReadResult(state, card, len(ids) - begin)
+                    message = f"{done:,} of {len(ids):,} tokens are read and saved; the same command reads the rest"
+                    raise Interrupted(stop.number, message)
+        with _handle_write_errors(on_write_error):
+            write_state(path, state, metadata)
+            partial_path.unlink(missing_ok=True)
+    return ReadResult(state, metadata, len(ids) - begin)
 
 
-def make_room(folder: Path, limit: int) -> None:
-    """Remove the states in a folder that were not used for longest, until `limit` bytes are left."""
+def evict_oldest(folder: Path, limit: int) -> None:
+    """Delete the least recently used state files of a folder until at most `limit` bytes remain."""
     files = []
     with suppress(OSError):
         for path in (*folder.glob("*.state"), *folder.glob(f"*.state{PARTIAL}")):
-            with suppress(OSError):  # somebody else makes room as well
-                facts = path.stat()
-                files.append((facts.st_mtime, facts.st_size, path))
+            with suppress(OSError):  # another process may evict as well
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
     for _, size, path in sorted(files, reverse=True):
         limit -= size
         if limit < 0:
@@ -116,40 +118,44 @@ def make_room(folder: Path, limit: int) -> None:
 
 
 def mark_used(path: Path) -> None:
-    """Note that a state has been of use, for `make_room`."""
+    """Record that a state file has been used, for `evict_oldest`."""
     with suppress(OSError):
         os.utime(path)
 
 
-def _known(file: Path, llm: LLM, card: StateMetadata, ids: Sequence[int]) -> tuple[State, StateMetadata] | None:
-    """What a file holds, if that is a state of this model after a beginning of `ids`."""
+def _load_prefix(
+    file: Path, model: nn.Module, start: State, metadata: StateMetadata, ids: Sequence[int]
+) -> LoadedState | None:
+    """The state in a file, if this model made it and it has read a prefix of `ids`."""
     try:
-        state, found = read_state(file)
-        state.check(llm.config, 1)
+        state, stored = read_state(file)
+        state.check(get_config(model), 1)
     except StateError:
         return None
-    if found.identity != card.identity or not 0 < found.tokens <= len(ids):
+    if stored.identity != metadata.identity or not 0 < stored.tokens <= len(ids):
         return None
-    return (state.to(llm.device), found) if found.source == source_of(llm, ids[: found.tokens]) else None
+    if stored.source != source_hash(start, ids[: stored.tokens]):
+        return None
+    return LoadedState(state.to(get_device(model)), stored)
 
 
-def _beginning(llm: LLM) -> Any:
+def _hash_state(state: State) -> Any:
     digest = hashlib.sha256()
-    for tensor in llm.read([]).tensors().values():
+    for tensor in state.tensors().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest
 
 
-def _packed(ids: Sequence[int]) -> bytes:
+def _pack(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, dtype="<u4").tobytes()
 
 
 @contextmanager
-def _told(trouble: Trouble | None) -> Iterator[None]:
-    """Hand an OSError to whoever wants to be told of it."""
+def _handle_write_errors(handler: WriteErrorHandler | None) -> Iterator[None]:
+    """Pass an OSError to the handler, if there is one."""
     try:
         yield
     except OSError as error:
-        if trouble is None:
+        if handler is None:
             raise
-        trouble(error)
+        handler(error)

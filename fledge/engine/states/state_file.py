@@ -1,12 +1,11 @@
-"""A state as a file: what a model has read, to be kept, sent, and gone on from by the same model.
+"""State files: a state with metadata that says which model made it and what it has read.
 
     safetensors, float32: the tensors of the state, as `State.save` writes them
-    metadata: fledge_state (its class), fledge_card (JSON: what it belongs to), and perhaps
-    fledge_signature (HMAC-SHA256, in hex, over the card and every tensor with its name, dtype and shape)
+    metadata: fledge_state (its class), fledge_card (JSON: `StateMetadata`), and optionally
+    fledge_signature (HMAC-SHA256 in hex over the metadata and each tensor with its name, dtype and shape)
 
-A state of other weights is not refused by its sizes alone, which many models share, but by the hash of the weights that
-the card holds. Files come from anywhere: whatever is not sound is a StateError of one line, and nothing in them is run.
-Not here: where states are kept (shelf.py).
+Many models have the same sizes, so the metadata identifies the model by the hash of its weights. Files may come from
+anywhere: any invalid file raises a StateError of one line, and nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
-from weakref import WeakKeyDictionary
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -34,137 +32,127 @@ from fledge import checkpoint
 from fledge.core.errors import StateError
 from fledge.core.files import atomic_path
 from fledge.core.safetensors_header import HeaderError, read_header, reject_repeated_names
-from fledge.engine.llm.adapters import weights_of
-from fledge.engine.llm.llm import LLM
+from fledge.models.config import ModelConfig
 from fledge.models.state import COUNTS, KIND, KINDS, State
 
-CARD, SIGNATURE = "fledge_card", "fledge_signature"
-LARGEST = 1 << 32
-"""Bytes of a file at most; the state of the largest model is a hundredth of that."""
+METADATA, SIGNATURE = "fledge_card", "fledge_signature"
+MAX_FILE_BYTES = 1 << 32
+"""The state of the largest model has a hundredth of that."""
 
-HEADER = 1 << 20
-TITLE = 200  # characters
-RANKS = {"wkv": 5, "keys": 5, "values": 5, "begin": 2, "end": 2}  # of all others 3
-MOST_TOKENS = 1 << 62
-
-_identities: WeakKeyDictionary[LLM, str] = WeakKeyDictionary()
+MAX_HEADER_BYTES = 1 << 20
+MAX_TITLE_LENGTH = 200  # characters
+MAX_TOKENS = 1 << 62
+RANKS = {"wkv": 5, "keys": 5, "values": 5, "begin": 2, "end": 2}  # of all other tensors 3
 
 
 @dataclass(frozen=True)
 class StateMetadata:
-    """What a state belongs to, and what it has read."""
+    """Which model made a state, and what the state has read."""
 
-    identity: str  # of the weights, see fledge.checkpoint.identity
-    model: str  # its name, for people
-    tokens: int  # read in all
-    template: str | None = None  # of the chat it is in the middle of; None: plain text
+    identity: str  # of the weights, see `fledge.checkpoint.identity` and `LLM.identity`
+    model: str  # its name, for display
+    tokens: int  # number of tokens read; 0 if unknown
+    template: str | None = None  # of the chat the state belongs to; None: plain text
     title: str = ""
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    source: str | None = None  # SHA-256 of all it has read, see reading.py; None: not told
+    source: str | None = None  # SHA-256 of everything read, see read_document.py; None: not recorded
     family: str = ""  # of the model, with its version
 
     @classmethod
-    def of(cls, llm: LLM, identity: str, *, tokens: int, template: str | None = None, title: str = "") -> StateMetadata:
-        """The card of a state that `llm` has come to."""
-        return cls(
-            identity, llm.name, tokens, template, title[:TITLE], family=f"{llm.config.family}, {llm.config.version}"
-        )
+    def create(
+        cls,
+        identity: str,
+        model: str,
+        config: ModelConfig,
+        tokens: int,
+        *,
+        template: str | None = None,
+        title: str = "",
+    ) -> StateMetadata:
+        """Metadata of a new state of the model with this identity, name and config. A long title is truncated."""
+        family = f"{config.family}, {config.version}"
+        return cls(identity, model, tokens, template, title[:MAX_TITLE_LENGTH], family=family)
 
     def check(self, identity: str, model: str) -> None:
-        """Raise StateError unless the state is one of the model with these weights."""
+        """Raise StateError unless the weights with this identity made the state. `model` is their name in the error."""
         if self.identity != identity:
             raise StateError(
                 f"the state was made by {self.model} ({checkpoint.shorten_identity(self.identity)}), not by {model} "
-                f"({checkpoint.shorten_identity(identity)}): only the same weights can go on from it"
+                f"({checkpoint.shorten_identity(identity)}): a state works only with the weights that made it"
             )
 
 
-def identity_of(llm: LLM) -> str:
-    """The hash of the weights that `llm` computes with; adapters count, and a tuned initial state does not.
+class LoadedState(NamedTuple):
+    """A state from a file, and its metadata."""
 
-    So does rounding while loading. Reads the checkpoint again, as a native model keeps no weights as they were: seconds
-    for a large one, and once for each LLM. Raises StateError for a model whose weights are nowhere to be read.
-    """
-    known = _identities.get(llm)
-    if known is None:
-        known = _identities[llm] = _identity_of(llm)
-    return known
+    state: State
+    metadata: StateMetadata
 
 
-def _identity_of(llm: LLM) -> str:
-    found = weights_of(llm)
-    if not found.tensors.keys() | found.quantized.keys() >= checkpoint.get_expected_shapes(found.config).keys():
-        raise StateError(
-            f"{llm.name} was made in memory and keeps no weights as they were, so nothing tells which states are its "
-            "own; load it from a checkpoint"
-        )
-    base = checkpoint.compute_identity(found)
-    return hashlib.sha256(f"{base}\n{llm.altered}".encode()).hexdigest() if llm.altered else base
-
-
-def write_state(path: str | os.PathLike[str], state: State, card: StateMetadata) -> None:
-    """A state with its card, whole or not at all."""
+def write_state(path: str | os.PathLike[str], state: State, metadata: StateMetadata) -> None:
+    """Write a state file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(dump(state, card))
+        temporary.write_bytes(encode_state(state, metadata))
 
 
-def read_state(path: str | os.PathLike[str], secret: bytes | None = None) -> tuple[State, StateMetadata]:
-    """What `write_state` wrote. Raises StateError for any other file, naming it."""
+def read_state(path: str | os.PathLike[str], secret: bytes | None = None) -> LoadedState:
+    """Read a file that `write_state` wrote. Raises StateError, which names the file, for any other file."""
     try:
-        if os.path.getsize(path) > LARGEST:
+        if os.path.getsize(path) > MAX_FILE_BYTES:
             raise StateError("it is too large to be a state")
-        return parse(Path(path).read_bytes(), secret)
+        return decode_state(Path(path).read_bytes(), secret)
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror}") from None
     except StateError as error:
-        raise StateError(f"{path} is no state that can be used: {error}") from None
+        raise StateError(f"{path} is not a valid state file: {error}") from None
 
 
-def dump(state: State, card: StateMetadata, secret: bytes | None = None) -> bytes:
-    """The file's content; signed where there is a secret."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
-    text = json.dumps(dataclasses.asdict(card), ensure_ascii=False, sort_keys=True)
-    metadata = {KIND: type(state).__name__, CARD: text}
+def encode_state(state: State, metadata: StateMetadata, secret: bytes | None = None) -> bytes:
+    """The content of a state file, signed if there is a secret."""
+    text = json.dumps(dataclasses.asdict(metadata), ensure_ascii=False, sort_keys=True)
+    header = {METADATA: text}
     if secret is not None:
-        metadata[SIGNATURE] = _signature(secret, metadata[KIND], text, tensors)
-    return safetensors.torch.save(tensors, metadata)
+        header[SIGNATURE] = _sign(secret, type(state).__name__, text, state.to("cpu").tensors())
+    return state.encode(header)
 
 
-def parse(data: bytes, secret: bytes | None = None) -> tuple[State, StateMetadata]:
-    """The state in a file's content, and its card. Raises StateError for what is not sound, and, with a secret, for
-    what was not signed with it."""
-    metadata = _metadata(io.BytesIO(data), len(data))
+def decode_state(data: bytes, secret: bytes | None = None) -> LoadedState:
+    """The state and the metadata in the content of a state file.
+
+    Raises StateError for invalid content and, if there is a secret, for content that was not signed with it.
+    """
+    header = _read_header(io.BytesIO(data), len(data))
     try:
-        kind, text = KINDS[metadata[KIND]], metadata[CARD]
+        kind, text = KINDS[header[KIND]], header[METADATA]
         tensors = safetensors.torch.load(data)
     except (KeyError, TypeError):
-        raise StateError("it has no card of Fledge's that says what it is") from None
-    except (SafetensorError, RuntimeError) as error:  # torch's own: a shape that it cannot count
+        raise StateError("it has no Fledge metadata") from None
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: a shape with more elements than torch can count
         raise StateError(f"it is damaged: {str(error).partition(chr(10))[0]}") from None
-    _check_tensors(kind, tensors)  # before they are hashed, as numpy does not know every dtype
+    _check_tensors(kind, tensors)  # before they are hashed, as numpy does not support every dtype
     if secret is not None:
-        told, signature = str(metadata.get(SIGNATURE, "")), _signature(secret, metadata[KIND], text, tensors)
-        if not hmac.compare_digest(signature.encode(), told.encode(errors="replace")):
-            raise StateError("it was not signed here, or changed since")
-    return kind(**tensors), _card(text)
+        signature, expected = header.get(SIGNATURE, ""), _sign(secret, header[KIND], text, tensors)
+        if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
+            raise StateError("it was not signed with this server's key, or it has changed since")
+    return LoadedState(kind(**tensors), _parse_metadata(text))
 
 
-def peek(path: str | os.PathLike[str]) -> StateMetadata:
-    """The card of a file, without its tensors and without a look at its signature. Raises StateError, OSError."""
+def read_metadata(path: str | os.PathLike[str]) -> StateMetadata:
+    """The metadata of a file, without reading its tensors or checking its signature. Raises StateError, OSError."""
     with open(path, "rb") as file:
-        metadata = _metadata(file, os.fstat(file.fileno()).st_size)
-    return _card(metadata.get(CARD))
+        header = _read_header(file, os.fstat(file.fileno()).st_size)
+    return _parse_metadata(header.get(METADATA))
 
 
-def _metadata(file: BinaryIO, size: int) -> Mapping[str, str]:
-    """The texts in the header, which the library gives for files only."""
+def _read_header(file: BinaryIO, size: int) -> Mapping[str, str]:
+    """The metadata in the header of a file of `size` bytes."""
     try:
-        metadata = read_header(file, size, HEADER).metadata
+        header = read_header(file, size, MAX_HEADER_BYTES).metadata
     except HeaderError as error:
-        raise StateError(f"it is no state file of Fledge's: {error}") from None
-    if metadata is None or not metadata.keys() <= {KIND, CARD, SIGNATURE}:
-        raise StateError("it is no state file of Fledge's")
-    return metadata
+        raise StateError(f"it is not a Fledge state file: {error}") from None
+    if header is None or not header.keys() <= {KIND, METADATA, SIGNATURE}:
+        raise StateError("it is not a Fledge state file")
+    return header
 
 
 def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
@@ -172,42 +160,42 @@ def _check_tensors(kind: type[State], tensors: Mapping[str, Tensor]) -> None:
     if sorted(tensors) != sorted(names):
         raise StateError(f"it holds {', '.join(sorted(tensors))!r:.200}, not {', '.join(names)}")
     for name, tensor in tensors.items():
-        want = torch.long if name in COUNTS else torch.float32
-        if tensor.dtype != want or tensor.dim() != RANKS.get(name, 3):
-            raise StateError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {want}")
-        # Not torch: its threads wait for each other, which on a busy machine takes longer than all the rest.
+        dtype = torch.long if name in COUNTS else torch.float32
+        if tensor.dtype != dtype or tensor.dim() != RANKS.get(name, 3):
+            raise StateError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype}")
+        # numpy, not torch: torch's threads wait for each other, which dominates the time on a busy machine.
         if not np.isfinite(tensor.numpy()).all():
-            raise StateError(f"{name} holds numbers that are not finite")
+            raise StateError(f"{name} has values that are not finite")
     if len({tensor.shape[1] for tensor in tensors.values()}) > 1:
-        raise StateError("its tensors are of different numbers of texts")
+        raise StateError("its tensors have different numbers of sequences")
     if len({tensor.shape[0] for name, tensor in tensors.items() if name not in COUNTS}) > 1:
-        raise StateError("its tensors are of different numbers of layers")
+        raise StateError("its tensors have different numbers of layers")
 
 
-def _card(text: Any) -> StateMetadata:
-    """A card, every value of the kind it must have."""
+def _parse_metadata(text: Any) -> StateMetadata:
+    """The metadata, with the type of each value checked."""
     try:
         values = json.loads(text, object_pairs_hook=reject_repeated_names)
-        card = StateMetadata(**values)
-        json.dumps(values, ensure_ascii=False).encode()  # fails for a lone surrogate, which nothing could write again
+        metadata = StateMetadata(**values)
+        json.dumps(values, ensure_ascii=False).encode()  # fails for a lone surrogate, which cannot be written again
     except (ValueError, TypeError, RecursionError):
-        raise StateError("its card cannot be read") from None
-    texts = (card.identity, card.model, card.title, card.created, card.family)
-    optional = (card.template, card.source)
+        raise StateError("its metadata cannot be read") from None
+    texts = (metadata.identity, metadata.model, metadata.title, metadata.created, metadata.family)
+    optional = (metadata.template, metadata.source)
     if not (
         all(isinstance(value, str) for value in texts)
         and all(value is None or isinstance(value, str) for value in optional)
-        and type(card.tokens) is int
-        and 0 <= card.tokens < MOST_TOKENS
+        and type(metadata.tokens) is int
+        and 0 <= metadata.tokens < MAX_TOKENS
     ):
-        raise StateError("its card holds values of a wrong kind")
-    return card
+        raise StateError("its metadata has values of the wrong type")
+    return metadata
 
 
-def _signature(secret: bytes, kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+def _sign(secret: bytes, kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hmac.new(secret, f"{kind}\n{text}\n".encode(), hashlib.sha256)
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

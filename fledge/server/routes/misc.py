@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fledge.engine.llm.embedding import embedding
+from fledge.engine.llm.embedding import embed_state
 from fledge.engine.request import Request as EngineRequest
 from fledge.server.access import service_of, tenant_of
 from fledge.server.auth import Tenant
@@ -140,8 +140,8 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]
 
 
 async def _vector(service: Service, tenant: Tenant, ids: tuple[int, ...]) -> list[float]:
-    state = await state_after(service, tenant, EngineRequest(ids, start=service.llm.start, n=0))
-    found: list[float] = embedding(state).tolist()
+    state = await state_after(service, tenant, EngineRequest(ids, start=service.llm.initial_state, n=0))
+    found: list[float] = embed_state(state).tolist()
     return found
 
 

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 
 from fledge.core.errors import FledgeError
 from fledge.engine.request import Request as EngineRequest
-from fledge.engine.states.inspect import change, half_lives, norms
-from fledge.engine.states.state_file import StateMetadata, dump, parse
+from fledge.engine.states.inspect import half_lives, head_norms, relative_changes
+from fledge.engine.states.state_file import StateMetadata, decode_state, encode_state
 from fledge.models.state import State
 from fledge.server.access import service_of, tenant_of
 from fledge.server.auth import Tenant
@@ -25,7 +25,7 @@ from fledge.server.generation import ConcurrencySlot, check_label, check_length,
 from fledge.server.prompts import template_of, turns
 from fledge.server.schema import ReadRequest, ViewRequest
 from fledge.server.service import Service
-from fledge.tokenizer import pieces
+from fledge.tokenizer import render_segments
 
 router = APIRouter(prefix="/v1/fledge")
 
@@ -42,14 +42,14 @@ async def read(body: ReadRequest, request: Request) -> dict[str, Any]:
         template, parts = None, [body.text]
     else:
         chosen = template_of(body.template, service.template, "template")
-        template, closed = chosen.name, [*pieces(turns(body.messages or [], chosen), chosen, answer=False)]
+        template, closed = chosen.name, [*render_segments(turns(body.messages or [], chosen), chosen, answer=False)]
         parts = [*closed, chosen.close_turn()]
     param = "text" if body.messages is None else "messages"
     ids = tuple(chain.from_iterable(await encoded(service, parts, param)))
     if not ids:
         raise ApiError(400, "there is nothing to read", param=param)
     check_length(service, len(ids), param)
-    start, before, space = service.llm.start, 0, f"{service.owner(tenant)}\0"
+    start, before, space = service.llm.initial_state, 0, f"{service.owner(tenant)}\0"
     if body.state is not None:
         start, card = await service.known_state(tenant, body.state, "state")
         before, space = card.tokens, f"{space}{body.state}" if body.state.startswith("st_") else None  # type: ignore[assignment]
@@ -95,7 +95,7 @@ async def fetched(handle: str, request: Request) -> Response:
     state, card = await service.known_state(tenant, handle, "handle")
     entry = await asyncio.to_thread(service.states.describe, service.owner(tenant), id)
     card = replace(card, title=entry.name or card.title)  # so that the name travels with the state
-    data = await asyncio.to_thread(dump, state, card, service.secret)
+    data = await asyncio.to_thread(encode_state, state, card, service.secret)
     name = handle.partition(".")[0]
     headers = {"content-disposition": f'attachment; filename="{name}.state"'}
     return Response(data, media_type="application/octet-stream", headers=headers)
@@ -107,7 +107,7 @@ async def brought(request: Request) -> Response:
     service, tenant = service_of(request), tenant_of(request)
     data = await request.body()
     try:
-        state, card = await asyncio.to_thread(parse, data, service.secret)
+        state, card = await asyncio.to_thread(decode_state, data, service.secret)
         card.check(service.identity, service.llm.name)
         state.check(service.llm.config, 1)
     except FledgeError as error:
@@ -127,7 +127,7 @@ async def looked(handle: str, request: Request) -> dict[str, Any]:
         "layers": config.n_layer,
         "heads": config.n_head,
         "head_size": config.head_size,
-        "norms": _rows(await asyncio.to_thread(norms, state)),
+        "norms": _rows(await asyncio.to_thread(head_norms, state)),
     }
 
 
@@ -136,7 +136,7 @@ async def view(body: ViewRequest, request: Request) -> dict[str, Any]:
     """How long each head remembers, and how much each message changed it."""
     service, tenant = service_of(request), tenant_of(request)
     template = template_of(body.template, service.template, "template")
-    texts = [*pieces(turns(body.messages, template), template, answer=False)]
+    texts = [*render_segments(turns(body.messages, template), template, answer=False)]
     ids = await encoded(service, texts, "messages")
     check_length(service, sum(map(len, ids)), "messages")
     start = service.beginning
@@ -158,7 +158,7 @@ async def _changes(service: Service, tenant: Tenant, parts: list[tuple[int, ...]
     found = list[Any]()
     for ids in parts:
         before, state = state, await state_after(service, tenant, EngineRequest(ids, start=state, n=0))
-        found.append(await asyncio.to_thread(change, before, state))
+        found.append(await asyncio.to_thread(relative_changes, before, state))
     return found
 
 
@@ -168,7 +168,7 @@ async def rendered(body: ViewRequest, request: Request) -> dict[str, Any]:
     service = service_of(request)
     tenant_of(request)
     template = template_of(body.template, service.template, "template")
-    texts = [*pieces(turns(body.messages, template), template)]
+    texts = [*render_segments(turns(body.messages, template), template)]
     return {"text": "".join(texts), "tokens": sum(map(len, await encoded(service, texts, "messages")))}
 
 
@@ -182,7 +182,7 @@ async def _described(service: Service, tenant: Tenant, handle: str) -> dict[str,
 
 
 def _described_entry(service: Service, tenant: Tenant, entry: Any) -> dict[str, Any]:
-    card: StateMetadata = entry.card
+    card: StateMetadata = entry.metadata
     return {
         "id": service.handle(tenant, entry.id),
         "object": "state",

@@ -1,230 +1,276 @@
-// The page: what belongs together is put together here.
+// The entry point of the page: creates the components, connects them and handles navigation in the tree.
 
-import { Branches } from "./branches.js";
-import { Composer, notice } from "./composer.js";
-import { Connection } from "./connection.js";
-import { Conversation } from "./conversation.js";
-import { Dialogue } from "./dialogue.js";
-import { by, bytes, h } from "./element.js";
-import { files } from "./files.js";
-import { inspect } from "./microscope.js";
-import { Panels, themes } from "./panels.js";
+import { ApiClient } from "./api_client.js";
+import { ChatController } from "./chat_controller.js";
+import { Composer } from "./composer.js";
+import { ConversationTree, endInterruptedTurn, parseTurn } from "./conversation_tree.js";
+import { ConversationView } from "./conversation_view.js";
+import { byId, createButton } from "./dom.js";
+import { FileActions } from "./file_actions.js";
+import { formatBytes } from "./format.js";
+import { showNotice } from "./notice.js";
+import { Panels } from "./panels.js";
 import { Settings } from "./settings.js";
-import { lasting, passing } from "./storage.js";
-import { restored, settle, Tree } from "./tree.js";
+import { inspectState } from "./state_inspector.js";
+import { localStore, sessionStore } from "./storage.js";
+import { setUpThemeToggle } from "./theme_toggle.js";
+import { TreeView } from "./tree_view.js";
 
-const SPOKEN = 2000; // characters of an answer that are read out
-const AGAIN = 5000; // milliseconds until the server is looked for again
+const MAX_ANNOUNCED = 2000; // characters of an answer that a screen reader announces
+const RECONNECT_DELAY = 5000; // milliseconds
+const BUSY_NOTICE = "An answer is being generated. Stop it, or wait until it is complete.";
 
-const tree = new Tree();
-const connection = new Connection();
+// `group` identifies several answers to one question, to choose from after the current turn. `inspected` identifies the
+// state that the state panel shows.
+const current = { turnId: null, group: null, inspected: null };
+const changedTurns = new Set(); // to be drawn with the next frame
+
+const tree = new ConversationTree();
+const client = new ApiClient();
 const settings = new Settings();
-const place = { at: null, group: null, looked: null }; // the turn one is at, and the answers to choose from after it
-
-const dialogue = new Dialogue(tree, connection, settings, { changed, ended, said: notice });
-const conversation = new Conversation(tree, {
-  edit: (turn, text) => ask(turn.parent, text, turn),
-  retry: (turn) => ask(turn.parent, turn.user, turn) && composer.focus(),
-  again,
+const chat = new ChatController(tree, client, settings, {
+  onChange: scheduleUpdate,
+  onEnd: handleEnd,
+  onNotice: showNotice,
+});
+const conversationView = new ConversationView(tree, {
+  edit: (turn, text) => askQuestion(turn.parent, text, turn),
+  retry: (turn) => askQuestion(turn.parent, turn.user, turn) && composer.focus(),
+  resume: resumeTurn,
   choose: (turn) => {
-    go(turn.id);
+    goTo(turn.id);
     composer.focus();
   },
-  sibling: (turn) => go(tree.newest(turn.id)),
+  showSibling: (turn) => goTo(tree.findNewestLeaf(turn.id)),
 });
-const branches = new Branches(tree, goOut);
-const composer = new Composer({ send: (text) => send(text), stop: () => dialogue.stop() });
+const treeView = new TreeView(tree, openTurn);
+const composer = new Composer({ send: sendMessage, stop: () => chat.stop() });
 const panels = new Panels((name) => {
-  if (name === "state") look();
-  if (name === "tree") branches.draw();
+  if (name === "state") inspectCurrentState();
+  if (name === "tree") treeView.render();
 });
 
-/** Go to a turn (null: the beginning). Nothing is sent: the next question starts from that turn's state. */
-function go(at, group = null) {
-  Object.assign(place, { at, group });
-  passing.put("place", { at, group });
-  lasting.put("place", { at, group });
-  draw();
-  conversation.end();
+/**
+ * Go to a turn (null: the root) and store the position. Nothing is sent. The next question continues from the state of
+ * that turn.
+ */
+function goTo(turnId, group = null) {
+  Object.assign(current, { turnId, group });
+  for (const store of [sessionStore, localStore]) store.set("place", { at: turnId, group });
+  render();
+  conversationView.scrollToEnd();
 }
 
-function draw() {
-  const choices = place.group ? tree.children(place.at).filter((turn) => turn.group === place.group) : [];
-  conversation.draw(place.at, choices);
-  branches.draw(place.at, dialogue.running?.turns ?? new Set());
-  composer.busy(dialogue.running !== null);
-  const after = choices.length ? 0 : tree.children(place.at).length && place.at !== null;
-  by("onward").hidden = !after;
-  if (after) {
-    const count = tree.following(place.at);
-    const jump = h("button.quiet", { type: "button", onclick: () => go(tree.newest(place.at)) }, "Go to the newest");
-    by("onward").replaceChildren(`${count === 1 ? "One turn follows" : `${count} turns follow`} here. What you write now begins a branch. `, jump);
-  }
-  by("look").classList.toggle("primary", place.looked !== here());
-  by("remove").disabled = by("save-state").disabled = place.at === null;
+/** Go to a turn that was selected in a panel. On a small screen, the panel closes. */
+function openTurn(turnId) {
+  panels.closeDrawer();
+  goTo(turnId);
 }
 
-/** Send what was written; false leaves it in the field. */
-function send(text) {
-  if (place.group && tree.children(place.at).some((turn) => turn.group === place.group && turn.status !== "failed")) {
-    notice("Choose the answer to go on with first.");
+function render() {
+  const { turnId, group } = current;
+  const choices = group ? tree.getChildren(turnId).filter((turn) => turn.group === group) : [];
+  conversationView.render(turnId, choices);
+  treeView.render(turnId, chat.running?.turns ?? new Set());
+  composer.setBusy(chat.running !== null);
+  renderBranchNote(turnId !== null && !choices.length ? tree.countDescendants(turnId) : 0);
+  byId("refresh-state").classList.toggle("primary", current.inspected !== getStateKey());
+  byId("remove-branch").disabled = turnId === null;
+  byId("save-state").disabled = turnId === null;
+}
+
+/** Show that turns follow the current one, so that a new message creates a branch. */
+function renderBranchNote(count) {
+  const note = byId("branch-note");
+  note.hidden = count === 0;
+  if (count === 0) return;
+  const text = `${count === 1 ? "1 turn follows" : `${count} turns follow`}. A new message starts a branch here. `;
+  const button = createButton("Go to the latest turn", () => goTo(tree.findNewestLeaf(current.turnId)));
+  note.replaceChildren(text, button);
+}
+
+/** Send the text of the message field. Returns false if it is not accepted. */
+function sendMessage(text) {
+  const { turnId, group } = current;
+  if (group && tree.getChildren(turnId).some((choice) => choice.group === group && choice.status !== "failed")) {
+    showNotice("Choose one of the answers first.");
     return false;
   }
-  // A question that got no answer is no place to go on from; the next one stands beside it.
-  const here = tree.get(place.at);
-  return ask(here?.status === "failed" ? here.parent : place.at, text);
+  // A question without an answer cannot be continued. The new question becomes its sibling.
+  const turn = tree.get(turnId);
+  return askQuestion(turn?.status === "failed" ? turn.parent : turnId, text);
 }
 
-function ask(parent, text, like) {
-  if (dialogue.running) {
-    notice("An answer is being written. Stop it first, or wait.");
+/** Add a question after a turn and generate its answers. Returns false if another answer is being generated. */
+function askQuestion(parentId, text, source) {
+  if (chat.running) {
+    showNotice(BUSY_NOTICE);
     return false;
   }
-  notice("");
-  const turns = dialogue.begin(parent, text, composer.answers, like);
-  answer(turns);
+  showNotice("");
+  generate(chat.createTurns(parentId, text, composer.answerCount, source));
   return true;
 }
 
-/** Have a question answered that got no answer, or part of one; what has been built on that part stays. */
-function again(turn) {
-  if (tree.children(turn.id).length) return ask(turn.parent, turn.user, turn);
-  if (dialogue.running) return notice("An answer is being written. Stop it first, or wait.");
-  notice("");
-  const others = turn.group ? tree.siblings(turn).filter((each) => each.group === turn.group && each.status === "failed") : [];
-  return answer(place.group ? others : [turn]);
+/** Generate an answer that failed or is incomplete. If turns follow it, a new branch is created. */
+function resumeTurn(turn) {
+  if (tree.getChildren(turn.id).length) {
+    askQuestion(turn.parent, turn.user, turn);
+    return;
+  }
+  if (chat.running) {
+    showNotice(BUSY_NOTICE);
+    return;
+  }
+  showNotice("");
+  const isFailedChoice = (sibling) => sibling.group === turn.group && sibling.status === "failed";
+  generate(current.group && turn.group ? tree.getSiblings(turn).filter(isFailedChoice) : [turn]);
 }
 
-function answer(turns) {
-  const running = dialogue.run(turns);
-  if (turns.length > 1 || place.group) go(turns[0].parent, turns[0].group);
-  else go(turns[0].id);
-  return running;
+function generate(turns) {
+  chat.run(turns);
+  if (turns.length > 1 || current.group) goTo(turns[0].parent, turns[0].group);
+  else goTo(turns[0].id);
 }
 
-const drawn = new Set();
-
-/** Show changes with the next frame: pieces come faster than screens are drawn. */
-function changed(turn) {
-  if (!drawn.size) {
+/** Draw a changed turn with the next frame, because tokens arrive faster than frames are drawn. */
+function scheduleUpdate(turn) {
+  if (!changedTurns.size) {
     requestAnimationFrame(() => {
-      for (const each of drawn) conversation.update(each);
-      drawn.clear();
+      for (const changedTurn of changedTurns) conversationView.update(changedTurn);
+      changedTurns.clear();
     });
   }
-  drawn.add(turn);
+  changedTurns.add(turn);
 }
 
-function ended(turns) {
-  draw();
-  const done = turns.filter((turn) => turn.answer).map((turn) => turn.answer.slice(0, SPOKEN));
-  by("spoken").textContent = done.length ? `Answer: ${done.join(". Next answer: ")}` : "";
-  const error = dialogue.failed;
-  dialogue.failed = null;
-  if (error?.status === 401) askForKey();
+function handleEnd(turns) {
+  render();
+  const answers = turns.filter((turn) => turn.answer).map((turn) => turn.answer.slice(0, MAX_ANNOUNCED));
+  byId("announcement").textContent = answers.length ? `Answer: ${answers.join(". Next answer: ")}` : "";
+  const error = chat.lastError;
+  chat.lastError = null;
+  if (error?.status === 401) showKeyForm();
 }
 
-function askForKey() {
-  by("key-form").hidden = false;
-  by("key").focus();
+function showKeyForm() {
+  byId("key-form").hidden = false;
+  byId("key").focus();
 }
 
-by("key-form").addEventListener("submit", async (event) => {
+async function submitKey(event) {
   event.preventDefault();
-  connection.key = by("key").value.trim();
-  if (!(await meet())) return;
-  by("key").value = "";
-  by("key-form").hidden = true;
-  const here = tree.get(place.at);
-  if (here?.status === "failed" && !dialogue.running) again(here);
+  client.key = byId("key").value.trim();
+  if (!(await connect())) return;
+  byId("key").value = "";
+  byId("key-form").hidden = true;
+  const turn = tree.get(current.turnId);
+  if (turn?.status === "failed" && !chat.running) resumeTurn(turn);
   composer.focus();
-});
+}
 
-/** Learn what the server is; whether it told. */
-async function meet() {
+/** Read the server's properties and show them. Returns false if this fails. */
+async function connect() {
   try {
-    const server = await connection.json("v1/fledge/server");
-    dialogue.server = server;
-    settings.draw(server);
-    by("model").textContent = server.model;
-    document.title = `${server.model} · Fledge`;
-    const size = bytes(server.state_bytes);
-    by("facts").textContent = server.keeps_states
-      ? `Every turn keeps the model's whole memory of the conversation, ${size}, however long it grows. Go back to any turn in the tree and go on from there: nothing is read again.`
-      : `The model's whole memory of a conversation is ${size}, however long it grows. This server keeps none between turns.`;
-    by("tree-note").textContent = server.keeps_states ? "" : "This server keeps no states, so branches are read again.";
-    for (const name of ["save-state", "open-file"]) by(name).hidden = name === "save-state" && !server.keeps_states;
-    notice("");
+    const serverInfo = await client.requestJson("v1/fledge/server");
+    chat.serverInfo = serverInfo;
+    settings.render(serverInfo);
+    showServerInfo(serverInfo);
+    showNotice("");
     return true;
   } catch (error) {
-    if (error.status === 401) askForKey();
-    else setTimeout(meet, AGAIN);
-    notice(error.message);
+    if (error.status === 401) showKeyForm();
+    else setTimeout(connect, RECONNECT_DELAY);
+    showNotice(error.message);
     return false;
   }
 }
 
-/** Look at the state here. */
-function look() {
-  place.looked = here();
-  by("look").classList.remove("primary");
-  inspect(by("picture"), tree.request(place.at, "", false), connection, dialogue.template(place.at));
+function showServerInfo({ model, state_bytes: stateBytes, keeps_states: savesStates }) {
+  byId("model-name").textContent = model;
+  document.title = `${model} · Fledge`;
+  const size = formatBytes(stateBytes);
+  const saving = savesStates
+    ? "The server saves it after every turn. You can continue from any turn in the tree. No text is processed twice."
+    : "This server does not save it between turns.";
+  byId("state-info").textContent = `The model's state takes ${size}, however long the conversation is. ${saving}`;
+  byId("tree-note").textContent = savesStates
+    ? ""
+    : "This server does not save states, so the messages of a branch are processed again.";
+  byId("save-state").hidden = !savesStates;
 }
 
-/** What the picture of the state is a picture of. */
-function here() {
-  return `${place.at} ${tree.get(place.at)?.status}`;
+function inspectCurrentState() {
+  current.inspected = getStateKey();
+  byId("refresh-state").classList.remove("primary");
+  const context = tree.buildContext(current.turnId, "", false);
+  inspectState(byId("state-view"), context, client, chat.getTemplate(current.turnId));
 }
 
-async function tried(work) {
-  notice("");
+/** Return a value that changes whenever the state panel would show something else. */
+function getStateKey() {
+  return `${current.turnId} ${tree.get(current.turnId)?.status}`;
+}
+
+/** Run an action and show its error, if any. */
+async function withErrors(action) {
+  showNotice("");
   try {
-    await work();
+    await action();
   } catch (error) {
-    notice(error.message);
-    if (error.status === 401) askForKey();
+    showNotice(error.message);
+    if (error.status === 401) showKeyForm();
   }
 }
 
-/** Go to a turn that was chosen in a drawer, which then has done its work. */
-function goOut(at) {
-  panels.close();
-  go(at);
-}
-
-files({ tree, connection, dialogue, tried, go: goOut, at: () => place.at });
-by("begin").addEventListener("click", () => {
-  goOut(null);
-  composer.focus();
-});
-by("look").addEventListener("click", look);
-by("ask-help").addEventListener("click", () => by("help").showModal());
-by("close-help").addEventListener("click", () => by("help").close());
-
-document.addEventListener("keydown", (event) => {
-  const typing = event.target.closest("input, textarea, select");
+function handleKey(event) {
+  const isTyping = event.target.closest("input, textarea, select");
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-    if (!panels.close()) dialogue.stop();
-  } else if (event.key === "?" && !typing) by("help").showModal();
-  else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey) {
+    if (!panels.closeDrawer()) chat.stop();
+  } else if (event.key === "?" && !isTyping) byId("help").showModal();
+  else if (event.key === "/" && !isTyping && !event.ctrlKey && !event.metaKey) {
     event.preventDefault();
     composer.focus();
   }
-});
-window.addEventListener("pagehide", () => dialogue.running?.turns.forEach((turn) => tree.save(turn)));
-window.addEventListener("storage", (event) => {
-  if (!event.key?.startsWith("fledge.turn.") || !event.newValue) return;
-  tree.insert(restored(JSON.parse(event.newValue)));
-  draw();
-});
+}
 
-lasting.onfull = () => notice("This browser's storage is full or closed: save the conversation as JSON, or it is gone with this tab.");
-for (const turn of tree.turns.values()) if (turn.status === "open") settle(turn);
-const remembered = passing.get("place") ?? lasting.get("place") ?? place;
-const there = tree.get(remembered.at) ? remembered.at : null;
-const groupThere = tree.children(there).some((turn) => turn.group === remembered.group);
-themes();
-go(there, groupThere ? remembered.group : null);
-meet();
-if (!by("state").hidden) look();
+/** Add a turn that another tab stored. */
+function syncTurn(event) {
+  if (!event.key?.startsWith("fledge.turn.") || !event.newValue) return;
+  tree.insert(parseTurn(JSON.parse(event.newValue)));
+  render();
+}
+
+function saveRunningTurns() {
+  for (const turn of chat.running?.turns ?? []) tree.save(turn);
+}
+
+function restorePosition() {
+  const { at, group } = sessionStore.get("place") ?? localStore.get("place") ?? { at: null, group: null };
+  const turnId = tree.get(at) ? at : null;
+  const hasGroup = tree.getChildren(turnId).some((turn) => turn.group === group);
+  goTo(turnId, hasGroup ? group : null);
+}
+
+new FileActions({ tree, client, chat, getCurrentId: () => current.turnId, openTurn, withErrors });
+byId("key-form").addEventListener("submit", submitKey);
+byId("new-conversation").addEventListener("click", () => {
+  openTurn(null);
+  composer.focus();
+});
+byId("refresh-state").addEventListener("click", inspectCurrentState);
+byId("open-help").addEventListener("click", () => byId("help").showModal());
+byId("close-help").addEventListener("click", () => byId("help").close());
+document.addEventListener("keydown", handleKey);
+window.addEventListener("pagehide", saveRunningTurns);
+window.addEventListener("storage", syncTurn);
+localStore.onError = () =>
+  showNotice(
+    "The browser's storage is full or blocked. Save the conversation as JSON, or it is lost when this tab is closed.",
+  );
+for (const turn of tree.turns.values()) if (turn.status === "open") endInterruptedTurn(turn);
+setUpThemeToggle();
+restorePosition();
+connect();
+if (!byId("state").hidden) inspectCurrentState();
 composer.focus();

@@ -1,70 +1,68 @@
-// The field one writes in: grows with its text, keeps it as a draft, sends on Enter.
+// The message field. It grows with its text, keeps the text as a draft and sends it on Enter.
 
-import { by } from "./element.js";
-import { passing } from "./storage.js";
+import { byId } from "./dom.js";
+import { sessionStore } from "./storage.js";
 
-/** Let a text area be as high as its text, and call `send` on Enter; not while an input method composes a word. */
-export function writable(area, send) {
-  const fit = () => {
+/**
+ * Let a text area grow with its text, and call `submit` on Enter, except while an input method composes a word.
+ * Returns the function that adjusts the height.
+ */
+export function setUpTextArea(area, submit) {
+  const fitHeight = () => {
     area.style.height = "auto";
     area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
   };
-  area.addEventListener("input", fit);
+  area.addEventListener("input", fitHeight);
   area.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
-    send();
+    submit();
   });
-  return fit;
+  return fitHeight;
 }
 
 export class Composer {
-  /** send(text) says whether it has taken the text; else it stays where it is. */
+  /** `send(text)` returns true if it accepts the text. Otherwise the text stays in the field. */
   constructor({ send, stop }) {
-    this.area = by("question");
-    this.count = by("count");
+    this.area = byId("message");
+    this.countSelect = byId("answer-count");
     this.send = send;
-    this.area.value = passing.get("draft") ?? "";
-    this.count.value = passing.get("count") ?? "1";
-    this.fit = writable(this.area, () => this.submit());
-    this.area.addEventListener("input", () => passing.put("draft", this.area.value || null));
-    this.count.addEventListener("change", () => passing.put("count", this.count.value));
-    by("composer").addEventListener("submit", (event) => {
+    this.area.value = sessionStore.get("draft") ?? "";
+    this.countSelect.value = sessionStore.get("count") ?? "1";
+    this.fitHeight = setUpTextArea(this.area, () => this.submit());
+    this.area.addEventListener("input", () => sessionStore.set("draft", this.area.value || null));
+    this.countSelect.addEventListener("change", () => sessionStore.set("count", this.countSelect.value));
+    byId("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();
     });
-    by("stop").addEventListener("click", stop);
-    this.fit();
+    byId("stop").addEventListener("click", stop);
+    this.fitHeight();
   }
 
-  /** How many answers are wanted. */
-  get answers() {
-    return Number(this.count.value);
+  /** The number of answers to request. */
+  get answerCount() {
+    return Number(this.countSelect.value);
   }
 
   submit() {
     const text = this.area.value.trim();
     if (!text || !this.send(text)) return;
     this.area.value = "";
-    passing.put("draft", null);
-    this.fit();
+    sessionStore.set("draft", null);
+    this.fitHeight();
   }
 
-  /** Stop takes the place of Send while an answer is written. */
-  busy(is) {
-    const hadFocus = document.activeElement === by(is ? "send" : "stop");
-    by("stop").hidden = !is;
-    by("send").hidden = is;
-    if (hadFocus) by(is ? "stop" : "send").focus();
+  /** Show Stop instead of Send while an answer is generated. */
+  setBusy(isBusy) {
+    const hadFocus = document.activeElement === byId(isBusy ? "send" : "stop");
+    byId("stop").hidden = !isBusy;
+    byId("send").hidden = isBusy;
+    if (hadFocus) byId(isBusy ? "stop" : "send").focus();
   }
 
-  /** Not where a finger points: that would bring up a keyboard nobody asked for. */
+  /** Focus the field. Touch devices are excluded because focus would open the on-screen keyboard. */
   focus() {
     if (window.matchMedia("(pointer: fine)").matches) this.area.focus({ preventScroll: true });
   }
-}
-
-/** Say something quietly below the conversation; "" takes it back. */
-export function notice(text) {
-  by("notice").textContent = text;
 }

@@ -1,205 +1,168 @@
-// A small part of Markdown as DOM nodes: paragraphs, headings, lists, quotes, code, emphasis, links. Text is never
-// taken for markup; no pictures (they would call other hosts), and whatever is not understood stays as it was written.
+// Markdown as DOM nodes. Supported: paragraphs, headings, lists, quotes, code, emphasis and links. Text is never parsed
+// as HTML. Images are not supported because they send requests to other hosts. Everything else is shown unchanged.
 
-import { copier, h } from "./element.js";
+import { createCopyButton, h } from "./dom.js";
+import { MAX_DEPTH, parseBlocks } from "./markdown_blocks.js";
 
-const DEEPEST = 6;
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
-const RULE = /^ {0,3}(?:(?:\*\s*){3,}|(?:-\s*){3,}|(?:_\s*){3,})$/;
-const QUOTE = /^ {0,3}>\s?/;
-const ITEM = /^( {0,8})([-*+]|\d{1,9}[.)])\s+(?=\S)/;
 const LINK = /\[([^[\]\n]{1,500})\]\(([^\s()]{1,2000})\)/y;
+const SAFE_URL = /^(https?:|mailto:)/i;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const WORD = /[\p{L}\p{N}_]/u;
 
-/** Show `text` in `place`. Blocks that are there already stay as they are, so that a growing text costs its end only. */
-export function show(place, text) {
-  if (place.source === text) return;
-  place.source = text;
-  const wanted = blocks(text);
-  const shown = place.shown ?? [];
-  let same = 0;
-  const sources = wanted.map((block) => JSON.stringify(block));
-  while (same < shown.length && same < sources.length && shown[same] === sources[same]) same += 1;
-  while (place.childNodes.length > same) place.lastChild.remove();
-  place.append(...wanted.slice(same).map((block) => drawn(block)));
-  place.shown = sources;
-}
+const renderedBlocks = new WeakMap(); // the source text and the serialized blocks of each container
 
-/** The blocks of a text. */
-export function blocks(text, depth = 0) {
-  const lines = text.replace(/\r\n?/g, "\n").split("\n");
-  const found = [];
-  let level = 2; // of the heading before, so that no level is left out
-  for (let at = 0; at < lines.length; ) {
-    const line = lines[at];
-    const fence = FENCE.exec(line);
-    const heading = HEADING.exec(line);
-    if (!line.trim()) at += 1;
-    else if (fence) {
-      const end = lines.findIndex((each, place) => place > at && closes(each, fence[1]));
-      const last = end < 0 ? lines.length : end;
-      found.push({ kind: "code", language: fence[2], text: lines.slice(at + 1, last).join("\n") });
-      at = last + 1;
-    } else if (heading) {
-      level = Math.min(2 + heading[1].length, level + 1, 6);
-      found.push({ kind: "heading", level, text: heading[2] });
-      at += 1;
-    } else if (RULE.test(line)) {
-      found.push({ kind: "rule" });
-      at += 1;
-    } else if (QUOTE.test(line) && depth < DEEPEST) {
-      const end = endOf(lines, at, (each) => QUOTE.test(each));
-      const inner = lines.slice(at, end).map((each) => each.replace(QUOTE, ""));
-      found.push({ kind: "quote", blocks: blocks(inner.join("\n"), depth + 1) });
-      at = end;
-    } else if (ITEM.test(line) && depth < DEEPEST) at = list(lines, at, depth, found);
-    else {
-      const end = endOf(lines, at + 1, (each) => each.trim() && !begins(each));
-      found.push({ kind: "paragraph", text: lines.slice(at, end).join("\n").trim() });
-      at = end;
-    }
+/** Render `text` in `container`. Unchanged blocks are kept, so that the cost of a growing text is that of its end. */
+export function renderMarkdown(container, text) {
+  const previous = renderedBlocks.get(container) ?? { text: "", keys: [] };
+  if (previous.text === text) return;
+  const blocks = parseBlocks(text);
+  const keys = blocks.map((block) => JSON.stringify(block));
+  let unchanged = 0;
+  while (unchanged < Math.min(keys.length, previous.keys.length) && keys[unchanged] === previous.keys[unchanged]) {
+    unchanged += 1;
   }
-  return found;
+  while (container.childNodes.length > unchanged) container.lastChild.remove();
+  container.append(...blocks.slice(unchanged).map(createBlock));
+  renderedBlocks.set(container, { text, keys });
 }
 
-function endOf(lines, start, belongs) {
-  let at = start;
-  while (at < lines.length && belongs(lines[at])) at += 1;
-  return at;
-}
-
-function closes(line, fence) {
-  const text = line.trim();
-  return text.length >= fence.length && text === fence[0].repeat(text.length);
-}
-
-/** Whether a line ends the paragraph before it. A number other than 1 does not: it may be a year. */
-function begins(line) {
-  const item = ITEM.exec(line);
-  const starts = item && (!/\d/.test(item[2]) || parseInt(item[2], 10) === 1);
-  return starts || FENCE.test(line) || HEADING.test(line) || QUOTE.test(line) || RULE.test(line);
-}
-
-/** Read the list that begins at a line; the line after it. */
-function list(lines, start, depth, found) {
-  const first = ITEM.exec(lines[start]);
-  const ordered = /\d/.test(first[2]);
-  const items = [];
-  let at = start;
-  for (let width = 0; at < lines.length; at += 1) {
-    const line = lines[at];
-    const item = ITEM.exec(line);
-    const indent = line.length - line.trimStart().length;
-    const belongs = items.length > 0 && indent >= Math.min(width, first[1].length + 2);
-    if (item && !belongs && /\d/.test(item[2]) === ordered && !RULE.test(line)) {
-      width = item[0].length;
-      items.push([line.slice(width)]);
-    } else if (belongs && line.trim()) items.at(-1).push(line.slice(Math.min(indent, width)));
-    else if (!line.trim()) {
-      const next = lines.slice(at + 1, at + 3).find((each) => each.trim()) ?? "";
-      const goesOn = next.length - next.trimStart().length > first[1].length || ITEM.test(next);
-      if (!goesOn) break;
-      items.at(-1).push("");
-    } else if (item || begins(line) || lines[at - 1].trim() === "") break;
-    else items.at(-1).push(line);
-  }
-  const inner = items.map((item) => blocks(item.join("\n"), depth + 1));
-  found.push({ kind: "list", start: ordered ? parseInt(first[2], 10) : null, items: inner });
-  return at;
-}
-
-function drawn(block) {
-  if (block.kind === "code") return code(block);
+function createBlock(block) {
+  if (block.kind === "code") return createCodeBlock(block);
   if (block.kind === "rule") return h("hr");
-  if (block.kind === "heading") return h(`h${block.level}`, { dir: "auto" }, inline(block.text));
-  if (block.kind === "quote") return h("blockquote", { dir: "auto" }, block.blocks.map(drawn));
-  if (block.kind === "paragraph") return h("p", { dir: "auto" }, inline(block.text));
-  const items = block.items.map((item) =>
-    h("li", { dir: "auto" }, item.length === 1 && item[0].kind === "paragraph" ? inline(item[0].text) : item.map(drawn)),
-  );
+  if (block.kind === "heading") return h(`h${block.level}`, { dir: "auto" }, createInline(block.text));
+  if (block.kind === "quote") return h("blockquote", { dir: "auto" }, block.blocks.map(createBlock));
+  if (block.kind === "paragraph") return h("p", { dir: "auto" }, createInline(block.text));
+  const items = block.items.map(createListItem);
   return block.start === null ? h("ul", { dir: "auto" }, items) : h("ol", { start: block.start, dir: "auto" }, items);
 }
 
-function code(block) {
-  const name = block.language ? `Code, ${block.language}` : "Code";
-  const text = h("pre", { tabindex: 0, role: "group", "aria-label": name, dir: "ltr" }, h("code", {}, block.text));
-  return h("div.code", {}, h("div.bar", {}, h("span", {}, block.language || "code"), copier(() => block.text)), text);
+function createListItem(blocks) {
+  const isSingleParagraph = blocks.length === 1 && blocks[0].kind === "paragraph";
+  return h("li", { dir: "auto" }, isSingleParagraph ? createInline(blocks[0].text) : blocks.map(createBlock));
 }
 
-/** The nodes of one stretch of text. */
-export function inline(text, depth = 0) {
-  const found = [];
-  const dead = new Set(); // marks that nothing closes from here on, so that no text takes quadratic time
-  let plain = "";
-  const put = (node) => {
-    if (plain) found.push(plain);
-    plain = "";
-    found.push(node);
-  };
-  for (let at = 0; at < text.length; ) {
-    const mark = markAt(text, at);
-    const end = mark && depth < DEEPEST && !dead.has(mark) ? closing(text, mark, at + mark.length) : -1;
-    LINK.lastIndex = at;
-    const link = text[at] === "[" && depth < DEEPEST ? LINK.exec(text) : null;
-    if (text[at] === "\\" && PUNCTUATION.test(text[at + 1] ?? "")) {
-      plain += text[at + 1];
-      at += 2;
-    } else if (end >= 0) {
-      put(marked(mark, text.slice(at + mark.length, end), depth));
-      at = end + mark.length;
-    } else if (link && /^(https?:|mailto:)/i.test(link[2])) {
-      const safe = { href: link[2], target: "_blank", rel: "noopener noreferrer nofollow" };
-      put(h("a", safe, inline(link[1], depth + 1)));
-      at += link[0].length;
-    } else {
-      if (mark && opens(text, mark, at)) dead.add(mark);
-      plain += mark || text[at];
-      at += mark ? mark.length : 1;
+function createCodeBlock({ language, text }) {
+  const label = language ? `Code, ${language}` : "Code";
+  const header = h(
+    "div.code-header",
+    {},
+    h("span", {}, language || "code"),
+    createCopyButton(() => text),
+  );
+  const code = h("pre", { tabindex: 0, role: "group", "aria-label": label, dir: "ltr" }, h("code", {}, text));
+  return h("div.code-block", {}, header, code);
+}
+
+function createInline(text, depth = 0) {
+  return new InlineParser(text, depth).parse();
+}
+
+/** Creates the nodes of a text without block structure. */
+class InlineParser {
+  constructor(text, depth) {
+    Object.assign(this, { text, depth });
+    this.index = 0;
+    this.nodes = [];
+    this.plain = ""; // text since the last node
+    this.unclosed = new Set(); // delimiters without a closing one after the index: they are searched only once
+  }
+
+  parse() {
+    while (this.index < this.text.length) {
+      if (!(this.parseEscape() || this.parseSpan() || this.parseLink())) this.parseText();
     }
+    this.flush();
+    return this.nodes;
   }
-  if (plain) found.push(plain);
-  return found;
+
+  parseEscape() {
+    const next = this.text[this.index + 1] ?? "";
+    if (this.text[this.index] !== "\\" || !PUNCTUATION.test(next)) return false;
+    this.plain += next;
+    this.index += 2;
+    return true;
+  }
+
+  /** Parse code, strong, emphasized or deleted text. */
+  parseSpan() {
+    const delimiter = getDelimiter(this.text, this.index);
+    if (!delimiter || this.depth >= MAX_DEPTH || this.unclosed.has(delimiter)) return false;
+    const start = this.index + delimiter.length;
+    const end = findClosing(this.text, delimiter, start);
+    if (end < 0) return false;
+    this.append(createSpan(delimiter, this.text.slice(start, end), this.depth));
+    this.index = end + delimiter.length;
+    return true;
+  }
+
+  parseLink() {
+    if (this.text[this.index] !== "[" || this.depth >= MAX_DEPTH) return false;
+    LINK.lastIndex = this.index;
+    const match = LINK.exec(this.text);
+    if (!match || !SAFE_URL.test(match[2])) return false;
+    const attributes = { href: match[2], target: "_blank", rel: "noopener noreferrer nofollow" };
+    this.append(h("a", attributes, createInline(match[1], this.depth + 1)));
+    this.index += match[0].length;
+    return true;
+  }
+
+  parseText() {
+    const delimiter = getDelimiter(this.text, this.index);
+    if (delimiter && canOpen(this.text, delimiter, this.index)) this.unclosed.add(delimiter);
+    const text = delimiter || this.text[this.index];
+    this.plain += text;
+    this.index += text.length;
+  }
+
+  append(node) {
+    this.flush();
+    this.nodes.push(node);
+  }
+
+  flush() {
+    if (this.plain) this.nodes.push(this.plain);
+    this.plain = "";
+  }
 }
 
-/** The mark that begins here, or "". */
-function markAt(text, at) {
-  const sign = text[at];
-  if (sign === "`") {
-    let end = at;
+/** Return the delimiter at an index, or "". */
+function getDelimiter(text, index) {
+  const character = text[index];
+  if (character === "`") {
+    let end = index;
     while (text[end] === "`") end += 1;
-    return text.slice(at, end);
+    return text.slice(index, end);
   }
-  if (sign !== "*" && sign !== "_" && sign !== "~") return "";
-  if (text[at + 1] === sign) return sign + sign;
-  return sign === "~" ? "" : sign;
+  if (character !== "*" && character !== "_" && character !== "~") return "";
+  if (text[index + 1] === character) return character + character;
+  return character === "~" ? "" : character;
 }
 
-function opens(text, mark, at) {
-  if (mark[0] === "`") return true;
-  const inWord = mark[0] === "_" && at > 0 && WORD.test(text[at - 1]);
-  return !inWord && /\S/.test(text[at + mark.length] ?? "");
+function canOpen(text, delimiter, index) {
+  if (delimiter[0] === "`") return true;
+  const isInsideWord = delimiter[0] === "_" && index > 0 && WORD.test(text[index - 1]);
+  return !isInsideWord && /\S/.test(text[index + delimiter.length] ?? "");
 }
 
-/** Where what a mark has opened is closed, or -1. */
-function closing(text, mark, start) {
-  if (!opens(text, mark, start - mark.length)) return -1;
-  for (let at = text.indexOf(mark, start); at >= 0; at = text.indexOf(mark, at + 1)) {
-    const [before, after] = [text[at - 1], text[at + mark.length] ?? ""];
-    if (at === start) continue;
-    if (mark[0] === "`" ? before !== "`" && after !== "`" : fits(mark, before, after)) return at;
+/** Return the index of the delimiter that closes the span starting at `start`, or -1. */
+function findClosing(text, delimiter, start) {
+  if (!canOpen(text, delimiter, start - delimiter.length)) return -1;
+  for (let index = text.indexOf(delimiter, start); index >= 0; index = text.indexOf(delimiter, index + 1)) {
+    const before = text[index - 1];
+    const after = text[index + delimiter.length] ?? "";
+    const closes = delimiter[0] === "`" ? before !== "`" && after !== "`" : canClose(delimiter, before, after);
+    if (index !== start && closes) return index;
   }
   return -1;
 }
 
-function fits(mark, before, after) {
-  const alone = mark.length > 1 || (before !== mark && after !== mark);
-  return /\S/.test(before) && alone && !(mark[0] === "_" && WORD.test(after));
+function canClose(delimiter, before, after) {
+  const isSeparate = delimiter.length > 1 || (before !== delimiter && after !== delimiter);
+  return /\S/.test(before) && isSeparate && !(delimiter[0] === "_" && WORD.test(after));
 }
 
-function marked(mark, text, depth) {
-  if (mark[0] === "`") return h("code", {}, text.replace(/^ (.*\S.*) $/s, "$1"));
-  const name = mark[0] === "~" ? "del" : mark.length > 1 ? "strong" : "em";
-  return h(name, {}, inline(text, depth + 1));
+function createSpan(delimiter, text, depth) {
+  if (delimiter[0] === "`") return h("code", {}, text.replace(/^ (.*\S.*) $/s, "$1"));
+  const emphasis = delimiter.length > 1 ? "strong" : "em";
+  return h(delimiter[0] === "~" ? "del" : emphasis, {}, createInline(text, depth + 1));
 }

@@ -1,81 +1,71 @@
-// Panels beside the conversation. Where there is room they stand beside it; on a small screen one at a time is a drawer.
+// The panels beside the conversation. On a small screen a panel is a drawer that covers the conversation.
 
-import { by } from "./element.js";
-import { lasting } from "./storage.js";
+import { byId } from "./dom.js";
+import { localStore } from "./storage.js";
 
-const NAMES = ["tree", "state", "settings"];
+const PANELS = ["tree", "state", "settings"];
 const NARROW = window.matchMedia("(max-width: 880px)");
 
 export class Panels {
-  /** onopen(name) is called for a panel that has been opened. */
-  constructor(onopen) {
-    this.onopen = onopen;
-    this.opener = null;
-    for (const name of NAMES) {
-      this.button(name).addEventListener("click", () => this.show(name, by(name).hidden));
-      by(name).querySelector(".close").addEventListener("click", () => this.show(name, false));
+  /** `onOpen(name)` is called after a panel was opened. */
+  constructor(onOpen) {
+    this.onOpen = onOpen;
+    for (const name of PANELS) {
+      getToggle(name).addEventListener("click", () => this.show(name, byId(name).hidden));
+      byId(name)
+        .querySelector(".close")
+        .addEventListener("click", () => this.show(name, false));
     }
-    by("room").addEventListener("pointerdown", (event) => !event.target.closest(".panel") && this.close());
-    NARROW.addEventListener("change", () => this.arrange());
-    const open = lasting.get("panels") ?? ["tree"];
-    if (!NARROW.matches) for (const name of NAMES) if (open.includes(name)) this.show(name, true, false);
+    byId("layout").addEventListener("pointerdown", (event) => !event.target.closest(".panel") && this.closeDrawer());
+    NARROW.addEventListener("change", () => this.updateLayout());
+    const stored = localStore.get("panels") ?? ["tree"];
+    if (NARROW.matches) return;
+    for (const name of PANELS) if (stored.includes(name)) this.show(name, true, false);
   }
 
-  button(name) {
-    return document.querySelector(`[data-panel=${name}]`);
-  }
-
-  /** Open or close one. Of the two at the right, and on a small screen of all, one is open at a time. */
-  show(name, open, byHand = true) {
-    const panel = by(name);
-    for (const other of NAMES) {
-      const clash = NARROW.matches || (other !== "tree" && name !== "tree");
-      if (open && other !== name && clash) this.set(other, false);
+  /**
+   * Open or close a panel. Only one of the panels on the right can be open, and on a small screen only one of all
+   * panels. `isUserAction`: the user opened or closed it, so the choice is stored and the focus moves.
+   */
+  show(name, isOpen, isUserAction = true) {
+    for (const other of PANELS) {
+      const isExclusive = NARROW.matches || (other !== "tree" && name !== "tree");
+      if (isOpen && other !== name && isExclusive) setOpen(other, false);
     }
-    this.set(name, open);
-    this.arrange();
-    if (byHand && !NARROW.matches) lasting.put("panels", NAMES.filter((each) => !by(each).hidden));
-    if (open) this.onopen(name);
-    if (byHand && open && NARROW.matches) panel.focus();
-    if (byHand && !open) this.button(name).focus();
+    setOpen(name, isOpen);
+    this.updateLayout();
+    if (isUserAction && !NARROW.matches) localStore.set("panels", listOpenPanels());
+    if (isOpen) this.onOpen(name);
+    if (isUserAction && isOpen && NARROW.matches) byId(name).focus();
+    if (isUserAction && !isOpen) getToggle(name).focus();
   }
 
-  set(name, open) {
-    by(name).hidden = !open;
-    this.button(name).setAttribute("aria-expanded", String(open));
+  /** Close the open drawer. Returns false if there is none. */
+  closeDrawer() {
+    const drawer = NARROW.matches ? listOpenPanels()[0] : undefined;
+    if (drawer) this.show(drawer, false);
+    return drawer !== undefined;
   }
 
-  /** Close a drawer, if one is open; whether one was. */
-  close() {
-    const open = NARROW.matches ? NAMES.find((name) => !by(name).hidden) : undefined;
-    if (open) this.show(open, false);
-    return open !== undefined;
-  }
-
-  /** What is behind a drawer cannot be reached. */
-  arrange() {
-    const open = NAMES.filter((name) => !by(name).hidden);
-    if (NARROW.matches) for (const name of open.slice(1)) this.set(name, false);
-    by("main").inert = NARROW.matches && open.length > 0;
-    document.body.classList.toggle("drawer", by("main").inert);
+  /** Keep at most one drawer open, and make the conversation behind it inert. */
+  updateLayout() {
+    const openPanels = listOpenPanels();
+    if (NARROW.matches) for (const name of openPanels.slice(1)) setOpen(name, false);
+    const hasDrawer = NARROW.matches && openPanels.length > 0;
+    byId("main").inert = hasDrawer;
+    document.body.classList.toggle("has-drawer", hasDrawer);
   }
 }
 
-/** The switch between light and dark; until it is used, the system decides. */
-export function themes() {
-  const root = document.documentElement;
-  const system = window.matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const tell = () => by("theme").setAttribute("aria-pressed", String(isDark()));
-  by("theme").addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    try {
-      localStorage.setItem("fledge.theme", root.dataset.theme); // bare, as theme.js reads it
-    } catch {
-      return tell(); // storage is forbidden: the theme holds until the page is closed
-    }
-    return tell();
-  });
-  system.addEventListener("change", tell);
-  tell();
+function getToggle(name) {
+  return document.querySelector(`[data-panel=${name}]`);
+}
+
+function listOpenPanels() {
+  return PANELS.filter((name) => !byId(name).hidden);
+}
+
+function setOpen(name, isOpen) {
+  byId(name).hidden = !isOpen;
+  getToggle(name).setAttribute("aria-expanded", String(isOpen));
 }

@@ -1,95 +1,168 @@
-// How the next answer is drawn: fields with a word about each, kept in this browser.
+// The settings of the next answer: a form, stored in this browser.
 
-import { by, h } from "./element.js";
-import { lasting } from "./storage.js";
+import { byId, h } from "./dom.js";
+import { localStore } from "./storage.js";
 
 const FIELDS = [
-  { name: "system", label: "System text", area: 3, about: "What the model reads before a new conversation begins. Only the template world has a place for it." },
-  { name: "template", label: "Template", choices: [], about: "How messages are laid out for the model. Take the one it was tuned with." },
-  { name: "temperature", label: "Temperature", min: 0, max: 100, step: 0.05, about: "0: always the likeliest word. 1: as the model weighs them. Above: wilder." },
-  { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05, about: "Draw only from the likeliest words that together have this share. Small models need a small one." },
-  { name: "top_k", label: "Top k", min: 0, step: 1, about: "Draw only from so many of the likeliest words. 0: from all." },
-  { name: "presence_penalty", label: "Presence penalty", min: -100, max: 100, step: 0.1, about: "Makes words that have been used less likely, however often." },
-  { name: "frequency_penalty", label: "Frequency penalty", min: -100, max: 100, step: 0.1, about: "The same, for each time they have been used." },
-  { name: "penalty_decay", label: "Penalty decay", min: 0, max: 1, step: 0.001, about: "How much of the penalties is left after each further word. 1: all of it." },
-  { name: "max_tokens", label: "Longest answer", min: 1, step: 1, about: "In tokens. An answer that reaches it stops in the middle." },
-  { name: "seed", label: "Seed", min: 0, step: 1, about: "The same seed gives the same answer again. Empty: another one each time. Retry counts it up." },
-  { name: "stop", label: "Stop texts", area: 2, about: "One a line. The answer ends before the first of them." },
+  {
+    name: "system",
+    label: "System prompt",
+    rows: 3,
+    help: 'The model reads this text at the start of a new conversation. Only the template "world" supports it.',
+  },
+  {
+    name: "template",
+    label: "Template",
+    isTemplate: true,
+    help: "How messages are formatted for the model. Use the template that the model was trained with.",
+  },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 100,
+    step: 0.05,
+    help: "0: always the most likely token. 1: the model's own distribution. Above 1: more random.",
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    min: 0,
+    max: 1,
+    step: 0.05,
+    help: "Sample only from the most likely tokens that together reach this probability. Small models need a low one.",
+  },
+  {
+    name: "top_k",
+    label: "Top k",
+    min: 0,
+    step: 1,
+    help: "Sample only from this number of most likely tokens. 0: no limit.",
+  },
+  {
+    name: "presence_penalty",
+    label: "Presence penalty",
+    min: -100,
+    max: 100,
+    step: 0.1,
+    help: "Makes tokens that already occurred less likely, regardless of how often they occurred.",
+  },
+  {
+    name: "frequency_penalty",
+    label: "Frequency penalty",
+    min: -100,
+    max: 100,
+    step: 0.1,
+    help: "Makes tokens less likely each time they occur.",
+  },
+  {
+    name: "penalty_decay",
+    label: "Penalty decay",
+    min: 0,
+    max: 1,
+    step: 0.001,
+    help: "The share of the penalties that remains after each further token. 1: all of it.",
+  },
+  {
+    name: "max_tokens",
+    label: "Maximum tokens",
+    min: 1,
+    step: 1,
+    help: "The maximum length of the answer. A longer answer is cut off.",
+  },
+  {
+    name: "seed",
+    label: "Seed",
+    min: 0,
+    step: 1,
+    help: "The same seed gives the same answer. Empty: a different seed each time. Retry adds 1 to the seed.",
+  },
+  {
+    name: "stop",
+    label: "Stop strings",
+    rows: 2,
+    help: "One per line. The answer ends before the first match.",
+  },
 ];
-const OWN = ["top_k", "penalty_decay", "template"]; // in the request's field fledge, not among OpenAI's
+const EXTENSION_FIELDS = ["top_k", "penalty_decay", "template"]; // not part of OpenAI's protocol: sent inside "fledge"
+const TEXT_FIELDS = ["system", "stop"];
 
 export class Settings {
   constructor() {
-    this.values = lasting.get("settings") ?? {};
-    this.form = by("fields");
-    this.form.addEventListener("input", () => this.read());
+    this.values = localStore.get("settings") ?? {};
+    this.form = byId("settings-form");
+    this.form.addEventListener("input", () => this.readForm());
     this.form.addEventListener("submit", (event) => event.preventDefault());
-    by("reset").addEventListener("click", () => this.reset());
-    this.draw({ templates: [], template: "" });
+    byId("reset-settings").addEventListener("click", () => this.reset());
+    this.render({ templates: [], template: "" });
   }
 
-  /** Show the fields as this server has them. */
-  draw(server) {
+  /** Show the form. `serverInfo` has the templates of the server. */
+  render(serverInfo) {
     const rows = FIELDS.map((field) => {
       const id = `set-${field.name}`;
-      return h("div.field", {}, h("label", { for: id }, field.label), this.control(field, id, server),
-        h("p.aside", { id: `${id}-about` }, field.about));
+      const helpId = `${id}-help`;
+      const attributes = { id, name: field.name, "aria-describedby": helpId };
+      const control = createControl(field, attributes, this.values[field.name] ?? "", serverInfo);
+      return h("div.field", {}, h("label", { for: id }, field.label), control, h("p.note", { id: helpId }, field.help));
     });
     this.form.replaceChildren(...rows);
   }
 
-  control(field, id, server) {
-    const given = { id, name: field.name, "aria-describedby": `${id}-about` };
-    const value = this.values[field.name] ?? "";
-    if (field.choices) {
-      const names = [...new Set([...server.templates, value].filter(Boolean))];
-      const options = names.map((name) => h("option", { value: name, selected: name === value }, name));
-      const standard = server.template ? `The model's own (${server.template})` : "The model's own";
-      return h("select", given, h("option", { value: "" }, standard), options);
+  readForm() {
+    for (const { name } of FIELDS) {
+      const { value } = this.form.elements[name];
+      if (value === "") delete this.values[name];
+      else this.values[name] = value;
     }
-    if (field.area) {
-      const area = h("textarea", { ...given, rows: field.area, dir: "auto" });
-      area.value = value;
-      return area;
-    }
-    const { min, max, step } = field;
-    const input = h("input", { ...given, type: "number", min, max, step, inputmode: "decimal", placeholder: "the server's choice", autocomplete: "off" });
-    input.value = value;
-    return input;
-  }
-
-  read() {
-    for (const field of FIELDS) {
-      const { value } = this.form.elements[field.name];
-      if (value === "") delete this.values[field.name];
-      else this.values[field.name] = value;
-    }
-    lasting.put("settings", this.values);
+    localStore.set("settings", this.values);
   }
 
   reset() {
     for (const control of this.form.elements) control.value = "";
-    this.read();
+    this.readForm();
   }
 
-  /** The system text of conversations that begin now. */
-  get system() {
+  /** The system prompt of new conversations. */
+  get systemPrompt() {
     return (this.values.system ?? "").trim();
   }
 
-  /** The fields of a request. again: how many answers to the same question there are already. */
-  request(again, template) {
+  /**
+   * Build the fields of a request: `body` for OpenAI's fields, `extension` for those inside "fledge". `retryIndex` is
+   * the number of earlier answers to the same question.
+   */
+  buildFields(retryIndex, template) {
     const body = {};
-    const own = {};
-    for (const field of FIELDS) {
-      const value = this.values[field.name];
-      if (value === undefined || field.name === "system" || field.name === "stop") continue;
-      (OWN.includes(field.name) ? own : body)[field.name] = field.choices ? value : Number(value);
+    const extension = {};
+    for (const { name, isTemplate } of FIELDS) {
+      const value = this.values[name];
+      if (value === undefined || TEXT_FIELDS.includes(name)) continue;
+      const target = EXTENSION_FIELDS.includes(name) ? extension : body;
+      target[name] = isTemplate ? value : Number(value);
     }
-    if (body.seed !== undefined) body.seed += again;
-    if (template) own.template = template;
-    const stops = (this.values.stop ?? "").split("\n").filter((line) => line !== "");
-    if (stops.length) body.stop = stops;
-    return { body, own };
+    if (body.seed !== undefined) body.seed += retryIndex;
+    if (template) extension.template = template;
+    const stop = (this.values.stop ?? "").split("\n").filter((line) => line !== "");
+    if (stop.length) body.stop = stop;
+    return { body, extension };
   }
+}
+
+function createControl(field, attributes, value, serverInfo) {
+  if (field.isTemplate) return createTemplateSelect(attributes, value, serverInfo);
+  const { min, max, step, rows } = field;
+  const numberAttributes = { type: "number", min, max, step, inputmode: "decimal", placeholder: "server default" };
+  const control = rows
+    ? h("textarea", { ...attributes, rows, dir: "auto" })
+    : h("input", { ...attributes, ...numberAttributes, autocomplete: "off" });
+  control.value = value;
+  return control;
+}
+
+function createTemplateSelect(attributes, value, { templates, template }) {
+  const names = [...new Set([...templates, value].filter(Boolean))];
+  const options = names.map((name) => h("option", { value: name, selected: name === value }, name));
+  const defaultLabel = template ? `Model default (${template})` : "Model default";
+  return h("select", attributes, h("option", { value: "" }, defaultLabel), options);
 }

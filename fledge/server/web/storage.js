@@ -1,48 +1,51 @@
-// What the browser keeps. Storage may be full or forbidden: then the page works on, and says so once.
+// Values that the page stores in the browser. If the storage is full or blocked, values are kept in memory instead and
+// the page continues to work.
 
-/** `kind` is localStorage (all tabs, for good) or sessionStorage (this tab). */
-class Drawer {
+const PREFIX = "fledge.";
+
+class BrowserStorage {
+  /** `kind` is "localStorage" (permanent, shared by all tabs) or "sessionStorage" (this tab only). */
   constructor(kind) {
-    this.memory = new Map(); // what storage did not take
-    this.onfull = () => {};
+    this.rejected = new Map(); // values that the browser's storage did not accept
+    this.onError = () => {};
     try {
-      this.place = window[kind];
-      this.place.getItem("fledge.theme");
+      this.area = window[kind];
+      this.area.getItem(`${PREFIX}theme`); // throws if storage is blocked
     } catch {
-      this.place = null;
+      this.area = null;
     }
   }
 
-  /** What was put there, or null. */
+  /** Return the stored value, or null. */
   get(name) {
-    if (this.memory.has(name)) return this.memory.get(name);
-    const text = this.place?.getItem(`fledge.${name}`) ?? null;
+    if (this.rejected.has(name)) return this.rejected.get(name);
+    const json = this.area?.getItem(PREFIX + name) ?? null;
     try {
-      return text === null ? null : JSON.parse(text);
+      return json === null ? null : JSON.parse(json);
     } catch {
       return null;
     }
   }
 
-  /** Keep it; null forgets it. */
-  put(name, value) {
+  /** Store a value; null deletes it. */
+  set(name, value) {
     try {
-      if (value === null) this.place.removeItem(`fledge.${name}`);
-      else this.place.setItem(`fledge.${name}`, JSON.stringify(value));
-      this.memory.delete(name);
+      if (value === null) this.area.removeItem(PREFIX + name);
+      else this.area.setItem(PREFIX + name, JSON.stringify(value));
+      this.rejected.delete(name);
     } catch {
-      this.memory.set(name, value);
-      if (value !== null) this.onfull();
+      this.rejected.set(name, value);
+      if (value !== null) this.onError();
     }
   }
 
-  /** The names that begin so. */
-  names(prefix) {
-    const stored = Array.from({ length: this.place?.length ?? 0 }, (_, at) => this.place.key(at));
-    const found = stored.filter((name) => name.startsWith("fledge.")).map((name) => name.slice("fledge.".length));
-    return [...new Set([...found, ...this.memory.keys()])].filter((name) => name.startsWith(prefix));
+  /** List the names that start with `prefix`. */
+  listNames(prefix) {
+    const keys = Array.from({ length: this.area?.length ?? 0 }, (_, index) => this.area.key(index));
+    const names = keys.filter((key) => key.startsWith(PREFIX)).map((key) => key.slice(PREFIX.length));
+    return [...new Set([...names, ...this.rejected.keys()])].filter((name) => name.startsWith(prefix));
   }
 }
 
-export const lasting = new Drawer("localStorage");
-export const passing = new Drawer("sessionStorage");
+export const localStore = new BrowserStorage("localStorage");
+export const sessionStore = new BrowserStorage("sessionStorage");

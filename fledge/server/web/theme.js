@@ -1,10 +1,10 @@
-// Before the first paint, so that a chosen theme does not flash as the other one. Not a module for the same reason.
+// Applies the stored theme before the first paint. This is not a module because modules run after the first paint.
 (() => {
-  let chosen = null;
+  let theme = null;
   try {
-    chosen = localStorage.getItem("fledge.theme");
+    theme = localStorage.getItem("fledge.theme");
   } catch {
-    // Storage may be forbidden; the system's theme is right then.
+    // Storage is blocked: the system theme applies.
   }
-  if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 })();

@@ -117,7 +117,7 @@ def test_copies_get_the_whole_command_line(
     monkeypatch.setattr(replicas, "run", lambda *arguments: found.append(arguments))
     shared = lora.parent / "shared"
     command = ["serve", "--model", byte_model, "--replicas", 2, "--shared", shared, "--host", "0.0.0.0"]
-    fledge(*command, "--alpha", 8).check_error(2, "--alpha is about an adapter")
+    fledge(*command, "--alpha", 8).check_error(2, "--alpha needs an adapter")
     fledge(*command, "--adapter", lora).check_error(2, "does not record its alpha")
     assert fledge(*command, "--adapter", lora, "--alpha", 8, "--any-base").code == 0
     ((arguments, settings, count, host, *_),) = found

@@ -19,7 +19,7 @@ import pytest
 from corpora import config, corpus, files, text, write_jsonl
 
 from fledge.core.errors import ConfigError, DataError, FledgeError, UsageError
-from fledge.core.files import exclusive
+from fledge.core.locks import try_lock_folder
 from fledge.data.pipeline import build as module
 from fledge.data.pipeline.build import BuildOptions, build
 from fledge.data.pipeline.store_assembly import counts_of
@@ -199,7 +199,7 @@ def test_work_is_removed_while_it_is_locked(base: Path, tmp_path: Path, monkeypa
     seen: list[bool] = []
 
     def discard(work: Path) -> None:
-        with exclusive(work) as alone:
+        with try_lock_folder(work) as alone:
             seen.append(alone)
 
     monkeypatch.setattr(module, "discard", discard)
@@ -218,7 +218,7 @@ def test_a_folder_in_which_nothing_can_be_written(
         raise OSError(code, os.strerror(code))
 
     before = sorted(base.rglob("*"))
-    monkeypatch.setattr(module, "exclusive", refuse)
+    monkeypatch.setattr(module, "try_lock_folder", refuse)
     assert build(config(), base, base / "whole", ONE).sha256 == open_store(base / "whole").sha256
     assert sorted(base.rglob("*")) == before
     with pytest.raises(DataError, match=r"nothing can be written in .*store: .*; choose another folder"):

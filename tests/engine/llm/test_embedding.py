@@ -8,7 +8,7 @@ from random_checkpoints import VERSIONS, random_checkpoint
 
 from fledge.checkpoint import assemble, detect
 from fledge.engine.generation import advance_state, make_initial_state
-from fledge.engine.llm.embedding import embedding
+from fledge.engine.llm.embedding import embed_state
 from fledge.models import ModelConfig, WkvState, build, init_weights
 
 
@@ -19,7 +19,7 @@ def test_by_hand() -> None:
     wkv[1, 0, 0] = torch.tensor([[2.0, 0.0], [0.0, 0.0]])  # (1, 0); the other head holds nothing
     state = WkvState(torch.zeros(2, 1, 4), wkv, torch.zeros(2, 1, 4))
     expected = torch.tensor([1.6, 0.8, 0.0, 1.0])
-    assert torch.allclose(embedding(state), expected / expected.norm())
+    assert torch.allclose(embed_state(state), expected / expected.norm())
 
 
 def model_of(version: str) -> torch.nn.Module:
@@ -36,7 +36,7 @@ def model_of(version: str) -> torch.nn.Module:
 def test_every_family(version: str) -> None:
     model = model_of(version)
     one, same, other = (
-        embedding(advance_state(model, ids, make_initial_state(model)))
+        embed_state(advance_state(model, ids, make_initial_state(model)))
         for ids in ([5, 6, 7], [5, 6, 7], [70, 3, 9, 11])
     )
     assert one.dtype == torch.float32 and one.shape == (40,)

@@ -113,7 +113,7 @@ def test_an_empty_prompt_is_refused_with_advice(prompt: Any) -> None:
     llm = fake_llm()
     with pytest.raises(UsageError, match=r"the prompt is empty; .*pass ids \[0\]"):
         llm.stream(prompt)
-    with pytest.raises(UsageError, match="the prompt is empty; a state does not hold"):
+    with pytest.raises(UsageError, match="the prompt is empty; a state does not include"):
         llm.stream(prompt, state=llm.read("a"))
 
 
@@ -138,7 +138,7 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 
 def test_a_tokenizer_of_another_size_is_refused() -> None:
-    with pytest.raises(TokenizerError, match="300 token rows, but the tokenizer 257"):
+    with pytest.raises(TokenizerError, match="300 token rows, but the tokenizer has 257"):
         LLM(random_finch(300), TOKENIZER)
 
 

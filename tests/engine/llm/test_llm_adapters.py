@@ -82,29 +82,29 @@ def test_a_merged_checkpoint_is_the_same_model(base: Path, tmp_path: Path) -> No
 def test_adapters_are_switched_on_one_base(base: Path) -> None:
     llm = fledge.load(base, device="cpu", pack=False)
     before = logprobs(llm)
-    poet, coder = llm.adapted(write_lora(base, "poet")), llm.adapted(write_lora(base, "coder", seed=1))
-    calm = llm.adapted(write_state(base, "calm"))
+    poet, coder = llm.with_adapter(write_lora(base, "poet")), llm.with_adapter(write_lora(base, "coder", seed=1))
+    calm = llm.with_adapter(write_state(base, "calm"))
     for other in (poet, coder, calm):
         assert other.model.state_dict()["head.weight"].data_ptr() == llm.model.state_dict()["head.weight"].data_ptr()
         assert (logprobs(other) - before).abs().max() > 0.05 and other.name == "base"
     assert torch.equal(logprobs(llm), before) and not torch.allclose(logprobs(poet), logprobs(coder))
     torch.testing.assert_close(
-        logprobs(poet.adapted(write_state(base, "calm"))),
+        logprobs(poet.with_adapter(write_state(base, "calm"))),
         logprobs(
             fledge.load(base, device="cpu", pack=False, adapter=[write_lora(base, "poet"), write_state(base, "calm")])
         ),
     )
-    assert not torch.allclose(logprobs(poet.adapted(write_lora(base, "coder", seed=1))), logprobs(poet))
+    assert not torch.allclose(logprobs(poet.with_adapter(write_lora(base, "coder", seed=1))), logprobs(poet))
 
 
 def test_a_tuned_state_is_what_every_text_begins_from(base: Path) -> None:
     llm = fledge.load(base, device="cpu")
-    calm = llm.adapted(write_state(base, "calm"))
-    assert calm.model is llm.model and calm.start is not None
+    calm = llm.with_adapter(write_state(base, "calm"))
+    assert calm.model is llm.model and calm.initial_state is not None
     chat = calm.chat()
-    assert equal_states(chat.state, calm.start) and equal_states(calm.read(""), calm.start)
-    other = calm.adapted(write_state(base, "other", seed=1))
-    assert other.start is not None and not equal_states(other.start, calm.start)
+    assert equal_states(chat.state, calm.initial_state) and equal_states(calm.read(""), calm.initial_state)
+    other = calm.with_adapter(write_state(base, "other", seed=1))
+    assert other.initial_state is not None and not equal_states(other.initial_state, calm.initial_state)
     after = llm.read(TEXT)  # a state of one's own comes first
     assert (
         calm.generate("x", state=after, max_tokens=3, seed=1).ids
@@ -114,8 +114,8 @@ def test_a_tuned_state_is_what_every_text_begins_from(base: Path) -> None:
 
 @pytest.mark.skipif(library() is None, reason="needs the native library")
 def test_a_native_model_takes_a_lora_only_while_loading(base: Path) -> None:
-    with pytest.raises(UsageError, match=r"base runs natively.*pack=False"):
-        fledge.load(base, device="cpu").adapted(write_lora(base, "lora"))
+    with pytest.raises(UsageError, match=r"base uses the native library.*pack=False"):
+        fledge.load(base, device="cpu").with_adapter(write_lora(base, "lora"))
 
 
 def test_quantising_a_model_with_an_adapter(base: Path) -> None:
@@ -131,7 +131,7 @@ def test_another_base_is_refused_and_can_be_forced(base: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="was trained on another model: base"):
         fledge.load(other, device="cpu", adapter=lora)
     with pytest.raises(CheckpointError, match="was trained on another model: base"):
-        fledge.load(other, device="cpu", pack=False).adapted(lora)
+        fledge.load(other, device="cpu", pack=False).with_adapter(lora)
     fledge.load(other, device="cpu", adapter=checkpoint.read_adapter(lora).allow_any_base())
 
 
@@ -140,10 +140,10 @@ def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) ->
     qa, instruct = (replace(state, training={"template": name}) for name in ("qa", "instruct"))
     plain = fledge.load(base, device="cpu")
     assert plain.template is None and plain.chat().template.name == "world"
-    assert plain.adapted(qa).chat().template.name == fledge.load(base, device="cpu", adapter=qa).template == "qa"
-    assert plain.adapted(qa).adapted(state).template == "qa"  # the second does not tell
-    assert plain.adapted(qa).adapted(instruct).chat().template.name == "instruct"
-    assert plain.adapted(qa).chat(template="world").template.name == "world"
+    assert plain.with_adapter(qa).chat().template.name == fledge.load(base, device="cpu", adapter=qa).template == "qa"
+    assert plain.with_adapter(qa).with_adapter(state).template == "qa"  # the second does not tell
+    assert plain.with_adapter(qa).with_adapter(instruct).chat().template.name == "instruct"
+    assert plain.with_adapter(qa).chat(template="world").template.name == "world"
     checkpoint.merge_to_file(base, [qa], tmp_path / "m.safetensors")
     merged = fledge.load(tmp_path / "m.safetensors", device="cpu")
     assert (
@@ -159,7 +159,7 @@ def test_two_states_at_once_are_refused(base: Path) -> None:
 
 def test_an_llm_of_unknown_origin_is_judged_by_its_weights(base: Path) -> None:
     llm = replace(fledge.load(base, device="cpu", pack=False), source="")
-    assert not torch.allclose(logprobs(llm.adapted(write_lora(base, "lora"))), logprobs(llm))
+    assert not torch.allclose(logprobs(llm.with_adapter(write_lora(base, "lora"))), logprobs(llm))
     llm.model.get_parameter("emb.weight").data[0, 0] += 1
     with pytest.raises(CheckpointError, match="was trained on another model"):
-        llm.adapted(write_lora(base, "lora"))
+        llm.with_adapter(write_lora(base, "lora"))

@@ -200,7 +200,7 @@ def test_an_interrupt_while_the_prompt_is_read_keeps_the_part_that_was_read() ->
     stream = Stream(model, TOKENIZER, prompt, start, SamplingParams(), progress=stop_after_two)
     with contextlib.suppress(KeyboardInterrupt):
         next(stream)
-    assert stream.begin is None
+    assert stream.prompt_output is None
     assert (stream.completion.prompt_tokens, stream.completion.text) == (1024, "")
     check(model, stream.completion, [], prompt)
     rest = Stream(model, TOKENIZER, prompt[1024:], stream.completion.state, SamplingParams(temperature=0.0))
@@ -219,7 +219,7 @@ def test_only_the_states_still_needed_are_kept() -> None:
     stream = stream_of(model, stop="abcd", max_tokens=600)
     for _ in range(100):
         next(stream)
-        assert len(stream._writer._trail._marks) <= 5
+        assert len(stream._detokenizer._history._entries) <= 5
 
 
 @given(

@@ -93,13 +93,13 @@ def test_a_large_model_keeps_its_dtype_where_that_runs(
 
 def test_the_tokenizer_follows_from_the_record_or_the_rows() -> None:
     pruned = prune(world_vocabulary(), range(300, 400))
-    assert loading.tokenizer_of(pruned.to_spec(), pruned.size, "a file").vocab_size == 357
-    assert loading.tokenizer_of(None, 65536, "a file") is load_world()
-    assert loading.tokenizer_of(None, 256, "a file").encode("a") == [97]
+    assert checkpoint.load_tokenizer(pruned.to_spec(), pruned.size, "a file").vocab_size == 357
+    assert checkpoint.load_tokenizer(None, 65536, "a file") is load_world()
+    assert checkpoint.load_tokenizer(None, 256, "a file").encode("a") == [97]
     with pytest.raises(UnsupportedError, match="GPT-NeoX"):
-        loading.tokenizer_of(None, 50277, "a file")
+        checkpoint.load_tokenizer(None, 50277, "a file")
     with pytest.raises(UnsupportedError, match="a file has 300 token rows"):
-        loading.tokenizer_of(None, 300, "a file")
+        checkpoint.load_tokenizer(None, 300, "a file")
 
 
 def test_what_is_not_there_is_an_error_with_a_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

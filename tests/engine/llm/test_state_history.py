@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fledge.engine.llm.state_history import RewindPoint, StateHistory
+from fledge.engine.llm.detokenizer import RewindPoint, StateHistory
 from fledge.models import ModelConfig, zero_state
 from fledge.models.state_slice import StateSlice
 
@@ -15,7 +15,7 @@ def trail() -> StateHistory:
     """Tokens 5 (`ab`), 6 (no bytes) and 7 (`cde`), each with the state before it."""
     found = StateHistory(STATES[0])
     for token, data, state in ((5, b"ab", STATES[0]), (6, b"", STATES[1]), (7, b"cde", STATES[2])):
-        found.push(token, data, state)
+        found.append(token, data, state)
     return found
 
 
@@ -32,31 +32,31 @@ def trail() -> StateHistory:
 def test_every_place_has_a_way(place: int, kept: tuple[int, ...], state: int, token: int | None, rest: bytes) -> None:
     for settled in range(place + 1):
         way = trail()
-        way.settle(settled)
-        cut = way.cut(place)
-        assert cut == RewindPoint(kept, cut.row, token, rest) and cut.row.state is STATES[state].state
+        way.commit(settled)
+        cut = way.rewind(place)
+        assert cut == RewindPoint(kept, cut.state, token, rest) and cut.state.state is STATES[state].state
 
 
 def test_before_the_first_token_and_after_a_known_end() -> None:
-    assert StateHistory(STATES[0]).cut(0) == RewindPoint((), STATES[0], None, b"")
+    assert StateHistory(STATES[0]).rewind(0) == RewindPoint((), STATES[0], None, b"")
     ended = trail()
-    ended.close(STATES[3])
-    assert ended.cut(5) == RewindPoint((5, 6, 7), STATES[3], None, b"")
+    ended.append_end(STATES[3])
+    assert ended.rewind(5) == RewindPoint((5, 6, 7), STATES[3], None, b"")
 
 
 def test_what_is_settled_is_gone() -> None:
     way = trail()
-    way.settle(3)
-    with pytest.raises(AssertionError, match="settled"):
-        way.cut(1)
+    way.commit(3)
+    with pytest.raises(AssertionError, match="committed"):
+        way.rewind(1)
 
 
 def test_text_that_stays_open_keeps_no_batch_alive() -> None:
     batch = zero_state(ModelConfig.finch(1, 32, vocab_size=9, head_size=8), 3)
     way = StateHistory(StateSlice(batch, 1))
     for token in (5, 6, 7):
-        way.push(token, b"ab", StateSlice(batch, 2))
-    assert [mark.before.state.batch for mark in way._marks] == [1, 1, 3]
-    way.settle(6)
-    way.push(8, b"", StateSlice(batch, 0))
-    assert [mark.before.state.batch for mark in way._marks] == [3], "nothing is copied where nothing stays open"
+        way.append(token, b"ab", StateSlice(batch, 2))
+    assert [mark.before.state.batch for mark in way._entries] == [1, 1, 3]
+    way.commit(6)
+    way.append(8, b"", StateSlice(batch, 0))
+    assert [mark.before.state.batch for mark in way._entries] == [3], "nothing is copied where nothing stays open"

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.engine.llm.stop_strings import StopMatcher
+from fledge.engine.llm.detokenizer import StopMatcher
 
 
 def run(pieces: list[bytes], stops: tuple[str, ...]) -> tuple[bytes, str | None]:
     """What is shown of `pieces`, and the stop text that was found."""
     matcher, shown = StopMatcher(stops), b""
     for piece in pieces:
-        shown += matcher.push(piece)
-        if matcher.found:
+        shown += matcher.feed(piece)
+        if matcher.matched:
             break
-    return shown + matcher.flush(), matcher.found
+    return shown + matcher.flush(), matcher.matched
 
 
 def by_hand(text: bytes, stops: tuple[str, ...]) -> tuple[bytes, str | None]:
@@ -46,16 +46,16 @@ def test_any_cut_into_pieces_gives_the_same_text(words: list[str], stops: list[s
 
 def test_what_could_become_a_stop_text_is_held_back_and_nothing_else() -> None:
     matcher = StopMatcher(("\n\nUser:", "END"))
-    assert matcher.push(b"Hi\n") == b"Hi"
-    assert matcher.push(b"\nUs") == b""
-    assert matcher.push(b"ual E") == b"\n\nUsual "
-    assert matcher.push(b"N") == b""
+    assert matcher.feed(b"Hi\n") == b"Hi"
+    assert matcher.feed(b"\nUs") == b""
+    assert matcher.feed(b"ual E") == b"\n\nUsual "
+    assert matcher.feed(b"N") == b""
     assert matcher.flush() == b"EN"
-    assert matcher.found is None
+    assert matcher.matched is None
 
 
 @pytest.mark.parametrize("stops", [(), ("zz",)])
 def test_without_a_match_everything_comes_out_at_once(stops: tuple[str, ...]) -> None:
     matcher = StopMatcher(stops)
-    assert matcher.push(b"abc\xff") == b"abc\xff"
+    assert matcher.feed(b"abc\xff") == b"abc\xff"
     assert matcher.flush() == b""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fledge.core.errors import FledgeError
-from fledge.engine.states.eviction import giving_way
+from fledge.engine.states.eviction import select_evictions
 
 
 class Room:
@@ -19,7 +19,7 @@ class Room:
     def put(self, owner: str, name: str) -> str:
         """Put an item of size 10; whose went."""
         held = {who: 10 * len(names) for who, names in self.owners.items()}
-        gone = giving_way(owner, 10, held, self.free, self.limit, self.share)
+        gone = select_evictions(owner, 10, held, self.free, self.limit, self.share)
         for who, item, _ in gone:
             self.owners[who] = self.owners[who].replace(item, "", 1)
         self.owners[owner] = self.owners.get(owner, "") + name
@@ -48,18 +48,16 @@ def test_nobody_has_more_than_a_share() -> None:
     assert room.put("a", "n") == "ak"
     for name in "RST":
         room.put("a", name)
-    with pytest.raises(
-        FledgeError, match=r"you may keep .* MB of states here, and without the states that have a name"
-    ):
+    with pytest.raises(FledgeError, match=r"your limit of .* MB of states is reached: states with a name"):
         room.put("a", "n")
     assert [room.put("b", name) for name in "XYZ"] == [""] * 3, "and others go on"
-    with pytest.raises(FledgeError, match="the shelf is full"):
+    with pytest.raises(FledgeError, match="the state store is full"):
         room.put("c", "p")
 
 
 def test_what_can_have_no_room_drives_nothing_out() -> None:
     room = Room(30, a="kL", b="X")
-    with pytest.raises(FledgeError, match="the shelf is full"):
-        giving_way("a", 20, {"a": 20, "b": 10}, room.free, 30)
-    with pytest.raises(FledgeError, match="the shelf is full"):
-        giving_way("c", 31, {}, room.free, 30)
+    with pytest.raises(FledgeError, match="the state store is full"):
+        select_evictions("a", 20, {"a": 20, "b": 10}, room.free, 30)
+    with pytest.raises(FledgeError, match="the state store is full"):
+        select_evictions("c", 31, {}, room.free, 30)

@@ -13,7 +13,7 @@ from random_checkpoints import VERSIONS, random_checkpoint
 from fledge.checkpoint import assemble, detect
 from fledge.core.errors import StateError
 from fledge.engine.generation import advance_state, make_initial_state
-from fledge.engine.states.inspect import change, distances, half_lives, norms
+from fledge.engine.states.inspect import half_lives, head_norms, layer_distances, relative_changes
 from fledge.models import ModelConfig, WkvState, zero_state
 
 
@@ -43,7 +43,7 @@ def test_changes_are_told_head_by_head(version: str) -> None:
     model = model_of(version)
     begin = make_initial_state(model)
     middle = advance_state(model, [5, 6, 7], begin)
-    first, second = change(begin, middle), change(middle, advance_state(model, [8], middle))
+    first, second = relative_changes(begin, middle), relative_changes(middle, advance_state(model, [8], middle))
     heads = 1 if version == "4" else 5
     assert first is not None and first.shape == (3, heads) and (first == 1).all(), "all is new at the beginning"
     assert second is not None and (second > 0).all()
@@ -53,7 +53,7 @@ def test_changes_are_told_head_by_head(version: str) -> None:
             for ids in ([5, 6, 7], [5, 6, 7, 8])
         )
         assert second[1, 2] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
-    held = norms(advance_state(model, [5, 6, 7], make_initial_state(model)))
+    held = head_norms(advance_state(model, [5, 6, 7], make_initial_state(model)))
     assert held is not None and held.shape == (3, heads) and (held > 0).all()
 
 
@@ -61,7 +61,7 @@ def test_changes_are_told_head_by_head(version: str) -> None:
 def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) -> None:
     model = model_of(version)
     state, other = (advance_state(model, ids, make_initial_state(model)) for ids in ([5, 6, 7], [5, 6, 8]))
-    same, apart, whole = (distances(state, each) for each in (state, other, make_initial_state(model)))
+    same, apart, whole = (layer_distances(state, each) for each in (state, other, make_initial_state(model)))
     assert list(same) == ["att_shift", "memory", "ffn_shift"]
     assert all((table == 0).all() and table.shape == (3,) for table in same.values())
     assert all(0 < value < 2 for table in apart.values() for value in table)
@@ -71,7 +71,7 @@ def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) ->
 def test_what_has_nothing_in_common_has_no_distance() -> None:
     state = make_initial_state(model_of("5.2"))
     with pytest.raises(StateError, match="different sizes"):
-        distances(state, WkvState(state.att_shift[:2], state.wkv[:2], state.ffn_shift[:2]))
+        layer_distances(state, WkvState(state.att_shift[:2], state.wkv[:2], state.ffn_shift[:2]))
     llama = zero_state(ModelConfig.transformer(n_layer=1, n_embd=64, vocab_size=10), 1)
-    with pytest.raises(StateError, match="a transformer's state"):
-        distances(llama, llama)
+    with pytest.raises(StateError, match="the state of a transformer"):
+        layer_distances(llama, llama)

@@ -13,7 +13,7 @@ from test_state_store import AMPLE, CARD, SIZE, number
 
 from fledge.core.errors import FledgeError, StateError
 from fledge.engine.states.shared_store import SharedStateStore
-from fledge.engine.states.state_file import dump
+from fledge.engine.states.state_file import encode_state
 from fledge.engine.states.store import SessionConflict
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
@@ -37,13 +37,13 @@ def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
         for attempt in (two.get, two.describe, two.delete):
             with pytest.raises(StateError, match="there is no state"):
                 attempt("me", foreign)
-    one.set_head("me", "chat", mine, expected=None)
-    assert two.head("me", "chat") == mine and two.head("you", "chat") is None
+    one.compare_and_set("me", "chat", mine, expected=None)
+    assert two.current_state("me", "chat") == mine and two.current_state("you", "chat") is None
     for expected in (None, again):
-        with pytest.raises(SessionConflict, match="conversation 'chat' has gone on meanwhile"):
-            two.set_head("me", "chat", again, expected=expected)
+        with pytest.raises(SessionConflict, match="conversation 'chat' was changed by another request"):
+            two.compare_and_set("me", "chat", again, expected=expected)
     two.delete("me", mine)
-    assert one.head("me", "chat") is None
+    assert one.current_state("me", "chat") is None
     with pytest.raises(StateError):
         one.get("me", mine)
 
@@ -68,15 +68,15 @@ import sys
 sys.path[:0] = {tests!r}
 from pathlib import Path
 from test_shared_store import commons
-from fledge.engine.states.store import Moved
+from fledge.engine.states.store import SessionConflict
 shelf, won = commons(Path(sys.argv[1])), 0
 print("ready", flush=True)
 sys.stdin.readline()
-while (head := shelf.head("me", "chat")) != sys.argv[-1]:
+while (head := shelf.current_state("me", "chat")) != sys.argv[-1]:
     try:
-        shelf.set_head("me", "chat", sys.argv[sys.argv.index(head) + 1], expected=head)
+        shelf.compare_and_set("me", "chat", sys.argv[sys.argv.index(head) + 1], expected=head)
         won += 1
-    except Moved:
+    except SessionConflict:
         pass
 print(won)
 """
@@ -86,21 +86,21 @@ def test_a_step_of_a_conversation_is_taken_by_one_server(tmp_path: Path) -> None
     """Three processes walk one conversation from state to state, each as it finds it."""
     shelf = commons(tmp_path)
     ids = [shelf.put("me", number(value), CARD) for value in range(20)]
-    shelf.set_head("me", "chat", ids[0], expected=None)
+    shelf.compare_and_set("me", "chat", ids[0], expected=None)
     here = Path(__file__).parent
     won = race(MOVER.format(tests=[str(here), str(SUPPORT)]), str(tmp_path), *ids, count=3)
-    assert sum(map(int, won)) == len(ids) - 1 and shelf.head("me", "chat") == ids[-1]
+    assert sum(map(int, won)) == len(ids) - 1 and shelf.current_state("me", "chat") == ids[-1]
 
 
 def test_a_step_is_not_lost_to_who_forgets_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another server moves the conversation while this one is about to forget it with its state."""
     shelf, told, unlink = commons(tmp_path), list[type[Exception]](), Path.unlink
     one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
-    shelf.set_head("me", "chat", one, expected=None)
+    shelf.compare_and_set("me", "chat", one, expected=None)
 
     def move() -> None:
         try:
-            commons(tmp_path).set_head("me", "chat", two, expected=one)
+            commons(tmp_path).compare_and_set("me", "chat", two, expected=one)
         except SessionConflict as error:
             told.append(type(error))
 
@@ -115,15 +115,15 @@ def test_a_step_is_not_lost_to_who_forgets_the_state_before(tmp_path: Path, monk
     monkeypatch.setattr(Path, "unlink", late)
     shelf.delete("me", one)
     other.join()
-    assert shelf.head("me", "chat") is None and told == [SessionConflict]
+    assert shelf.current_state("me", "chat") is None and told == [SessionConflict]
 
 
 def test_what_was_not_signed_is_not_handed_out(tmp_path: Path) -> None:
     shelf = commons(tmp_path)
     id = shelf.put("me", number(1), CARD)
     (file,) = tmp_path.glob("*/states/*.state")
-    file.write_bytes(dump(number(2), CARD))
-    with pytest.raises(StateError, match="damaged: it was not signed here"):
+    file.write_bytes(encode_state(number(2), CARD))
+    with pytest.raises(StateError, match="damaged: it was not signed with"):
         shelf.get("me", id)
     file.write_bytes(b"")
     with pytest.raises(StateError, match="damaged"):
@@ -137,20 +137,20 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
         shelf.put("me", number(1), CARD, "keep"),
         *(shelf.put("me", number(n), CARD) for n in (2, 3)),
     )
-    shelf.set_head("me", "chat", standing, expected=None)
+    shelf.compare_and_set("me", "chat", standing, expected=None)
     newer = shelf.put("me", number(4), CARD, "too")
     assert {entry.id for entry in shelf.list("me")} == {named, standing, newer} and loose not in (named, standing)
-    with pytest.raises(FledgeError, match="the shelf is full"):
+    with pytest.raises(FledgeError, match="the state store is full"):
         shelf.put("me", number(5), CARD)
 
 
 def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
-    shelf = SharedStateStore(tmp_path, CARD.identity, SECRET, limit_bytes=int(6.5 * SIZE + 600), share=0.5)
+    shelf = SharedStateStore(tmp_path, CARD.identity, SECRET, limit_bytes=int(6.5 * SIZE + 600), owner_share=0.5)
     mine = {shelf.put("me", number(value), CARD) for value in range(2)}
     yours = [shelf.put("you", number(value), CARD) for value in range(6)]
     assert {entry.id for entry in shelf.list("me")} == mine, "a loop of handles"
     assert {entry.id for entry in shelf.list("you")} == {*yours[3:]}
-    with pytest.raises(FledgeError, match=r"you may keep .* MB of states here"):
+    with pytest.raises(FledgeError, match=r"your limit of .* MB of states is reached"):
         for value in range(6):
             shelf.put("you", number(value), CARD, "named")
     assert [entry.name for entry in shelf.list("you")] == ["named"] * 3

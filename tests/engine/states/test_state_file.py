@@ -19,12 +19,11 @@ from fledge.engine.generation import advance_state, make_initial_state
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
 from fledge.engine.states.state_file import (
-    CARD,
+    METADATA,
     SIGNATURE,
     StateMetadata,
-    dump,
-    identity_of,
-    parse,
+    decode_state,
+    encode_state,
     read_state,
     write_state,
 )
@@ -42,7 +41,7 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def made(llm: LLM) -> tuple[State, StateMetadata]:
     state = advance_state(llm.model, [5, 6, 7], make_initial_state(llm.model))
-    return state, StateMetadata.of(llm, identity_of(llm), tokens=3, template="world", title="\u597d")
+    return state, StateMetadata.create(llm.identity, llm.name, llm.config, 3, template="world", title="\u597d")
 
 
 def test_a_state_comes_back_with_its_card(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
@@ -53,14 +52,14 @@ def test_a_state_comes_back_with_its_card(made: tuple[State, StateMetadata], tmp
 
 
 def test_only_the_same_weights_go_on(llm: LLM, made: tuple[State, StateMetadata]) -> None:
-    made[1].check(identity_of(llm), llm.name)
+    made[1].check(llm.identity, llm.name)
     model = random_finch(llm.tokenizer.vocab_size)
     with torch.no_grad():
         next(iter(model.parameters()))[0, 0] += 0.5
     other = LLM(model, llm.tokenizer, "other")
     with pytest.raises(StateError, match=r"made by mine \([0-9a-f]{12}\), not by other"):
-        made[1].check(identity_of(other), other.name)
-    assert identity_of(replace(llm, altered="00")) != identity_of(llm), "adapters make other weights"
+        made[1].check(other.identity, other.name)
+    assert replace(llm, weight_changes="00").identity != llm.identity, "adapters make other weights"
 
 
 @needs_native
@@ -68,30 +67,26 @@ def test_rounding_while_loading_makes_other_weights(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     torch.save(random_checkpoint("6.0", n_layer=1, n_embd=64, head_size=32, vocab_size=256, dim_ffn=96), path)
     plain, packed, rounded = load(path, pack=False), load(path), load(path, quant="int8")
-    assert identity_of(plain) == identity_of(packed) != identity_of(rounded)
-    assert (
-        identity_of(load(path, quant="int8", pack=False))
-        == identity_of(rounded)
-        != identity_of(load(path, quant="int4"))
-    )
-    assert identity_of(replace(plain, source="")) == identity_of(plain)
-    with pytest.raises(StateError, match="m was made in memory and keeps no weights"):
-        identity_of(replace(packed, source=""))
+    assert plain.identity == packed.identity != rounded.identity
+    assert load(path, quant="int8", pack=False).identity == rounded.identity != load(path, quant="int4").identity
+    assert replace(plain, source="").identity == plain.identity
+    with pytest.raises(StateError, match="m was made in memory and does not keep its original weights"):
+        _ = replace(packed, source="").identity
     path.unlink()
-    assert identity_of(packed) == identity_of(plain), "it is computed once"
+    assert packed.identity == plain.identity, "it is computed once"
 
 
 def test_a_signed_state_is_taken_only_as_it_was(made: tuple[State, StateMetadata]) -> None:
-    data = dump(*made, SECRET)
-    assert parse(data, SECRET)[1] == made[1]
-    assert parse(data)[1] == made[1]
-    for forged in (dump(*made), dump(*made, b"y" * 32), data[:-1] + bytes([data[-1] ^ 1])):
-        with pytest.raises(StateError, match=r"not signed here|finite"):
-            parse(forged, SECRET)
+    data = encode_state(*made, SECRET)
+    assert decode_state(data, SECRET)[1] == made[1]
+    assert decode_state(data)[1] == made[1]
+    for forged in (encode_state(*made), encode_state(*made, b"y" * 32), data[:-1] + bytes([data[-1] ^ 1])):
+        with pytest.raises(StateError, match=r"not signed with|finite"):
+            decode_state(forged, SECRET)
     card = replace(made[1], tokens=4)
-    with pytest.raises(StateError, match="not signed here"):
+    with pytest.raises(StateError, match="not signed with"):
         signature = safetensors_metadata(data)["fledge_signature"]
-        parse(rewritten(made[0], {**card_metadata(card), "fledge_signature": signature}), SECRET)
+        decode_state(rewritten(made[0], {**card_metadata(card), "fledge_signature": signature}), SECRET)
 
 
 def test_what_is_not_sound_is_refused_before_its_signature_is_asked_for(made: tuple[State, StateMetadata]) -> None:
@@ -105,12 +100,12 @@ def test_what_is_not_sound_is_refused_before_its_signature_is_asked_for(made: tu
         r"wkv is torch\.float8": safetensors.torch.save(
             {**tensors, "wkv": tensors["wkv"].to(torch.float8_e4m3fn)}, good
         ),
-        "not signed here": safetensors.torch.save(tensors, {**good, SIGNATURE: "\u00e9"}),
+        "not signed with": safetensors.torch.save(tensors, {**good, SIGNATURE: "\u00e9"}),
         "damaged": struct.pack("<Q", len(header)) + header,
     }
     for reason, content in hostile.items():
         with pytest.raises(StateError, match=reason):
-            parse(content, SECRET)
+            decode_state(content, SECRET)
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:
@@ -120,7 +115,7 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 
 def card_metadata(card: StateMetadata) -> dict[str, str]:
-    return {KIND: "WkvState", CARD: json.dumps(vars(card))}
+    return {KIND: "WkvState", METADATA: json.dumps(vars(card))}
 
 
 def twice(data: bytes) -> bytes:
@@ -136,7 +131,7 @@ def rewritten(state: State, metadata: dict[str, str]) -> bytes:
 
 def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
     state, card = made
-    data, tensors = dump(state, card), state.tensors()
+    data, tensors = encode_state(state, card), state.tensors()
     good = card_metadata(card)
     infinite = {**tensors, "wkv": torch.full_like(tensors["wkv"], float("inf"))}
     hostile = {
@@ -147,14 +142,16 @@ def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateMetada
         "huge header": b"\xff" * 7 + b"\x00" + data[8:],
         "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5 + data,
         "no card": safetensors.torch.save(tensors),
-        "no json": safetensors.torch.save(tensors, {**good, CARD: "{"}),
-        "other keys": safetensors.torch.save(tensors, {**good, CARD: '{"identity": "x", "exec": 1}'}),
-        "other kinds": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": "3"})}),
-        "a name twice": safetensors.torch.save(tensors, {**good, CARD: '{"tokens": 1, ' + good[CARD][1:]}),
+        "no json": safetensors.torch.save(tensors, {**good, METADATA: "{"}),
+        "other keys": safetensors.torch.save(tensors, {**good, METADATA: '{"identity": "x", "exec": 1}'}),
+        "other kinds": safetensors.torch.save(tensors, {**good, METADATA: json.dumps({**vars(card), "tokens": "3"})}),
+        "a name twice": safetensors.torch.save(tensors, {**good, METADATA: '{"tokens": 1, ' + good[METADATA][1:]}),
         "half a character": safetensors.torch.save(
-            tensors, {**good, CARD: json.dumps({**vars(card), "title": "\ud800"})}
+            tensors, {**good, METADATA: json.dumps({**vars(card), "title": "\ud800"})}
         ),
-        "a huge count": safetensors.torch.save(tensors, {**good, CARD: json.dumps({**vars(card), "tokens": 10**99})}),
+        "a huge count": safetensors.torch.save(
+            tensors, {**good, METADATA: json.dumps({**vars(card), "tokens": 10**99})}
+        ),
         "header keys": safetensors.torch.save(tensors, {**good, "more": ""}),
         "header twice": twice(data),
         "flat": safetensors.torch.save({**tensors, "wkv": tensors["wkv"].flatten(2)}, good),
@@ -167,7 +164,7 @@ def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateMetada
     }
     for name, content in hostile.items():
         (tmp_path / "x").write_bytes(content)
-        with pytest.raises(StateError, match="x is no state that can be used: ") as caught:
+        with pytest.raises(StateError, match="x is not a valid state file: ") as caught:
             read_state(tmp_path / "x")
         assert "\n" not in str(caught.value), name
     with pytest.raises(StateError, match="cannot be read: No such file"):

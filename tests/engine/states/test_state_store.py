@@ -15,8 +15,8 @@ import pytest
 from prefixes import equal_bits, state_of
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.engine.states.state_file import StateMetadata, dump
-from fledge.engine.states.store import INDEX, SessionConflict, StateStore
+from fledge.engine.states.state_file import StateMetadata, encode_state
+from fledge.engine.states.store import SessionConflict, StateStore
 from fledge.models.state import State, WkvState
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
@@ -32,7 +32,7 @@ def number(value: int) -> State:
     return WkvState(state.att_shift, state.wkv.nan_to_num(), state.ffn_shift)
 
 
-SIZE = len(dump(number(1), CARD))
+SIZE = len(encode_state(number(1), CARD))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_state_is_there_for_its_owner_and_after_a_restart(shelf: StateStore) -
     state, card = with_care.get("me", mine)
     assert equal_bits(state, number(1)) and card == CARD
     entry = with_care.describe("me", mine)
-    assert (entry.name, entry.card) == ("first", CARD)
+    assert (entry.name, entry.metadata) == ("first", CARD)
     for foreign in (theirs, "st_nonsense", ""):
         with pytest.raises(StateError, match="there is no state"):
             with_care.get("me", foreign)
@@ -66,18 +66,24 @@ def test_a_state_is_there_for_its_owner_and_after_a_restart(shelf: StateStore) -
 
 def test_a_conversation_stands_at_a_state(shelf: StateStore) -> None:
     one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
-    assert shelf.head("me", "chat") is None
-    shelf.set_head("me", "chat", one, expected=None)
-    shelf.set_head("me", "branch", one, expected=None)
+    assert shelf.current_state("me", "chat") is None
+    shelf.compare_and_set("me", "chat", one, expected=None)
+    shelf.compare_and_set("me", "branch", one, expected=None)
     for expected in (None, two):
-        with pytest.raises(SessionConflict, match="conversation 'chat' has gone on meanwhile"):
-            shelf.set_head("me", "chat", two, expected=expected)
-    shelf.set_head("me", "chat", two, expected=one)
-    assert [shelf.head("me", name) for name in ("chat", "branch")] == [two, one] and shelf.head("you", "chat") is None
+        with pytest.raises(SessionConflict, match="conversation 'chat' was changed by another request"):
+            shelf.compare_and_set("me", "chat", two, expected=expected)
+    shelf.compare_and_set("me", "chat", two, expected=one)
+    assert [shelf.current_state("me", name) for name in ("chat", "branch")] == [two, one] and shelf.current_state(
+        "you", "chat"
+    ) is None
     with pytest.raises(StateError):
-        shelf.set_head("you", "chat", one, expected=None)
+        shelf.compare_and_set("you", "chat", one, expected=None)
     shelf.delete("me", two)
-    assert shelf.head("me", "chat") is None and shelf.head("me", "branch") == one and shelf.totals().states == 1
+    assert (
+        shelf.current_state("me", "chat") is None
+        and shelf.current_state("me", "branch") == one
+        and shelf.totals().states == 1
+    )
     shelf.close()
 
 
@@ -85,29 +91,29 @@ def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
     shelf = StateStore(tmp_path, CARD.identity, limit_bytes=int(3.5 * SIZE))
     named = shelf.put("me", number(1), CARD, "keep")
     standing = shelf.put("me", number(2), CARD)
-    shelf.set_head("me", "chat", standing, expected=None)
+    shelf.compare_and_set("me", "chat", standing, expected=None)
     loose = shelf.put("me", number(3), CARD)
     newer = shelf.put("you", number(4), CARD)
     assert shelf.totals().nbytes <= 3.5 * SIZE
     assert {entry.id for owner in ("me", "you") for entry in shelf.list(owner)} == {named, standing, newer}
     with pytest.raises(StateError):
         shelf.get("me", loose)
-    shelf.set_head("you", "chat", newer, expected=None)
-    with pytest.raises(FledgeError, match=r"the shelf is full: .* delete some"):
+    shelf.compare_and_set("you", "chat", newer, expected=None)
+    with pytest.raises(FledgeError, match=r"the state store is full, .* delete some states"):
         shelf.put("me", number(5), CARD)
     assert shelf.totals().states == 3
     shelf.close()
 
 
 def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
-    shelf = StateStore(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), share=0.5)
+    shelf = StateStore(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), owner_share=0.5)
     mine = [shelf.put("me", number(value), CARD) for value in range(2)]
     yours = [shelf.put("you", number(value), CARD) for value in range(6)]
     assert [entry.id for entry in shelf.list("me")] == mine[::-1], "a loop of handles"
     assert [entry.id for entry in shelf.list("you")] == yours[:2:-1]
     shelf.close()
-    again = StateStore(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), share=0.5)
-    with pytest.raises(FledgeError, match=r"you may keep .* MB of states here"):
+    again = StateStore(tmp_path, CARD.identity, limit_bytes=int(6.5 * SIZE), owner_share=0.5)
+    with pytest.raises(FledgeError, match=r"your limit of .* MB of states is reached"):
         for value in range(6):
             again.put("you", number(value), CARD, "named")
     assert [entry.name for entry in again.list("you")] == ["named"] * 3
@@ -119,7 +125,7 @@ def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
 def test_what_can_have_no_room_drives_nothing_out(tmp_path: Path) -> None:
     shelf = StateStore(tmp_path, CARD.identity, limit_bytes=int(2.5 * SIZE))
     named, loose = shelf.put("me", number(1), CARD, "keep"), shelf.put("me", number(2), CARD)
-    with pytest.raises(FledgeError, match="the shelf is full"):
+    with pytest.raises(FledgeError, match="the state store is full"):
         shelf.put("me", State.stack([number(value) for value in range(3)]), CARD)
     assert [entry.id for entry in shelf.list("me")] == [loose, named] and shelf.totals().nbytes <= 2 * SIZE + 10
     shelf.close()
@@ -130,7 +136,7 @@ def test_a_state_of_other_weights_is_kept_and_not_handed_out(shelf: StateStore) 
     shelf.close()
     other = StateStore(shelf.folder, "1" * 64, limit_bytes=AMPLE)
     assert [entry.id for entry in other.list("me")] == [mine]
-    with pytest.raises(StateError, match=r"was made by model \(0{12}\), not by the model that runs here \(1{12}\)"):
+    with pytest.raises(StateError, match=r"was made by model \(0{12}\), not by the loaded model \(1{12}\)"):
         other.get("me", mine)
     other.close()
     again = StateStore(shelf.folder, CARD.identity, limit_bytes=AMPLE)
@@ -143,9 +149,9 @@ def test_a_name_that_cannot_be_shown_is_refused(shelf: StateStore, name: str) ->
     id = shelf.put("me", number(1), CARD)
     for attempt in (
         lambda: shelf.put("me", number(2), CARD, name),
-        lambda: shelf.set_head("me", name, id, expected=None),
+        lambda: shelf.compare_and_set("me", name, id, expected=None),
     ):
-        with pytest.raises(UsageError, match="no name for a state"):
+        with pytest.raises(UsageError, match="not a valid name for a state"):
             attempt()
     assert shelf.totals().states == 1 and len(list((shelf.folder / "states").iterdir())) == 1
     shelf.close()
@@ -158,7 +164,7 @@ def test_threads_may_share_a_shelf(tmp_path: Path) -> None:
         for value in range(10):
             id = shelf.put(owner, number(value), CARD, "kept" if value == 5 else None)
             if value == 5:
-                shelf.set_head(owner, "chat", id, expected=None)
+                shelf.compare_and_set(owner, "chat", id, expected=None)
             assert value != 5 or equal_bits(shelf.get(owner, id)[0], number(5))
 
     with ThreadPoolExecutor(4) as pool:
@@ -168,7 +174,7 @@ def test_threads_may_share_a_shelf(tmp_path: Path) -> None:
         entry.id for owner in "abcd" for entry in shelf.list(owner)
     }
     for owner in "abcd":
-        head = shelf.head(owner, "chat")
+        head = shelf.current_state(owner, "chat")
         assert head is not None and equal_bits(shelf.get(owner, head)[0], number(5))
     shelf.close()
 
@@ -182,14 +188,14 @@ def test_what_is_damaged_says_so(shelf: StateStore) -> None:
     with pytest.raises(StateError, match=f"the file of {two} cannot be read"):
         shelf.get("me", two)
     shelf.close()
-    (shelf.folder / INDEX).write_bytes(b"no database" * 500)
-    with pytest.raises(FledgeError, match=r"is damaged .* bring back a copy"):
+    (shelf.folder / StateStore.INDEX).write_bytes(b"no database" * 500)
+    with pytest.raises(FledgeError, match=r"is damaged .* restore a backup"):
         StateStore(shelf.folder, CARD.identity, limit_bytes=AMPLE)
     assert (shelf.folder / "states" / f"{one}.state").exists(), "nothing is thrown away"
 
 
 def test_one_process_at_a_time(shelf: StateStore) -> None:
-    with pytest.raises(UsageError, match="another process keeps its states there"):
+    with pytest.raises(UsageError, match="another process uses this folder"):
         StateStore(shelf.folder, CARD.identity, limit_bytes=AMPLE)
     shelf.close()
 
@@ -203,7 +209,7 @@ shelf = StateStore({folder!r}, CARD.identity, limit_bytes={limit})
 print("open", flush=True)
 for value in range({begin}, 10**9):
     id = shelf.put("me", number(value), CARD)
-    shelf.set_head("me", "chat", id, expected=shelf.head("me", "chat"))
+    shelf.compare_and_set("me", "chat", id, expected=shelf.current_state("me", "chat"))
     print(value, id, flush=True)
 """
 
@@ -233,6 +239,6 @@ def test_what_was_kept_survives_a_kill_at_any_moment(tmp_path: Path, limit: int)
         for id in kept:
             state, _ = shelf.get("me", id)
             assert id not in promised or equal_bits(state, number(promised[id]))
-        assert shelf.head("me", "chat") in kept
+        assert shelf.current_state("me", "chat") in kept
         shelf.close()
     assert len(promised) > 10, "the kills came too early to try anything"

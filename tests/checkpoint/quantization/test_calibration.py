@@ -1,0 +1,117 @@
+"""Calibration: the sums it makes, what they predict, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_checkpoints import random_checkpoint
+from torch import Tensor
+
+from fledge import checkpoint
+from fledge.checkpoint.quantization.calibration import WINDOW, calibrate, measure
+from fledge.checkpoint.quantization.quantizer import is_quantizable, quantize
+from fledge.checkpoint.quantization.sensitivity import compute_cost
+from fledge.core.errors import CheckpointError, UsageError
+from fledge.kernels.rounding import quantize as round_weight
+from fledge.models import BaseModel
+
+TEXTS = ["The sea was calm. " * 20, "No wind. " * 40]
+
+
+def model_of(version: str = "6.0") -> BaseModel:
+    path_free = random_checkpoint(version, n_layer=2, n_embd=32, vocab_size=50)
+    config = checkpoint.detect({name: tuple(tensor.shape) for name, tensor in path_free.items()}, "random")
+    model = checkpoint.assemble(config, path_free)
+    assert isinstance(model, BaseModel)
+    return model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Finch whose tokens are bytes."""
+    path = tmp_path_factory.mktemp("models") / "bytes.pth"
+    torch.save(random_checkpoint("6.0", n_layer=2, n_embd=16, vocab_size=256), path)
+    return path
+
+
+@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6.0"])
+def test_every_matrix_of_every_version_has_its_numbers(version: str) -> None:
+    model = model_of(version)
+    found = measure(model, [[1, 2, 3, 4, 5], [6, 7]])
+    weights = {name: weight for name, weight in model.named_parameters() if is_quantizable(name)}
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert found[name].outputs.shape == weight.shape[:1] and found[name].inputs.shape == weight.shape[1:]
+        assert bool((found[name].inputs >= 0).all()) and float(found[name].outputs.sum()) > 0, name
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_sums_are_those_of_the_definition() -> None:
+    """Against the gradients that autograd gives for each token alone, with the tokens drawn in the same order."""
+    model, ids = model_of(), [1, 2, 3, 4, 5, 6]
+    found = measure(model, [ids])["head.weight"]
+    seen: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([ids]))
+    hook.remove()
+    p = torch.softmax(logits[0], -1)
+    drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    gradient = p - torch.nn.functional.one_hot(drawn, p.shape[1])  # of the head's own outputs
+    torch.testing.assert_close(found.inputs, seen[0].square().mean(0))
+    torch.testing.assert_close(found.outputs, gradient.square().mean(0))
+
+
+def test_windows_carry_the_state_on() -> None:
+    model = model_of()
+    ids = torch.randint(0, 50, (WINDOW + 20,)).tolist()
+    found = measure(model, [ids])["blocks.1.ffn.value.weight"]
+    seen: list[Tensor] = []
+    model.blocks[1].ffn.value.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    torch.testing.assert_close(found.inputs, seen[0].square().mean(0), rtol=1e-3, atol=1e-5)
+
+
+def test_the_formula_tells_what_rounding_costs() -> None:
+    """A head rounded to 4 bits: measured KL against the one that was predicted."""
+    model = model_of()
+    ids = torch.randint(0, 50, (1, 400), generator=torch.Generator().manual_seed(3))
+    importance = measure(model, ids.tolist())
+    for name in ("head.weight", "blocks.1.ffn.key.weight", "blocks.0.att.gate.weight"):
+        weight = dict(model.named_parameters())[name]
+        with torch.no_grad():
+            before = torch.log_softmax(model(ids)[0][0], -1)
+            kept = weight.clone()
+            matrix, _ = round_weight(weight, "int4")
+            weight.copy_(matrix.dequantize())
+            after = torch.log_softmax(model(ids)[0][0], -1)
+            weight.copy_(kept)
+        kl = float((before.exp() * (before - after)).sum(-1).mean())
+        assert 0.6 < compute_cost(weight.detach(), matrix, importance[name]) / kl < 1.6, name
+
+
+def test_a_checkpoint_and_texts_in_importance_out(source: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    found = calibrate(source, TEXTS, tokens=300, report=lambda *call: calls.append(call))
+    assert calls[-1] == (300, 300) and "head.weight" in found
+    again = calibrate(source, TEXTS, tokens=300)
+    assert all(torch.equal(found[name].outputs, again[name].outputs) for name in found)
+
+
+def test_what_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no text to calibrate with"):
+        calibrate(source, [""])
+    quantize(source, tmp_path / "q.safetensors", "int8")
+    with pytest.raises(CheckpointError, match="is already quantized"):
+        calibrate(tmp_path / "q.safetensors", TEXTS)
+
+
+def test_hooks_go_even_where_it_fails() -> None:
+    model: Any = model_of()
+    with pytest.raises(Exception, match="token id 99"):
+        measure(model, [[1, 99]])
+    assert not any(module._forward_hooks for module in model.modules())
