@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fledge.core.errors import FledgeError
-from fledge.engine.llm.detokenizer import Detokenizer, FinishReason
+from fledge.engine.detokenizer import Detokenizer, FinishReason
 from fledge.engine.request import Request, TokenLogprob, TokenOutput
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer

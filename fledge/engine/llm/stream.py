@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fledge.engine.detokenizer import Detokenizer, FinishReason
 from fledge.engine.generation import (
     ModelOutput,
     ProgressCallback,
@@ -20,7 +21,6 @@ from fledge.engine.generation import (
     generate_tokens,
     prefill_chunks,
 )
-from fledge.engine.llm.detokenizer import Detokenizer, FinishReason
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.models.state import State
 from fledge.models.state_slice import StateSlice

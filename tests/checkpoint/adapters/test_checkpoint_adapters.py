@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from small_checkpoints import make, same, saved
 from torch import Tensor
 
@@ -306,4 +307,4 @@ def test_a_quantized_base_is_expanded_where_it_is_changed(tmp_path: Path) -> Non
     apart = adapted(apart, combine_adapters([replace(adapter, tensors=only)]).factors)
     with torch.no_grad():
         found, wanted = assemble(done.config, done.dequantize())(IDX)[0], apart(IDX)[0]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert_close_relative(found, wanted, MODEL_TOLERANCE, "logits")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from small_checkpoints import make, same, saved
 from torch import Tensor
 
@@ -198,7 +199,7 @@ def test_a_quantized_file_runs_and_is_verified(tmp_path: Path) -> None:
     with torch.no_grad():
         quantized = load_model(path).model(torch.tensor([[3, 1, 4]]))[0]
         expected = assemble(*load(path))(torch.tensor([[3, 1, 4]]))[0]
-    torch.testing.assert_close(quantized, expected, atol=1e-4, rtol=0)
+    assert_close_relative(quantized, expected, MODEL_TOLERANCE, "logits")
     change_first_block(path, "blk.1.channel_mix_key.weight", np.float16(np.inf).tobytes())
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight holds numbers that are not finite"):
         verify(path)

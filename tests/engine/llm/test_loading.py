@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from random_checkpoints import random_checkpoint
 
 import fledge
@@ -59,7 +60,9 @@ def test_packing_changes_nothing_but_speed(
         assert "head.weight" in plain.model.state_dict()
         ids = torch.tensor([[1, 2, 3]])
         with torch.no_grad():
-            torch.testing.assert_close(packed.model(ids)[0], plain.model(ids)[0], rtol=2e-2, atol=2e-2)
+            # In bfloat16 a sum taken in another order can be rounded to the next number.
+            tolerance = MODEL_TOLERANCE if dtype == "float32" else 2e-2
+            assert_close_relative(packed.model(ids)[0], plain.model(ids)[0], tolerance, "logits")
             assert packed.dtype == plain.dtype
 
 

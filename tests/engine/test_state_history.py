@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fledge.engine.llm.detokenizer import RewindPoint, StateHistory
+from fledge.engine.detokenizer import RewindPoint, StateHistory
 from fledge.models import ModelConfig, zero_state
 from fledge.models.state_slice import StateSlice
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.engine.llm.detokenizer import StopMatcher
+from fledge.engine.detokenizer import StopMatcher
 
 
 def run(pieces: list[bytes], stops: tuple[str, ...]) -> tuple[bytes, str | None]:
