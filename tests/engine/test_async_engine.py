@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 import pytest
-import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 from torch import nn
 
@@ -111,7 +111,7 @@ def test_requests_in_a_batch_match_single_streams() -> None:
                 assert (end.reason, end.stop, end.ids) == (expected.finish_reason, expected.stop, expected.ids)
                 assert end.seed == expected.seed and end.state is not None
                 for name, tensor in end.state.tensors().items():
-                    assert torch.allclose(tensor, expected.state.tensors()[name], atol=1e-5)
+                    assert_close_relative(tensor, expected.state.tensors()[name], MODEL_TOLERANCE, name)
     assert runner.engine.num_requests == 0
 
 

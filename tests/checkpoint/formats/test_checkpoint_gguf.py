@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from small_checkpoints import make, same, saved
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> No
     assert {n: (m.format, m.shape) for n, m in found.quantized.items()} == {
         n: (m.format, m.shape) for n, m in meta.quantized.items()
     }
-    dense = found.dense()
+    dense = found.dequantize()
     for tensor in gguf.GGUFReader(path).tensors:
         name = ours(tensor.name)
         if not is_matrix(name) and name != "emb.weight":
@@ -198,7 +199,7 @@ def test_a_quantized_file_runs_and_is_verified(tmp_path: Path) -> None:
     with torch.no_grad():
         quantized = load_model(path).model(torch.tensor([[3, 1, 4]]))[0]
         expected = assemble(*load(path))(torch.tensor([[3, 1, 4]]))[0]
-    torch.testing.assert_close(quantized, expected, atol=1e-4, rtol=0)
+    assert_close_relative(quantized, expected, MODEL_TOLERANCE, "logits")
     change_first_block(path, "blk.1.channel_mix_key.weight", np.float16(np.inf).tobytes())
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight holds numbers that are not finite"):
         verify(path)
@@ -227,8 +228,8 @@ def test_the_epsilon_of_the_norms(tmp_path: Path) -> None:
         ({"rwkv6.block_count": 4}, "block_count says 4"),
         ({"rwkv6.wkv.head_size": 32}, "head_size says 32"),
         ({"rwkv6.wkv.head_size": 7}, "head_size says 7"),
-        ({"rwkv6.wkv.head_size": "x"}, "no count"),
-        ({"rwkv6.rescale_every_n_layers": -1.0}, "no count"),
+        ({"rwkv6.wkv.head_size": "x"}, "not a count"),
+        ({"rwkv6.rescale_every_n_layers": -1.0}, "not a count"),
         ({"rwkv6.attention.layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
         ({"rwkv6.attention.layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'"),
         ({"rwkv6.attention.layer_norm_epsilon": 1e30}, "impossible epsilons"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from random_checkpoints import random_checkpoint
 from torch import Tensor
 
@@ -61,8 +62,8 @@ def test_the_sums_are_those_of_the_definition() -> None:
     p = torch.softmax(logits[0], -1)
     drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
     gradient = p - torch.nn.functional.one_hot(drawn, p.shape[1])  # of the head's own outputs
-    torch.testing.assert_close(found.inputs, seen[0].square().mean(0))
-    torch.testing.assert_close(found.outputs, gradient.square().mean(0))
+    assert_close_relative(found.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
+    assert_close_relative(found.outputs, gradient.square().mean(0), MODEL_TOLERANCE, "outputs")
 
 
 def test_windows_carry_the_state_on() -> None:
@@ -73,7 +74,7 @@ def test_windows_carry_the_state_on() -> None:
     model.blocks[1].ffn.value.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
     with torch.no_grad():
         model(torch.tensor([ids]))
-    torch.testing.assert_close(found.inputs, seen[0].square().mean(0), rtol=1e-3, atol=1e-5)
+    assert_close_relative(found.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
 
 
 def test_the_formula_tells_what_rounding_costs() -> None:

@@ -80,7 +80,7 @@ def test_an_interrupted_reading_is_kept(
     assert (
         done.code == 0
         and done.messages.startswith("read 22 tokens in ")
-        and f"{PREFILL_CHUNK} were known" in done.messages
+        and f"{PREFILL_CHUNK} were cached" in done.messages
     )
 
 

@@ -152,7 +152,11 @@ def test_errors_do_not_end_a_conversation(at_keyboard: Any) -> None:
 def test_ctrl_c_at_the_prompt_and_ctrl_d(at_keyboard: Any) -> None:
     person = Person("half\\", KeyboardInterrupt(), "Hello")
     shown = at_keyboard(person)
-    assert person.prompts == ["> ", "... ", "> ", "> "] and "Ctrl-D or /quit leaves" in shown and "One." in shown
+    assert (
+        person.prompts == ["> ", "... ", "> ", "> "]
+        and "Ctrl-D or /quit ends the conversation" in shown
+        and "One." in shown
+    )
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
@@ -170,10 +174,10 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
 
 
 def test_an_empty_answer_says_so(at_keyboard: Any) -> None:
-    assert "an empty answer" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
-    assert "an empty answer" not in at_keyboard(Person("Hello"))
+    assert "the answer is empty" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
+    assert "the answer is empty" not in at_keyboard(Person("Hello"))
 
 
 def test_a_cut_answer_says_so(at_keyboard: Any) -> None:
-    assert "cut off by --max-tokens" not in at_keyboard(Person("Hello"))
-    assert "On\n" in (shown := at_keyboard(Person("Hello"), max_tokens=3)) and "cut off by --max-tokens" in shown
+    assert "stopped by --max-tokens" not in at_keyboard(Person("Hello"))
+    assert "On\n" in (shown := at_keyboard(Person("Hello"), max_tokens=3)) and "stopped by --max-tokens" in shown

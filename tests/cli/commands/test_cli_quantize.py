@@ -49,11 +49,11 @@ def test_the_file_and_its_summary(fledge: Any, model: Path, tmp_path: Path, sche
 
 def test_info_says_what_is_in_the_file(fledge: Any, model: Path, tmp_path: Path) -> None:
     fledge("quantize", model, tmp_path / "small.safetensors", "--to", "int4")
-    assert "17 in int4; 5.17 bits a weight of these" in fledge("info", tmp_path / "small.safetensors").text
+    assert "17 in int4; 5.17 bits per weight of these" in fledge("info", tmp_path / "small.safetensors").text
     record = json.loads(fledge("info", tmp_path / "small.safetensors", "--json").text)
     assert record["quantized"]["int4"]["matrices"] == 17 and round(record["bits_per_weight"], 2) == 5.17
     assert record["parameters"] == json.loads(fledge("info", model, "--json").text)["parameters"]
-    facts = record["extra"]["quantized"]
+    facts = record["extra"]["quantised"]
     assert facts == {"scheme": "int4", "calibrated": False, "base": facts["base"]} and len(facts["base"]) == 64
     plain = json.loads(fledge("info", model, "--json").text)
     assert plain["quantized"] == {} and plain["bits_per_weight"] is None
@@ -65,7 +65,7 @@ def test_with_a_text_to_calibrate_and_one_to_report(fledge: Any, model: Path, te
     result = fledge("quantize", model, target, "--to", "mixed", "--calibrate", text, "--report", text)
     assert result.code == 0 and "error of outputs" in result.text
     assert "bytes on sea.txt" in result.text and "small.safetensors  " in result.text.splitlines()[-1]
-    facts = checkpoint.inspect(target).extra["quantized"]
+    facts = checkpoint.inspect(target).extra["quantised"]
     assert (facts["scheme"], facts["calibrated"]) == ("mixed", True)
 
 
