@@ -18,6 +18,8 @@ BROWSING := $(VENV)/.browsing
 BIOME_STAMP := node_modules/.installed
 NATIVE_TESTS := $(wildcard tests/*/test_native_*.py tests/*/test_rounding.py)
 NATIVE := $(shell find native -type f)
+CPP_FILES := $(filter %.cpp %.h,$(NATIVE))
+TIDY_FLAGS := -std=gnu++20 -Inative -DFLEDGE_ISA=portable -DFLEDGE_TABLE=kernels_portable
 SOURCES := pyproject.toml $(NATIVE) $(shell find fledge -type f -not -name '*.py[co]')
 
 # Tests must run the code of this checkout, whatever import path the user has set.
@@ -42,6 +44,12 @@ check: $(DEVELOPING) $(BIOME_STAMP) ## formatting, lint and types, without chang
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --quiet
 	$(call biome,ci --error-on-warnings)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	@if [ -x $(BIN)/clang-tidy ]; then \
+		echo "$(BIN)/clang-tidy (native)"; $(BIN)/clang-tidy --quiet $(filter %.cpp,$(CPP_FILES)) -- $(TIDY_FLAGS); \
+	else \
+		echo "clang-tidy is not installed: skipped ($(BIN)/pip install 'clang-tidy>=23.1,<23.2')"; \
+	fi
 
 docs: $(DEVELOPING) ## build the documentation site with the API reference into build/site
 	$(BIN)/mkdocs build
@@ -50,11 +58,12 @@ fix: $(DEVELOPING) $(BIOME_STAMP) ## format the code and repair what the linter 
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(call biome,check --write)
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(DEVELOPING) ## measure speed on this machine, other software beside it in the same run
 	$(BIN)/fledge bench cpu --widths fp32,bf16,int8,int4
 
-# Leaks are not looked for: Python and torch keep memory until the end on purpose.
+# Leak detection is off, because Python and torch intentionally keep memory until the process exits.
 sanitize: $(DEVELOPING) ## run the native tests under the address and undefined-behavior sanitizers
 	cmake -S native -B build/sanitize -DFLEDGE_SANITIZE=ON
 	cmake --build build/sanitize --parallel

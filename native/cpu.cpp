@@ -16,58 +16,57 @@ namespace fledge {
 namespace {
 
 #if defined(__x86_64__)
-// Two that __builtin_cpu_supports has no name for in some compilers.
-bool has_half_floats() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+// Some compilers have no name for these two features in __builtin_cpu_supports.
+bool has_f16c() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }
 
-bool has_bf16_products() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+bool has_avx512_bf16() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
 }
 #endif
 
 // Best first.
-std::vector<const Kernels*> usable() {
-    std::vector<const Kernels*> found;
+std::vector<const Kernels*> detect_kernels() {
+    std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_floats();
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && has_bf16_products())
-        found.push_back(&kernels_avx512_bf16);
-    if (avx512) found.push_back(&kernels_avx512);
-    if (avx2) found.push_back(&kernels_avx2);
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (has_avx512 && __builtin_cpu_supports("avx512vnni") && has_avx512_bf16()) tables.push_back(&kernels_avx512_bf16);
+    if (has_avx512) tables.push_back(&kernels_avx512);
+    if (has_avx2) tables.push_back(&kernels_avx2);
 #endif
-    found.push_back(&kernels_portable);
-    return found;
+    tables.push_back(&kernels_portable);
+    return tables;
 }
 
-const std::vector<const Kernels*>& table() {
-    static const std::vector<const Kernels*> found = usable();
-    return found;
+const std::vector<const Kernels*>& supported_kernels() {
+    static const std::vector<const Kernels*> tables = detect_kernels();
+    return tables;
 }
 
-std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<const Kernels*> selected_kernels{nullptr};
 
 }  // namespace
 
 const Kernels& kernels() {
-    const Kernels* now = chosen.load(std::memory_order_relaxed);
-    return now ? *now : *table().front();
+    const Kernels* selected = selected_kernels.load(std::memory_order_relaxed);
+    return selected ? *selected : *supported_kernels().front();
 }
 
 }  // namespace fledge
 
-// Names of what this processor can run, best first, joined by commas.
+// The names of the instruction sets that this processor supports, best first, separated by commas.
 FLEDGE_API const char* fledge_instruction_sets() {
     static const std::string names = [] {
         std::string text;
-        for (const fledge::Kernels* k : fledge::table()) {
+        for (const fledge::Kernels* table : fledge::supported_kernels()) {
             if (!text.empty()) text += ',';
-            text += k->name;
+            text += table->name;
         }
         return text;
     }();
@@ -76,14 +75,21 @@ FLEDGE_API const char* fledge_instruction_sets() {
 
 FLEDGE_API const char* fledge_instruction_set() { return fledge::kernels().name; }
 
-// Use one of them from now on (empty: the best). 0, or -1 where this processor cannot run it.
-// Weights stay as they are; activations prepared for one set must not meet another, so calls that run end first.
-FLEDGE_API int fledge_choose(const char* name) {
-    fledge::Turn turn;
-    if (!*name) return fledge::chosen.store(nullptr), 0;
-    for (const fledge::Kernels* k : fledge::table())
-        if (!std::strcmp(k->name, name)) return fledge::chosen.store(k), 0;
+// Selects an instruction set (empty: the best one). Returns 0, or -1 if this processor does not support it.
+// Packed weights stay valid. Activations packed for one set must not be used with another, so the lock waits for
+// running calls.
+FLEDGE_API int fledge_select_instruction_set(const char* name) {
+    const fledge::CallLock lock;
+    if (!*name) {
+        fledge::selected_kernels.store(nullptr);
+        return 0;
+    }
+    for (const fledge::Kernels* table : fledge::supported_kernels())
+        if (!std::strcmp(table->name, name)) {
+            fledge::selected_kernels.store(table);
+            return 0;
+        }
     return -1;
 }
 
-FLEDGE_API int fledge_abi() { return 6; }
+FLEDGE_API int fledge_abi() { return 7; }

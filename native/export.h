@@ -1,4 +1,4 @@
-// How a function of the C interface is declared: visible, and called by its plain name.
+// Declares a function of the C interface: exported, with C linkage.
 #pragma once
 #if defined(_WIN32)
 #define FLEDGE_API extern "C" __declspec(dllexport)

@@ -1,96 +1,91 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace fledge {
 
-Buffer::~Buffer() { std::free(memory_); }
-
-void* Buffer::bytes(size_t count) {
-    if (count <= size_ && memory_) return memory_;
-    std::free(memory_);
-    size_ = (count + 127) / 64 * 64;
-    memory_ = std::aligned_alloc(64, size_);
-    if (!memory_) {
-        size_ = 0;
-        throw std::bad_alloc();
-    }
-    return memory_;
-}
-
-void Prepared::reset(Kind kind, int64_t rows, int64_t k, bool sparse) {
-    const int64_t padded = round_up(k, GROUP), groups = padded / GROUP;
-    view_.kind = kind, view_.rows = rows, view_.k = k, view_.padded = padded;
-    // A cache line more than a row: rows that lie a power of two apart would share their places in the cache.
-    view_.pitch = kind == FLOATS ? padded : padded / 2;
-    if (rows > 1) view_.pitch += LANES;
-    view_.data = data_.bytes(static_cast<size_t>(rows * view_.pitch * 4));
-    view_.scale = view_.total = nullptr;
+void ActivationBuffer::reset(ActivationKind kind, int64_t rows, int64_t k, bool skip_zeros) {
+    Activations& a = activations_;
+    const int64_t padded = round_up(k, GROUP);
+    const int64_t groups = padded / GROUP;
+    a.kind = kind;
+    a.rows = rows;
+    a.k = k;
+    a.padded = padded;
+    a.pitch = kind == FLOATS ? padded : padded / 2;
+    // One cache line more per row: rows at a distance of a power of two would compete for the same cache sets.
+    if (rows > 1) a.pitch += LANES;
+    a.data = data_.reserve_bytes(static_cast<size_t>(rows * a.pitch * 4));
+    a.scale = nullptr;
+    a.total = nullptr;
     if (kind == I16_PAIRS) {
-        view_.scale = scale_.floats(2 * rows * groups);
-        view_.total = view_.scale + rows * groups;
+        a.scale = scale_.reserve_floats(2 * rows * groups);
+        a.total = a.scale + rows * groups;
     }
-    view_.alive = view_.alive_from = nullptr;
-    if (sparse && rows == 1 && kind != FLOATS) {
-        view_.alive = static_cast<int32_t*>(alive_.bytes(static_cast<size_t>(padded / 2 + groups + 1) * sizeof(int32_t)));
-        view_.alive_from = view_.alive + padded / 2;
-        view_.alive_from[0] = 0;
+    a.nonzero_pairs = nullptr;
+    a.nonzero_starts = nullptr;
+    if (skip_zeros && rows == 1 && kind != FLOATS) {
+        const auto count = static_cast<size_t>(padded / 2 + groups + 1);
+        a.nonzero_pairs = static_cast<int32_t*>(nonzero_pairs_.reserve_bytes(count * sizeof(int32_t)));
+        a.nonzero_starts = a.nonzero_pairs + padded / 2;
+        a.nonzero_starts[0] = 0;
     }
 }
 
-void Prepared::row(const float* x, int64_t number) const { kernels().prepare(x, number, view_); }
+void ActivationBuffer::set_row(const float* x, int64_t row) const { kernels().pack_row(x, row, activations_); }
 
 namespace {
 
-// A thread's running totals. Kept between calls: a prompt needs the same room again and again.
-std::vector<std::unique_ptr<Buffer>>& scratch() {
-    static auto& buffers = *new std::vector<std::unique_ptr<Buffer>>;  // threads may outlive the end of main
+// The running sums of each thread. Kept between calls, because every chunk of a prompt needs the same amount.
+std::vector<std::unique_ptr<Buffer>>& sum_buffers() {
+    static auto& buffers = *new std::vector<std::unique_ptr<Buffer>>;  // threads may still run after main ends
     return buffers;
 }
 
 }  // namespace
 
-void expect(const std::vector<const Matrix*>& weights) {
-    constexpr int64_t MOST = 192 << 10;  // bytes; what the second cache holds beside everything else
-    const int count = threads();
+void prefetch_next(const std::vector<const Matrix*>& weights) {
+    constexpr int64_t MAX_BYTES = 192 << 10;  // fits into the level-2 cache beside the other data
+    const int count = thread_count();
     int64_t parts = 0;
     for (const Matrix* w : weights) parts += w->panels();
     for (int thread = 0; thread < count; thread++) {
-        int64_t part = parts * thread / count;
+        int64_t panel = parts * thread / count;
         for (const Matrix* w : weights) {
-            if (part >= w->panels()) {
-                part -= w->panels();
+            if (panel >= w->panels()) {
+                panel -= w->panels();
                 continue;
             }
-            expect(thread, w->data + part * w->panel_bytes(), std::min(MOST, (w->panels() - part) * w->panel_bytes()));
+            const int64_t bytes = (w->panels() - panel) * w->panel_bytes();
+            prefetch_next(thread, w->data + panel * w->panel_bytes(), std::min(MAX_BYTES, bytes));
             break;
         }
     }
 }
 
 void multiply(const std::vector<Product>& products) {
-    auto& buffers = scratch();
-    while (static_cast<int>(buffers.size()) < threads()) buffers.push_back(std::make_unique<Buffer>());
-    int64_t parts = 0, rows = 0, work = 0;
+    auto& buffers = sum_buffers();
+    while (static_cast<int>(buffers.size()) < thread_count()) buffers.push_back(std::make_unique<Buffer>());
+    int64_t parts = 0;
+    int64_t rows = 0;
+    int64_t bytes = 0;
     for (const Product& p : products) {
         parts += p.weight->panels();
         rows = std::max(rows, p.x->rows);
-        work += p.weight->panels() * p.weight->panel_bytes() * p.x->rows;
+        bytes += p.weight->panels() * p.weight->panel_bytes() * p.x->rows;
     }
     if (rows == 0) return;
-    for (auto& buffer : buffers) buffer->floats(rows * PANEL);
-    const Kernels& k = kernels();
-    parallel(parts, work, [&](int64_t part, int thread) {
+    for (auto& buffer : buffers) buffer->reserve_floats(rows * PANEL);
+    const Kernels& table = kernels();
+    parallel_for(parts, bytes, [&](int64_t part, int thread) {
+        int64_t panel = part;
         for (const Product& p : products) {
-            if (part >= p.weight->panels()) {
-                part -= p.weight->panels();
-                continue;
+            if (panel < p.weight->panels()) {
+                table.multiply_panel(*p.weight, panel, *p.x, buffers[static_cast<size_t>(thread)]->floats(), p.out);
+                return;
             }
-            k.panel(*p.weight, part, *p.x, buffers[static_cast<size_t>(thread)]->floats(rows * PANEL), p.out);
-            return;
+            panel -= p.weight->panels();
         }
     });
 }

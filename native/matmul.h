@@ -1,37 +1,29 @@
-// Products y = x W^T of several weights in one go, cut into panels that threads take one by one.
+// Products y = x W^T of several weights in one task, split into panels that the threads take one by one.
 #pragma once
-#include <cstddef>
+#include <algorithm>
 #include <vector>
 
+#include "buffer.h"
+#include "cpu.h"
 #include "isa/tables.h"
+#include "threads.h"
 
 namespace fledge {
 
-// Memory that starts on a cache line; grows, never shrinks.
-class Buffer {
+// Activations and the memory that holds them.
+class ActivationBuffer {
    public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    ~Buffer();
-    void* bytes(size_t count);  // at least so many; the content is lost when it grows
-    float* floats(int64_t count) { return static_cast<float*>(bytes(static_cast<size_t>(count) * sizeof(float))); }
+    // Prepares for `rows` rows of `k` inputs. skip_zeros: list the nonzero pairs, so that the product of a single row
+    // can skip the others.
+    void reset(ActivationKind kind, int64_t rows, int64_t k, bool skip_zeros = false);
+    void set_row(const float* x, int64_t row) const;
+    const Activations& get() const { return activations_; }
 
    private:
-    void* memory_ = nullptr;
-    size_t size_ = 0;
-};
-
-// Activations with the memory behind them.
-class Prepared {
-   public:
-    // Room for `rows` rows of `k` inputs. `sparse`: note which pairs are zero, so that a single row can skip them.
-    void reset(Kind kind, int64_t rows, int64_t k, bool sparse = false);
-    void row(const float* x, int64_t number) const;
-    const Activations& get() const { return view_; }
-
-   private:
-    Activations view_{};
-    Buffer data_, scale_, alive_;
+    Activations activations_{};
+    Buffer data_;
+    Buffer scale_;
+    Buffer nonzero_pairs_;
 };
 
 struct Product {
@@ -42,31 +34,22 @@ struct Product {
 
 void multiply(const std::vector<Product>& products);
 
-// The weights of the products after the next task, for single rows, whose time is that of reading them.
-void expect(const std::vector<const Matrix*>& weights);
+// Sets the weights of the products after the next task. Useful for few rows, which take as long as reading the weights.
+void prefetch_next(const std::vector<const Matrix*>& weights);
 
-// f(row, thread) for every row, some neighbours by one thread. A few rows are not worth waking anybody.
+// Calls f(row, thread) for every row. Adjacent rows go to the same thread. Few rows are not worth waking other threads.
 template <class F>
-void for_rows(int64_t rows, F&& f);
-
-}  // namespace fledge
-
-#include "cpu.h"
-#include "threads.h"
-
-namespace fledge {
-
-template <class F>
-void for_rows(int64_t rows, F&& f) {
-    constexpr int64_t FEW = 2, MOST = 12;
-    if (rows <= FEW) {
+void parallel_rows(int64_t rows, F&& f) {
+    constexpr int64_t MAX_SERIAL_ROWS = 2;
+    constexpr int64_t MAX_BLOCK_ROWS = 12;
+    if (rows <= MAX_SERIAL_ROWS) {
         for (int64_t row = 0; row < rows; row++) f(row, 0);
         return;
     }
-    // The fewer, the finer they are shared out: a batch of 16 in blocks of 12 would keep one thread waiting.
-    const int64_t share = rows / (4 * threads()), block = share < 1 ? 1 : share > MOST ? MOST : share;
-    parallel((rows + block - 1) / block, [&](int64_t part, int thread) {
-        const int64_t end = (part + 1) * block < rows ? (part + 1) * block : rows;
+    // Few rows are split into small blocks: with blocks of 12, a batch of 16 would leave one thread idle.
+    const int64_t block = std::clamp<int64_t>(rows / (4 * thread_count()), 1, MAX_BLOCK_ROWS);
+    parallel_for((rows + block - 1) / block, [&](int64_t part, int thread) {
+        const int64_t end = std::min((part + 1) * block, rows);
         for (int64_t row = part * block; row < end; row++) f(row, thread);
     });
 }

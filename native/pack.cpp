@@ -4,22 +4,21 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "cpu.h"
-#include "export.h"
-#include "matmul.h"
 #include "threads.h"
 
 namespace fledge {
 namespace {
 
-float from_bits(uint32_t bits) {
+float bits_to_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
 
-uint32_t to_bits(float x) {
+uint32_t float_to_bits(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return bits;
@@ -27,103 +26,115 @@ uint32_t to_bits(float x) {
 
 }  // namespace
 
-float half_to_float(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-    if (rest < 0x400) return std::copysign(static_cast<float>(rest) * 0x1p-24f, from_bits(sign));
-    return from_bits(sign | ((rest << 13) + ((127 - 15) << 23)));
+float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+    const uint32_t magnitude = half & 0x7fff;
+    if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    if (magnitude < 0x400) return std::copysign(static_cast<float>(magnitude) * 0x1p-24f, bits_to_float(sign));
+    return bits_to_float(sign | ((magnitude << 13) + ((127 - 15) << 23)));
 }
 
 namespace {
 
 uint16_t float_to_bf16(float x) {
-    const uint32_t bits = to_bits(x);
+    const uint32_t bits = float_to_bits(x);
     if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// What the 16 bits of a packed number are.
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+// Packed 16-bit numbers.
+struct Bf16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
 
-template <class T, int32_t STORED>
-T converted(uint32_t stored) {
-    constexpr bool same = (STORED == STORED_F16 && std::is_same_v<T, F16>) || (STORED == STORED_BF16 && std::is_same_v<T, Bf16>);
-    if constexpr (same) return {static_cast<uint16_t>(stored)};
-    const float x = STORED == STORED_F32    ? from_bits(stored)
-                    : STORED == STORED_BF16 ? from_bits(stored << 16)
-                                            : half_to_float(static_cast<uint16_t>(stored));
+template <class T, int32_t SOURCE>
+T convert(uint32_t source_bits) {
+    constexpr bool is_copy =
+        (SOURCE == SOURCE_F16 && std::is_same_v<T, F16>) || (SOURCE == SOURCE_BF16 && std::is_same_v<T, Bf16>);
+    if constexpr (is_copy) return {static_cast<uint16_t>(source_bits)};
+    const float x = SOURCE == SOURCE_F32    ? bits_to_float(source_bits)
+                    : SOURCE == SOURCE_BF16 ? bits_to_float(source_bits << 16)
+                                            : half_to_float(static_cast<uint16_t>(source_bits));
     if constexpr (std::is_same_v<T, Bf16>) return {float_to_bf16(x)};
     if constexpr (std::is_same_v<T, float>) return x;
-    return {};  // float16 takes float16 only
+    return {};  // F16 requires a float16 source
 }
 
-// One group of inputs of the 64 rows of a panel. Zeros outside the weight.
+// One group of inputs for the 64 rows of a panel, zero outside the weight.
 template <class T>
-using Rows = T[PANEL][GROUP];
+using GroupRows = T[PANEL][GROUP];
 
-template <class T, int32_t STORED>
-void gather(const Source& from, const Matrix& w, int64_t panel, int64_t group, Rows<T>& rows) {
-    using Stored = std::conditional_t<STORED == STORED_F32, uint32_t, uint16_t>;
-    const int64_t first = panel * PANEL, start = group * GROUP;
-    const int64_t height = std::min<int64_t>(PANEL, w.n - first), width = std::min<int64_t>(GROUP, w.k - start);
+template <class T, int32_t SOURCE>
+void read_group(const Source& source, const Matrix& weight, int64_t panel, int64_t group, GroupRows<T>& rows) {
+    using Element = std::conditional_t<SOURCE == SOURCE_F32, uint32_t, uint16_t>;
+    const int64_t first_row = panel * PANEL;
+    const int64_t first_input = group * GROUP;
+    const int64_t height = std::min<int64_t>(PANEL, weight.n - first_row);
+    const int64_t width = std::min<int64_t>(GROUP, weight.k - first_input);
     if (height < PANEL || width < GROUP) std::memset(rows, 0, sizeof rows);
     for (int64_t i = 0; i < height; i++) {
-        const Stored* row = static_cast<const Stored*>(from.data) + (first + i) * from.row + start * from.column;
-        if (from.column == 1)
-            for (int64_t j = 0; j < width; j++) rows[i][j] = converted<T, STORED>(row[j]);
+        const Element* row = static_cast<const Element*>(source.data) + (first_row + i) * source.row_stride +
+                             first_input * source.column_stride;
+        if (source.column_stride == 1)
+            for (int64_t j = 0; j < width; j++) rows[i][j] = convert<T, SOURCE>(row[j]);
         else
-            for (int64_t j = 0; j < width; j++) rows[i][j] = converted<T, STORED>(row[j * from.column]);
+            for (int64_t j = 0; j < width; j++) rows[i][j] = convert<T, SOURCE>(row[j * source.column_stride]);
     }
 }
 
 template <class T>
-void gather(const Source& from, const Matrix& w, int64_t panel, int64_t group, Rows<T>& rows) {
-    switch (from.stored) {
-        case STORED_F32: return gather<T, STORED_F32>(from, w, panel, group, rows);
-        case STORED_BF16: return gather<T, STORED_BF16>(from, w, panel, group, rows);
-        default: return gather<T, STORED_F16>(from, w, panel, group, rows);
+void read_group(const Source& source, const Matrix& weight, int64_t panel, int64_t group, GroupRows<T>& rows) {
+    switch (source.type) {
+        case SOURCE_F32: return read_group<T, SOURCE_F32>(source, weight, panel, group, rows);
+        case SOURCE_BF16: return read_group<T, SOURCE_BF16>(source, weight, panel, group, rows);
+        default: return read_group<T, SOURCE_F16>(source, weight, panel, group, rows);
     }
 }
 
-// Columns of `rows` become rows of the block.
+// Writes the columns of `rows` as the rows of the block.
 template <class T>
 void transpose(const T* rows, int64_t columns, T* block) {
     for (int64_t j = 0; j < columns; j++)
         for (int64_t i = 0; i < PANEL; i++) block[j * PANEL + i] = rows[i * columns + j];
 }
 
-void pack_panel(const Source& from, const Matrix& w, int64_t panel, uint8_t* data) {
-    for (int64_t group = 0; group < w.padded() / GROUP; group++) {
-        uint8_t* block = data + panel * w.panel_bytes() + group * block_bytes(w.format);
-        if (w.format == F32) {
-            alignas(64) Rows<float> rows;
-            gather(from, w, panel, group, rows);
-            transpose(rows[0], GROUP, reinterpret_cast<float*>(block));
-            continue;
-        }
-        if (w.format == F16_EXACT) {
-            alignas(64) Rows<F16> rows;
-            gather(from, w, panel, group, rows);
-            transpose(rows[0], GROUP, reinterpret_cast<F16*>(block));
-        } else {
-            alignas(64) Rows<Bf16> rows;
-            gather(from, w, panel, group, rows);
-            alignas(64) uint32_t pairs[PANEL * PAIRS];
-            std::memcpy(pairs, rows, sizeof rows);  // the first of a pair in the low half
-            transpose(pairs, PAIRS, reinterpret_cast<uint32_t*>(block));
+template <class T>
+void pack_group(const Source& source, const Matrix& weight, int64_t panel, int64_t group, uint8_t* block) {
+    alignas(64) GroupRows<T> rows;
+    read_group(source, weight, panel, group, rows);
+    if constexpr (std::is_same_v<T, Bf16>) {
+        alignas(64) uint32_t pairs[PANEL * PAIRS];
+        std::memcpy(pairs, rows, sizeof rows);  // the first number of a pair is in the low half
+        transpose(pairs, PAIRS, reinterpret_cast<uint32_t*>(block));
+    } else {
+        transpose(rows[0], GROUP, reinterpret_cast<T*>(block));
+    }
+}
+
+void pack_panel(const Source& source, const Matrix& weight, int64_t panel, uint8_t* data) {
+    for (int64_t group = 0; group < weight.padded() / GROUP; group++) {
+        uint8_t* block = data + panel * weight.panel_bytes() + group * block_bytes(weight.format);
+        switch (weight.format) {
+            case F32: pack_group<float>(source, weight, panel, group, block); break;
+            case F16_EXACT: pack_group<F16>(source, weight, panel, group, block); break;
+            default: pack_group<Bf16>(source, weight, panel, group, block);
         }
     }
 }
 
 // The error of one panel, or -1.
-double quantise_panel(const Source& from, const Matrix& to, int64_t panel, const float* importance, uint8_t* data) {
+double quantize_panel(const Source& source, const Matrix& weight, int64_t panel, const float* importance,
+                      uint8_t* data) {
     double total = 0;
-    for (int64_t group = 0; group < to.padded() / GROUP; group++) {
-        alignas(64) Rows<float> rows;
-        gather(from, to, panel, group, rows);
-        uint8_t* block = data + panel * to.panel_bytes() + group * block_bytes(to.format);
-        const double error = kernels().quantise(to.format, rows[0], importance ? importance + group * GROUP : nullptr, block);
+    for (int64_t group = 0; group < weight.padded() / GROUP; group++) {
+        alignas(64) GroupRows<float> rows;
+        read_group(source, weight, panel, group, rows);
+        uint8_t* block = data + panel * weight.panel_bytes() + group * block_bytes(weight.format);
+        const float* group_importance = importance ? importance + group * GROUP : nullptr;
+        const double error = kernels().quantize_block(weight.format, rows[0], group_importance, block);
         if (error < 0) return -1;
         total += error;
     }
@@ -133,80 +144,27 @@ double quantise_panel(const Source& from, const Matrix& to, int64_t panel, const
 }  // namespace
 
 int64_t packed_bytes(int32_t format, int64_t n, int64_t k) {
-    constexpr int64_t LARGEST = int64_t{1} << 40;
-    if (format < F32 || format > F16_EXACT || n < 1 || k < 1 || n > LARGEST / k / 8) return 0;
-    const Matrix w{format, n, k, nullptr};
-    return w.panels() * w.panel_bytes();
+    constexpr int64_t MAX_BYTES = int64_t{1} << 40;
+    if (format < F32 || format > F16_EXACT || n < 1 || k < 1 || n > MAX_BYTES / k / 8) return 0;
+    const Matrix weight{format, n, k, nullptr};
+    return weight.panels() * weight.panel_bytes();
 }
 
-void pack(const Source& from, const Matrix& to, uint8_t* data) {
-    parallel(to.panels(), [&](int64_t panel, int) { pack_panel(from, to, panel, data); });
+void pack(const Source& source, const Matrix& weight, uint8_t* data) {
+    parallel_for(weight.panels(), [&](int64_t panel, int) { pack_panel(source, weight, panel, data); });
+}
+
+double quantize(const Source& source, const Matrix& weight, const float* importance, uint8_t* data) {
+    std::vector<double> errors(static_cast<size_t>(weight.panels()));
+    parallel_for(weight.panels(), [&](int64_t panel, int) {
+        errors[static_cast<size_t>(panel)] = quantize_panel(source, weight, panel, importance, data);
+    });
+    double total = 0;
+    for (const double error : errors) {
+        if (error < 0) return -1;
+        total += error;
+    }
+    return total;
 }
 
 }  // namespace fledge
-
-using namespace fledge;
-
-FLEDGE_API int64_t fledge_packed_bytes(int32_t format, int64_t n, int64_t k) { return packed_bytes(format, n, k); }
-
-// Dense weight (n, k) -> panels. `data` holds fledge_packed_bytes bytes. Not for the quantised formats; F16_EXACT takes
-// float16 only.
-FLEDGE_API int fledge_pack(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
-                           int64_t column, uint8_t* data) {
-    return guarded([&] {
-        Turn turn;
-        pack(Source{source, stored, row, column}, Matrix{format, n, k, nullptr}, data);
-    });
-}
-
-// Dense weight (n, k) -> the blocks of INT8 or INT4. importance: null, or one number for each input, filled up to whole
-// groups. Returns the weighted sum of squared errors, -1 where a weight cannot be held, or -2 where memory did not suffice.
-FLEDGE_API double fledge_quantise(int32_t format, int64_t n, int64_t k, const void* source, int32_t stored, int64_t row,
-                                  int64_t column, const float* importance, uint8_t* data) {
-    double total = 0;
-    const int failed = guarded([&] {
-        Turn turn;
-        const Matrix to{format, n, k, nullptr};
-        const Source from{source, stored, row, column};
-        std::vector<double> errors(static_cast<size_t>(to.panels()));
-        parallel(to.panels(), [&](int64_t panel, int) {
-            errors[static_cast<size_t>(panel)] = quantise_panel(from, to, panel, importance, data);
-        });
-        for (double error : errors) total = error < 0 || total < 0 ? -1 : total + error;
-    });
-    return failed ? -2 : total;
-}
-
-// y (rows, n) = x (rows, k) W^T. sparse: skip pairs of inputs that are zero (single rows of pairs only).
-FLEDGE_API int fledge_matmul(int32_t format, int64_t n, int64_t k, const uint8_t* data, const float* x, int64_t rows,
-                             float* y, int32_t sparse) {
-    return guarded([&] {
-        Turn turn;
-        const Matrix w{format, n, k, data};
-        Prepared prepared;
-        prepared.reset(kind_of(format), rows, k, sparse != 0);
-        for_rows(rows, [&](int64_t row, int) { prepared.row(x + row * k, row); });
-        multiply({{&w, &prepared.get(), {y, n, n, false}}});
-    });
-}
-
-// Reads `bytes` bytes `turns` times with every thread: for measuring what the memory gives.
-FLEDGE_API void fledge_read(const uint8_t* data, int64_t bytes, int64_t turns) {
-    Turn turn;
-    constexpr int64_t PIECE = 1 << 20;
-    for (int64_t i = 0; i < turns; i++)
-        parallel((bytes + PIECE - 1) / PIECE, [&](int64_t part, int) {
-            const int64_t start = part * PIECE, count = bytes - start < PIECE ? bytes - start : PIECE;
-            volatile double keep = kernels().read(data + start, count);
-            (void)keep;
-        });
-}
-
-// Multiply-adds of registers with every thread, `kind` as in Activations: for measuring what the arithmetic gives.
-// Returns how many operations (a multiplication and an addition are two) were done.
-FLEDGE_API double fledge_burn(int64_t turns, int32_t kind) {
-    Turn turn;
-    const int count = 8 * threads();
-    parallel(count, [&](int64_t, int) { kernels().burn(turns, kind); });
-    return static_cast<double>(turns) * count * CHAINS * kernels().vector_floats * (kind == FLOATS ? 2 : 4);
-}

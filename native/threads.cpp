@@ -19,7 +19,7 @@
 namespace fledge {
 namespace {
 
-constexpr int SPINS = 4000;  // about 50 microseconds: longer than the pause between two tasks of one forward pass
+constexpr int SPIN_LIMIT = 4000;  // about 50 microseconds: longer than the pause between two tasks of a forward pass
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -27,18 +27,18 @@ void pause_briefly() {
 #endif
 }
 
-// Results too small for a normal float become zero: a decaying state would otherwise slow the processor down.
-unsigned flush_tiny_results() {
+// Results too small for a normal float become zero. Otherwise a decaying state would slow the processor down.
+unsigned enable_flush_to_zero() {
 #if defined(__x86_64__)
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(before | _MM_FLUSH_ZERO_ON);
-    return before;
+    const unsigned control = _mm_getcsr();
+    _mm_setcsr(control | _MM_FLUSH_ZERO_ON);
+    return control;
 #else
     return 0;
 #endif
 }
 
-void restore(unsigned control) {
+void restore_control(unsigned control) {
 #if defined(__x86_64__)
     _mm_setcsr(control);
 #else
@@ -46,116 +46,122 @@ void restore(unsigned control) {
 #endif
 }
 
-struct Expected {
+struct MemoryRange {
     const char* data = nullptr;
     int64_t bytes = 0;
 };
 
-// A thread's own share of the parts: neighbours, so that it reads on where it has read. Others help when they are done.
-struct alignas(64) Share {
+// The parts of one thread. They are adjacent, so the thread reads memory sequentially. Threads without parts left take
+// parts of other threads.
+struct alignas(64) PartRange {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
 };
 
 class Pool {
    public:
-    explicit Pool(int count) : count_(count), shares_(static_cast<size_t>(count)) {
+    explicit Pool(int count) : count_(count), ranges_(static_cast<size_t>(count)) {
         try {
-            for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+            for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { run_worker(i); });
         } catch (const std::system_error&) {
-            // The system gives no more threads: those that are there, and the caller, do all the work.
+            // The system provides no more threads; the existing ones and the caller do all the work.
         }
     }
 
     ~Pool() {
-        ending_ = true;
+        is_stopping_ = true;
         epoch_.fetch_add(1);
         epoch_.notify_all();
         for (std::thread& worker : workers_) worker.join();
     }
 
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
     int count() const { return count_; }
 
-    void run(int64_t parts, Part part, void* task, const std::vector<Expected>* expected) {
-        expected_ = expected;
-        part_ = part, task_ = task;
+    void run(int64_t parts, PartFunction run_part, void* task, const std::vector<MemoryRange>* prefetch_ranges) {
+        prefetch_ranges_ = prefetch_ranges;
+        run_part_ = run_part;
+        task_ = task;
         for (int i = 0; i < count_; i++) {
-            Share& share = shares_[static_cast<size_t>(i)];
-            share.next.store(parts * i / count_, std::memory_order_relaxed);
-            share.end = parts * (i + 1) / count_;
+            PartRange& range = ranges_[static_cast<size_t>(i)];
+            range.next.store(parts * i / count_, std::memory_order_relaxed);
+            range.end = parts * (i + 1) / count_;
         }
-        open_.store(true);
+        is_open_.store(true);
         epoch_.fetch_add(1);
-        if (sleeping_.load()) epoch_.notify_all();
-        take(0);
-        // Whoever enters after this sees a closed task; whoever entered before is counted and waited for. A worker that
-        // sleeps through a short task costs nothing.
-        open_.store(false);
-        for (int spin = 0; inside_.load(); spin++) {
+        if (sleeping_workers_.load()) epoch_.notify_all();
+        run_available_parts(0);
+        // A worker that arrives after this sees a closed task. A worker that arrived before is counted, and the caller
+        // waits for it. A worker that sleeps through a short task costs nothing.
+        is_open_.store(false);
+        for (int spin = 0; active_workers_.load(); spin++) {
             pause_briefly();
-            if (spin > SPINS) std::this_thread::yield();  // it may be waiting for this very core
+            if (spin > SPIN_LIMIT) std::this_thread::yield();  // the worker may need this core
         }
     }
 
    private:
-    void take(int thread) {
-        for (int other = 0; other < count_; other++) {
-            Share& share = shares_[static_cast<size_t>((thread + other) % count_)];
-            for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-                part_(task_, i, thread);
+    void run_available_parts(int thread) {
+        for (int offset = 0; offset < count_; offset++) {
+            PartRange& range = ranges_[static_cast<size_t>((thread + offset) % count_)];
+            for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+                run_part_(task_, i, thread);
         }
     }
 
-    // In the idle time after a task; the next one ends it.
-    void read_ahead(const Expected& expected, uint64_t seen) {
-        for (int64_t i = 0; i < expected.bytes && epoch_.load(std::memory_order_relaxed) == seen; i += 64)
-            __builtin_prefetch(expected.data + i, 0, 2);
+    // Runs in the idle time after a task and stops when the next one starts.
+    void prefetch(const MemoryRange& range, uint64_t epoch) {
+        for (int64_t i = 0; i < range.bytes && epoch_.load(std::memory_order_relaxed) == epoch; i += 64)
+            __builtin_prefetch(range.data + i, 0, 2);
     }
 
-    void work(int thread) {
-        flush_tiny_results();
-        uint64_t seen = 0;
+    void run_worker(int thread) {
+        enable_flush_to_zero();
+        uint64_t epoch = 0;
         while (true) {
-            for (int spin = 0; epoch_.load() == seen && spin < SPINS; spin++) pause_briefly();
-            if (epoch_.load() == seen) {
-                sleeping_.fetch_add(1);
-                epoch_.wait(seen);
-                sleeping_.fetch_sub(1);
+            for (int spin = 0; epoch_.load() == epoch && spin < SPIN_LIMIT; spin++) pause_briefly();
+            if (epoch_.load() == epoch) {
+                sleeping_workers_.fetch_add(1);
+                epoch_.wait(epoch);
+                sleeping_workers_.fetch_sub(1);
             }
-            if (ending_) return;
-            seen = epoch_.load();
-            Expected expected;
-            inside_.fetch_add(1);
-            if (open_.load()) {
-                take(thread);
-                expected = (*expected_)[static_cast<size_t>(thread) % expected_->size()];
+            if (is_stopping_) return;
+            epoch = epoch_.load();
+            MemoryRange range;
+            active_workers_.fetch_add(1);
+            if (is_open_.load()) {
+                run_available_parts(thread);
+                range = (*prefetch_ranges_)[static_cast<size_t>(thread) % prefetch_ranges_->size()];
             }
-            inside_.fetch_sub(1);
-            read_ahead(expected, seen);
+            active_workers_.fetch_sub(1);
+            prefetch(range, epoch);
         }
     }
 
     const int count_;
-    std::vector<Share> shares_;
-    Part part_ = nullptr;
+    std::vector<PartRange> ranges_;
+    PartFunction run_part_ = nullptr;
     void* task_ = nullptr;
-    const std::vector<Expected>* expected_ = nullptr;
-    alignas(64) std::atomic<uint64_t> epoch_{0};
-    alignas(64) std::atomic<int> inside_{0};
-    std::atomic<bool> open_{false}, ending_{false};
-    std::atomic<int> sleeping_{0};
+    const std::vector<MemoryRange>* prefetch_ranges_ = nullptr;
+    alignas(64) std::atomic<uint64_t> epoch_{0};  // incremented by every task
+    alignas(64) std::atomic<int> active_workers_{0};
+    std::atomic<bool> is_open_{false};
+    std::atomic<bool> is_stopping_{false};
+    std::atomic<int> sleeping_workers_{0};
     std::vector<std::thread> workers_;
 };
 
-std::mutex& turn = *new std::mutex;
-std::atomic<int> wanted{0};  // 0: one for each core
-Pool* pool = nullptr;        // never destroyed at exit: its threads may be asleep then
-long owner = 0;
+std::mutex& call_mutex = *new std::mutex;
+std::atomic<int> requested_threads{0};  // 0: one per core
+Pool* pool = nullptr;                   // not destroyed at exit, because its threads may be asleep then
+long pool_process = 0;                  // the process that created the pool
 
-// Never destroyed, as threads may still run when the process ends. Threads beyond 64 share what others expect.
-std::vector<Expected>& expected = *new std::vector<Expected>(64);
+// Not destroyed at exit, because threads may still run then. Threads from the 65th on share the ranges of the others.
+std::vector<MemoryRange>& next_ranges = *new std::vector<MemoryRange>(64);
 
-long process() {
+long process_id() {
 #if defined(_WIN32)
     return 0;
 #else
@@ -163,54 +169,60 @@ long process() {
 #endif
 }
 
-Pool& ready_pool() {
-    if (pool && owner != process()) pool = nullptr;  // threads do not survive a fork; their memory is left alone
-    if (pool && pool->count() != threads()) {
+Pool& current_pool() {
+    if (pool && pool_process != process_id()) pool = nullptr;  // threads do not survive a fork; their memory is leaked
+    if (pool && pool->count() != thread_count()) {
         delete pool;
         pool = nullptr;
     }
-    if (!pool) pool = new Pool(threads()), owner = process();
+    if (!pool) {
+        pool = new Pool(thread_count());
+        pool_process = process_id();
+    }
     return *pool;
+}
+
+// A fork waits for the running call. Otherwise the child would inherit a lock that no thread releases.
+std::mutex& fork_safe_mutex() {
+#if !defined(_WIN32)
+    static const int registered =
+        pthread_atfork([] { call_mutex.lock(); }, [] { call_mutex.unlock(); }, [] { call_mutex.unlock(); });
+    (void)registered;
+#endif
+    return call_mutex;
 }
 
 }  // namespace
 
-// A fork waits for the call that runs, or the child would inherit a lock that nobody opens.
-void watch_forks() {
-#if !defined(_WIN32)
-    static const int watched = pthread_atfork([] { turn.lock(); }, [] { turn.unlock(); }, [] { turn.unlock(); });
-    (void)watched;
-#endif
+CallLock::CallLock() : lock_(fork_safe_mutex()), saved_control_(enable_flush_to_zero()) {}
+CallLock::~CallLock() { restore_control(saved_control_); }
+
+int thread_count() {
+    static const unsigned cores = std::thread::hardware_concurrency();  // this call takes microseconds
+    const int count = requested_threads.load(std::memory_order_relaxed);
+    if (count) return count;
+    return cores ? static_cast<int>(cores) : 1;
 }
 
-Turn::Turn() : lock_((watch_forks(), turn)), control_(flush_tiny_results()) {}
-Turn::~Turn() { restore(control_); }
-
-int threads() {
-    static const unsigned cores = std::thread::hardware_concurrency();  // asking takes microseconds
-    const int count = wanted.load(std::memory_order_relaxed);
-    return count ? count : cores ? static_cast<int>(cores) : 1;
+void prefetch_next(int thread, const void* data, int64_t bytes) {
+    if (static_cast<size_t>(thread) < next_ranges.size())
+        next_ranges[static_cast<size_t>(thread)] = {static_cast<const char*>(data), bytes};
 }
 
-void expect(int thread, const void* data, int64_t bytes) {
-    if (static_cast<size_t>(thread) < expected.size())
-        expected[static_cast<size_t>(thread)] = {static_cast<const char*>(data), bytes};
-}
-
-void run_parts(int64_t parts, Part part, void* task) {
-    if (parts <= 1 || threads() == 1)
-        for (int64_t i = 0; i < parts; i++) part(task, i, 0);
+void run_parts(int64_t parts, PartFunction run_part, void* task) {
+    if (parts <= 1 || thread_count() == 1)
+        for (int64_t i = 0; i < parts; i++) run_part(task, i, 0);
     else
-        ready_pool().run(parts, part, task, &expected);
-    std::fill(expected.begin(), expected.end(), Expected{});
+        current_pool().run(parts, run_part, task, &next_ranges);
+    std::fill(next_ranges.begin(), next_ranges.end(), MemoryRange{});
 }
 
 }  // namespace fledge
 
-// How many threads to use from now on; 0: one for each core.
+// Sets the number of threads; 0: one per core.
 FLEDGE_API void fledge_set_threads(int count) {
-    fledge::Turn waiting;
-    fledge::wanted = count < 0 ? 0 : count > 1024 ? 1024 : count;
+    const fledge::CallLock lock;
+    fledge::requested_threads = std::clamp(count, 0, 1024);
 }
 
-FLEDGE_API int fledge_threads() { return fledge::threads(); }
+FLEDGE_API int fledge_threads() { return fledge::thread_count(); }

@@ -1,4 +1,5 @@
-// The library's own threads: parts of a task are handed out one by one, so a thread that is held up holds up nobody.
+// The library's thread pool. A task consists of parts, and each thread takes one part at a time, so a delayed thread
+// does not delay the others.
 #pragma once
 #include <cstdint>
 #include <mutex>
@@ -6,9 +7,9 @@
 
 namespace fledge {
 
-// Runs f and turns what it throws into -1: nothing may leave the C interface. Parts of a task must not throw at all.
+// Runs f. Returns 0, or -1 if f throws: no exception may leave the C interface. The parts of a task must not throw.
 template <class F>
-int guarded(F&& f) {
+int catch_errors(F&& f) {
     try {
         f();
         return 0;
@@ -17,40 +18,43 @@ int guarded(F&& f) {
     }
 }
 
-// Held for a whole call of the C interface: the pool serves one caller at a time, and a caller sees one set of kernels.
-class Turn {
+// Held during a whole call of the C interface. The pool serves one caller at a time, and the instruction set does not
+// change during a call.
+class CallLock {
    public:
-    Turn();
-    ~Turn();
-    Turn(const Turn&) = delete;
+    CallLock();
+    ~CallLock();
+    CallLock(const CallLock&) = delete;
+    CallLock& operator=(const CallLock&) = delete;
 
    private:
     std::unique_lock<std::mutex> lock_;
-    unsigned control_;  // how this thread's processor treated tiny results before
+    unsigned saved_control_;  // this thread's floating-point control register before the call
 };
 
-int threads();
+int thread_count();
 
-// What each thread will read first in the task after the next one: a thread that has nothing left to do asks its cache
-// for it while the caller prepares that task. Forgotten after the next task that threads share.
-void expect(int thread, const void* data, int64_t bytes);
+// Sets the memory that a thread reads first in the task after the next one. When the thread has finished its parts of
+// the next task, it prefetches this memory while the caller prepares the task after it. Cleared by the next task that
+// uses several threads.
+void prefetch_next(int thread, const void* data, int64_t bytes);
 
-using Part = void (*)(void* task, int64_t part, int thread);
-void run_parts(int64_t parts, Part part, void* task);
+using PartFunction = void (*)(void* task, int64_t part, int thread);
+void run_parts(int64_t parts, PartFunction run_part, void* task);
 
-// f(part, thread) for every part from 0 to parts - 1; thread is below threads(). Returns when all are done.
+// Calls f(part, thread) for every part in [0, parts), with thread < thread_count(). Returns when all parts are done.
 template <class F>
-void parallel(int64_t parts, F&& f) {
+void parallel_for(int64_t parts, F&& f) {
     using Task = std::remove_reference_t<F>;
-    run_parts(
-        parts, [](void* task, int64_t part, int thread) { (*static_cast<Task*>(task))(part, thread); }, &f);
+    run_parts(parts, [](void* task, int64_t part, int thread) { (*static_cast<Task*>(task))(part, thread); }, &f);
 }
 
-// The same for parts of which all together read and write about `bytes`: a little is done sooner than anybody is told.
-constexpr int64_t LITTLE = 200 << 10;
+// The same for parts that together read and write about `bytes`. A small task runs on the calling thread, because
+// waking the other threads would take longer.
+constexpr int64_t MAX_SERIAL_BYTES = 200 << 10;
 template <class F>
-void parallel(int64_t parts, int64_t bytes, F&& f) {
-    if (bytes > LITTLE) return parallel(parts, f);
+void parallel_for(int64_t parts, int64_t bytes, F&& f) {
+    if (bytes > MAX_SERIAL_BYTES) return parallel_for(parts, f);
     for (int64_t i = 0; i < parts; i++) f(i, 0);
 }
 

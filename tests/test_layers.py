@@ -21,7 +21,7 @@ LAYERS = (  # lowest first; rooms of one layer do not know each other
     {"checkpoint"},
     {"engine", "train"},
     {"server", "evals", "music", "vision"},
-    {"bench"},
+    {"bench", "diagnostics"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

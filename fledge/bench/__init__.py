@@ -1,5 +1,5 @@
-"""L6: what is true and how fast it is. Timing with spread, other programs beside ours in one run, and the self-check.
+"""L6: benchmarks of speed, memory and quality, with baselines measured in the same run.
 
-A figure comes with its command, its machine and its commit. Not here: printing (fledge.cli), and anything a model needs
-in order to run.
+Every benchmark runs in the framework of `suite`. A metric is recorded with its command, machine and commit. Printing is
+in fledge.cli, and nothing here is needed to run a model.
 """

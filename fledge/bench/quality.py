@@ -1,30 +1,31 @@
-"""What smaller weights cost: how well a model predicts a text in each format, and how far it is from itself in float32.
+"""The cost of quantization: how well each weight format predicts a text, and how far its predictions are from float32.
 
-Each document is read from a fresh state after the end-of-text id (where the vocabulary has one), by windows with the
-state carried on; every model reads the same windows side by side. For each format, by language and overall:
+Each document starts from the initial state after the end-of-text id, if the vocabulary has one. It is read in windows,
+and the state is carried over. All models read the same window before the next one. For each format, by language and in
+total:
 
     perplexity, bits per byte    of the text
-    KL                           mean over the tokens of KL(float32 || format), nats: how far the predictions moved
-    agreement                    how often both find the same token the most probable
+    KL                           mean of KL(float32 || format) over the tokens, in nats
+    agreement                    the share of tokens for which both have the same most probable token
 
-Nothing is drawn, so the same command gives the same figures. Not here: speed, and the quantising itself.
+Nothing is sampled, so the same command gives the same metrics.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fledge import checkpoint
-from fledge.bench.environment import machine_facts
-from fledge.bench.sparsity import LayerSparsity, sparsity
+from fledge.bench.sparsity import count_sparsity
+from fledge.bench.suite import Benchmark, Suite
 from fledge.checkpoint.quantization.quantizer import SCHEMES, is_quantizable, quantize_tensors
 from fledge.core.errors import UsageError
 from fledge.core.files import hash_file
@@ -37,22 +38,21 @@ from fledge.tokenizer import NO_EOS, Tokenizer
 REFERENCE = "float32"
 DENSE = {"float32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("bf16", *SCHEMES)
-WINDOW = 256  # tokens; the logits of all models for so many exist at once
+WINDOW = 256  # tokens; the logits of a window exist for all models at the same time
 ALL = "all"
-
-Report = Callable[[int, int], None]
-"""Called with (tokens read, tokens in all)."""
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What to measure. model: None is the bundled one. formats: of FORMATS, or files. tokens: of each language."""
+class QualityBenchmark(Benchmark):
+    """Settings of the quality benchmark."""
+
+    kind: ClassVar[str] = "quality"
 
     text: Path
-    model: str | None = None
-    formats: tuple[str, ...] = FORMATS
-    tokens: int | None = None
-    sparsity: bool = False
+    model: str | None = None  # None: the bundled model
+    formats: tuple[str, ...] = FORMATS  # names, or quantized files
+    tokens: int | None = None  # per language
+    sparsity: bool = False  # also count the zeros of the channel mix
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in (REFERENCE, *FORMATS) and not Path(name).is_file()]
@@ -61,40 +61,86 @@ class Spec:
             raise UsageError(f"format {','.join(unknown)!r:.80} is none of {known}, and there is no such file")
         names = [Path(name).name for name in dict.fromkeys(self.formats)]
         if len(set(names)) < len(names):
-            raise UsageError(f"two of the files {', '.join(names)} have the same name; rename one, for the table")
-        if self.tokens is not None and self.tokens < 1:
-            raise UsageError(f"tokens is {self.tokens}; it must be at least 1")
+            raise UsageError(f"two of the files {', '.join(names)} have the same name; rename one of them")
+        self.require_at_least(1, "tokens")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, with the names of the files only."""
+        formats = [Path(name).name for name in self.formats]
+        return {**super().settings(), "text": self.text.name, "formats": formats}
+
+    def measure(self, suite: Suite) -> None:
+        """Evaluate all formats. Raises UsageError if the reference is quantized, or a file is of another model."""
+        path = locate_checkpoint(self.model)
+        source = checkpoint.read(path)
+        if source.quantized:
+            raise UsageError(f"{path} is quantized; pass the checkpoint it was made from, and this file as a format")
+        tokenizer = checkpoint.load_tokenizer(source.tokenizer_spec, source.config.vocab_size, str(path))
+        documents = list(self._read_documents(tokenizer))
+        if not documents:
+            raise UsageError(f"{self.text} has no text of at least two tokens")
+        variants = [_build_variant(name, source) for name in dict.fromkeys((REFERENCE, *self.formats))]
+        sums = _evaluate(variants, documents, suite)
+        sequences = [list(document.ids[:-1]) for document in documents]
+        layers = count_sparsity(source, sequences) if self.sparsity else []
+        config = source.config
+        sizes = {name: getattr(config, name) for name in ("n_layer", "n_embd", "dim_ffn", "vocab_size")}
+        model = {"name": source.path.stem, "family": config.family, "version": config.version, **sizes}
+        suite.record |= {
+            "model": {**model, "sha256": hash_file(source.files[0]), "kernels": why_missing() or "native"},
+            "text": {"name": self.text.name, "sha256": hash_file(self.text), "documents": len(documents)},
+            "formats": {
+                variant.name: {
+                    "bits_per_weight": 8 * variant.nbytes / variant.weights,
+                    "figures": {
+                        language: prediction.metrics(sums[REFERENCE][language])
+                        for language, prediction in sums[variant.name].items()
+                    },
+                }
+                for variant in variants
+            },
+            "sparsity": [layer.record() for layer in layers],
+        }
+
+    def _read_documents(self, tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
+        """The documents in the order of the file, up to the limit of tokens of each language."""
+        prefix = () if tokenizer.eos_id == NO_EOS else (tokenizer.eos_id,)
+        tokens: defaultdict[str, int] = defaultdict(int)
+        for document in read_texts(self.text):
+            ids = (*prefix, *tokenizer.encode(document.text))
+            if self.tokens is not None:
+                ids = ids[: self.tokens - tokens[document.language] + 1]
+            if len(ids) > 1:
+                tokens[document.language] += len(ids) - 1
+                yield EncodedDocument(document.language, ids, len(tokenizer.decode_bytes(ids[1:])))
 
 
 @dataclass
-class Tally:
-    """What one model did on some text, summed up."""
+class PredictionSums:
+    """How one model predicted some text, summed over its tokens."""
 
     tokens: int = 0
     bytes: int = 0
     nats: float = 0.0
     squares: float = 0.0  # of the difference from the reference in nats, token by token
-    divergence: float = 0.0  # KL, summed
+    divergence: float = 0.0  # KL
     agreed: int = 0
 
-    def add(self, other: Tally) -> None:
-        """Take another text in."""
+    def add(self, other: PredictionSums) -> None:
+        """Add the sums of another text."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    @property
-    def perplexity(self) -> float:
-        """Per token."""
-        return math.exp(self.nats / self.tokens)
+    def metrics(self, reference: PredictionSums) -> dict[str, float]:
+        """Return the metrics, with the change of perplexity from the reference and its standard error.
 
-    def record(self, reference: Tally) -> dict[str, float]:
-        """The figures, and how the perplexity differs from the reference's on the same text, with the standard error
-        that a text of this length leaves (taking its tokens for independent)."""
+        The standard error takes the tokens as independent.
+        """
         mean = (self.nats - reference.nats) / self.tokens
         return {
             "tokens": self.tokens,
             "bytes": self.bytes,
-            "perplexity": self.perplexity,
+            "perplexity": math.exp(self.nats / self.tokens),
             "perplexity_change": math.expm1(mean),
             "perplexity_change_error": math.sqrt(max(self.squares / self.tokens - mean**2, 0.0) / self.tokens),
             "bits_per_byte": self.nats / math.log(2) / self.bytes,
@@ -104,118 +150,38 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One model under measurement."""
+class ModelVariant:
+    """One model under measurement, with the size of the matrices that can be quantized."""
 
     name: str
     model: nn.Module
-    nbytes: int  # of the matrices that can be quantised
+    nbytes: int
     weights: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of those matrices."""
-        return 8 * self.nbytes / self.weights
 
 
 @dataclass(frozen=True)
-class Document:
-    """Ids to read; all but the first are predicted. nbytes: of those."""
+class EncodedDocument:
+    """The ids of a document. All but the first are predicted, and have `nbytes` in total."""
 
     language: str
     ids: tuple[int, ...]
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All figures of one measurement."""
-
-    spec: Spec
-    model: dict[str, Any]
-    text: dict[str, Any]
-    machine: dict[str, Any]
-    bits: dict[str, float]  # format -> bits a weight of the matrices
-    tallies: dict[str, dict[str, Tally]]  # format -> language or ALL -> sums
-    sparsity: list[LayerSparsity] = field(default_factory=list)
-
-    def figures(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Format -> language or ALL -> figures."""
-        reference = self.tallies[REFERENCE]
-        return {
-            name: {language: tally.record(reference[language]) for language, tally in by.items()}
-            for name, by in self.tallies.items()
-        }
-
-    def record(self, command: str) -> dict[str, Any]:
-        """As JSON."""
-        figures = self.figures()
-        return {
-            "what": "quality",
-            "command": command,
-            "machine": self.machine,
-            "model": self.model,
-            "text": self.text,
-            "formats": {name: {"bits_per_weight": self.bits[name], "figures": figures[name]} for name in figures},
-            "sparsity": [layer.record() for layer in self.sparsity],
-        }
-
-
-def run(spec: Spec, report: Report = lambda *_: None) -> Outcome:
-    """Measure. Raises UsageError where the reference is quantised, or a file is of another model."""
-    machine = machine_facts()  # before the work, which is load too
-    path = locate_checkpoint(spec.model)
-    found = checkpoint.read(path)
-    if found.quantized:
-        raise UsageError(f"{path} is quantised; give the checkpoint it was made from, and this file among the formats")
-    tokenizer = checkpoint.load_tokenizer(found.tokenizer_spec, found.config.vocab_size, str(path))
-    documents = list(_documents(spec, tokenizer))
-    if not documents:
-        raise UsageError(f"{spec.text} holds no text of at least two tokens")
-    variants = [_variant(name, found) for name in dict.fromkeys((REFERENCE, *spec.formats))]
-    tallies = _measure(variants, documents, report)
-    layers = sparsity(found, [list(document.ids[:-1]) for document in documents]) if spec.sparsity else []
-    sizes = {"name": found.path.stem, "family": found.config.family, "version": found.config.version}
-    sizes |= {name: getattr(found.config, name) for name in ("n_layer", "n_embd", "dim_ffn", "vocab_size")}
-    text = {"name": spec.text.name, "sha256": hash_file(spec.text), "documents": len(documents)}
-    return Outcome(
-        spec,
-        {**sizes, "sha256": hash_file(found.files[0]), "kernels": why_missing() or "native"},
-        text,
-        machine,
-        {variant.name: variant.bits_per_weight for variant in variants},
-        tallies,
-        layers,
-    )
-
-
-def _documents(spec: Spec, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The documents in the order of the file, until every language has its tokens."""
-    begin = () if tokenizer.eos_id == NO_EOS else (tokenizer.eos_id,)
-    taken: defaultdict[str, int] = defaultdict(int)
-    for document in read_texts(spec.text):
-        ids = (*begin, *tokenizer.encode(document.text))
-        if spec.tokens is not None:
-            ids = ids[: spec.tokens - taken[document.language] + 1]
-        if len(ids) > 1:
-            taken[document.language] += len(ids) - 1
-            yield Document(document.language, ids, len(tokenizer.decode_bytes(ids[1:])))
-
-
-def _variant(name: str, found: checkpoint.Checkpoint) -> Variant:
-    """The model of `found` in a format, or that of a file. What is not quantised runs in float32, but for "bf16"."""
-    tensors, quantized = found.tensors, found.quantized
+def _build_variant(name: str, source: checkpoint.Checkpoint) -> ModelVariant:
+    """The model of `source` in a format, or the model of a file. All but "bf16" run other tensors in float32."""
+    tensors, quantized = source.tensors, source.quantized
     if name in SCHEMES:
         tensors, quantized = quantize_tensors(tensors, name)
     elif name not in DENSE:
         other = checkpoint.read(name)
-        if other.config != found.config or other.tokenizer_spec != found.tokenizer_spec:
-            raise UsageError(f"{name} is of another model than {found.path}: sizes or vocabularies differ")
+        if other.config != source.config or other.tokenizer_spec != source.tokenizer_spec:
+            raise UsageError(f"{name} is of another model than {source.path}: sizes or vocabularies differ")
         name, tensors, quantized = Path(name).name, other.tensors, other.quantized
     dtype = DENSE.get(name, torch.float32)
     dense = [tensor.numel() for key, tensor in tensors.items() if is_quantizable(key)]
-    model = checkpoint.assemble(found.config, checkpoint.ModelWeights(tensors, quantized), dtype=dtype, pack=True)
-    return Variant(
+    model = checkpoint.assemble(source.config, checkpoint.ModelWeights(tensors, quantized), dtype=dtype, pack=True)
+    return ModelVariant(
         name,
         model,
         nbytes=sum(dense) * dtype.itemsize + sum(matrix.nbytes for matrix in quantized.values()),
@@ -224,42 +190,44 @@ def _variant(name: str, found: checkpoint.Checkpoint) -> Variant:
 
 
 @torch.inference_mode()
-def _measure(variants: Sequence[Variant], documents: Sequence[Document], report: Report) -> dict[str, dict[str, Tally]]:
+def _evaluate(
+    variants: Sequence[ModelVariant], documents: Sequence[EncodedDocument], suite: Suite
+) -> dict[str, dict[str, PredictionSums]]:
     """Format -> language or ALL -> sums. The first variant is the reference."""
-    found: dict[str, defaultdict[str, Tally]] = {variant.name: defaultdict(Tally) for variant in variants}
-    total, done = sum(len(document.ids) - 1 for document in documents), 0
+    sums: dict[str, defaultdict[str, PredictionSums]] = {v.name: defaultdict(PredictionSums) for v in variants}
+    suite.total_runs = sum(len(document.ids) - 1 for document in documents)
     for document in documents:
-        states: dict[str, State | None] = dict.fromkeys(found)
-        here = {name: Tally(len(document.ids) - 1, document.nbytes) for name in found}
+        states: dict[str, State | None] = dict.fromkeys(sums)
+        own = {name: PredictionSums(len(document.ids) - 1, document.nbytes) for name in sums}
         for start in range(0, len(document.ids) - 1, WINDOW):
             targets = torch.tensor(document.ids[start + 1 : start + WINDOW + 1])
             inputs = torch.tensor([document.ids[start : start + len(targets)]])
             reference: Tensor | None = None
             for variant in variants:
                 logits, states[variant.name] = variant.model(inputs, states[variant.name])
-                expected = torch.log_softmax(logits[0].float(), dim=-1)  # (T, V)
-                reference = expected if reference is None else reference
-                here[variant.name].add(_compared(reference, expected, targets))
-            done += len(targets)
-            report(done, total)
-        for name, tally in here.items():
-            found[name][document.language].add(tally)
-            found[name][ALL].add(tally)
-    return {name: _sorted(by) for name, by in found.items()}
+                log_probs = torch.log_softmax(logits[0].float(), dim=-1)  # (T, V)
+                reference = log_probs if reference is None else reference
+                own[variant.name].add(_compare(reference, log_probs, targets))
+            suite.finished_runs += len(targets)
+            suite.report("measuring")
+        for name, prediction in own.items():
+            sums[name][document.language].add(prediction)
+            sums[name][ALL].add(prediction)
+    return {name: _sort_languages(by_language) for name, by_language in sums.items()}
 
 
-def _compared(reference: Tensor, expected: Tensor, targets: Tensor) -> Tally:
-    """Log probabilities (T, V) of both, and the tokens that came."""
-    divergence = torch.nn.functional.kl_div(expected, reference, reduction="none", log_target=True).sum(-1)
-    before, after = (-one.gather(1, targets[:, None]).double() for one in (reference, expected))
-    return Tally(
+def _compare(reference: Tensor, log_probs: Tensor, targets: Tensor) -> PredictionSums:
+    """Compare the log probabilities (T, V) of both models on the target tokens."""
+    divergence = torch.nn.functional.kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
+    before, after = (-values.gather(1, targets[:, None]).double() for values in (reference, log_probs))
+    return PredictionSums(
         nats=float(after.sum()),
         squares=float((after - before).square().sum()),
         divergence=float(divergence.double().sum()),
-        agreed=int((reference.argmax(-1) == expected.argmax(-1)).sum()),
+        agreed=int((reference.argmax(-1) == log_probs.argmax(-1)).sum()),
     )
 
 
-def _sorted(by: Mapping[str, Tally]) -> dict[str, Tally]:
-    """ALL first, then the languages; a text without any has ALL only."""
-    return {ALL: by[ALL], **{language: by[language] for language in sorted(by) if language not in (ALL, "")}}
+def _sort_languages(sums: Mapping[str, PredictionSums]) -> dict[str, PredictionSums]:
+    """ALL first, then the languages. Text without a language appears in ALL only."""
+    return {ALL: sums[ALL], **{name: sums[name] for name in sorted(sums) if name not in (ALL, "")}}

@@ -1,6 +1,6 @@
-"""How much of the channel mix is nothing: the share of zeros in relu(k)^2, which no product needs to read weights for.
+"""The share of zeros in the channel mix, relu(k)^2, by layer in float32. A product can skip a zero input.
 
-The kernels skip a pair of neighbouring inputs that are both zero, so that is counted too. In float32, layer by layer.
+The kernels skip a pair of adjacent inputs if both are zero, so these pairs are counted too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WINDOW = 512  # tokens
 
 @dataclass
 class LayerSparsity:
-    """Counts of one layer over all tokens read."""
+    """Counts of one layer over all tokens."""
 
     layer: int
     numbers: int = 0
@@ -30,20 +30,20 @@ class LayerSparsity:
 
     @property
     def zero_share(self) -> float:
-        """Of the numbers."""
+        """The share of zeros."""
         return self.zeros / self.numbers
 
     @property
     def pair_share(self) -> float:
-        """Of the pairs (even, odd)."""
+        """The share of pairs (even, odd) of zeros."""
         return 2 * self.zero_pairs / self.numbers
 
     def record(self) -> dict[str, float]:
-        """As JSON."""
+        """Return counts and shares as JSON."""
         return {**asdict(self), "zero_share": self.zero_share, "pair_share": self.pair_share}
 
     def count(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Before ffn.value: its input is relu(k)^2, (B, T, F)."""
+        """A pre-hook of ffn.value: its input is relu(k)^2, (B, T, F)."""
         zero = inputs[0].flatten(0, -2) == 0
         zero = nn.functional.pad(zero, (0, zero.shape[1] % 2), value=True)
         self.numbers += zero.numel()
@@ -51,11 +51,11 @@ class LayerSparsity:
         self.zero_pairs += int((zero[:, 0::2] & zero[:, 1::2]).sum())
 
 
-def sparsity(found: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[LayerSparsity]:
-    """Read each sequence of ids from a fresh state with the plain model of a dense checkpoint, and count."""
-    model = assemble(found.config, found.tensors, dtype=torch.float32)
+def count_sparsity(source: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[LayerSparsity]:
+    """Run each sequence of ids from the initial state through a dense checkpoint, and count the zeros."""
+    model = assemble(source.config, source.tensors, dtype=torch.float32)
     assert isinstance(model, BaseModel)
-    layers = [LayerSparsity(number) for number in range(found.config.n_layer)]
+    layers = [LayerSparsity(number) for number in range(source.config.n_layer)]
     for layer, block in zip(layers, model.blocks, strict=True):
         cast(Any, block).ffn.value.register_forward_pre_hook(layer.count)
     with torch.inference_mode():

@@ -1,9 +1,9 @@
-"""How fast tokenizers are: the native one and its Python twin, beside the programs of others that are installed.
+"""The speed of the native tokenizer and its Python reference implementation, with installed packages as baselines.
 
-All work on the same documents, one call each, by turns in one process. Each measurement gets texts that no program has
-seen: Python keeps the UTF-8 form of a str once a program has asked for it in a certain way, which would make that
-program's second measurement cheaper than any first. The programs written in Python get a part of the documents.
-Where two programs do not give the same ids, no figure is given.
+All programs encode the same documents in one process, in turn. Every measurement encodes new str objects. Python caches
+the UTF-8 form of a str once a program has requested it in a certain way, which would speed up later measurements of
+that program. The programs written in Python encode a part of the documents. If two programs return different ids, no
+metrics are reported.
 """
 
 from __future__ import annotations
@@ -13,167 +13,148 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from fledge.bench.environment import machine_facts, package_version
-from fledge.bench.harness import Report, Sample, interleaved
-from fledge.bench.texts import size_of, synthetic, thinned
+from fledge.bench.measurement import summarize
+from fledge.bench.sample_texts import count_bytes, sample_documents, synthetic_documents
+from fledge.bench.suite import Benchmark, Suite
 from fledge.core.device import count_usable_cores
-from fledge.core.errors import FledgeError, UsageError
+from fledge.core.errors import FledgeError
+from fledge.core.machine import package_version
 from fledge.data.texts import read_texts
 from fledge.tokenizer import Tokenizer, load_world
-from fledge.tokenizer.native_tokenizer import available
+from fledge.tokenizer.native_tokenizer import is_available
 
 MEGABYTE = 1_000_000
 SLOW_SHARE = 16
-"""Programs in Python get a sixteenth of the bytes: they are some fifty times slower."""
+"""Programs in Python encode a sixteenth of the bytes: they are about fifty times slower."""
 
-FASTEST_PEER = "pyrwkv-tokenizer"
-Run = Callable[[Sequence[str]], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What to measure."""
-
-    text: Path | None = None  # a file or folder; None: a made-up text
-    megabytes: float = 16.0  # of it at most
-    repeats: int = 5
-    threads: int | None = None  # up to so many; None: every core
-
-    def __post_init__(self) -> None:
-        for name, least in (("megabytes", 0.01), ("repeats", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} is {value}; it must be at least {least}")
+FASTEST_BASELINE = "pyrwkv-tokenizer"
+EncodeAll = Callable[[Sequence[str]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Program:
-    """One way to encode documents. `run` gives the ids of each, or their number where it `counts` only."""
+class TokenizerProgram:
+    """One way to encode documents. `encode` returns the ids of each, or their number if it only `counts`."""
 
     name: str
-    run: Run
+    encode: EncodeAll
     slow: bool = False
     counts: bool = False
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """All figures of one benchmark, in bytes of UTF-8 a second."""
+class TokenizerBenchmark(Benchmark):
+    """Settings of the tokenizer benchmark."""
 
-    spec: Spec
-    machine: dict[str, Any]
-    text: dict[str, Any]
-    figures: dict[str, Sample]
+    kind: ClassVar[str] = "tokenizer"
 
-    def ratio(self) -> float | None:
-        """How many times as fast as the fastest peer one call a document is, lists of ids both."""
-        ours, theirs = self.figures.get("fledge native"), self.figures.get(FASTEST_PEER)
-        return ours.median / theirs.median if ours and theirs else None
+    text: Path | None = None  # a file or folder; None: synthetic text
+    megabytes: float = 16.0  # of the text, at most
+    repeats: int = 5
+    threads: int | None = None  # at most; None: all cores
 
-    def record(self, command: str) -> dict[str, Any]:
-        """Everything, as JSON."""
-        return {
-            "benchmark": "tokenizer",
-            "command": command,
-            "machine": self.machine,
-            "peers": {name: package_version(name) for name in (FASTEST_PEER, "rwkv")},
-            "settings": {**asdict(self.spec), "text": self.text["source"]},
-            "text": self.text,
-            "figures": {name: {"bytes_per_s": sample.summary()} for name, sample in self.figures.items()},
-            "ratio_to_the_fastest_peer": self.ratio(),
+    def __post_init__(self) -> None:
+        self.require_at_least(0.01, "megabytes")
+        self.require_at_least(1, "repeats", "threads")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, with the name of the text only."""
+        return {**super().settings(), "text": "synthetic" if self.text is None else self.text.name}
+
+    def measure(self, suite: Suite) -> None:
+        """Check that all programs return the same ids, then measure bytes of UTF-8 per second.
+
+        Raises FledgeError if the ids differ.
+        """
+        limit = int(self.megabytes * MEGABYTE)
+        documents = (document.text for document in read_texts(self.text)) if self.text else synthetic_documents(limit)
+        texts = sample_documents(documents, limit)
+        part = sample_documents(texts, count_bytes(texts) // SLOW_SHARE)
+        programs = {program.name: program for program in find_programs(self.threads or count_usable_cores())}
+        if all(program.slow for program in programs.values()):
+            texts = part
+        suite.report("comparing ids")
+        tokens = count_same_ids(programs, texts, part)
+        suite.total_runs = len(programs) * self.repeats
+        calls = {
+            name: partial(encoding_rate, program.encode, part if program.slow else texts)
+            for name, program in programs.items()
+        }
+        rates = {name: summarize(run.results) for name, run in suite.interleave(calls, self.repeats).items()}
+        ours, baseline = rates.get("fledge native"), rates.get(FASTEST_BASELINE)
+        source = suite.record["settings"]["text"]
+        suite.record |= {
+            "peers": {name: package_version(name) for name in (FASTEST_BASELINE, "rwkv")},
+            "text": {"source": source, "documents": len(texts), "bytes": count_bytes(texts), "tokens": tokens},
+            "figures": {name: {"bytes_per_s": rate} for name, rate in rates.items()},
+            # one call per document, lists of ids
+            "ratio_to_the_fastest_peer": ours["median"] / baseline["median"] if ours and baseline else None,
         }
 
 
-def run(spec: Spec, report: Report) -> Outcome:
-    """Check that all programs give the same ids, then measure. Raises FledgeError where they do not."""
-    limit = int(spec.megabytes * MEGABYTE)
-    given = synthetic(limit) if spec.text is None else (document.text for document in read_texts(spec.text))
-    texts = thinned(given, limit)
-    part = thinned(texts, size_of(texts) // SLOW_SHARE)
-    programs = {program.name: program for program in find_programs(spec.threads or count_usable_cores())}
-    if all(program.slow for program in programs.values()):
-        texts = part
-    tokens = _check(programs, texts, part, report)
-    rates: dict[str, list[float]] = {name: [] for name in programs}
-    order = interleaved(tuple(programs), spec.repeats)
-    for done, (_, name) in enumerate(order):
-        report(name, done, len(order))
-        program = programs[name]
-        rates[name].append(_rate(program.run, part if program.slow else texts))
-    about = {
-        "source": "synthetic" if spec.text is None else spec.text.name,
-        "documents": len(texts),
-        "bytes": size_of(texts),
-        "tokens": tokens,
-    }
-    return Outcome(spec, machine_facts(), about, {name: Sample(tuple(values)) for name, values in rates.items()})
-
-
-def find_programs(threads: int) -> Iterator[Program]:
-    """Those that are here: Fledge's, then the packages of others."""
-    if available():
+def find_programs(threads: int) -> Iterator[TokenizerProgram]:
+    """Yield the available programs: those of Fledge and the installed packages."""
+    if is_available():
         yield from _native_programs(load_world("native"), threads)
     if importlib.util.find_spec("pyrwkv_tokenizer"):
-        peer = importlib.import_module("pyrwkv_tokenizer").RWKVTokenizer()
-        yield Program(FASTEST_PEER, _one_by_one(peer.encode))
-        yield Program(f"{FASTEST_PEER}, batch, its own threads", lambda texts: peer.encode_batch(list(texts)))
-    yield Program("fledge python", _one_by_one(load_world("python").encode), slow=True)
+        tokenizer = importlib.import_module("pyrwkv_tokenizer").RWKVTokenizer()
+        yield TokenizerProgram(FASTEST_BASELINE, _one_by_one(tokenizer.encode))
+        batch = f"{FASTEST_BASELINE}, batch, its own threads"
+        yield TokenizerProgram(batch, lambda texts: tokenizer.encode_batch(list(texts)))
+    yield TokenizerProgram("fledge python", _one_by_one(load_world("python").encode), slow=True)
     if importlib.util.find_spec("rwkv"):
         module = importlib.import_module("rwkv.rwkv_tokenizer")
         vocabulary = Path(str(module.__file__)).parent / "rwkv_vocab_v20230424.txt"
-        yield Program("rwkv", _one_by_one(module.TRIE_TOKENIZER(str(vocabulary)).encode), slow=True)
+        yield TokenizerProgram("rwkv", _one_by_one(module.TRIE_TOKENIZER(str(vocabulary)).encode), slow=True)
 
 
-def _native_programs(tokenizer: Tokenizer, threads: int) -> Iterator[Program]:
-    yield Program("fledge native", _one_by_one(tokenizer.encode))
-    yield Program("fledge native, arrays", _one_by_one(tokenizer.encode_array))
-    yield Program("fledge native, count", _one_by_one(tokenizer.count), counts=True)
-    numbers = sorted({*(2**power for power in range(threads.bit_length())), threads})
-    for number in numbers:
-        yield Program(f"fledge native, batch, {_threads(number)}", _batch(tokenizer.encode_batch, number))
-    for number in numbers:
-        name = f"fledge native, batch of arrays, {_threads(number)}"
-        yield Program(name, _batch(tokenizer.encode_batch_arrays, number))
+def _native_programs(tokenizer: Tokenizer, threads: int) -> Iterator[TokenizerProgram]:
+    yield TokenizerProgram("fledge native", _one_by_one(tokenizer.encode))
+    yield TokenizerProgram("fledge native, arrays", _one_by_one(tokenizer.encode_array))
+    yield TokenizerProgram("fledge native, count", _one_by_one(tokenizer.count), counts=True)
+    counts = sorted({*(2**power for power in range(threads.bit_length())), threads})
+    for kind, encode in (("batch", tokenizer.encode_batch), ("batch of arrays", tokenizer.encode_batch_arrays)):
+        for count in counts:
+            name = f"fledge native, {kind}, {count} thread{'s' if count > 1 else ''}"
+            yield TokenizerProgram(name, _batch(encode, count))
 
 
-def _threads(number: int) -> str:
-    return f"{number} thread{'s' if number > 1 else ''}"
-
-
-def _one_by_one(encode: Callable[[str], Any]) -> Run:
+def _one_by_one(encode: Callable[[str], Any]) -> EncodeAll:
     return lambda texts: [encode(text) for text in texts]
 
 
-def _batch(encode: Callable[[Sequence[str], int], Sequence[Any]], threads: int) -> Run:
+def _batch(encode: Callable[[Sequence[str], int], Sequence[Any]], threads: int) -> EncodeAll:
     return lambda texts: encode(texts, threads)
 
 
-def _check(programs: dict[str, Program], texts: list[str], part: list[str], report: Report) -> int:
-    """Compare the ids of all programs, which also warms them up. Returns how many there are."""
-    report("comparing ids", 0, 1)
+def count_same_ids(programs: dict[str, TokenizerProgram], texts: list[str], part: list[str]) -> int:
+    """Compare the ids of all programs, which also warms them up, and return their number.
+
+    Raises FledgeError if they differ.
+    """
     reference = next(iter(programs.values()))
-    whole, little = reference.run(texts), reference.run(part)
+    ids, ids_of_part = reference.encode(texts), reference.encode(part)
     for program in programs.values():
-        given, expected = (part, little) if program.slow else (texts, whole)
-        for at, (ours, theirs) in enumerate(zip(expected, program.run(given), strict=True)):
+        documents, expected = (part, ids_of_part) if program.slow else (texts, ids)
+        for index, (ours, theirs) in enumerate(zip(expected, program.encode(documents), strict=True)):
             if (len(ours) != theirs) if program.counts else (list(ours) != list(theirs)):
                 raise FledgeError(
-                    f"{program.name} and {reference.name} cut document {at} differently: {given[at]!r:.60}"
+                    f"{program.name} and {reference.name} encode document {index} differently: {documents[index]!r:.60}"
                 )
-    return sum(map(len, whole))
+    return sum(map(len, ids))
 
 
-def _rate(encode: Run, texts: Sequence[str]) -> float:
-    """Bytes of UTF-8 a second. Collecting garbage and freeing the ids of the last measurement is not part of it."""
-    size = size_of(texts)
-    unseen = [text.encode().decode() for text in texts]
+def encoding_rate(encode: EncodeAll, texts: Sequence[str]) -> float:
+    """Return bytes of UTF-8 per second, without garbage collection and without freeing the ids."""
+    size = count_bytes(texts)
+    new_texts = [text.encode().decode() for text in texts]
     gc.collect()
-    began = time.perf_counter()
-    ids = encode(unseen)
-    seconds = time.perf_counter() - began
+    started = time.perf_counter()
+    ids = encode(new_texts)
+    seconds = time.perf_counter() - started
     del ids
     return size / seconds

@@ -1,5 +1,5 @@
-"""L7: the command line. Parse, call, print: every decision that is not about arguments or looks lives in a lower room.
+"""L7: the command line: parse arguments, call the packages below, print the results. It contains no other logic.
 
-One module a command, imported when that command is used. What a command needs from the rooms below it imports inside
-its function, so that help and mistakes in arguments answer at once.
+Each command has one module, which is imported when that command runs. A command imports heavy packages inside its
+function, so that help and usage errors are printed immediately.
 """

@@ -1,4 +1,4 @@
-"""What a command reads: an argument, or standard input as the bytes that are there."""
+"""The input text of a command: an argument, or the bytes of standard input."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from fledge.core.errors import UsageError
 
 
-def text_or_stdin(argument: str | None, what: str, example: str) -> bytes:
-    """The bytes of `argument`, or without one those of standard input, valid UTF-8 or not.
+def read_text_or_stdin(argument: str | None, what: str, example: str) -> bytes:
+    """The bytes of `argument`, or of standard input if it is None. They need not be valid UTF-8.
 
-    Raises UsageError where there is neither. An argument gives the bytes that were typed, which Python keeps as lone
-    surrogates where they are not UTF-8.
+    Raises UsageError if both are missing. Python represents invalid UTF-8 in an argument as lone surrogates; this
+    function returns the original bytes.
     """
     if argument is not None:
         return argument.encode("utf-8", "surrogateescape")
@@ -20,6 +20,6 @@ def text_or_stdin(argument: str | None, what: str, example: str) -> bytes:
     return sys.stdin.buffer.read()
 
 
-def without_final_newline(data: bytes) -> bytes:
-    """`data` less one line end, which editors and `echo` put after a text that does not mean to have it."""
+def strip_final_newline(data: bytes) -> bytes:
+    """`data` without one line break at its end, which editors and `echo` add."""
     return data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data

@@ -1,8 +1,7 @@
-"""The command `fledge`: a table of commands, and the one place where errors become a line and an exit code.
+"""The command `fledge`: the table of commands, and the conversion of errors to one line and an exit code.
 
-Exit codes: 0 well; 1 an error (or, from `doctor`, a failed check); 2 a mistake in the arguments; 130 Ctrl-C; 143
-SIGTERM, where a command has something to save first.
-No traceback is shown unless `--traceback` asks for it.
+Exit codes: 0 success; 1 an error (or, from `doctor`, a failed check); 2 a usage error; 130 Ctrl-C; 143 SIGTERM during a
+command that saves something first. Tracebacks are printed only with `--traceback`.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from fledge import __version__
-from fledge.cli.terminal import one_line
+from fledge.cli.terminal import to_one_line
 from fledge.core.errors import FledgeError
-from fledge.core.files import FULL, describe_disk_error
+from fledge.core.files import DISK_FULL, describe_disk_error
 from fledge.core.interrupts import Interrupted
 
 COMMANDS = {
@@ -42,39 +41,39 @@ COMMANDS = {
     "train": "fledge.cli.commands.train",
     "tune": "fledge.cli.commands.tune",
     "doctor": "fledge.cli.commands.doctor",
-    "bench": "fledge.cli.bench",
+    "bench": "fledge.cli.bench.app",
 }
-"""Command -> the module with its `app`, in the order in which help lists them."""
+"""Command -> the module with its `app`, in the order of the help text."""
 
 INTERRUPTED = 130
-NO_MEMORY = ("can't allocate memory", "out of memory", "Unable to allocate", "size calculation overflowed")
-"""As torch and numpy put it."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Unable to allocate", "size calculation overflowed")
+"""Phrases in the errors of torch and numpy."""
 
 
 class CommandTable(TyperGroup):
-    """The commands of the table, each imported when asked for."""
+    """The commands of the table, each imported when it is used."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands: Any = dict.fromkeys(COMMANDS)  # the names, for "did you mean"
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command, or None where the table has no such name."""
+        """The command, or None if the table does not have it."""
         return get_command(import_module(COMMANDS[cmd_name]).app) if cmd_name in COMMANDS else None
 
     def invoke(self, ctx: Any) -> Any:
-        """The command. Here, because typer makes 130 and nothing else of an interrupt."""
+        """Run the command. This method handles interrupts, because typer always turns them into exit code 130."""
         try:
             return super().invoke(ctx)
         except Interrupted as stopped:
             if str(stopped):
-                _complain(str(stopped))
+                _print_message(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
 
 
 @dataclass
 class CliSettings:
-    """What the options before the command say; the callback fills it in, `main` reads it."""
+    """The options before the command. The callback sets them, `main` reads them."""
 
     traceback: bool = False
 
@@ -86,8 +85,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"fledge {__version__}")
         raise typer.Exit
 
@@ -95,9 +94,9 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def fledge(
     context: typer.Context,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")] = False,
     _version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Run RWKV-5 Eagle and RWKV-6 Finch language models."""
@@ -105,9 +104,9 @@ def fledge(
 
 
 def run() -> None:
-    """The entry point: text goes out as UTF-8, whatever the platform would choose, and comes in without complaint."""
+    """The entry point. Output is UTF-8 on every platform; input with invalid bytes is not an error."""
     if sys.stdout is None:  # closed by the shell, as in `fledge generate hi >&-`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process exits
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream, encoding in ((sys.stdin, None), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
@@ -117,7 +116,7 @@ def run() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code. Raises the error itself where `--traceback` was given."""
+    """Run one command line and return its exit code. With `--traceback`, raises the error itself."""
     settings = CliSettings()
     try:
         code = get_command(app)(
@@ -128,44 +127,44 @@ def main(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        _drop_output()
+        _discard_output()
         return 1
     except Exception as error:
         if settings.traceback:
             raise
-        message, code = _explain(error, arguments)
-        _complain(f"error: {message}")
+        message, code = _describe_error(error, arguments)
+        _print_message(f"error: {message}")
         return code
 
 
-def _complain(message: str) -> None:
+def _print_message(message: str) -> None:
     with suppress(BrokenPipeError):
-        print(one_line(message), file=sys.stderr)
+        print(to_one_line(message), file=sys.stderr)
 
 
-def _explain(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
-    """One line for people, and the exit code."""
+def _describe_error(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
     if isinstance(error, FledgeError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in FULL:
-        if not error.filename:  # whose disk it is nobody knows
-            return f"{error.strerror}; make room and give the same command again", 1
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if not error.filename:  # the disk is not known
+            return f"{error.strerror}; free some space and run the same command again", 1
         return describe_disk_error(error, Path(error.filename).parent), 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
-    # typer's own errors have click's base class, which later versions of typer bring along under a private name.
+    # typer's own errors have click's base class, which later versions of typer contain under a private name.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "fledge"
         return f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code
-    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-        return "this needs more memory than there is; take a smaller model, batch or length, or a larger machine", 1
-    again = shlex.join(["fledge", "--traceback", *arguments])
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return "this needs more memory than is available; use a smaller model, batch or length, or a larger machine", 1
+    command = shlex.join(["fledge", "--traceback", *arguments])
     kind = type(error).__name__
-    return f"{kind}: {error} (a bug in Fledge; please report it together with what `{again}` prints)", 1
+    return f"{kind}: {error} (a bug in Fledge; please report it with the output of `{command}`)", 1
 
 
-def _drop_output() -> None:
-    """The reader of standard output has gone (`| head`): what is still buffered must not be written at exit."""
+def _discard_output() -> None:
+    """The reader of standard output has closed it (`| head`): buffered text must not be written at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,6 @@
-"""Options that several commands share, as dataclasses, and the decorator that spreads them over a command line.
+"""Options that several commands share, as dataclasses, and the decorator that turns their fields into options.
 
-A command takes `model: ModelOptions`; typer sees `--model`, `--device`, `--dtype` and `--quant`. Not here: what
-options mean, beyond handing them to the room that knows.
+A command has a parameter `model: ModelOptions`; typer sees `--model`, `--device`, `--dtype` and `--quant`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
-    """Every parameter that is a dataclass becomes one option for each of its fields."""
+    """Replace every parameter that is a dataclass by one option for each of its fields."""
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
-    # Not get_type_hints: before Python 3.11 it wraps Annotated in Optional where the default is None, and the options
+    # Not get_type_hints: before Python 3.11 it wraps Annotated in Optional if the default is None, and the options
     # inside are lost.
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         group = parameter.annotation
@@ -36,7 +35,7 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
             for annotation in inner.values():
                 for option in getattr(annotation, "__metadata__", ()):
                     if "(default: " in (option.help or ""):
-                        option.show_default = False  # said once, in words
+                        option.show_default = False  # the help text already states it
             parameters += [
                 inspect.Parameter(
                     field.name,
@@ -54,16 +53,16 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         function(**values)
 
-    described: Any = command
-    described.__name__, described.__doc__ = function.__name__, function.__doc__
-    described.__signature__ = inspect.Signature(parameters)
-    described.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    attributes: Any = command  # mypy does not allow these attributes on a function
+    attributes.__name__, attributes.__doc__ = function.__name__, function.__doc__
+    attributes.__signature__ = inspect.Signature(parameters)
+    attributes.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and where it runs."""
+    """The model, and the device and precision it runs with."""
 
     model: Annotated[
         str | None,
@@ -71,7 +70,7 @@ class ModelOptions:
             "--model",
             "-m",
             metavar="MODEL",
-            help="A checkpoint (file or folder) or a hub name. (default: the bundled one)",
+            help="A checkpoint (file or folder) or a hub name. (default: the bundled model)",
         ),
     ] = None
     device: Annotated[
@@ -80,26 +79,26 @@ class ModelOptions:
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="float32, bfloat16 or float16, for the matrices. (default: as suits the device)"
+            metavar="NAME", help="float32, bfloat16 or float16, for the matrices. (default: depends on the device)"
         ),
     ] = None
     quant: Annotated[
         str | None,
         typer.Option(
-            metavar="SCHEME", help="int8, int4 or mixed: round the matrices while loading, on a CPU. (default: no)"
+            metavar="SCHEME", help="int8, int4 or mixed: quantize the matrices while loading, on a CPU. (default: no)"
         ),
     ] = None
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="A LoRA or a tuned state on top; may be repeated: they work together."),
+        typer.Option(metavar="FILE", help="Apply a LoRA or a tuned state; may be repeated to combine several."),
     ] = None
-    alpha: Annotated[float | None, typer.Option(help="Of a LoRA whose file does not record it (.pth).")] = None
+    alpha: Annotated[float | None, typer.Option(help="Alpha of a LoRA file that does not record it (.pth).")] = None
     any_base: Annotated[bool, typer.Option("--any-base", help="Use an adapter on a model it was not trained on.")] = (
         False
     )
 
     def load(self) -> LLM:
-        """The model, ready to use."""
+        """Load the model, ready to use."""
         with SlowBar("loading the model"):
             from fledge.engine import load
 
@@ -107,56 +106,58 @@ class ModelOptions:
             return load(self.model, device=self.device, dtype=self.dtype, quant=self.quant, adapter=adapters)
 
 
-def whole_numbers(name: str, text: str, *, gaps: bool = False) -> tuple[int, ...]:
-    """Those between the commas of an option. gaps: nothing may stand there. Raises UsageError for anything else."""
+def parse_integers(name: str, text: str, *, allow_empty: bool = False) -> tuple[int, ...]:
+    """The integers of a comma-separated option. allow_empty: ignore empty parts. Raises UsageError for other text."""
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip() or not gaps)
+        return tuple(int(part) for part in text.split(",") if part.strip() or not allow_empty)
     except ValueError:
         raise UsageError(f"{name} is {text!r:.60}; give whole numbers, separated by commas") from None
 
 
 def read_adapters(files: Sequence[str], alpha: float | None, any_base: bool) -> list[Adapter]:
-    """The adapters of a command line. Raises UsageError for an option that has no adapter to say something about."""
+    """Read the adapters of a command line. Raises UsageError for an adapter option without an adapter."""
     from fledge import checkpoint
 
     if not files and (alpha is not None or any_base):
         raise UsageError(
-            f"{'--any-base' if alpha is None else '--alpha'} is about an adapter; give one with --adapter FILE"
+            f"{'--any-base' if alpha is None else '--alpha'} needs an adapter; give one with --adapter FILE"
         )
-    found = checkpoint.read_adapters(files, alpha=alpha, any_base=any_base)
-    if alpha is not None and all(adapter.kind == "state" for adapter in found):
-        raise UsageError(f"--alpha is about a LoRA, and {found[0].path} is a tuned state; leave it out")
-    return found
+    adapters = checkpoint.read_adapters(files, alpha=alpha, any_base=any_base)
+    if alpha is not None and all(adapter.kind == "state" for adapter in adapters):
+        raise UsageError(f"--alpha needs a LoRA, but {adapters[0].path} is a tuned state; remove --alpha")
+    return adapters
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn. What is not given stays as the command has it."""
+    """Sampling parameters. Options that are not given keep the defaults of the command."""
 
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: random)")] = None
     temperature: Annotated[float | None, typer.Option(help="0 always takes the most probable token. (default: 1)")] = (
         None
     )
     top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this probability. (generate 0.85, chat 0.3)")
+        float | None, typer.Option(help="Keep the most probable tokens up to this sum. (generate 0.85, chat 0.3)")
     ] = None
-    top_k: Annotated[int | None, typer.Option(help="Then keep at most so many; 0 keeps all. (default: 0)")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep at most this many tokens; 0 keeps all. (default: 0)")] = None
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Off the score of every token that has come. (generate 0, chat 0.5)")
+        float | None, typer.Option(help="Subtract from the logit of every used token. (generate 0, chat 0.5)")
     ] = None
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Off it again for each time it came. (generate 0, chat 0.5)")
+        float | None, typer.Option(help="Subtract this for each time a token was used. (generate 0, chat 0.5)")
     ] = None
     penalty_decay: Annotated[
-        float | None, typer.Option(help="How much of a past time still counts after each token. (default: 0.996)")
+        float | None, typer.Option(help="Factor of past uses for each later token. (default: 0.996)")
     ] = None
-    max_tokens: Annotated[int | None, typer.Option(help="End after so many. (generate 256, chat 1024)")] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Generate at most this many tokens. (generate 256, chat 1024)")
+    ] = None
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this text; may be repeated. In bash $'\\n\\n' is a blank line."),
+        typer.Option(metavar="TEXT", help="Stop before this text; may be repeated. In bash $'\\n\\n' is a blank line."),
     ] = None
 
-    def applied_to(self, params: SamplingParams) -> SamplingParams:
-        """`params` with what was given in place of its own."""
-        given = {name: value for name, value in vars(self).items() if value is not None and value != []}
-        return params.with_overrides(given)
+    def apply_to(self, params: SamplingParams) -> SamplingParams:
+        """`params` with the values of the options that were given."""
+        overrides = {name: value for name, value in vars(self).items() if value is not None and value != []}
+        return params.with_overrides(overrides)

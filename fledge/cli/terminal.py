@@ -1,4 +1,4 @@
-"""What commands print with: text made safe for a terminal, and a bar for whatever takes more than two seconds."""
+"""Output of commands: text that is safe for a terminal, tables, notes, and a bar for work longer than two seconds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 STYLES = {"ok": "green", "installed": "green", "wrong": "red", "missing": "red"}
-"""Cells of a table that are one of these words have a colour."""
+"""The colors of table cells that contain one of these words."""
 
 DELAY = 2.0
 """Seconds before a bar appears."""
 
-# A model writes any byte. On a terminal an escape sequence would act, so control characters show as their pictures.
+# A model can generate any byte, and a terminal would execute escape sequences. So control characters are replaced by
+# the Unicode symbols for them.
 CONTROLS = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
@@ -29,77 +30,77 @@ CONTROLS = {
 }
 
 
-def visible(text: str) -> str:
-    """`text` with control characters, line feeds and tabs apart, replaced by visible ones."""
+def escape_controls(text: str) -> str:
+    """`text` with visible symbols in place of control characters, except line feeds and tabs."""
     return text.translate(CONTROLS)
 
 
-def one_line(message: str) -> str:
-    """`message` fit for one line of a terminal: file and tensor names in it may hold anything."""
-    return visible(re.sub(r"\s*[\r\n]\s*", " ", message.strip()))
+def to_one_line(message: str) -> str:
+    """`message` as one safe line: the file and tensor names in it may contain any character."""
+    return escape_controls(re.sub(r"\s*[\r\n]\s*", " ", message.strip()))
 
 
 def write(piece: str) -> None:
-    """Text to standard output at once; exactly as it is, unless that is a terminal."""
-    sys.stdout.write(visible(piece) if sys.stdout.isatty() else piece)
+    """Write text to standard output and flush it: unchanged, or with escaped controls on a terminal."""
+    sys.stdout.write(escape_controls(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
-def messages() -> Console:
-    """Standard error, for everything that is not the result."""
+def message_console() -> Console:
+    """Standard error, for everything except the result."""
     return Console(stderr=True, highlight=False)
 
 
 def print_rows(rows: Sequence[Sequence[str]], heads: Sequence[str] = (), indent: int = 0) -> None:
-    """Columns on standard output, the first one coloured; long texts fold on a terminal and stay whole elsewhere.
+    """Print columns on standard output, the first one colored. Long text wraps on a terminal only.
 
-    heads: names of the columns; their numbers then stand to the right, all but the first.
+    heads: names of the columns. With names, all columns except the first are aligned to the right.
     """
     console = Console(highlight=False)
     if not console.is_terminal:
-        lines = [[visible(cell) for cell in row] for row in ([heads] if heads else []) + list(rows)]
+        lines = [[escape_controls(cell) for cell in row] for row in ([heads] if heads else []) + list(rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             cells = [
-                cell.rjust(width) if heads and at else cell.ljust(width)
-                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.rjust(width) if heads and index else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
             ]
             print((" " * indent + "  ".join(cells)).rstrip())
         return
     table = Table(box=None, show_header=bool(heads), pad_edge=False, padding=(0, 2, 0, 0))
-    for at, head in enumerate(heads or rows[0]):
-        justify: Literal["left", "right"] = "right" if heads and at else "left"
-        table.add_column(head if heads else "", style="" if at else "cyan", justify=justify, overflow="fold")
+    for index, head in enumerate(heads or rows[0]):
+        justify: Literal["left", "right"] = "right" if heads and index else "left"
+        table.add_column(head if heads else "", style="" if index else "cyan", justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(visible(cell), style=STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(escape_controls(cell), style=STYLES.get(cell, "")) for cell in row))
     console.print(Padding(table, (0, 0, 0, indent)))
 
 
 def print_heading(text: str) -> None:
-    """A line above rows."""
+    """Print a bold line above a table."""
     Console(highlight=False).print(Text(text, style="bold"), soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """Dim text on standard error."""
-    messages().print(Text(visible(text), style="dim"), soft_wrap=True)
+def print_note(text: str) -> None:
+    """Print dim text on standard error."""
+    message_console().print(Text(escape_controls(text), style="dim"), soft_wrap=True)
 
 
-def remark(text: str) -> None:
-    """A `note` where a person is watching; nothing in a pipe or a log."""
-    if messages().is_terminal:
-        note(text)
+def print_terminal_note(text: str) -> None:
+    """`print_note` if standard error is a terminal; nothing in a pipe or a log."""
+    if message_console().is_terminal:
+        print_note(text)
 
 
 class SlowBar:
-    """A progress bar on standard error, if that is a terminal, once the block has taken `DELAY` seconds.
+    """A progress bar on standard error, if it is a terminal, after the block has taken `DELAY` seconds.
 
-    Without `update` it shows that work goes on; afterwards nothing of it remains on the screen.
+    Without `update` it shows only that the command is working. It is removed from the screen at the end.
     """
 
     def __init__(self, label: str, unit: str = "", *, per_second: float = 10) -> None:
-        """unit: of the numbers given to `update`. per_second: how often it is drawn, which takes time itself."""
-        console = messages()
+        """unit: the unit of the numbers passed to `update`. per_second: redraws per second, which also take time."""
+        console = message_console()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -122,12 +123,12 @@ class SlowBar:
         return self
 
     def update(self, done: int, total: int) -> None:
-        """So much is done."""
+        """Show that `done` of `total` units are done."""
         count = f"{done:,} of {total:,} {self._unit}".rstrip()
         self._progress.update(self._task, completed=done, total=total, count=count)
 
     def step(self, label: str, done: int, total: int) -> None:
-        """So many steps are done, and `label` goes on now."""
+        """Show that `done` of `total` steps are done and that `label` is running."""
         self._progress.update(self._task, description=label)
         self.update(done, total)
 
@@ -136,26 +137,29 @@ class SlowBar:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer.join()  # a bar that is just being shown is stopped after that, not before
+            self._timer.join()  # if the bar is just being started, it must be stopped after that
             self._progress.stop()
 
 
 def write_answer(pieces: Iterator[str], waiting: str) -> bool:
-    """Write an answer as it comes, without the white space before it; whether there was one. waiting: for the bar."""
-    begun = False
+    """Write an answer while it is generated, without leading whitespace. Returns whether it has any text.
+
+    waiting: the label of the bar until the first text.
+    """
+    has_text = False
     with SlowBar(waiting):
         piece = next(pieces, "")
     while piece:
-        piece = piece if begun else piece.lstrip()
-        begun = begun or bool(piece)
+        piece = piece if has_text else piece.lstrip()
+        has_text = has_text or bool(piece)
         write(piece)
         piece = next(pieces, "")
-    return begun
+    return has_text
 
 
-def remark_end(begun: bool, reason: str) -> None:
-    """Say what cannot be seen of an answer that has ended."""
-    if not begun:
-        remark("an empty answer")
+def print_answer_end(has_text: bool, reason: str) -> None:
+    """Print what the text of a finished answer does not show: that it is empty or was cut off."""
+    if not has_text:
+        print_terminal_note("the answer is empty")
     if reason == "length":
-        remark("cut off by --max-tokens")
+        print_terminal_note("stopped by --max-tokens")

@@ -1,16 +1,16 @@
-"""L4: from a model to text. Sampling, the token loop, stop texts, chat, and the `LLM` that ties them together.
+"""Inference: sampling, the engine, prefix caching, states, and the `LLM` interface.
 
-What is exported here has to do with one text at a time. Beside it, by their own names:
+A module imports only from its own sub-package and from those before it:
 
-    engine, scheduler, task, batch, request    many requests on one model, a call of it at a time
-    desk, job, outbox                          the engine in a thread of its own, for callers who want text
-    cache, radix, snapshots, snapshot_store    states after prefixes that were read before, in memory and on disk
-    statefile, shelf, commons, reading         states as files, kept on purpose, and of long texts read once
-    constraint, tools                          what a text must fit, and calls of functions
-    view, embedding                            what a state looks like, and a text as a vector
-    adapting, calibration                      LoRAs and tuned states on a model, and what quantising wants to know
+    structured      constraints on generated text: grammars, JSON schemas, tool calls
+    prefix_cache    the states after prompt prefixes, in memory and on disk
+    (this folder)   sampling and model calls (generation, model_runner), continuous batching (request, sequence,
+                    scheduler, engine), and text from the engine (detokenizer, events, text_engine,
+                    async_engine)
+    states          states as files, stores of states, documents that are read once
+    llm             the `LLM` class: text in, text out; chats, streams, adapters
 
-Not here: HTTP, checkpoints (fledge.checkpoint reads those), the mathematics (fledge.models).
+HTTP is in fledge.server, checkpoint formats are in fledge.checkpoint, and the models are in fledge.models.
 """
 
 from fledge.engine.generation import ModelOutput, SampledToken, generate_tokens, prefill

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fledge.core.errors import FledgeError
-from fledge.engine.llm.detokenizer import Detokenizer, FinishReason
+from fledge.engine.detokenizer import Detokenizer, FinishReason
 from fledge.engine.request import Request, TokenLogprob, TokenOutput
 from fledge.models.state import State
 from fledge.tokenizer import Tokenizer
 
 
 class TextToken(NamedTuple):
-    """A token of which at least a part appears in the text."""
+    """A token that appears in the text, at least in part."""
 
     id: int
     logprob: TokenLogprob | None

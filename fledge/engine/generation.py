@@ -1,7 +1,8 @@
-"""The token loop: read a prompt, then draw tokens one at a time. Ids only; no text, no stop strings.
+"""Model calls for one sequence: prefill a prompt, then sample tokens one at a time.
 
-Nothing here keeps anything between calls. Every step carries the state from before its token, so that whoever takes
-the tokens can go back to any of them: a state is a value, and keeping one costs a reference.
+`generate_tokens` is the reference implementation of generation: the engine produces the same tokens. Each sampled token
+comes with the state before it, so a caller can go back to any token. A state is a value, so keeping one costs a
+reference.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from fledge.models.config import ModelConfig
 from fledge.models.state import State
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with (tokens read so far, tokens in all)."""
+"""Called with (tokens read so far, all tokens)."""
 
 PREFILL_CHUNK = 512
-"""Tokens of a prompt read in one call: enough to be fast, few enough that memory does not grow with the prompt."""
+"""Prompt tokens per model call: enough to be fast, few enough that the memory does not grow with the prompt."""
 
 
 class ModelOutput(NamedTuple):
-    """A place in a text: the scores of the next token (V,) float32, and the state after everything before it."""
+    """The logits (V,) float32 of the next token, and the state after everything before it."""
 
     logits: Tensor
     state: State
 
 
 class SampledToken(NamedTuple):
-    """One drawn token; `before` is the state that has not read it yet."""
+    """A sampled token; `state_before` has not read it."""
 
     id: int
     state_before: State
 
 
 def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> ModelOutput:
-    """Read `ids` (at least one) in one call, without gradients.
+    """Read `ids` (at least one) in one model call, without gradients.
 
-    Not in inference mode: its tensors could never again take part in training, and a state is anybody's to use.
+    This does not use inference mode, whose tensors cannot be used in training: callers may use a state for anything.
     """
     idx = torch.tensor([list(ids)], dtype=torch.long, device=get_device(model))  # (1, T)
     with torch.no_grad():
@@ -53,14 +54,14 @@ def forward(model: nn.Module, ids: Sequence[int], state: State | None) -> ModelO
 def prefill_chunks(
     model: nn.Module, ids: Sequence[int], state: State | None, chunk: int = PREFILL_CHUNK
 ) -> Iterator[tuple[int, ModelOutput]]:
-    """Read `ids` by pieces of `chunk`: after each, how many have been read and the place reached."""
+    """Read `ids` in chunks. Yields the number of tokens read and the output after each chunk."""
     if chunk < 1:
         raise UsageError(f"chunk is {chunk}; it must be at least 1")
     for start in range(0, len(ids), chunk):
-        piece = ids[start : start + chunk]
-        cursor = forward(model, piece, state)
-        state = cursor.state
-        yield start + len(piece), cursor
+        part = ids[start : start + chunk]
+        output = forward(model, part, state)
+        state = output.state
+        yield start + len(part), output
 
 
 def prefill(
@@ -71,32 +72,32 @@ def prefill(
     chunk: int = PREFILL_CHUNK,
     progress: ProgressCallback | None = None,
 ) -> ModelOutput:
-    """Read a whole prompt of at least one token, after `state` or from the beginning: (logits (V,), state)."""
-    cursor = None
-    for done, cursor in prefill_chunks(model, ids, state, chunk):  # noqa: B007 - the last one is the result
+    """Read a prompt of at least one token, after `state` or after the model's initial state."""
+    output = None
+    for done, output in prefill_chunks(model, ids, state, chunk):  # noqa: B007 - the last one is the result
         if progress is not None:
             progress(done, len(ids))
-    if cursor is None:
+    if output is None:
         raise UsageError("there are no tokens to read")
-    return cursor
+    return output
 
 
 def advance_state(model: nn.Module, ids: Sequence[int], state: State) -> State:
-    """The state after `ids`, which may be none."""
+    """The state after `ids`, which may be empty."""
     return prefill(model, ids, state).state if ids else state
 
 
 def generate_tokens(
     model: nn.Module, logits: Tensor, state: State, sampler: Sampler, max_tokens: int
 ) -> Iterator[SampledToken]:
-    """Draw up to `max_tokens` tokens from the place (logits (V,), state).
+    """Sample up to `max_tokens` tokens, the first one from `logits` (V,).
 
-    A token is read by the model only when the next one is asked for; so the last one is in nobody's state yet.
+    The model reads a token only when the next one is requested, so no state has read the last one.
     """
-    for left in range(max_tokens, 0, -1):
+    for remaining in range(max_tokens, 0, -1):
         token = sampler.sample(logits)
         yield SampledToken(token, state)
-        if left > 1:
+        if remaining > 1:
             logits, state = forward(model, [token], state)
 
 
@@ -108,20 +109,20 @@ def get_config(model: nn.Module) -> ModelConfig:
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raise TokenizerError for an id that no token has."""
+    """Raise TokenizerError for an id outside the vocabulary."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise TokenizerError(f"token id {token} is outside this model's vocabulary of {vocab_size}")
 
 
 def get_device(model: nn.Module) -> torch.device:
-    """Where the weights of `model` are."""
+    """The device of the weights of `model`."""
     return next(chain(model.parameters(), model.buffers())).device
 
 
 def make_initial_state(model: nn.Module) -> State:
-    """The state of one sequence of which nothing has been read: zeros, or the tuned state of the checkpoint."""
-    begin: Any = model.initial_state
+    """The state of one sequence before any token: zeros, or the tuned state of the checkpoint."""
+    initial_state: Any = model.initial_state
     with torch.no_grad():
-        state: State = begin(1)
+        state: State = initial_state(1)
     return state

@@ -93,7 +93,7 @@ class Sampler:
         self._banned_ids = np.array([min(token, MAX_SEED) for token in params.ban], np.int64)
         # Each sampled token has a position in the next two arrays, whose length is the capacity.
         self._positions: dict[int, int] = {}
-        self._seen_ids, self._seen_counts = np.zeros(16, np.int64), np.zeros(16)
+        self._previous_ids, self._previous_frequencies = np.zeros(16, np.int64), np.zeros(16)
 
     def sample(self, logits: Tensor, allowed: Mask | None = None) -> int:
         """The next token for logits (V,) on any device, which are not changed.
@@ -115,21 +115,23 @@ class Sampler:
             assert allowed.shape == logits.shape and allowed.dtype == np.bool_, "the mask needs one bool per token"
             allowed = np.ascontiguousarray(allowed)
         count = len(self._positions)
-        seen_ids, seen_counts = self._seen_ids[:count], self._seen_counts[:count]
-        return SampleInput(self.params, logits, allowed, self._banned_ids, seen_ids, seen_counts, self._numbers.pop())
+        previous_ids, previous_frequencies = self._previous_ids[:count], self._previous_frequencies[:count]
+        return SampleInput(
+            self.params, logits, allowed, self._banned_ids, previous_ids, previous_frequencies, self._numbers.pop()
+        )
 
     def record(self, token: int) -> None:
         """Count a token that was sampled."""
         params = self.params
         if params.presence_penalty or params.frequency_penalty:
             position = self._positions.setdefault(token, len(self._positions))
-            if position == len(self._seen_ids):
-                self._seen_ids = np.resize(self._seen_ids, 2 * position)
-                self._seen_counts = np.resize(self._seen_counts, 2 * position)
-                self._seen_counts[position:] = 0.0
-            self._seen_counts *= params.penalty_decay
-            self._seen_counts[position] += 1.0
-            self._seen_ids[position] = token
+            if position == len(self._previous_ids):
+                self._previous_ids = np.resize(self._previous_ids, 2 * position)
+                self._previous_frequencies = np.resize(self._previous_frequencies, 2 * position)
+                self._previous_frequencies[position:] = 0.0
+            self._previous_frequencies *= params.penalty_decay
+            self._previous_frequencies[position] += 1.0
+            self._previous_ids[position] = token
 
 
 class SampleInput(NamedTuple):
@@ -139,8 +141,8 @@ class SampleInput(NamedTuple):
     logits: Tensor  # (V,) float32 on the CPU, contiguous
     allowed: Mask | None  # (V,)
     banned_ids: Ids
-    seen_ids: Ids  # (n,) tokens that were sampled before
-    seen_counts: Floats  # (n,) how often each was, with decay
+    previous_ids: Ids  # (n,) tokens that were sampled before
+    previous_frequencies: Floats  # (n,) how often each was, with decay
     uniform: float  # the random number, from 0 to below 1
 
 
@@ -178,8 +180,8 @@ def _native_input(each: SampleInput) -> native_sampling.NativeSampleInput:
         each.logits.data_ptr(),
         None if allowed is None else allowed.ctypes.data,
         *_address_and_length(each.banned_ids),
-        *_address_and_length(each.seen_ids),
-        _address_and_length(each.seen_counts)[0],
+        *_address_and_length(each.previous_ids),
+        _address_and_length(each.previous_frequencies)[0],
         params.presence_penalty,
         params.frequency_penalty,
         params.temperature,
@@ -194,10 +196,10 @@ def _address_and_length(values: Ids | Floats) -> tuple[int | None, int]:
 
 
 def _native_error(code: int, each: SampleInput) -> FledgeError:
-    if code == native_sampling.BAN_OUT_OF_RANGE:
+    if code == native_sampling.BANNED_ID_OUT_OF_RANGE:
         return _unknown_ban(each)
-    if code != native_sampling.NO_TOKEN:
-        return _not_finite(math.nan if code == native_sampling.NAN_LOGIT else math.inf)
+    if code != native_sampling.NO_TOKENS:
+        return _not_finite(math.nan if code == native_sampling.HAS_NAN else math.inf)
     if each.allowed is None:
         return _all_banned(each.params, len(each.logits))
     return _none_allowed(int(each.allowed.sum()))
@@ -231,8 +233,8 @@ def _apply_penalties(each: SampleInput) -> Tensor:
     # the next token needs.
     logits = torch.from_numpy(each.logits.numpy().copy())
     logits[torch.from_numpy(each.banned_ids)] = -math.inf
-    penalty = each.params.presence_penalty + each.params.frequency_penalty * torch.from_numpy(each.seen_counts)
-    logits[torch.from_numpy(each.seen_ids)] -= penalty.float()
+    penalty = each.params.presence_penalty + each.params.frequency_penalty * torch.from_numpy(each.previous_frequencies)
+    logits[torch.from_numpy(each.previous_ids)] -= penalty.float()
     return logits
 
 

@@ -1,7 +1,7 @@
-"""L1: the recurrences, each as a readable reference and as faster twins, and the table that chooses between them.
+"""L1: the recurrences and products, each as a readable reference and as faster backends, and the choice among them.
 
-Knows tensors only: no models, no files. `reference` is the specification; a twin enters this room through a test that
-compares outputs, final state and every gradient with it.
+This package works on tensors only: it contains no models and no files. `reference` is the specification. A test
+compares the outputs, final state and every gradient of each backend with it.
 """
 
 from fledge.kernels.dispatch import (
@@ -15,7 +15,7 @@ from fledge.kernels.dispatch import (
     wkv,
     wkv4,
 )
-from fledge.kernels.onednn import pack, packed_linear, why_not
+from fledge.kernels.onednn import pack, packed_linear, why_not_packable
 from fledge.kernels.quantized import QuantizedMatrix
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "pack",
     "packed_linear",
     "prepare_tracing",
-    "why_not",
+    "why_not_packable",
     "wkv",
     "wkv4",
 ]

@@ -1,4 +1,4 @@
-"""Which form of a kernel runs: a table, a choice that can be explained, and the argument that overrides it."""
+"""Choose the backend of a kernel, explain the choice, and let an argument override it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fledge.core.errors import BackendError
-from fledge.kernels.native_ops import instruction_set, readable, usable, wkv4_native
-from fledge.kernels.onednn import why_not
+from fledge.kernels.native_ops import can_read, can_run, instruction_set, wkv4_native
+from fledge.kernels.onednn import why_not_packable
 from fledge.kernels.wkv.chunked import wkv_chunked
-from fledge.kernels.wkv.native import wkv_trained
+from fledge.kernels.wkv.native import wkv_differentiable
 from fledge.kernels.wkv.reference import wkv_reference
 from fledge.kernels.wkv4.chunked import wkv4_chunked
 from fledge.kernels.wkv4.reference import State4, wkv4_reference
@@ -20,32 +20,32 @@ from fledge.native.library import why_missing
 WKV_BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked}
 WKV4_BACKENDS = {"reference": wkv4_reference, "chunked": wkv4_chunked}
 
-# Float32 on a CPU only, and only where the native library is; RWKV-4 without a gradient.
-WKV_NATIVE = {"native": wkv_trained}
+# Float32 on a CPU only, and only with the native library. RWKV-4 has no native gradient.
+WKV_NATIVE = {"native": wkv_differentiable}
 WKV4_INFERENCE = {"native": wkv4_native}
 
-# Up to this many tokens the loop is as fast as the chunked form, and for a single token much faster.
+# Up to this number of tokens the loop is as fast as the chunked form. For a single token it is much faster.
 SHORT = 3
 
 _preferred: str | None = None
-_traced_native = False  # what a compiler of torch code is told; it cannot look for the library itself
+_traced_native = False  # the value that torch.compile traces; compiled code cannot look for the library itself
 
 
 def prefer(backend: str | None) -> None:
-    """Use this backend from now on wherever none is named; None: let the table decide. For comparisons."""
+    """Use this backend in all calls that do not name one; None: use the table again. For comparisons."""
     global _preferred
     _preferred = backend
 
 
 def prepare_tracing() -> None:
-    """To be called before torch.compile: it finds the native library if there is one."""
+    """Call this before torch.compile: it checks whether the native library is present."""
     global _traced_native
     _traced_native = why_missing() is None
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """One line of `explain()`: a situation, the backend that serves it, and why."""
+    """One line of `explain()`: a situation, the backend used in it, and the reason."""
 
     kernel: str
     situation: str
@@ -54,7 +54,7 @@ class BackendChoice:
 
 
 def explain() -> list[BackendChoice]:
-    """What runs when nobody passes `backend=`, and why; shown by `fledge doctor`."""
+    """The backends used without `backend=`, and the reasons. `fledge doctor` prints them."""
     return [
         *_explain_inference(),
         BackendChoice(
@@ -69,7 +69,7 @@ def explain() -> list[BackendChoice]:
 
 
 def _explain_inference() -> list[BackendChoice]:
-    """What serves inference on a CPU: the native library, or else torch with packed matrices."""
+    """The backends of inference on a CPU: the native library, else torch with packed matrices."""
     missing = why_missing()
     if missing is None:
         reason = f"one call for all layers, instruction set {instruction_set()}"
@@ -78,7 +78,7 @@ def _explain_inference() -> list[BackendChoice]:
             BackendChoice("wkv", "on a CPU", "native", "the loop in vector instructions, also with a gradient"),
             BackendChoice("wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
         ]
-    reason = why_not(torch.float32) or ""
+    reason = why_not_packable(torch.float32) or ""
     return [
         BackendChoice("whole model", "inference on a CPU", "torch", missing),
         BackendChoice(
@@ -90,19 +90,19 @@ def _explain_inference() -> list[BackendChoice]:
     ]
 
 
-def _choose(length: int, backend: str | None, known: list[str], native: bool) -> str:
+def _choose(length: int, backend: str | None, available: list[str], is_native_usable: bool) -> str:
     backend = backend or _preferred
     if backend is None:
-        if native:
+        if is_native_usable:
             return "native"
         return "reference" if length <= SHORT else "chunked"
-    if backend not in known:
-        raise BackendError(f"unknown kernel backend {backend!r}; choose one of: {', '.join(known)}")
+    if backend not in available:
+        raise BackendError(f"unknown kernel backend {backend!r}; choose one of: {', '.join(available)}")
     return backend
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32 whatever comes in, except that float64 stays: the tests need it."""
+    """float32 for any input dtype, but float64 for float64 inputs, which the tests use."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
@@ -118,11 +118,11 @@ def wkv(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of RWKV-5 Eagle and RWKV-6 Finch (paper, equations 5-6 and 17-19).
 
-    r, k, w: (B, T, H, K); v: (B, T, H, V); u: (H, K); state: (B, H, K, V) float32, zeros when None. `w` is the log of
-    the decay, <= 0; Eagle passes its static decay expanded, without a copy. Any floating dtype comes in; all arithmetic
-    is float32 (float64 if any input but the state is), and so are y (B, T, H, V) and the new state (B, H, K, V).
-    The given state is not changed. `backend` names one of WKV_BACKENDS or WKV_NATIVE; None lets `explain()`'s table
-    decide.
+    r, k, w: (B, T, H, K); v: (B, T, H, V); u: (H, K); state: (B, H, K, V) float32, zeros if None. `w` is the log of the
+    decay, <= 0; Eagle passes its static decay expanded, without a copy. The inputs may have any floating dtype. All
+    arithmetic, y (B, T, H, V) and the new state (B, H, K, V) are float32 (float64 if any input except the state is).
+    The state passed in is not changed. `backend` is one of WKV_BACKENDS or WKV_NATIVE; None uses the table of
+    `explain()`. Raises BackendError for an unknown or unavailable backend.
     """
     dtype = _compute_dtype(r, k, v, w, u)
     batch, length, heads, key = r.shape
@@ -130,10 +130,10 @@ def wkv(
         state = r.new_zeros(batch, heads, key, v.shape[-1], dtype=dtype)
     backends = WKV_BACKENDS | WKV_NATIVE
     if torch.compiler.is_compiling():
-        native = _traced_native and r.device.type == "cpu" and dtype == torch.float32
+        is_native_usable = _traced_native and r.device.type == "cpu" and dtype == torch.float32
     else:
-        native = readable(r, k, v, w, u, state)
-    run = backends[_choose(length, backend, list(backends), native)]
+        is_native_usable = can_read(r, k, v, w, u, state)
+    run = backends[_choose(length, backend, list(backends), is_native_usable)]
     return run(r.to(dtype), k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), state.to(dtype))
 
 
@@ -142,11 +142,11 @@ def wkv4(
 ) -> tuple[Tensor, State4]:
     """The recurrence of RWKV-4.
 
-    k, v, w: (B, T, A), `w` <= 0 the log of the decay (a static one comes expanded); u: (A); state: aa, bb, pp, each
-    (B, A) float32 (start: 0, 0, -1e30). Arithmetic and results are float32, or float64 if any input is.
+    k, v, w: (B, T, A); `w` <= 0 is the log of the decay (a static decay is passed expanded); u: (A); state: aa, bb, pp,
+    each (B, A) float32 (at the start: 0, 0, -1e30). Arithmetic and results are float32, or float64 if any input is.
     """
     dtype = _compute_dtype(k, v, w, u)
     aa, bb, pp = (x.to(dtype) for x in state)
     backends = WKV4_BACKENDS | WKV4_INFERENCE
-    run = backends[_choose(k.shape[1], backend, list(backends), usable(k, v, w, u, aa, bb, pp))]
+    run = backends[_choose(k.shape[1], backend, list(backends), can_run(k, v, w, u, aa, bb, pp))]
     return run(k.to(dtype), v.to(dtype), w.to(dtype), u.to(dtype), (aa, bb, pp))

@@ -1,18 +1,14 @@
-"""The native library's products and recurrences as functions on tensors, for inference on a CPU.
+"""The products and recurrences of the native library as functions on tensors, for inference on a CPU.
 
-A weight is packed once (`pack`) and then multiplied often (`matmul`). The bytes of a packed weight are those that
-`native/isa/tables.h` describes and, for the quantised formats, `fledge/kernels/quantized.py`. Every function here has
-a twin in plain torch: `linear`, `quantised_linear`, `wkv_reference`, `wkv4_reference`. No gradients.
-
-Not here: finding the library (fledge.native.library), whole models (fledge.models.native_model), and the one gradient
-that the
-library has (fledge.kernels.wkv.native).
+A weight is packed once (`pack`) and then multiplied often (`matmul`). `native/isa/tables.h` and, for the quantized
+formats, `fledge/kernels/quantized.py` describe the bytes of a packed weight. Each function has a reference in torch:
+`linear`, `quantized_linear`, `wkv_reference`, `wkv4_reference`. These functions have no gradients.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_int64
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,79 +18,49 @@ from torch import Tensor
 from fledge.core.errors import BackendError, FledgeError
 from fledge.kernels.quantized import GROUP, QuantizedMatrix, blocks_shape
 from fledge.native.library import library, why_missing
+from fledge.native.signatures import KERNEL_SIGNATURES, declare_functions
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bfloat16 exact": 4, "float16 exact": 5}
-"""How weights are stored and multiplied. "bfloat16" rounds activations to bfloat16 as torch's product does; the two
-"exact" ones keep weights that came with 16 bits as they are, and multiply in float32 without rounding anything."""
+"""How weights are stored and multiplied. "bfloat16" rounds activations to bfloat16, as torch's product does. The two
+"exact" formats keep 16-bit weights unchanged and multiply in float32 without rounding."""
 
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"float32": 0, "bfloat16": 1, "int16": 2}
 
-_SIGNATURES: dict[str, tuple[object, list[object]]] = {
-    "fledge_instruction_sets": (c_char_p, []),
-    "fledge_instruction_set": (c_char_p, []),
-    "fledge_choose": (c_int, [c_char_p]),
-    "fledge_set_threads": (None, [c_int]),
-    "fledge_threads": (c_int, []),
-    "fledge_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
-    "fledge_pack": (c_int, [c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p]),
-    "fledge_quantise": (
-        c_double,
-        [c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p],
-    ),
-    "fledge_matmul": (c_int, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
-    "fledge_read": (None, [c_void_p, c_int64, c_int64]),
-    "fledge_burn": (c_double, [c_int64, c_int32]),
-    "fledge_wkv": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
-    "fledge_wkv_gradient": (c_int, [POINTER(c_int64), *[c_void_p] * 14]),
-    "fledge_wkv4": (c_int, [POINTER(c_int64), *[c_void_p] * 8]),
-    "fledge_sample": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
-    "fledge_model_new": (c_void_p, [POINTER(c_int64), c_float, c_float]),
-    "fledge_model_free": (None, [c_void_p]),
-    "fledge_model_vector": (c_int, [c_void_p, c_int64, c_char_p, c_void_p, c_int64]),
-    "fledge_model_matrix": (c_int, [c_void_p, c_int64, c_char_p, c_int32, c_int64, c_int64, c_void_p]),
-    "fledge_model_embedding": (None, [c_void_p, c_void_p, c_int32, c_int64, c_int64]),
-    "fledge_model_check": (c_char_p, [c_void_p]),
-    "fledge_model_forward": (
-        c_int,
-        [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int32, c_void_p, c_int32],
-    ),
-}
-
 
 @lru_cache(maxsize=1)
 def functions() -> ctypes.CDLL:
-    """The library with its functions declared. Raises BackendError where it is missing."""
-    found = library()
-    if found is None:
+    """The library with its functions declared. Raises BackendError if it is missing."""
+    handle = library()
+    if handle is None:
         raise BackendError(str(why_missing()))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name, None)
-        if function is None:
-            raise BackendError(f"the native library has no {name}; it is from another version: install Fledge again")
-        function.restype, function.argtypes = result, arguments
-    return found
+    if missing := declare_functions(handle, KERNEL_SIGNATURES):
+        raise BackendError(f"the native library has no {missing}; it is from another version: install Fledge again")
+    return handle
 
 
 def instruction_sets() -> list[str]:
-    """Those that this processor can run, best first; empty without the library."""
+    """The instruction sets that this processor supports, best first; empty without the library."""
     return [] if library() is None else functions().fledge_instruction_sets().decode().split(",")
 
 
 def instruction_set() -> str:
-    """The one in use."""
+    """The instruction set in use."""
     name: str = functions().fledge_instruction_set().decode()
     return name
 
 
-def choose(name: str = "") -> None:
-    """Use one of `instruction_sets()` from now on; empty: the best. For tests and comparisons."""
-    if functions().fledge_choose(name.encode()):
+def choose_instruction_set(name: str = "") -> None:
+    """Use one of `instruction_sets()` in all later calls; empty: the best. For tests and comparisons.
+
+    Raises BackendError for an instruction set that this processor does not support.
+    """
+    if functions().fledge_select_instruction_set(name.encode()):
         raise BackendError(f"instruction set {name!r} is not one of: {', '.join(instruction_sets())}")
 
 
 def follow_torch_threads() -> None:
-    """Use as many threads as torch does, which `torch.set_num_threads` changes."""
+    """Use the same number of threads as torch (`torch.set_num_threads`)."""
     count = torch.get_num_threads()
     if functions().fledge_threads() != count:
         functions().fledge_set_threads(count)
@@ -102,7 +68,7 @@ def follow_torch_threads() -> None:
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A weight (rows, columns) as the kernels read it; `data` is uint8 and stays where it is."""
+    """A weight (rows, columns) in the layout that the kernels read; `data` is uint8 and must stay in place."""
 
     format: str  # one of FORMATS
     rows: int
@@ -111,34 +77,37 @@ class PackedMatrix:
 
     @property
     def code(self) -> int:
-        """What the library calls the format."""
+        """The library's number of the format."""
         return FORMATS[self.format]
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Size in bytes."""
         return self.data.numel()
 
     @classmethod
-    def of(cls, weight: QuantizedMatrix) -> PackedMatrix:
-        """A quantised weight, in place: its bytes already lie as the kernels read them."""
+    def from_quantized(cls, weight: QuantizedMatrix) -> PackedMatrix:
+        """A quantized weight, in place: its bytes already have the layout that the kernels read."""
         return cls(weight.format, weight.rows, weight.columns, weight.data.contiguous())
 
 
-def _storable(weight: Tensor) -> Tensor:
+def _to_supported_dtype(weight: Tensor) -> Tensor:
     """The weight in a dtype that the library reads."""
     weight = weight.detach()
     return weight if weight.dtype in STORED else weight.float()
 
 
-def _source(weight: Tensor) -> tuple[int, ...]:
-    """How the library is told of a dense weight: rows, columns, address, dtype and both strides."""
+def _source_arguments(weight: Tensor) -> tuple[int, ...]:
+    """The arguments that describe a dense weight: rows, columns, address, dtype and both strides."""
     return (*weight.shape, weight.data_ptr(), STORED[weight.dtype], *weight.stride())
 
 
 def pack(weight: Tensor, format: str) -> PackedMatrix:
-    """A dense weight (rows, columns), any float dtype and strides, as one of the formats that are not quantised."""
-    weight = _storable(weight)
+    """Pack a dense weight (rows, columns) of any float dtype and strides in one of the formats that are not quantized.
+
+    Raises FledgeError if memory is short.
+    """
+    weight = _to_supported_dtype(weight)
     rows, columns = weight.shape
     size = functions().fledge_packed_bytes(FORMATS[format], rows, columns)
     assert size > 0 and format not in ("int8", "int4"), (format, rows, columns)
@@ -147,36 +116,36 @@ def pack(weight: Tensor, format: str) -> PackedMatrix:
     follow_torch_threads()
     failed = functions().fledge_pack(
         FORMATS[format],
-        *_source(weight),
+        *_source_arguments(weight),
         data.data_ptr(),
     )
-    enough_memory(failed, f"a weight of {rows} x {columns}")
+    check_memory(failed, f"a weight of {rows} x {columns}")
     return PackedMatrix(format, rows, columns, data)
 
 
 def quantize_native(
     weight: Tensor, format: str, importance: Tensor | None = None
 ) -> tuple[QuantizedMatrix, float] | None:
-    """As `fledge.kernels.rounding.quantise_reference`, with the same arguments and results."""
-    weight = _storable(weight)
+    """The native form of `fledge.kernels.rounding.quantize_reference`: the same arguments and results."""
+    weight = _to_supported_dtype(weight)
     rows, columns = weight.shape
     shape = blocks_shape(format, rows, columns)
     data = torch.empty(shape, dtype=torch.uint8)
     if importance is not None:
         importance = torch.nn.functional.pad(importance.float(), (0, -columns % GROUP)).contiguous()
     follow_torch_threads()
-    error: float = functions().fledge_quantise(
+    error: float = functions().fledge_quantize(
         FORMATS[format],
-        *_source(weight),
+        *_source_arguments(weight),
         None if importance is None else importance.data_ptr(),
         data.data_ptr(),
     )
-    enough_memory(error == -2, f"a weight of {rows} x {columns}")
+    check_memory(error == -2, f"a weight of {rows} x {columns}")
     return None if error < 0 else (QuantizedMatrix(format, rows, columns, data), error)
 
 
 def matmul(x: Tensor, weight: PackedMatrix, *, sparse: bool = False) -> Tensor:
-    """x (M, columns) -> x W^T (M, rows), float32. sparse: skip pairs of inputs that are zero, where M is 1; exact."""
+    """x (M, columns) -> x W^T (M, rows), float32. sparse: if M is 1, skip pairs of inputs that are zero; exact."""
     assert x.dim() == 2 and x.shape[1] == weight.columns, (tuple(x.shape), weight.columns)
     x = x.detach().float().contiguous()
     y = x.new_empty(x.shape[0], weight.rows)
@@ -191,68 +160,68 @@ def matmul(x: Tensor, weight: PackedMatrix, *, sparse: bool = False) -> Tensor:
         y.data_ptr(),
         sparse,
     )
-    enough_memory(failed, f"a product of {x.shape[0]} rows")
+    check_memory(failed, f"a product of {x.shape[0]} rows")
     return y
 
 
-def enough_memory(failed: int | bool, what: str) -> None:
-    """Raise FledgeError where the library answered that it could not get memory, or threads, for `what`."""
+def check_memory(failed: int | bool, what: str) -> None:
+    """Raise FledgeError if the library reports that it could not get memory, or threads, for `what`."""
     if failed:
-        raise FledgeError(f"not enough memory for {what}; close other programs, or take a smaller model or batch")
+        raise FledgeError(f"not enough memory for {what}; close other programs, or use a smaller model or batch")
 
 
-def readable(*tensors: Tensor) -> bool:
-    """Whether the library is there and these inputs are on the CPU and in no more precision than it has."""
+def can_read(*tensors: Tensor) -> bool:
+    """Whether the library is present and supports the device and precision of these inputs."""
     return library() is not None and all(x.device.type == "cpu" and x.dtype != torch.float64 for x in tensors)
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether a recurrence with these inputs can run here: on the CPU, without gradients, with the library."""
-    return readable(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+def can_run(*tensors: Tensor) -> bool:
+    """Whether a recurrence with these inputs can run natively: on the CPU, without gradients, with the library."""
+    return can_read(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def wkv_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As `wkv_reference`, for float32 on the CPU, without a gradient."""
+    """The native form of `wkv_reference`, for float32 on the CPU, without a gradient."""
     B, T, H, K = r.shape
     V = v.shape[-1]
-    _check_usable((r, k, w), (B, T, H, K))
-    _check_usable((v,), (B, T, H, V))
-    _check_usable((u,), (H, K))
-    _check_usable((state,), (B, H, K, V))
+    _check_inputs((r, k, w), (B, T, H, K))
+    _check_inputs((v,), (B, T, H, V))
+    _check_inputs((u,), (H, K))
+    _check_inputs((state,), (B, H, K, V))
     sizes = (c_int64 * 5)(B, T, H, K, V)
     r, k, v, u, state = (x.detach().contiguous() for x in (r, k, v, u, state))
     decay = torch.exp(w.detach()).contiguous()
     y, after = torch.empty_like(v), torch.empty_like(state)
     follow_torch_threads()
     pointers = (x.data_ptr() for x in (r, k, v, decay, u, state, after, y))
-    enough_memory(functions().fledge_wkv(sizes, *pointers), f"{T} tokens at once")
+    check_memory(functions().fledge_wkv(sizes, *pointers), f"{T} tokens in one call")
     return y, after
 
 
 def wkv4_native(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """As `wkv4_reference`, for float32 on the CPU, without a gradient."""
+    """The native form of `wkv4_reference`, for float32 on the CPU, without a gradient."""
     B, T, width = k.shape
-    _check_usable((k, v, w), (B, T, width))
-    _check_usable((u,), (width,))
-    _check_usable(state, (B, width))
-    missing = -width % 16  # channels come in whole vectors
-    k, v, w, u = (torch.nn.functional.pad(x.detach(), (0, missing)).contiguous() for x in (k, v, w, u))
-    aa, bb, pp = (torch.nn.functional.pad(x.detach(), (0, missing)).contiguous().clone() for x in state)
+    _check_inputs((k, v, w), (B, T, width))
+    _check_inputs((u,), (width,))
+    _check_inputs(state, (B, width))
+    padding = -width % 16  # the library needs whole vectors of channels
+    k, v, w, u = (torch.nn.functional.pad(x.detach(), (0, padding)).contiguous() for x in (k, v, w, u))
+    aa, bb, pp = (torch.nn.functional.pad(x.detach(), (0, padding)).contiguous().clone() for x in state)
     y = torch.empty_like(v)
     follow_torch_threads()
     pointers = (x.data_ptr() for x in (k, v, w, u, aa, bb, pp, y))
-    enough_memory(functions().fledge_wkv4((c_int64 * 3)(*k.shape), *pointers), f"{T} tokens at once")
+    check_memory(functions().fledge_wkv4((c_int64 * 3)(*k.shape), *pointers), f"{T} tokens in one call")
     return y[..., :width], (aa[..., :width], bb[..., :width], pp[..., :width])
 
 
-def _check_usable(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
-    """Raise BackendError unless the library can read these: it trusts what it is given."""
-    if not usable(*tensors) or any(x.dtype != torch.float32 for x in tensors):
+def _check_inputs(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
+    """Raise BackendError unless the library supports these tensors: it does not check its arguments."""
+    if not can_run(*tensors) or any(x.dtype != torch.float32 for x in tensors):
         raise BackendError(
             f"the native backend runs float32 on a CPU without gradients; {why_missing() or 'choose another backend'}"
         )
     for x in tensors:
         if tuple(x.shape) != shape:
-            raise BackendError(f"the native backend needs a tensor of {shape} where {tuple(x.shape)} was given")
+            raise BackendError(f"the native backend needs a tensor of shape {shape}, not {tuple(x.shape)}")

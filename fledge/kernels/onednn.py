@@ -1,9 +1,9 @@
-"""Matrix products with weights in the layout that oneDNN likes best, for inference on a CPU.
+"""Matrix products with weights in oneDNN's own layout, for inference on a CPU.
 
-A product with one row or a few is limited by how fast the weights can be read, and torch's plain product reads a
-row-major matrix at about half of what the memory gives. oneDNN, which comes with torch on most CPUs, can reorder a
-matrix once and then reads it near the limit. The operators are those that torch's own compiler emits; they are not
-public, so `why_not` tries them before anybody relies on them. No gradient. Plain `linear` is the readable twin.
+Memory bandwidth limits a product with one or a few rows, and torch's plain product reads a row-major matrix at about
+half of it. oneDNN, which is part of torch on most CPUs, can reorder a matrix once and then reads it near the limit. The
+operators are those that torch's own compiler emits. They are not public, so `why_not_packable` tries them first. They
+have no gradient. Plain `linear` is the reference.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ PACKABLE = (torch.float32, torch.bfloat16)
 
 
 @lru_cache
-def why_not(dtype: torch.dtype) -> str | None:
-    """None where weights of this dtype can be packed here, else the reason why not. Tries it on a small matrix."""
+def why_not_packable(dtype: torch.dtype) -> str | None:
+    """None if weights of this dtype can be packed here, else the reason. Tries it on a small matrix."""
     if dtype not in PACKABLE:
         return f"oneDNN does not pack {str(dtype).removeprefix('torch.')}"
     if not torch.backends.mkldnn.is_available():
-        return "this torch comes without oneDNN"
+        return "this torch does not include oneDNN"
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((3, 40), (24, 40)))
     try:
-        found = packed_linear(x, pack(weight))
+        product = packed_linear(x, pack(weight))
     except (AttributeError, RuntimeError, NotImplementedError) as error:
         return f"oneDNN's operators do not work here: {str(error).splitlines()[0]}"
-    difference = (found.double() - x.double() @ weight.double().T).abs().max().item()
+    difference = (product.double() - x.double() @ weight.double().T).abs().max().item()
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     return None if difference < tolerance else f"oneDNN's product is off by {difference:.1e} here"
 

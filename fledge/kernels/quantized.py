@@ -1,19 +1,17 @@
-"""Quantised matrices: what int8 and int4 mean here, how their bytes lie, and the readable twin of their product.
+"""Quantized matrices: the formats int8 and int4, their byte layout, and the reference of their product.
 
-A row of a weight (out, in) is cut into groups of 32 inputs; a group keeps its integers q and, in float16,
+A row of a weight (out, in) is divided into groups of 32 inputs. A group stores its integers q and, in float16,
 
-    int8   w = scale * q          q from -127 to 127                8.5 bits a weight
-    int4   w = scale * q + min    q from 0 to 15                    5 bits a weight
+    int8   w = scale * q          q from -127 to 127                8.5 bits per weight
+    int4   w = scale * q + min    q from 0 to 15                    5 bits per weight
 
-The bytes lie as the kernels read them, so that a mapped file is used in place. 64 rows form a panel (the last one is
-filled up with zeros), and a panel holds one block for each group, the groups in order:
+The byte layout is the one that the kernels read, so a memory-mapped file is used in place. 64 rows form a panel (the
+last panel is padded with zeros). A panel contains one block for each group, in the order of the groups:
 
     int8   64 scales, then for each pair of inputs (16 of them): row 0 even, odd; row 1 even, odd; ...   2176 bytes
     int4   64 scales, 64 mins, then for each pair 16 words of 32 bits (little-endian)                    1280 bytes
-           word i holds the rows i, 16 + i, 32 + i and 48 + i: their even inputs in bits 0-3, 4-7, 8-11 and 12-15,
+           word i contains the rows i, 16 + i, 32 + i and 48 + i: their even inputs in bits 0-3, 4-7, 8-11 and 12-15,
            their odd inputs 16 bits higher
-
-Not here: which matrix gets which format (fledge.checkpoint), and the fast products (native/).
 """
 
 from __future__ import annotations
@@ -35,13 +33,16 @@ FORMATS = tuple(BLOCK_BYTES)
 
 
 def blocks_shape(format: str, rows: int, columns: int) -> tuple[int, int, int]:
-    """Panels, groups and bytes of a block: the shape of the uint8 tensor that holds a (rows, columns) weight."""
+    """(panels, groups, bytes of a block): the shape of the uint8 tensor that stores a (rows, columns) weight."""
     return -(-rows // PANEL), -(-columns // GROUP), BLOCK_BYTES[format]
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
-    """One weight (rows, columns) in a quantised format; `data` is uint8 of `blocks_shape`."""
+    """One weight (rows, columns) in a quantized format; `data` is uint8 of `blocks_shape`.
+
+    Raises CheckpointError if `data` has another dtype or shape.
+    """
 
     format: str
     rows: int
@@ -49,21 +50,21 @@ class QuantizedMatrix:
     data: Tensor
 
     def __post_init__(self) -> None:
-        wanted = blocks_shape(self.format, self.rows, self.columns)
-        if self.data.dtype != torch.uint8 or tuple(self.data.shape) != wanted:
+        expected = blocks_shape(self.format, self.rows, self.columns)
+        if self.data.dtype != torch.uint8 or tuple(self.data.shape) != expected:
             raise CheckpointError(
-                f"an {self.format} matrix of {self.rows} x {self.columns} is uint8 {wanted}, not "
+                f"an {self.format} matrix of {self.rows} x {self.columns} is uint8 {expected}, not "
                 f"{str(self.data.dtype).removeprefix('torch.')} {tuple(self.data.shape)}"
             )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight it stands for."""
+        """(rows, columns) of the weight."""
         return self.rows, self.columns
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks."""
+        """Size of all blocks in bytes."""
         return self.data.numel()
 
     def groups(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +79,7 @@ class QuantizedMatrix:
         return q, scale, least
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (rows, columns) it stands for."""
+        """The weight (rows, columns) that the integers represent."""
         q, scale, least = self.groups()
         wide = torch.nn.functional.pad(q, (0, -self.columns % GROUP)).float().view(self.rows, -1, GROUP)
         weight = (wide * scale[..., None] + least[..., None]).flatten(1)[:, : self.columns]
@@ -121,5 +122,5 @@ def _halves(values: Tensor, panels: int) -> Tensor:
 
 
 def quantized_linear(x: Tensor, weight: QuantizedMatrix) -> Tensor:
-    """x (..., columns) -> x W^T (..., rows) in float32: the readable twin of the fast products."""
+    """x (..., columns) -> x W^T (..., rows) in float32: the reference of the fast products."""
     return x.float() @ weight.dequantize().T

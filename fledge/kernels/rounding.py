@@ -1,12 +1,11 @@
-"""From a dense weight to a quantised one: which integers, scales and minima leave the least error.
+"""Quantize a dense weight: choose the integers, scales and minima with the smallest error.
 
-int8 takes the scale that reaches the largest number of a group. int4 tries several ranges, from the full one to one
-that cuts off a fifth at both ends, and refines each by least squares: outliers are then clipped where that costs less
-than a coarser grid for everybody else. With `importance`, one number for each input (the mean square of the
-activations it meets), errors count by how much they move the output.
+int8 uses the scale that reaches the largest number of a group. int4 tries several ranges, from the full range to one
+that cuts off a fifth at both ends, and refines each by least squares. So it clips outliers if this costs less than a
+coarser grid for the other weights. With `importance`, one number for each input (the mean square of its activations),
+errors are weighted by their effect on the output.
 
-The native library does the same about a hundred times as fast; the torch form here is its twin and its stand-in.
-Not here: which matrices are quantised (fledge.checkpoint.quantization.quantizer).
+The native library does the same about a hundred times as fast. The torch form is its reference and its replacement.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ RANGES = tuple(1.0 - 0.04 * step for step in range(6))
 
 
 def quantize(weight: Tensor, format: str, importance: Tensor | None = None) -> tuple[QuantizedMatrix, float]:
-    """weight (rows, columns), any float dtype, as "int8" or "int4"; and the weighted sum of squared errors.
+    """weight (rows, columns), any float dtype -> its "int8" or "int4" form and the weighted sum of squared errors.
 
-    importance: (columns,), not negative. Raises CheckpointError where a weight is not finite or exceeds float16.
+    importance: (columns,), not negative. Raises CheckpointError if a weight is not finite or exceeds float16.
     """
     run = quantize_reference if library() is None else quantize_native
-    found = run(weight, format, importance)
-    if found is None:
+    result = run(weight, format, importance)
+    if result is None:
         raise CheckpointError(
-            f"a weight of {tuple(weight.shape)} has numbers that {format} cannot hold (nan or too large)"
+            f"a weight of {tuple(weight.shape)} has numbers that {format} cannot represent (nan or too large)"
         )
-    return found
+    return result
 
 
 def quantize_reference(
     weight: Tensor, format: str, importance: Tensor | None = None
 ) -> tuple[QuantizedMatrix, float] | None:
-    """The same in plain torch; None where a number cannot be held."""
+    """`quantize` in plain torch; None if a number cannot be represented."""
     rows, columns = weight.shape
     w = torch.nn.functional.pad(weight.detach().float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
     by = torch.ones(columns) if importance is None else importance.float()
@@ -78,18 +77,18 @@ def _int8_candidates(w: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _int4_candidates(w: Tensor, by: Tensor) -> list[tuple[Tensor, Tensor]]:
     low, high = w.amin(-1), w.amax(-1)
-    middle, reach = (low + high) / 2, (high - low) / 2
-    found = []
+    middle, radius = (low + high) / 2, (high - low) / 2
+    candidates = []
     for part in RANGES:
-        scale, least = 2 * part * reach / 15, middle - part * reach
-        found.append((scale, least))
+        scale, least = 2 * part * radius / 15, middle - part * radius
+        candidates.append((scale, least))
         q = _integers(w, scale.half().float(), least.half().float(), "int4")
-        found.append(_least_squares(w, q, by, scale, least))
-    return found
+        candidates.append(_least_squares(w, q, by, scale, least))
+    return candidates
 
 
 def _least_squares(w: Tensor, q: Tensor, by: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and minimum that suit the integers q best; the given ones where q does not determine them."""
+    """The best scale and minimum for the integers q; `scale` and `least` if q does not determine them."""
     count, sum_q, sum_x = by.sum(-1), (by * q).sum(-1), (by * w).sum(-1)
     sum_qq, sum_qx = (by * q * q).sum(-1), (by * q * w).sum(-1)
     determinant = count * sum_qq - sum_q * sum_q

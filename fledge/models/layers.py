@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import UsageError
-from fledge.kernels import pack, packed_linear, why_not
+from fledge.kernels import pack, packed_linear, why_not_packable
 
 
 class Linear(nn.Module):
@@ -60,7 +60,7 @@ def pack_linears(model: nn.Module, release: Callable[[Tensor], None] | None = No
     for linear in linears:
         if linear.weight.device.type != "cpu":
             return f"the weights are on {linear.weight.device}"
-        if reason := why_not(linear.weight.dtype):
+        if reason := why_not_packable(linear.weight.dtype):
             return reason
     model.requires_grad_(False)
     for linear in linears:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
-from fledge.kernels.native_ops import STORED, PackedMatrix, enough_memory, follow_torch_threads, functions, pack
+from fledge.kernels.native_ops import STORED, PackedMatrix, check_memory, follow_torch_threads, functions, pack
 from fledge.kernels.quantized import QuantizedMatrix
 from fledge.models.buffer_pool import BufferPool
 from fledge.models.config import ModelConfig
@@ -98,7 +98,7 @@ class NativeModel(nn.Module):
         self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
         # Held here as well: `model.to(...)` exchanges buffers, and the library keeps the address.
         self._table = (self.embedding,)
-        functions().fledge_model_embedding(
+        functions().fledge_model_set_embedding(
             self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
         )
         self._tuned = _tuned_layers(config, tensors)
@@ -207,7 +207,7 @@ class NativeModel(nn.Module):
             logits.data_ptr(),
             want,
         )
-        enough_memory(failed, f"{ids.numel()} tokens at once")
+        check_memory(failed, f"{ids.numel()} tokens at once")
         return logits, state_class(self.config)(**after)
 
     def _check(self, idx: Tensor, state: State | None) -> tuple[int, int]:
@@ -236,7 +236,7 @@ class NativeModel(nn.Module):
     def set_vector(self, layer: int, name: str, values: Tensor) -> None:
         """Hand a vector of parameters over; the library copies it."""
         flat = values.detach().float().reshape(-1).contiguous()
-        found = functions().fledge_model_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
+        found = functions().fledge_model_set_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
         assert found == 0, name
 
     def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
@@ -246,7 +246,7 @@ class NativeModel(nn.Module):
     def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantized: Mapping[str, QuantizedMatrix]) -> None:
         layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
         if name in quantized:
-            self._keep(layer, inner, PackedMatrix.of(quantized[name]))
+            self._keep(layer, inner, PackedMatrix.from_quantized(quantized[name]))
             return
         weight = tensors[name]
         wanted = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
@@ -258,7 +258,7 @@ class NativeModel(nn.Module):
 
     def _keep(self, layer: int, name: str, matrix: PackedMatrix) -> None:
         self.matrices[name if layer < 0 else f"blocks.{layer}.{name}"] = matrix
-        found = functions().fledge_model_matrix(
+        found = functions().fledge_model_set_matrix(
             self._handle, layer, name.encode(), matrix.code, matrix.rows, matrix.columns, matrix.data.data_ptr()
         )
         assert found == 0, name
@@ -281,7 +281,7 @@ def _new_model(config: ModelConfig) -> int:
     handle: int | None = functions().fledge_model_new(
         (ctypes.c_int64 * len(sizes))(*sizes), config.norm_eps, config.group_norm_eps
     )
-    enough_memory(handle is None, "the model")
+    check_memory(handle is None, "the model")
     assert handle is not None
     return handle
 

@@ -1,8 +1,7 @@
-"""The native library: where it is, whether it can be used, and one handle on it.
+"""Find and load the native library, and report why it is missing.
 
-`pip install` builds it from `native/` where a C++ compiler is present. Everything it does has a twin in Python, so its
-absence is a fact to report and never an error. Here: finding and loading it. Not here: its functions, which each room
-declares for itself.
+`pip install` builds the library from `native/` if a C++ compiler is present. Everything it does has a reference
+implementation in Python, so a missing library is reported but is never an error.
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 6
-"""What `fledge_abi()` of a library that fits this code answers."""
+ABI = 7
+"""The value of `fledge_abi()` in a library that matches this code."""
 
 NAME = {"win32": "fledge_native.dll", "darwin": "libfledge_native.dylib"}.get(sys.platform, "libfledge_native.so")
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None; `why_missing` says why."""
+    """The loaded library, or None; `why_missing` gives the reason."""
     loaded = _load()
     return None if isinstance(loaded, str) else loaded
 
 
 @lru_cache(maxsize=1)
 def why_missing() -> str | None:
-    """None where the library is there, else the reason and the next step."""
+    """None if the library is present, else the reason and what to do."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
-    path = find()
+    path = find_library()
     if path is None:
         return "the native library was not built; install a C++ compiler (g++ or clang++) and then Fledge again"
     try:
@@ -50,8 +49,8 @@ def _load() -> ctypes.CDLL | str:
     return loaded
 
 
-def find() -> Path | None:
-    """The library's file: in the package, built by `make native`, or where an editable installation has put it."""
+def find_library() -> Path | None:
+    """The library's file: in the package, built by `make native`, or installed by an editable installation."""
     package = Path(__file__).resolve().parent.parent
     for path in (package / "_native" / NAME, package.parent / "build" / "native" / NAME):
         if path.is_file():

@@ -1,7 +1,10 @@
-"""Text to token ids and back: vocabularies, the World tokenizer, streaming text, chat templates. Needs no torch."""
+"""L1: text to token ids and back: vocabularies, the World tokenizer, incremental decoding, chat templates.
+
+This package never imports torch. It contains no sampling and no matching of stop strings (`fledge.engine`).
+"""
 
 from fledge.tokenizer.base import NO_EOS, Tokenizer
-from fledge.tokenizer.chat_template import TEMPLATES, ChatTemplate, Message, pieces, render, template_named
+from fledge.tokenizer.chat_template import TEMPLATES, ChatTemplate, Message, render, render_segments, template_named
 from fledge.tokenizer.native_tokenizer import NativeTokenizer
 from fledge.tokenizer.stream_decoder import StreamDecoder
 from fledge.tokenizer.trie import TrieTokenizer
@@ -20,9 +23,9 @@ __all__ = [
     "Vocabulary",
     "byte_vocabulary",
     "load_world",
-    "pieces",
     "prune",
     "render",
+    "render_segments",
     "template_named",
     "tokenizer_for",
     "world_vocabulary",

@@ -1,7 +1,4 @@
-"""What every tokenizer of Fledge can do: the one interface the rooms above rely on.
-
-Here: the `Tokenizer` protocol and the value that means "no end-of-text id". Not here: any vocabulary or algorithm.
-"""
+"""The `Tokenizer` protocol, the interface of every tokenizer, and the value that means "no end-of-text id"."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
-    """Ids in one dimension: uint16 where `vocab_size` is at most 65536, as for World, else uint32."""
+    """Ids in one dimension: uint16 if `vocab_size` is at most 65536 (as for World), else uint32."""
 
 NO_EOS = -1
-"""The `eos_id` of a vocabulary without an end-of-text id. It equals no id, so `id == tokenizer.eos_id` stays right."""
+"""The `eos_id` of a vocabulary without an end-of-text id. No id equals it, so `id == tokenizer.eos_id` is false."""
 
 
 @runtime_checkable
@@ -25,38 +22,39 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Rows a model's embedding and head need: every id is in [0, vocab_size). 65536 for World."""
+        """Number of rows of a model's embedding and head. Every id is in [0, vocab_size). 65536 for World."""
 
     @property
     def eos_id(self) -> int:
         """The id between documents (0 for World), or `NO_EOS`. `encode` never produces it."""
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Ids of `text` (a str counts as its UTF-8 bytes; bytes need not be valid UTF-8).
+        """The ids of `text`. A str is encoded as UTF-8; bytes need not be valid UTF-8.
 
-        Raises TokenizerError for a str with a lone surrogate, which UTF-8 cannot carry.
+        Raises TokenizerError for a str with a lone surrogate, which UTF-8 cannot encode.
         """
 
     def encode_array(self, text: str | bytes) -> Ids:
-        """What `encode` gives, as a numpy array: a quarter of the memory, and in native code of the time."""
+        """The ids of `encode` as a numpy array: a quarter of the memory and, in native code, of the time."""
 
     def count(self, text: str | bytes) -> int:
-        """How many ids `encode` gives, without making them."""
+        """The number of ids that `encode` returns, without a list of them."""
 
     def encode_batch(self, texts: Sequence[str | bytes], threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text. Native code shares the texts, long ones in parts, among `threads` (all cores).
+        """`encode` of each text. Native code distributes the texts, long ones in parts, over `threads` (default: all
+        cores).
 
         Raises UsageError for threads below 1.
         """
 
     def encode_batch_arrays(self, texts: Sequence[str | bytes], threads: int | None = None) -> list[Ids]:
-        """`encode_array` of each text, as in `encode_batch`; threads help more here, since lists are made by one."""
+        """`encode_array` of each text. Threads help more than in `encode_batch`, where one thread makes the lists."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD. Raises TokenizerError as `decode_bytes` does."""
+        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD. Raises the errors of `decode_bytes`."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of `ids`. The end-of-text id and reserved ids stand for no bytes.
+        """The exact bytes of `ids`. The end-of-text id and reserved ids have no bytes.
 
         Raises TokenizerError for an id outside [0, vocab_size).
         """

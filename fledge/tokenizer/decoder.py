@@ -1,7 +1,4 @@
-"""Between text, bytes and ids, as far as no search is needed: what the native tokenizer and its Python twin share.
-
-Here: the way from ids to bytes and text, and checks of what callers hand in. Not here: finding the tokens of a text.
-"""
+"""Decoding of ids to bytes and text, and checks of arguments, shared by the native and the Python tokenizer."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from fledge.tokenizer.vocabulary import Vocabulary
 
 
 class Decoder:
-    """The half of a tokenizer that a vocabulary alone is enough for."""
+    """The part of a tokenizer that needs only a vocabulary: sizes and decoding."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
     @property
     def vocab_size(self) -> int:
-        """Rows a model needs."""
+        """Number of rows that a model needs."""
         return self.vocabulary.size
 
     @property
@@ -34,7 +31,7 @@ class Decoder:
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, U+FFFD in place of bytes that are not UTF-8."""
+        """The text of `ids`, with U+FFFD in place of bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -42,19 +39,19 @@ class Decoder:
         ids = list(ids)
         tokens = self.vocabulary.tokens
         if ids and not 0 <= min(ids) <= max(ids) < len(tokens):
-            position = next(at for at, token_id in enumerate(ids) if not 0 <= token_id < len(tokens))
-            raise self.outside(ids[position], position)
+            position = next(index for index, token_id in enumerate(ids) if not 0 <= token_id < len(tokens))
+            raise self.out_of_range_error(ids[position], position)
         return b"".join([tokens[token_id] for token_id in ids])
 
-    def outside(self, token_id: int, position: int) -> TokenizerError:
-        """The error for an id that there is not."""
+    def out_of_range_error(self, token_id: int, position: int) -> TokenizerError:
+        """The error for an id outside the vocabulary."""
         return TokenizerError(
             f"id {token_id} at position {position} is outside the vocabulary (vocab_size {self.vocab_size}, "
             f"ids 0..{self.vocab_size - 1}); do the ids come from a model with another vocabulary?"
         )
 
 
-def utf8(text: str | bytes) -> bytes:
+def encode_utf8(text: str | bytes) -> bytes:
     """The bytes of a text. Raises TokenizerError for a str with a lone surrogate."""
     if not isinstance(text, str):
         return text if isinstance(text, bytes) else bytes(memoryview(text))
@@ -63,11 +60,11 @@ def utf8(text: str | bytes) -> bytes:
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"the text has a lone surrogate, {text[error.start]!r} at character {error.start}, which UTF-8 cannot "
-            "carry; pass the original bytes, or replace it first"
+            "encode; pass the original bytes, or replace it first"
         ) from error
 
 
 def check_threads(threads: int | None) -> None:
-    """Raises UsageError for a number of threads that cannot be."""
+    """Raises UsageError for a number of threads below 1."""
     if threads is not None and threads < 1:
         raise UsageError(f"threads {threads} is too small: at least 1")

@@ -1,7 +1,6 @@
-"""Text from a stream of tokens: what is complete comes out at once, half a character waits for its other half.
+"""Incremental decoding of a token stream: complete characters are returned, incomplete ones wait for their other bytes.
 
-A token may end in the middle of a character, so decoding each one alone would break text that is right as a whole.
-Here: that buffering. Not here: stop texts, which the engine matches on what comes out.
+A token may end in the middle of a character, so decoding each token alone would break valid text.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from fledge.tokenizer.base import Tokenizer
 
 
 class StreamDecoder:
-    """Feed ids or bytes in pieces of any size; the texts returned join to `decode` of everything fed.
+    """Feed ids or bytes in parts of any size. The returned texts join to `decode` of everything fed.
 
-    Bytes that can no longer become a character turn into U+FFFD at once; a U+FFFD that is really in the text, and ids
-    that stand for no bytes (0), pass like any other. After `flush` the decoder is ready for another stream.
+    Bytes that can no longer become a character turn into U+FFFD immediately. A U+FFFD that is part of the text, and ids
+    without bytes (0), are handled like any other. After `flush` the decoder is ready for another stream.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -24,11 +23,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that is complete now that `ids` have come. Raises TokenizerError as `decode_bytes` does."""
+        """The text that `ids` complete. Raises the errors of `decode_bytes`."""
         return self.feed_bytes(self._tokenizer.decode_bytes(ids))
 
     def feed_bytes(self, data: bytes) -> str:
-        """The text that is complete now that `data` has come."""
+        """The text that `data` completes."""
         text = self._utf8.decode(data)
         # Python's codec waits for the rest of an encoded surrogate (ED A0..BF and one more), which is never valid.
         if self.pending[:1] == b"\xed" and self.pending[1:] >= b"\xa0":
@@ -36,12 +35,12 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """The end of the stream: U+FFFD if it stops within a character, else no text."""
+        """End the stream: returns U+FFFD if it stops within a character, else no text."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
 
     @property
     def pending(self) -> bytes:
-        """The bytes that wait: at most three, the start of one character."""
+        """The buffered bytes: at most three, the start of one character."""
         return self._utf8.getstate()[0]

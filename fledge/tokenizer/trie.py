@@ -1,11 +1,8 @@
-"""The World tokenizer's algorithm in plain Python: greedy longest match over UTF-8 bytes.
+"""The World tokenizer's algorithm in plain Python: greedy longest match over UTF-8 bytes. This is the specification.
 
-From left to right, take the longest token that the rest of the text starts with. No normalisation, no pre-split, no
-special tokens: `<|endoftext|>` in a text is ordinary text. Every byte is itself a token, so encoding never fails.
-(Paper section 5; the tokenizers of RWKV-LM.)
-
-Here: that algorithm for any `Vocabulary`, written to be read. Not here: what a vocabulary holds, the way back from ids
-(decoder.py), and the same algorithm in native code, some hundred times as fast (native.py).
+From left to right, take the longest token that the rest of the text starts with. There is no normalization, no
+pre-split and no special token: `<|endoftext|>` in a text is ordinary text. Every byte is itself a token, so encoding
+never fails. (Paper section 5; the tokenizers of RWKV-LM.) `native_tokenizer.py` is about a hundred times as fast.
 """
 
 from __future__ import annotations
@@ -14,32 +11,34 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fledge.tokenizer.decoder import Decoder, check_threads, utf8
+from fledge.tokenizer.decoder import Decoder, check_threads, encode_utf8
 
 if TYPE_CHECKING:
     from fledge.tokenizer.base import Ids
 
 Node = dict[int, Any]
-"""A trie node: byte -> child node, and under LONGEST the id of the longest token on the way from the root to here."""
+"""A trie node: byte -> child node, and LONGEST -> the id of the longest token on the path from the root to this
+node."""
 
 LONGEST = -1
 
 
 class TrieTokenizer(Decoder):
-    """Greedy longest match for one vocabulary; the methods keep the promises of `Tokenizer`. Safe to share by threads.
+    """Greedy longest match for one vocabulary. Implements `Tokenizer`. Threads may share it.
 
-    The trie is built by the first `encode`: a tenth of a second for World, which a program that only decodes is spared.
+    The first `encode` builds the trie (a tenth of a second for World), so a program that only decodes does not wait for
+    it.
     """
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of `text`."""
-        data = utf8(text)
-        root, tokens, reach = self._trie, self.vocabulary.tokens, self._reach
+        data = encode_utf8(text)
+        root, tokens, max_length = self._trie, self.vocabulary.tokens, self._max_token_length
         ids: list[int] = []
         start, size = 0, len(data)
         while start < size:
             node = root
-            for byte in data[start : start + reach]:
+            for byte in data[start : start + max_length]:
                 if byte not in node:
                     break
                 node = node[byte]
@@ -55,11 +54,11 @@ class TrieTokenizer(Decoder):
         return np.array(self.encode(text), dtype=self.id_type)
 
     def count(self, text: str | bytes) -> int:
-        """How many ids `text` has."""
+        """The number of ids of `text`."""
         return len(self.encode(text))
 
     def encode_batch(self, texts: Sequence[str | bytes], threads: int | None = None) -> list[list[int]]:
-        """Ids of each text. Threads could not help: Python runs one at a time."""
+        """Ids of each text. `threads` has no effect: Python runs one thread at a time."""
         check_threads(threads)
         return [self.encode(text) for text in texts]
 
@@ -69,13 +68,13 @@ class TrieTokenizer(Decoder):
         return [self.encode_array(text) for text in texts]
 
     @cached_property
-    def _reach(self) -> int:
-        """Bytes of the longest token."""
+    def _max_token_length(self) -> int:
+        """Length in bytes of the longest token."""
         return max(map(len, self.vocabulary.tokens))
 
     @cached_property
     def _trie(self) -> Node:
-        """The root node. Shorter tokens go in first, so a new node knows the longest token before it: its parent's."""
+        """The root node. Shorter tokens are inserted first, so a new node inherits LONGEST from its parent."""
         root: Node = {LONGEST: None}
         tokens = self.vocabulary.tokens
         for token_id in sorted(range(len(tokens)), key=lambda token_id: len(tokens[token_id])):
@@ -89,5 +88,5 @@ class TrieTokenizer(Decoder):
                     child = node[byte] = {LONGEST: node[LONGEST]}
                 node = child
             node[LONGEST] = token_id
-        assert all(byte in root for byte in range(256)), "a vocabulary holds every single byte"
+        assert all(byte in root for byte in range(256)), "a vocabulary contains every single byte"
         return root

@@ -1,13 +1,11 @@
-"""The packaged form of the World vocabulary: written by scripts/make_world_vocabulary.py, read once at start.
+"""The packaged file of the World vocabulary: written by scripts/make_world_vocabulary.py, read once.
 
-World tokens are sorted by length in bytes, then by the bytes, and their ids count from 1 without gaps. So a count per
-length and the tokens joined end to end say everything. The payload, inside an xz container:
+World tokens are sorted by length in bytes, then by the bytes, and their ids count from 1 without gaps. So the file only
+needs the number of tokens of each length, and all tokens joined. The payload, inside an xz container:
 
     uint8             L, the length in bytes of the longest token
-    L x uint32 LE     how many tokens have length 1, 2, ... L
+    L x uint32 LE     the number of tokens with length 1, 2, ... L
     bytes             all tokens joined, in id order
-
-Here: that layout, both ways. Not here: what the tokens are used for.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ PAYLOAD_SHA256 = "5efb99c36ed3fd4199979726290a91d8d13c81a054ab35537a379af22bd043
 
 
 def pack(tokens: Sequence[bytes]) -> bytes:
-    """The payload for `tokens` (tokens[0] has id 1), which must come sorted by (length, bytes) and without repeats."""
+    """The payload for `tokens` (tokens[0] has id 1), which must be sorted by (length, bytes) without repeats."""
     keys = [(len(token), token) for token in tokens]
     assert keys and keys[0][0] > 0 and all(a < b for a, b in pairwise(keys)), "tokens are not sorted"
     longest = len(tokens[-1])
@@ -39,7 +37,7 @@ def pack(tokens: Sequence[bytes]) -> bytes:
 
 
 def unpack(payload: bytes) -> list[bytes]:
-    """The tokens of a payload `pack` made, in id order from id 1."""
+    """The tokens of a payload of `pack`, in id order from id 1."""
     longest = payload[0]
     counts = struct.unpack_from(f"<{longest}I", payload, 1)
     tokens: list[bytes] = []
@@ -52,14 +50,14 @@ def unpack(payload: bytes) -> list[bytes]:
 
 
 def compress(payload: bytes) -> bytes:
-    """The xz file for a payload: the same bytes on every run of one liblzma."""
+    """The xz file for a payload. One version of liblzma always gives the same bytes."""
     return lzma.compress(payload, check=lzma.CHECK_NONE, preset=6)
 
 
 def read(path: Path | None = None) -> list[bytes]:
     """The 65 529 World tokens from the packaged file (or `path`), checked by SHA-256.
 
-    Raises TokenizerError where the file is missing, damaged, or another one.
+    Raises TokenizerError if the file is missing, damaged, or not this vocabulary.
     """
     path = path or get_asset_path(FILE_NAME)
     try:

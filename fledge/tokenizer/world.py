@@ -1,6 +1,6 @@
-"""Ready tokenizers: World from the package, or the one a checkpoint's vocabulary record asks for.
+"""Constructors: the World tokenizer of the package, and the tokenizer of a checkpoint's vocabulary record.
 
-The native tokenizer serves where the native library is there, else its Python twin. Both give the same ids.
+If the native library is present they return the native tokenizer, else the Python one. Both give the same ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fledge.core.errors import UsageError
 from fledge.tokenizer.base import Tokenizer
-from fledge.tokenizer.native_tokenizer import NativeTokenizer, available
+from fledge.tokenizer.native_tokenizer import NativeTokenizer, is_available
 from fledge.tokenizer.trie import TrieTokenizer
 from fledge.tokenizer.vocabulary import Vocabulary, world_vocabulary
 
@@ -21,26 +21,26 @@ BACKENDS: dict[str, type[NativeTokenizer] | type[TrieTokenizer]] = {"native": Na
 
 
 def load_world(backend: Backend | None = None) -> Tokenizer:
-    """The World tokenizer, V = 65536, made once a process.
+    """The World tokenizer, V = 65536, made once in a process.
 
-    backend: "native" or "python"; without it, what is there. Raises BackendError for "native" without the library.
+    backend: "native" or "python"; None: native if possible. Raises BackendError for "native" without the library.
     """
-    return _world(_chosen(backend))
+    return _world(_choose_backend(backend))
 
 
 def tokenizer_for(vocabulary: Vocabulary | Mapping[str, Any], backend: Backend | None = None) -> Tokenizer:
     """The tokenizer of a vocabulary, or of its JSON record (`Vocabulary.to_spec`); `backend` as in `load_world`.
 
-    Raises TokenizerError for a record that is none.
+    Raises TokenizerError for an invalid record.
     """
     if not isinstance(vocabulary, Vocabulary):
         vocabulary = Vocabulary.from_spec(vocabulary)
-    return load_world(backend) if vocabulary.kind == "world" else BACKENDS[_chosen(backend)](vocabulary)
+    return load_world(backend) if vocabulary.kind == "world" else BACKENDS[_choose_backend(backend)](vocabulary)
 
 
-def _chosen(backend: str | None) -> str:
+def _choose_backend(backend: str | None) -> str:
     if backend is None:
-        return "native" if available() else "python"
+        return "native" if is_available() else "python"
     if backend not in BACKENDS:
         raise UsageError(f"tokenizer backend {backend!r} is unknown; backends: {', '.join(BACKENDS)}")
     return backend

@@ -1,9 +1,9 @@
-// All kernels for one instruction set. The build compiles this file several times, each time with that set's compiler
-// flags and FLEDGE_TABLE naming the table it fills.
+// All kernels for one instruction set. The build compiles this file several times, each time with the compiler flags of
+// one instruction set and with FLEDGE_TABLE set to the name of its table.
+#include "activations.h"
+#include "gradient.h"
 #include "products.h"
 #include "recurrence.h"
-
-#include "gradient.h"
 #include "rounding.h"
 #include "sampling.h"
 
@@ -18,8 +18,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     mean /= (float)width;
     vf squares = {};
     for (int64_t i = 0; i < whole; i += W) {
-        const vf d = load(x + i) - mean;
-        squares = fma(d, d, squares);
+        const vf difference = load(x + i) - mean;
+        squares = fma(difference, difference, squares);
     }
     float variance = sum(squares);
     for (int64_t i = whole; i < width; i++) variance += (x[i] - mean) * (x[i] - mean);
@@ -29,27 +29,27 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     for (int64_t i = whole; i < width; i++) y[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
 
-// x + (before - x) (mix + more); `more` may be null.
-void lerp(const float* x, const float* before, const float* mix, const float* more, int64_t n, float* y) {
+void lerp(const float* x, const float* previous, const float* mix, const float* extra_mix, int64_t n, float* y) {
     for (int64_t i = 0; i < n; i += W) {
-        const vf now = load(x + i), delta = load(before + i) - now;
-        const vf weight = more ? load(mix + i) + load(more + i) : load(mix + i);
-        store(y + i, fma(delta, weight, now));
+        const vf current = load(x + i);
+        const vf difference = load(previous + i) - current;
+        const vf weight = extra_mix ? load(mix + i) + load(extra_mix + i) : load(mix + i);
+        store(y + i, fma(difference, weight, current));
     }
 }
 
-void tanh_all(float* x, int64_t n) {
+void apply_tanh(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store(x + i, tanh(load(x + i)));
 }
 
-void sigmoid_all(float* x, int64_t n) {
+void apply_sigmoid(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store(x + i, sigmoid(load(x + i)));
 }
 
 void squared_relu(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += W) {
         const vf value = load(x + i);
-        // Not (value > 0), so that NaN stays.
+        // Not (value > 0), because NaN must stay NaN.
         const vf positive = select((vi)(value <= splat(0.0f)), splat(0.0f), value);
         store(x + i, positive * positive);
     }
@@ -71,22 +71,22 @@ void multiply(float* x, const float* y, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store(x + i, load(x + i) * load(y + i));
 }
 
-double read_all(const void* data, int64_t bytes) {
+double read_memory(const void* data, int64_t bytes) {
     const float* p = (const float*)data;
-    vi found[8] = {};
+    vi bits[8] = {};
     const int64_t whole = bytes / 4 / (8 * W) * (8 * W);
     for (int64_t i = 0; i < whole; i += 8 * W) {
-        __builtin_prefetch((const uint8_t*)(p + i) + AHEAD);
-        for (int j = 0; j < 8; j++) found[j] ^= load_ints(p + i + j * W);
+        __builtin_prefetch((const uint8_t*)(p + i) + PREFETCH_BYTES);
+        for (int j = 0; j < 8; j++) bits[j] ^= load_ints(p + i + j * W);
     }
-    vi all = {};
-    for (int j = 0; j < 8; j++) all ^= found[j];
-    int32_t last = 0;
-    for (int i = 0; i < W; i++) last ^= all[i];
-    return last;
+    vi combined = {};
+    for (int j = 0; j < 8; j++) combined ^= bits[j];
+    int32_t result = 0;
+    for (int i = 0; i < W; i++) result ^= combined[i];
+    return result;
 }
 
-// Makes the compiler forget what it knows of a vector, without moving it.
+// Hides the value of a vector from the compiler, without an instruction.
 #if defined(__x86_64__)
 #define HIDE(x) __asm__ volatile("" : "+v"(x))
 #else
@@ -94,33 +94,58 @@ double read_all(const void* data, int64_t bytes) {
 #endif
 
 template <class Sum, class Step>
-void burn_chains(int64_t turns, Step step) {
+void multiply_chains(int64_t repeats, Step step) {
     Sum sums[CHAINS] = {};
-    vi a = splat(1), b = splat(1);
-    for (int j = 0; j < CHAINS; j++) HIDE(sums[j]);  // or the compiler would see that all sums are the same
-    for (int64_t t = 0; t < turns; t++) {
+    vi a = splat(1);
+    const vi b = splat(1);
+    for (int j = 0; j < CHAINS; j++) HIDE(sums[j]);  // otherwise the compiler would compute only one of the equal sums
+    for (int64_t i = 0; i < repeats; i++) {
         HIDE(a);
         for (int j = 0; j < CHAINS; j++) sums[j] = step(sums[j], a, b);
     }
     for (int j = 0; j < CHAINS; j++) HIDE(sums[j]);
 }
 
-// Independent products of registers, `turns` times CHAINS of them.
-void burn(int64_t turns, int32_t kind) {
-    if (kind == FLOATS) burn_chains<vf>(turns, [](vf sum, vi a, vi b) { return fma((vf)a, (vf)b, sum); });
-    if (kind == BF16_PAIRS) burn_chains<vf>(turns, [](vf sum, vi a, vi b) { return dot_bf16(sum, a, b); });
-    if (kind == I16_PAIRS) burn_chains<vi>(turns, [](vi sum, vi a, vi b) { return dot_i16(sum, a, b); });
+// CHAINS independent products, `repeats` times.
+void multiply_registers(int64_t repeats, int32_t kind) {
+    if (kind == FLOATS) multiply_chains<vf>(repeats, [](vf sum, vi a, vi b) { return fma((vf)a, (vf)b, sum); });
+    if (kind == BF16_PAIRS) multiply_chains<vf>(repeats, [](vf sum, vi a, vi b) { return dot_bf16(sum, a, b); });
+    if (kind == I16_PAIRS) multiply_chains<vi>(repeats, [](vi sum, vi a, vi b) { return dot_i16(sum, a, b); });
 }
 
 }  // namespace
 
-#define NAME_(x) #x
-#define NAME(x) NAME_(x)
+#define STRINGIFY_(x) #x
+#define STRINGIFY(x) STRINGIFY_(x)
 
 namespace fledge {
+
 const Kernels FLEDGE_TABLE = {
-    NAME(FLEDGE_ISA), W,  panel,        prepare, wkv,  wkv_gradient, wkv4, layer_norm, lerp, tanh_all,
-    sigmoid_all,      squared_relu, decay, gate,    gated_add, multiply, quantise,     extremes, weigh,
-    above,            spread,       gather, heat,   read_all,  burn,
+    .name = STRINGIFY(FLEDGE_ISA),
+    .vector_floats = W,
+    .multiply_panel = multiply_panel,
+    .pack_row = pack_row,
+    .wkv = wkv,
+    .wkv_gradient = wkv_gradient,
+    .wkv4 = wkv4,
+    .layer_norm = layer_norm,
+    .lerp = lerp,
+    .tanh = apply_tanh,
+    .sigmoid = apply_sigmoid,
+    .squared_relu = squared_relu,
+    .decay = decay,
+    .gate = gate,
+    .gated_add = gated_add,
+    .multiply = multiply,
+    .quantize_block = quantize_block,
+    .find_extremes = find_extremes,
+    .compute_weights = compute_weights,
+    .sum_weights_from = sum_weights_from,
+    .sum_buckets = sum_buckets,
+    .gather_bucket = gather_bucket,
+    .apply_temperature = apply_temperature,
+    .read_memory = read_memory,
+    .multiply_registers = multiply_registers,
 };
-}
+
+}  // namespace fledge

@@ -1,8 +1,8 @@
-// Vectors of W floats or 32-bit integers, and the few operations that the compiler's own vectors do not spell.
+// Vectors of W floats or 32-bit integers, and the operations that the compiler's vector extensions lack.
 //
-// This file is compiled once for each instruction set, by isa/kernels.cpp, with that set's flags; everything is static,
-// so nothing that was compiled for a newer processor can be linked into code for an older one. For the same reason no
-// header of the C++ library is included here.
+// isa/kernels.cpp compiles this file once per instruction set, with the compiler flags of that set. Everything is
+// static, so code compiled for a newer processor cannot be linked into code for an older one. For the same reason, this
+// file includes no header of the C++ standard library.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -12,7 +12,7 @@
 #include <arm_neon.h>
 #endif
 
-// gcc 12 believes that its own headers for AVX-512 use what they have not set.
+// gcc 12 warns about uninitialized variables in its own AVX-512 headers.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -38,8 +38,8 @@ typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
 INLINE vf load(const float* p) { return *(const vf*)p; }
 INLINE void store(float* p, vf x) { *(vf*)p = x; }
 
-// Past the caches, for what nobody reads soon; p on a vector's own border.
-INLINE void store_past(float* p, vf x) {
+// Stores without filling the caches, for data that is not read soon. p must be aligned to the vector size.
+INLINE void store_streaming(float* p, vf x) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, (__m512)x);
 #elif defined(__AVX2__)
@@ -53,7 +53,7 @@ INLINE vi load_ints(const void* p) { return *(const vi*)p; }
 INLINE vf splat(float x) { return vf{} + x; }
 INLINE vi splat(int32_t x) { return vi{} + x; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }  // cuts towards zero
+INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }  // truncates
 
 INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
@@ -87,17 +87,17 @@ INLINE int32_t sum(vi x) {
 #endif
 }
 
-INLINE int32_t largest(vi x) {
+INLINE int32_t max_lane(vi x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32((__m512i)x);
 #else
-    int32_t found = x[0];
-    for (int i = 1; i < W; i++) found = x[i] > found ? x[i] : found;
-    return found;
+    int32_t largest = x[0];
+    for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
 #endif
 }
 
-// Whether any lane of a comparison holds.
+// Whether a comparison is true in any lane.
 INLINE bool any(vi mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
@@ -106,9 +106,9 @@ INLINE bool any(vi mask) {
 #elif defined(__SSE2__)
     return _mm_movemask_epi8((__m128i)mask);
 #else
-    int32_t found = 0;
-    for (int i = 0; i < W; i++) found |= mask[i];
-    return found;
+    int32_t bits = 0;
+    for (int i = 0; i < W; i++) bits |= mask[i];
+    return bits;
 #endif
 }
 
@@ -116,7 +116,7 @@ INLINE bool any(vi mask) {
 INLINE vf low_half(vi x) { return (vf)(x << 16); }
 INLINE vf high_half(vi x) { return (vf)(x & splat((int32_t)0xffff0000)); }
 
-// acc + a.low * b.low + a.high * b.high, the pairs being bf16.
+// acc + a.low * b.low + a.high * b.high, for pairs of bf16.
 INLINE vf dot_bf16(vf acc, vi a, vi b) {
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -125,7 +125,7 @@ INLINE vf dot_bf16(vf acc, vi a, vi b) {
 #endif
 }
 
-// acc + a.low * b.low + a.high * b.high, the pairs being int16, exact.
+// acc + a.low * b.low + a.high * b.high, for pairs of int16. Exact.
 INLINE vi dot_i16(vi acc, vi a, vi b) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
@@ -140,7 +140,7 @@ INLINE vi dot_i16(vi acc, vi a, vi b) {
 #endif
 }
 
-// 2 W bytes -> the int16 pairs of W lanes.
+// Converts 2 W bytes to W pairs of int16.
 INLINE vi widen_bytes(const void* p) {
 #if defined(__AVX512BW__)
     return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
@@ -149,12 +149,13 @@ INLINE vi widen_bytes(const void* p) {
 #else
     vi out;
     const int8_t* bytes = (const int8_t*)p;
-    for (int i = 0; i < W; i++) out[i] = (int32_t)((uint32_t)(uint16_t)(int16_t)bytes[2 * i] | (uint32_t)(int32_t)bytes[2 * i + 1] << 16);
+    for (int i = 0; i < W; i++)
+        out[i] = (int32_t)((uint32_t)(uint16_t)(int16_t)bytes[2 * i] | (uint32_t)(int32_t)bytes[2 * i + 1] << 16);
     return out;
 #endif
 }
 
-// W float16 numbers -> floats, the subnormal ones too.
+// Loads W float16 numbers, including subnormal ones, as floats.
 INLINE vf load_halves(const void* p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -164,17 +165,19 @@ INLINE vf load_halves(const void* p) {
     vi bits;
     const uint8_t* bytes = (const uint8_t*)p;
     for (int i = 0; i < W; i++) bits[i] = bytes[2 * i] | bytes[2 * i + 1] << 8;
-    const vi sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
-    // A normal number's exponent is moved; a subnormal one is its integer times 2^-24, which needs no exponent at all.
-    const vi normal = (rest << 13) + splat((127 - 15) << 23);
-    const vf subnormal = to_float(rest) * 0x1p-24f;
-    const vi is_small = (vi)(rest < 0x0400), is_special = (vi)(rest >= 0x7c00);  // infinity and NaN
+    const vi sign = (bits & 0x8000) << 16;
+    const vi magnitude = bits & 0x7fff;
+    // A normal number needs another exponent bias. A subnormal number is an integer times 2^-24.
+    const vi normal = (magnitude << 13) + splat((127 - 15) << 23);
+    const vf subnormal = to_float(magnitude) * 0x1p-24f;
+    const vi is_small = (vi)(magnitude < 0x0400);
+    const vi is_special = (vi)(magnitude >= 0x7c00);  // infinity and NaN
     const vi finite = (normal & ~is_small) | ((vi)subnormal & is_small);
-    return (vf)((finite & ~is_special) | ((((rest & 0x3ff) << 13) | 0x7f800000) & is_special) | sign);
+    return (vf)((finite & ~is_special) | ((((magnitude & 0x3ff) << 13) | 0x7f800000) & is_special) | sign);
 #endif
 }
 
-// Round to bf16, ties to even; the result sits in the low 16 bits of each lane. NaN stays NaN.
+// Rounds to bf16, ties to even. The result is in the low 16 bits of each lane. NaN stays NaN.
 INLINE vu round_bf16(vf x) {
     const vu bits = (vu)x;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -184,14 +187,15 @@ INLINE vu round_bf16(vf x) {
 
 INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
-// e^x to about 2 units in the last place; 0 below -87.3 (no subnormal results), infinity above 88.7, NaN for NaN.
+// e^x with an error of about 2 ulp. 0 below -87.3 (no subnormal results), infinity above 88.7, NaN for NaN.
 INLINE vf exp(vf x) {
-    const vf low = splat(-87.33f), high = splat(88.72f);
-    const vi under = (vi)(x < low), over = (vi)(x > high), nan = (vi)(x != x);
-    const vf safe = select(under | over | nan, splat(0.0f), x);
-    const vf shifted = safe * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer sits in the low bits
-    const vf whole = shifted - 12582912.0f;
-    const vf r = fma(whole, splat(1.42860677e-6f), fma(whole, splat(-0.693148613f), safe));  // x - n ln 2, in two steps
+    const vi is_under = (vi)(x < splat(-87.33f));
+    const vi is_over = (vi)(x > splat(88.72f));
+    const vi is_nan = (vi)(x != x);
+    const vf safe = select(is_under | is_over | is_nan, splat(0.0f), x);
+    const vf shifted = safe * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer is in the low bits
+    const vf n = shifted - 12582912.0f;
+    const vf r = fma(n, splat(1.42860677e-6f), fma(n, splat(-0.693148613f), safe));  // x - n ln 2, in two steps
     vf p = splat(1.37805939e-3f);
     p = fma(p, r, splat(8.37312452e-3f));
     p = fma(p, r, splat(4.16695364e-2f));
@@ -199,19 +203,20 @@ INLINE vf exp(vf x) {
     p = fma(p, r, splat(4.99999851e-1f));
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
-    const vi exponent = to_int(whole);
-    // 2^n in two factors, so that n = 128 does not overflow before its time.
+    const vi exponent = to_int(n);
+    // 2^n as two factors, because 2^128 is not a float.
     const vi half = exponent >> 1;
-    const vf first = (vf)((half + 127) << 23), second = (vf)((exponent - half + 127) << 23);
-    const vf value = p * first * second;
-    const vf bounded = select(over, splat(__builtin_inff()), select(under, splat(0.0f), value));
-    return select(nan, x, bounded);
+    const vf factor = (vf)((half + 127) << 23);
+    const vf other_factor = (vf)((exponent - half + 127) << 23);
+    const vf value = p * factor * other_factor;
+    const vf bounded = select(is_over, splat(__builtin_inff()), select(is_under, splat(0.0f), value));
+    return select(is_nan, x, bounded);
 }
 
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 INLINE vf silu(vf x) { return x * sigmoid(x); }
 
-// tanh: a polynomial near zero (Cephes' coefficients), where 1 - 2 / (e^2x + 1) would cancel.
+// A polynomial near zero (coefficients of Cephes), where 1 - 2 / (e^2x + 1) would lose precision.
 INLINE vf tanh(vf x) {
     const vf z = x * x;
     vf p = splat(-5.70498872745e-3f);

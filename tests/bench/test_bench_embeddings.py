@@ -1,4 +1,4 @@
-"""Pairs of texts with scores: the arithmetic and mistakes in the file. A run: tests/cli."""
+"""Embeddings: the rank correlation, and errors in the file of pairs. A run is in tests/cli."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fledge.bench.embeddings import run, spearman
+from fledge.bench.embeddings import EmbeddingsBenchmark, spearman
+from fledge.bench.suite import run_benchmark
 from fledge.core.errors import UsageError
 
 
@@ -26,8 +27,8 @@ def test_rank_correlation_by_hand() -> None:
         ('{"a": "x", "b": "y", "score": 1}', "fewer than 3 pairs"),
     ],
 )
-def test_mistakes(tmp_path: Path, line: str, words: str) -> None:
+def test_errors_in_the_file(tmp_path: Path, line: str, words: str) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(UsageError, match=words):
-        run(file)
+        run_benchmark(EmbeddingsBenchmark(file))

@@ -1,11 +1,11 @@
-"""Random checkpoints of any shape: complete, lively, and finite when run."""
+"""Random checkpoints of any shape: complete, without constant tensors, and with finite logits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fledge.bench.random_model import config_of, random_tensors
+from fledge.bench.random_model import config_of_shape, random_tensors
 from fledge.checkpoint import assemble, get_expected_shapes
 from fledge.core.errors import UsageError
 from fledge.models import ModelConfig
@@ -14,7 +14,7 @@ SMALL = ModelConfig.finch(2, 64, vocab_size=300)
 
 
 def test_shapes_are_official() -> None:
-    config = config_of("L12-D768", 65536)
+    config = config_of_shape("L12-D768", 65536)
     assert (config.n_layer, config.n_embd, config.n_head, config.dim_ffn) == (12, 768, 12, 2688)
     tensors = random_tensors(SMALL, torch.bfloat16)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == get_expected_shapes(SMALL)
@@ -24,7 +24,7 @@ def test_shapes_are_official() -> None:
 @pytest.mark.parametrize("shape", ["L12", "12-768", "L0-D64", "L2-D100", "L2-D0", ""])
 def test_other_shapes_are_refused(shape: str) -> None:
     with pytest.raises(UsageError, match="L12-D768"):
-        config_of(shape, 300)
+        config_of_shape(shape, 300)
 
 
 def test_no_tensor_is_constant_and_logits_are_of_order_one() -> None:

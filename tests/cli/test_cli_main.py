@@ -75,7 +75,7 @@ def broken(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         def fail(_model: str | None) -> None:
             raise error
 
-        monkeypatch.setattr(import_module("fledge.cli.commands.tokenize"), "_tokenizer", fail)
+        monkeypatch.setattr(import_module("fledge.cli.commands.tokenize"), "_load_tokenizer", fail)
         return fledge(*before, "tokenize", "a b")
 
     return run
@@ -87,10 +87,14 @@ def broken(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         (CheckpointError("m.pth is odd\n  in two\r\nlines \x1b[31m"), 1, ["m.pth is odd in two lines ␛[31m"]),
         (UsageError("top_p is 2"), 2, ["top_p is 2"]),
         (PermissionError(13, "Permission denied", "m.pth"), 1, ["m.pth: Permission denied"]),
-        (OSError(28, "No space left on device"), 1, ["No space left on device; make room and give"]),
+        (OSError(28, "No space left on device"), 1, ["No space left on device; free some space and run"]),
         (OSError(28, "No space left on device", "a/b.pth"), 1, ["the disk of a is full", "a/b.pth cannot be written"]),
-        (MemoryError(), 1, ["more memory than there is"]),
-        (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"), 1, ["more memory than there is"]),
+        (MemoryError(), 1, ["more memory than is available"]),
+        (
+            RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            ["more memory than is available"],
+        ),
         (ValueError("odd"), 1, ["ValueError: odd", "a bug", "`fledge --traceback tokenize 'a b'`"]),
         (OSError("odd"), 1, ["OSError: odd", "a bug"]),
     ],

@@ -39,8 +39,8 @@ def test_help_tells_the_true_defaults() -> None:
 
 def test_only_what_is_given_is_changed() -> None:
     given = SamplingOptions(top_k=3, stop=["a", "b"])
-    assert given.applied_to(CHAT_PARAMS) == dataclasses.replace(CHAT_PARAMS, top_k=3, stop=("a", "b"))
-    assert SamplingOptions(stop=[]).applied_to(SamplingParams()) == SamplingParams()
+    assert given.apply_to(CHAT_PARAMS) == dataclasses.replace(CHAT_PARAMS, top_k=3, stop=("a", "b"))
+    assert SamplingOptions(stop=[]).apply_to(SamplingParams()) == SamplingParams()
 
 
 @dataclasses.dataclass(frozen=True)

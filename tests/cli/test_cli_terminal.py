@@ -9,16 +9,16 @@ import pytest
 from rich.console import Console
 
 from fledge.cli import terminal
-from fledge.cli.terminal import SlowBar, one_line, print_rows, visible, write
+from fledge.cli.terminal import SlowBar, escape_controls, print_rows, to_one_line, write
 
 
 def test_control_characters_become_visible() -> None:
-    assert visible("a\x1b[31m\tb\r\n\x00\x7f\x9b!") == "a␛[31m\tb␍\n␀␡\ufffd!"
-    assert visible("naïve 世界 🎉") == "naïve 世界 🎉"
+    assert escape_controls("a\x1b[31m\tb\r\n\x00\x7f\x9b!") == "a␛[31m\tb␍\n␀␡\ufffd!"
+    assert escape_controls("naïve 世界 🎉") == "naïve 世界 🎉"
 
 
 def test_a_message_is_one_line() -> None:
-    assert one_line(" a\n  b\r\n\nc\x1b ") == "a b c␛"
+    assert to_one_line(" a\n  b\r\n\nc\x1b ") == "a b c␛"
 
 
 class Terminal(io.StringIO):
@@ -57,7 +57,7 @@ def test_rows_on_a_terminal_fold(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bar_appears_where_something_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "DELAY", 0.01)
-    monkeypatch.setattr(terminal, "messages", lambda: Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(terminal, "message_console", lambda: Console(file=shown, force_terminal=True, width=100))
     with SlowBar("reading", "tokens") as bar:
         bar.update(512, 2048)
         time.sleep(0.15)
@@ -68,7 +68,7 @@ def test_a_bar_appears_where_something_takes_long(monkeypatch: pytest.MonkeyPatc
 def test_no_bar_where_nobody_waits_or_watches(monkeypatch: pytest.MonkeyPatch, delay: float, is_terminal: bool) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "DELAY", delay)
-    monkeypatch.setattr(terminal, "messages", lambda: Console(file=shown, force_terminal=is_terminal, width=100))
+    monkeypatch.setattr(terminal, "message_console", lambda: Console(file=shown, force_terminal=is_terminal, width=100))
     with SlowBar("reading") as bar:
         bar.step("more", 1, 2)
     assert "reading" not in shown.getvalue() and "more" not in shown.getvalue()

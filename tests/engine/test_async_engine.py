@@ -1,4 +1,4 @@
-"""The desk against single streams: the same texts and states for every caller, and nobody is left waiting."""
+"""AsyncEngine against single streams: the same texts and states for every request, and every request ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 import pytest
-import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 from torch import nn
 
@@ -27,37 +27,35 @@ TOKENIZER = ByteTokenizer("\n\n", "ab", "lo", b"\xe5\xa5")
 COLON = TOKENIZER.id_of(":")
 
 
-class Office:
-    """A desk whose events are sorted by job as they come."""
+class Runner:
+    """An AsyncEngine whose events are sorted by request."""
 
-    def __init__(self, model: nn.Module, *, frame: float = 0.0, **engine: object) -> None:
-        self.arrived: dict[TextRequest, queue.SimpleQueue[Event]] = {}
-        self.steps = 0
-        worker = Engine(model, eos_id=TOKENIZER.eos_id, **engine)  # type: ignore[arg-type]
-        self.desk = AsyncEngine(worker, TOKENIZER, self.sort, flush_interval=frame)
+    def __init__(self, model: nn.Module, *, flush_interval: float = 0.0, **settings: object) -> None:
+        self.events: dict[TextRequest, queue.SimpleQueue[Event]] = {}
+        engine = Engine(model, eos_id=TOKENIZER.eos_id, **settings)  # type: ignore[arg-type]
+        self.engine = AsyncEngine(engine, TOKENIZER, self.sort, flush_interval=flush_interval)
 
-    def __enter__(self) -> Office:
-        self.desk.start()
+    def __enter__(self) -> Runner:
+        self.engine.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.desk.close()
+        self.engine.close()
 
     def sort(self) -> None:
-        self.steps += 1
-        for job, event in self.desk.drain_events():
-            self.arrived[job].put(event)
+        for request, event in self.engine.drain_events():
+            self.events[request].put(event)
 
-    def submit(self, job: TextRequest) -> TextRequest:
-        self.arrived[job] = queue.SimpleQueue()
-        self.desk.submit(job)
-        return job
+    def submit(self, request: TextRequest) -> TextRequest:
+        self.events[request] = queue.SimpleQueue()
+        self.engine.submit(request)
+        return request
 
-    def result(self, job: TextRequest) -> tuple[dict[int, str], dict[int, FinishEvent]]:
-        """Wait until a job has ended: the text and the end of each choice."""
-        texts, ends = dict.fromkeys(range(max(job.request.n, 1)), ""), dict[int, FinishEvent]()
+    def result(self, request: TextRequest) -> tuple[dict[int, str], dict[int, FinishEvent]]:
+        """Wait until a request has ended: the text and the FinishEvent of each completion."""
+        texts, ends = dict.fromkeys(range(max(request.request.n, 1)), ""), dict[int, FinishEvent]()
         while len(ends) < len(texts):
-            event = self.arrived[job].get(timeout=60)
+            event = self.events[request].get(timeout=60)
             if isinstance(event, ErrorEvent):
                 raise event.error
             if isinstance(event, TextEvent):
@@ -71,27 +69,27 @@ def fake(*replies: str) -> FakeModel:
     return FakeModel([TOKENIZER.encode(reply) for reply in replies], COLON, TOKENIZER.vocab_size)
 
 
-def single(model: nn.Module, job: TextRequest, choice: int = 0) -> Completion:
-    """The same text by itself."""
-    request = job.request
+def single(model: nn.Module, text_request: TextRequest, choice: int = 0) -> Completion:
+    """The same text from a Stream."""
+    request = text_request.request
     assert request.params.seed is not None
     params = request.params.with_overrides({"seed": request.params.seed + choice})
-    stream = Stream(model, TOKENIZER, request.ids, make_initial_state(model), params, show_held=job.show_held)
+    stream = Stream(model, TOKENIZER, request.ids, make_initial_state(model), params, show_held=text_request.show_held)
     for _ in stream:
         pass
     return stream.completion
 
 
-def job(prompt: str, *, n: int = 1, logprobs: int | None = None, **rest: object) -> TextRequest:
-    settings = {name: rest.pop(name) for name in list(rest) if name in SamplingParams.__dataclass_fields__}
+def make_request(prompt: str, *, n: int = 1, logprobs: int | None = None, **options: object) -> TextRequest:
+    settings = {name: options.pop(name) for name in list(options) if name in SamplingParams.__dataclass_fields__}
     params = SamplingParams(seed=3, max_tokens=40).with_overrides(settings)
-    return TextRequest(Request(tuple(TOKENIZER.encode(prompt)), params, n=n, logprobs=logprobs), **rest)  # type: ignore[arg-type]
+    return TextRequest(Request(tuple(TOKENIZER.encode(prompt)), params, n=n, logprobs=logprobs), **options)  # type: ignore[arg-type]
 
 
-def test_many_callers_get_the_texts_of_single_streams() -> None:
+def test_requests_in_a_batch_match_single_streams() -> None:
     model, chooser = random_finch(TOKENIZER.vocab_size), random.Random(1)
-    jobs = [
-        job(
+    requests = [
+        make_request(
             "x" * chooser.choice([1, 40, 200]),
             n=chooser.choice([1, 2]),
             seed=number,
@@ -102,79 +100,79 @@ def test_many_callers_get_the_texts_of_single_streams() -> None:
         )
         for number in range(12)
     ]
-    with Office(model, scheduler=Scheduler(slots=5, prefill_chunk=64)) as office:
-        for each in jobs:
-            office.submit(each)
-        for each in jobs:
-            texts, ends = office.result(each)
+    with Runner(model, scheduler=Scheduler(slots=5, prefill_chunk=64)) as runner:
+        for each in requests:
+            runner.submit(each)
+        for each in requests:
+            texts, ends = runner.result(each)
             for choice, end in ends.items():
                 expected = single(model, each, choice)
                 assert texts[choice] == expected.text
                 assert (end.reason, end.stop, end.ids) == (expected.finish_reason, expected.stop, expected.ids)
                 assert end.seed == expected.seed and end.state is not None
                 for name, tensor in end.state.tensors().items():
-                    assert torch.allclose(tensor, expected.state.tensors()[name], atol=1e-5)
-    assert office.desk.num_requests == 0
+                    assert_close_relative(tensor, expected.state.tensors()[name], MODEL_TOLERANCE, name)
+    assert runner.engine.num_requests == 0
 
 
 @pytest.mark.parametrize("reply", ["hello\n\nUser:", "hello", "", "h\u00e9\u597d\n"])
-def test_a_stop_text_is_never_shown_and_the_state_ends_before_it(reply: str) -> None:
+def test_a_stop_text_is_never_emitted_and_the_state_ends_before_it(reply: str) -> None:
     model = fake(reply)
-    with Office(model) as office:
-        mine = office.submit(job("ask:", temperature=0.0, stop=("\n\n",), should_return_state=True))
-        texts, ends = office.result(mine)
-    end, expected = ends[0], single(model, mine)
+    with Runner(model) as runner:
+        request = runner.submit(make_request("ask:", temperature=0.0, stop=("\n\n",), should_return_state=True))
+        texts, ends = runner.result(request)
+    end, expected = ends[0], single(model, request)
     assert texts[0] == expected.text == reply.split("\n\n")[0]
     assert (end.reason, end.stop) == (expected.finish_reason, expected.stop)
     assert end.state is not None and equal_states(end.state, expected.state)
 
 
-def test_the_closing_is_read_after_the_text() -> None:
+def test_suffix_ids_are_read_after_the_text() -> None:
     model = fake("hello\n\nUser:")
-    closing = tuple(TOKENIZER.encode("\n\n"))
-    with Office(model) as office:
-        asked = job("ask:", temperature=0.0, stop=("\n\n",), should_return_state=True, suffix_ids=closing)
-        _, ends = office.result(office.submit(asked))
+    suffix_ids = tuple(TOKENIZER.encode("\n\n"))
+    with Runner(model) as runner:
+        request = make_request("ask:", temperature=0.0, stop=("\n\n",), should_return_state=True, suffix_ids=suffix_ids)
+        _, ends = runner.result(runner.submit(request))
     assert ends[0].ids == tuple(TOKENIZER.encode("hello\n\n"))
     again = Stream(
-        model, TOKENIZER, [*asked.request.ids, *ends[0].ids], make_initial_state(model), SamplingParams(max_tokens=1)
+        model, TOKENIZER, [*request.request.ids, *ends[0].ids], make_initial_state(model), SamplingParams(max_tokens=1)
     )
     next(again, None)
     assert again.prompt_output is not None and ends[0].state is not None
     assert equal_states(again.prompt_output.state, ends[0].state)
 
 
-def test_a_job_without_a_state_ends_at_once() -> None:
-    with Office(fake("hello\n\nUser:")) as office:
-        _, ends = office.result(office.submit(job("ask:", temperature=0.0, stop=("\n\n",))))
-        assert ends[0].state is None and not office.desk.engine.busy
-        assert ends[0].sampled_tokens == 5, "the stop text was drawn too"
+def test_a_request_without_a_state_ends_without_a_final_read() -> None:
+    with Runner(fake("hello\n\nUser:")) as runner:
+        _, ends = runner.result(runner.submit(make_request("ask:", temperature=0.0, stop=("\n\n",))))
+        assert ends[0].state is None and not runner.engine.engine.busy
+        assert ends[0].sampled_tokens == 5, "the tokens of the stop text count too"
 
 
-def test_tokens_come_with_the_text_they_show() -> None:
+def test_tokens_come_with_their_text() -> None:
     model = fake("h\u597dlo ab\n\nUser:")
-    with Office(model) as office:
-        mine = office.submit(job("ask:", temperature=0.0, stop=("\n\n", "b "), logprobs=2))
-        shown = []
-        while not isinstance(event := office.arrived[mine].get(timeout=60), FinishEvent):
+    with Runner(model) as runner:
+        request = runner.submit(make_request("ask:", temperature=0.0, stop=("\n\n", "b "), logprobs=2))
+        emitted = []
+        while not isinstance(event := runner.events[request].get(timeout=60), FinishEvent):
             assert isinstance(event, TextEvent)
-            shown.append((event.text, [token.id for token in event.tokens]))
+            emitted.append((event.text, [token.id for token in event.tokens]))
             assert all(token.logprob is not None and len(token.logprob.top) == 2 for token in event.tokens)
-    # The letter of two tokens is shown once both are there; the pieces say which tokens made them.
+    # A character of two tokens is emitted with both of them.
     letter = TOKENIZER.encode("\u597d")
-    assert shown[:2] == [("h", [TOKENIZER.id_of("h")]), ("\u597d", letter)]
-    assert [token for _, ids in shown for token in ids] == TOKENIZER.encode("h\u597dlo ab")
-    assert "".join(text for text, _ in shown) == "h\u597dlo ab"
+    assert emitted[:2] == [("h", [TOKENIZER.id_of("h")]), ("\u597d", letter)]
+    assert [token for _, ids in emitted for token in ids] == TOKENIZER.encode("h\u597dlo ab")
+    assert "".join(text for text, _ in emitted) == "h\u597dlo ab"
 
 
 def test_prompt_logprobs_come_before_the_text() -> None:
     model = random_finch(TOKENIZER.vocab_size)
     ids = tuple(TOKENIZER.encode("a prompt of several chunks. " * 12))
     request = TextRequest(Request(ids, SamplingParams(seed=3, max_tokens=5), n=2, prompt_logprobs=1))
-    with Office(model) as office:
-        office.submit(request)
+    with Runner(model) as runner:
+        runner.submit(request)
         tokens = list[TextToken]()
-        while isinstance(event := office.arrived[request].get(timeout=60), PromptLogprobsEvent):
+        while isinstance(event := runner.events[request].get(timeout=60), PromptLogprobsEvent):
             tokens += event.tokens
             read = event.computed_tokens
         assert isinstance(event, TextEvent)
@@ -182,24 +180,26 @@ def test_prompt_logprobs_come_before_the_text() -> None:
     assert [token.logprob for token in tokens] == compute_prompt_logprobs(model, ids, top=1)
 
 
-def test_text_that_comes_fast_is_handed_over_together() -> None:
-    """The first of it at once, and all of it before the end; with other jobs beside it, each keeps its own order."""
+def test_fast_text_is_emitted_together() -> None:
+    """The first text immediately, and all text before the end; the order within each request is kept."""
     replies = ["h\u597dlo ab and more", "second text, longer than that", "third"]
-    with Office(fake(*(f"{reply}\n\nUser:" for reply in replies)), frame=3600.0) as office:
-        jobs = [job("ask:" * (number + 1), temperature=0.0, stop=("\n\n",), logprobs=0) for number in range(3)]
-        for each in jobs:
-            office.submit(each)
-        for each, reply in zip(jobs, replies, strict=True):
-            events = [office.arrived[each].get(timeout=60)]
+    with Runner(fake(*(f"{reply}\n\nUser:" for reply in replies)), flush_interval=3600.0) as runner:
+        requests = [
+            make_request("ask:" * (number + 1), temperature=0.0, stop=("\n\n",), logprobs=0) for number in range(3)
+        ]
+        for each in requests:
+            runner.submit(each)
+        for each, reply in zip(requests, replies, strict=True):
+            events = [runner.events[each].get(timeout=60)]
             while not isinstance(events[-1], FinishEvent):
-                events.append(office.arrived[each].get(timeout=60))
-            pieces = [event for event in events if isinstance(event, TextEvent)]
-            assert pieces[0].text == reply[0] and "".join(piece.text for piece in pieces) == reply
-            assert [token.id for piece in pieces for token in piece.tokens] == TOKENIZER.encode(reply)
-            assert len(pieces) < len(TOKENIZER.encode(reply))
+                events.append(runner.events[each].get(timeout=60))
+            texts = [event for event in events if isinstance(event, TextEvent)]
+            assert texts[0].text == reply[0] and "".join(event.text for event in texts) == reply
+            assert [token.id for event in texts for token in event.tokens] == TOKENIZER.encode(reply)
+            assert len(texts) < len(TOKENIZER.encode(reply))
 
 
-def test_held_text_is_told_before_an_error() -> None:
+def test_waiting_text_is_emitted_before_an_error() -> None:
     model, calls = fake("hello there"), 0
 
     def fail(*arguments: object) -> None:
@@ -209,48 +209,48 @@ def test_held_text_is_told_before_an_error() -> None:
             raise RuntimeError("out of memory")
 
     model.register_forward_pre_hook(fail)
-    with Office(model, frame=3600.0) as office:
-        mine = office.submit(job("ask:", temperature=0.0))
-        first, second, end = (office.arrived[mine].get(timeout=60) for _ in range(3))
+    with Runner(model, flush_interval=3600.0) as runner:
+        request = runner.submit(make_request("ask:", temperature=0.0))
+        first, second, end = (runner.events[request].get(timeout=60) for _ in range(3))
         assert isinstance(first, TextEvent) and isinstance(second, TextEvent) and isinstance(end, ErrorEvent)
         assert "hello there".startswith(first.text + second.text) and len(second.text) > 1
 
 
-def test_of_a_token_that_a_stop_text_cuts_the_part_before_it_counts() -> None:
-    with Office(fake("xab")) as office:
-        mine = office.submit(job("ask:", temperature=0.0, stop=("b",), logprobs=0))
+def test_a_token_that_contains_the_start_of_a_stop_text_is_emitted_in_part() -> None:
+    with Runner(fake("xab")) as runner:
+        request = runner.submit(make_request("ask:", temperature=0.0, stop=("b",), logprobs=0))
         text, ids = "", list[int]()
-        while not isinstance(event := office.arrived[mine].get(timeout=60), FinishEvent):
+        while not isinstance(event := runner.events[request].get(timeout=60), FinishEvent):
             assert isinstance(event, TextEvent)
             text += event.text
             ids += [token.id for token in event.tokens]
     assert text == "xa" and ids == TOKENIZER.encode("xab")
 
 
-def test_what_is_cancelled_frees_its_place() -> None:
+def test_a_cancelled_request_frees_its_slot() -> None:
     model = random_finch(TOKENIZER.vocab_size)
-    with Office(model, scheduler=Scheduler(slots=1), max_requests=3) as office:
-        endless = office.submit(job("x", max_tokens=10**9))
-        waits = office.submit(job("y", max_tokens=3))
-        assert isinstance(office.arrived[endless].get(timeout=60), TextEvent)
-        office.desk.cancel(endless)
-        office.result(waits)
-        assert office.desk.num_requests == 0 and not office.desk.engine.busy
+    with Runner(model, scheduler=Scheduler(slots=1), max_requests=3) as runner:
+        endless = runner.submit(make_request("x", max_tokens=10**9))
+        waits = runner.submit(make_request("y", max_tokens=3))
+        assert isinstance(runner.events[endless].get(timeout=60), TextEvent)
+        runner.engine.cancel(endless)
+        runner.result(waits)
+        assert runner.engine.num_requests == 0 and not runner.engine.engine.busy
 
 
-def test_refusals_come_at_once_and_from_the_callers_thread() -> None:
+def test_submit_raises_errors_in_the_callers_thread() -> None:
     model = random_finch(TOKENIZER.vocab_size)
-    with Office(model, scheduler=Scheduler(slots=1), max_requests=2) as office:
+    with Runner(model, scheduler=Scheduler(slots=1), max_requests=2) as runner:
         with pytest.raises(TokenizerError):
-            office.desk.submit(TextRequest(Request((9999,))))
-        endless = [office.submit(job("x", max_tokens=10**9)) for _ in range(2)]
+            runner.engine.submit(TextRequest(Request((9999,))))
+        endless = [runner.submit(make_request("x", max_tokens=10**9)) for _ in range(2)]
         with pytest.raises(QueueFull, match="2 requests"):
-            office.submit(job("y"))
+            runner.submit(make_request("y"))
         for each in endless:
-            office.desk.cancel(each)
+            runner.engine.cancel(each)
 
 
-def test_one_failure_of_the_model_ends_its_jobs_and_the_desk_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_after_a_failure_of_the_model_the_engine_continues(caplog: pytest.LogCaptureFixture) -> None:
     model = fake("hello")
     broken = threading.Event()
     broken.set()
@@ -260,130 +260,134 @@ def test_one_failure_of_the_model_ends_its_jobs_and_the_desk_goes_on(caplog: pyt
             raise RuntimeError("out of memory")
 
     model.register_forward_pre_hook(fail)
-    with Office(model) as office:
+    with Runner(model) as runner:
         with pytest.raises(FledgeError, match="the model failed: out of memory"):
-            office.result(office.submit(job("ask:")))
+            runner.result(runner.submit(make_request("ask:")))
         broken.clear()
-        texts, _ = office.result(office.submit(job("ask:", temperature=0.0)))
+        texts, _ = runner.result(runner.submit(make_request("ask:", temperature=0.0)))
         assert texts[0] == "hello"
     assert "the engine failed" in caplog.text
 
 
-def test_closing_finishes_what_runs_and_refuses_the_rest() -> None:
+def test_close_finishes_running_requests_and_rejects_new_ones() -> None:
     model = random_finch(TOKENIZER.vocab_size)
-    office = Office(model)
-    office.desk.start()
-    mine = office.submit(job("x", max_tokens=30))
-    closer = threading.Thread(target=office.desk.close, args=(60.0,))
+    runner = Runner(model)
+    runner.engine.start()
+    request = runner.submit(make_request("x", max_tokens=30))
+    closer = threading.Thread(target=runner.engine.close, args=(60.0,))
     closer.start()
-    while office.desk._shutdown_deadline is None:
+    while runner.engine._shutdown_deadline is None:
         pass
     with pytest.raises(QueueFull, match="shutting down"):
-        office.desk.submit(job("y"))
-    office.result(mine)
+        runner.engine.submit(make_request("y"))
+    runner.result(request)
     closer.join(timeout=60)
-    assert not office.desk.is_alive
+    assert not runner.engine.is_alive
 
 
-def test_what_still_runs_when_the_time_is_over_is_told_so() -> None:
+def test_requests_that_outlast_the_shutdown_fail() -> None:
     model, reached, gate = random_finch(TOKENIZER.vocab_size), threading.Event(), threading.Event()
-    office = Office(model, scheduler=Scheduler(slots=2))
+    runner = Runner(model, scheduler=Scheduler(slots=2))
 
     def wait(*_: object) -> None:
         reached.set()
         assert gate.wait(60)
 
     model.register_forward_pre_hook(wait)
-    office.desk.start()
-    jobs = [office.submit(job("x", n=2, max_tokens=10**9)), office.submit(job("y", should_return_state=True))]
+    runner.engine.start()
+    requests = [
+        runner.submit(make_request("x", n=2, max_tokens=10**9)),
+        runner.submit(make_request("y", should_return_state=True)),
+    ]
     assert reached.wait(60)
-    late = office.submit(job("z"))
-    asked = office.desk.call(int)
-    office.desk.begin_shutdown()
+    late = runner.submit(make_request("z"))
+    call = runner.engine.call(int)
+    runner.engine.begin_shutdown()
     gate.set()
-    for each in (*jobs, late):
+    for each in (*requests, late):
         with pytest.raises(FledgeError, match="shutting down"):
-            office.result(each)
+            runner.result(each)
     with pytest.raises(QueueFull, match="shutting down"):
-        asked.result(timeout=60)
-    office.desk.close()
-    assert not office.desk.is_alive and office.desk.num_requests == 0
+        call.result(timeout=60)
+    runner.engine.close()
+    assert not runner.engine.is_alive and runner.engine.num_requests == 0
 
 
-def test_work_for_the_engines_thread() -> None:
-    with Office(fake("a")) as office:
-        assert office.desk.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-engine"
+def test_call_runs_in_the_engines_thread() -> None:
+    with Runner(fake("a")) as runner:
+        assert runner.engine.call(lambda: threading.current_thread().name).result(timeout=60) == "fledge-engine"
         with pytest.raises(ZeroDivisionError):
-            office.desk.call(lambda: 1 // 0).result(timeout=60)
+            runner.engine.call(lambda: 1 // 0).result(timeout=60)
 
 
-def test_a_call_that_nobody_waits_for_is_passed_over_and_the_desk_goes_on() -> None:
-    office = Office(fake("hello"))
-    abandoned = office.desk.call(lambda: pytest.fail("nobody waits for this"))
+def test_a_cancelled_call_is_skipped() -> None:
+    runner = Runner(fake("hello"))
+    abandoned = runner.engine.call(lambda: pytest.fail("this call was cancelled"))
     assert abandoned.cancel()
-    running, gone = threading.Event(), threading.Event()
+    running, may_continue = threading.Event(), threading.Event()
 
     def slow() -> int:
         running.set()
-        assert gone.wait(60)
+        assert may_continue.wait(60)
         return 1
 
-    left = office.desk.call(slow)
-    with office:
+    running_call = runner.engine.call(slow)
+    with runner:
         assert running.wait(60)
-        left.cancel()  # too late for that: its answer is lost, nothing else
-        gone.set()
-        texts, _ = office.result(office.submit(job("ask:", temperature=0.0)))
+        running_call.cancel()  # too late: only its result is lost
+        may_continue.set()
+        texts, _ = runner.result(runner.submit(make_request("ask:", temperature=0.0)))
         assert texts[0] == "hello"
     with pytest.raises(QueueFull, match="shutting down"):
-        office.desk.call(int)
+        runner.engine.call(int)
 
 
-def test_calls_take_turns_with_texts() -> None:
-    office = Office(fake("hello"))
-    calls = [office.desk.call(lambda: office.desk.engine.stats.model_calls) for _ in range(4)]
-    mine = office.submit(job("ask:", temperature=0.0))
-    with office:
-        office.result(mine)
-    seen = [call.result(timeout=60) for call in calls]
-    assert seen == sorted(set(seen))  # a step of the model between any two of them
+def test_a_step_runs_between_two_calls() -> None:
+    runner = Runner(fake("hello"))
+    calls = [runner.engine.call(lambda: runner.engine.engine.stats.model_calls) for _ in range(4)]
+    request = runner.submit(make_request("ask:", temperature=0.0))
+    with runner:
+        runner.result(request)
+    counts = [call.result(timeout=60) for call in calls]
+    assert counts == sorted(set(counts)), "the model ran between any two calls"
 
 
-def test_one_that_cannot_begin_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Office(fake("hello")) as office:
-        add = office.desk.engine.add
+def test_an_error_in_add_fails_one_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Runner(fake("hello")) as runner:
+        add = runner.engine.engine.add
 
         def full(request: Request, *, bypass_limit: bool = False) -> int:
             if request.n == 2:
                 raise RuntimeError("out of memory")
             return add(request, bypass_limit=bypass_limit)
 
-        monkeypatch.setattr(office.desk.engine, "add", full)
+        monkeypatch.setattr(runner.engine.engine, "add", full)
         ids = tuple(TOKENIZER.encode("ask:"))
-        fails, works = office.submit(TextRequest(Request(ids, n=2))), office.submit(job("ask:", temperature=0.0))
+        fails = runner.submit(TextRequest(Request(ids, n=2)))
+        works = runner.submit(make_request("ask:", temperature=0.0))
         with pytest.raises(FledgeError, match="the model failed: out of memory"):
-            office.result(fails)
-        assert office.result(works)[0][0] == "hello" and office.desk.num_requests == 0
+            runner.result(fails)
+        assert runner.result(works)[0][0] == "hello" and runner.engine.num_requests == 0
 
 
-def test_a_deadline_within_the_prompt_leaves_no_state_and_nothing_in_the_cache() -> None:
+def test_a_deadline_within_the_prompt_stores_no_state() -> None:
     model = random_finch(TOKENIZER.vocab_size)
-    cache = Recorder()
-    with Office(model, cache=cache, clock=lambda: 10.0) as office:
-        ids = tuple(TOKENIZER.encode("a question that nobody has time to read:"))
-        request = Request(ids, deadline=5.0, cache_namespace="mine")
-        texts, ends = office.result(
-            office.submit(TextRequest(request, suffix_ids=(3,), should_return_state=True, should_cache_state=True))
+    cache = RecordingCache()
+    with Runner(model, cache=cache, clock=lambda: 10.0) as runner:
+        ids = tuple(TOKENIZER.encode("a question that takes too long to read:"))
+        request = Request(ids, deadline=5.0, cache_namespace="a")
+        texts, ends = runner.result(
+            runner.submit(TextRequest(request, suffix_ids=(3,), should_return_state=True, should_cache_state=True))
         )
     assert texts == {0: ""} and ends[0].reason == "deadline" and ends[0].state is None
-    assert cache.kept == []
+    assert cache.stored == []
 
 
-class Recorder:
-    """A cache that knows nothing and remembers what it is given."""
+class RecordingCache:
+    """An empty cache that records the ids of stored states."""
 
     def __init__(self) -> None:
-        self.kept: list[tuple[int, ...]] = []
+        self.stored: list[tuple[int, ...]] = []
 
     def match_prefix(self, namespace: str, ids: Sequence[int]) -> PrefixMatch:
         return PrefixMatch(0, None, None, 0)
@@ -394,18 +398,24 @@ class Recorder:
     def insert_prompt(self, namespace: str, ids: Sequence[int]) -> None:
         pass
 
-    def put(self, namespace: str, ids: Sequence[int], *rest: object) -> None:
-        self.kept.append(tuple(ids))
+    def put(self, namespace: str, ids: Sequence[int], *values: object) -> None:
+        self.stored.append(tuple(ids))
 
 
-def test_where_the_end_cannot_be_kept_the_job_fails_and_is_not_left_waiting() -> None:
-    class Full(Recorder):
+def test_a_request_fails_if_its_final_state_cannot_be_stored() -> None:
+    class FullCache(RecordingCache):
         def put(self, *arguments: object) -> None:
             raise OSError("no room")
 
-    with Office(fake("hello"), cache=Full()) as office:
-        request = Request(tuple(TOKENIZER.encode("ask:")), SamplingParams(temperature=0.0), cache_namespace="mine")
-        mine = office.submit(TextRequest(request, suffix_ids=(3,), should_return_state=True, should_cache_state=True))
+    with Runner(fake("hello"), cache=FullCache()) as runner:
+        ids = tuple(TOKENIZER.encode("ask:"))
+        request = TextRequest(
+            Request(ids, SamplingParams(temperature=0.0), cache_namespace="a"),
+            suffix_ids=(3,),
+            should_return_state=True,
+            should_cache_state=True,
+        )
+        runner.submit(request)
         with pytest.raises(FledgeError, match="the model failed: no room"):
-            office.result(mine)
-        assert office.desk.num_requests == 0 and not office.desk.engine.busy
+            runner.result(request)
+        assert runner.engine.num_requests == 0 and not runner.engine.engine.busy

@@ -1,4 +1,4 @@
-"""Events on their way: what rings at once, what waits for more, and that nothing is lost or changes places."""
+"""The event buffer: which events notify immediately, which wait, and that none is lost or reordered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fledge.engine.request import Request
 
 
 class Clock:
-    """The time of a test."""
+    """A clock that the test sets."""
 
     now = 100.0
 
@@ -26,103 +26,105 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def job() -> TextRequest:
+def make_request() -> TextRequest:
     return TextRequest(Request((1,)))
 
 
-def piece(text: str, choice: int = 0) -> TextEvent:
+def text_event(text: str, choice: int = 0) -> TextEvent:
     return TextEvent(choice, text, tuple(TextToken(ord(letter), None) for letter in text))
 
 
-def end(choice: int = 0) -> FinishEvent:
+def finish_event(choice: int = 0) -> FinishEvent:
     return FinishEvent(choice, "length", None, (), 1, 0, 0)
 
 
-def rung(box: EventBuffer, rings: list[None]) -> bool:
-    """Whether the bell rings now."""
-    before = len(rings)
-    box.notify()
-    return len(rings) > before
+def notifies(buffer: EventBuffer, calls: list[None]) -> bool:
+    """Whether `notify` calls `on_events` now."""
+    before = len(calls)
+    buffer.notify()
+    return len(calls) > before
 
 
-def test_beginnings_and_ends_ring_and_text_between_waits(clock: Clock) -> None:
-    rings = list[None]()
-    box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
-    assert not rung(box, rings), "there is nothing"
-    box.put(mine, piece("a"))
-    assert rung(box, rings) and not rung(box, rings), "once is enough"
-    assert box.drain() == [(mine, piece("a"))]
-    box.put(mine, piece("b"))
-    assert not rung(box, rings)
+def test_the_first_text_and_the_end_notify_immediately(clock: Clock) -> None:
+    calls = list[None]()
+    buffer, request = EventBuffer(lambda: calls.append(None), 0.5), make_request()
+    assert not notifies(buffer, calls), "there is no event"
+    buffer.put(request, text_event("a"))
+    assert notifies(buffer, calls) and not notifies(buffer, calls), "one notification is enough"
+    assert buffer.drain() == [(request, text_event("a"))]
+    buffer.put(request, text_event("b"))
+    assert not notifies(buffer, calls)
     clock.now += 0.4
-    box.put(mine, piece("cd"))
-    assert not rung(box, rings)
+    buffer.put(request, text_event("cd"))
+    assert not notifies(buffer, calls)
     clock.now += 0.1
-    assert rung(box, rings) and box.drain() == [(mine, piece("bcd"))]
-    box.put(mine, piece("e"))
-    box.put(mine, end())
-    assert rung(box, rings) and box.drain() == [(mine, piece("e")), (mine, end())]
-    assert box.drain() == []
+    assert notifies(buffer, calls) and buffer.drain() == [(request, text_event("bcd"))]
+    buffer.put(request, text_event("e"))
+    buffer.put(request, finish_event())
+    assert notifies(buffer, calls) and buffer.drain() == [(request, text_event("e")), (request, finish_event())]
+    assert buffer.drain() == []
 
 
-def test_who_has_found_nothing_is_rung_for(clock: Clock) -> None:
-    """He comes back by himself only after he has found something."""
-    rings = list[None]()
-    box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
-    box.put(mine, piece("a"))
-    assert box.drain()
+def test_an_event_after_an_empty_drain_notifies_immediately(clock: Clock) -> None:
+    """A consumer drains again without a notification only after a drain that returned events."""
+    calls = list[None]()
+    buffer, request = EventBuffer(lambda: calls.append(None), 0.5), make_request()
+    buffer.put(request, text_event("a"))
+    assert buffer.drain()
     clock.now += 1.0
-    assert not box.drain()
+    assert not buffer.drain()
     clock.now += 0.1
-    box.put(mine, piece("b"))
-    assert rung(box, rings)
-    assert box.drain() and not box.drain(), "the second time before the first one's hour"
-    box.put(mine, piece("c"))
-    assert rung(box, rings)
+    buffer.put(request, text_event("b"))
+    assert notifies(buffer, calls)
+    assert buffer.drain() and not buffer.drain(), "the second drain is empty"
+    buffer.put(request, text_event("c"))
+    assert notifies(buffer, calls)
 
 
-def test_what_waits_can_be_collected_unrung_and_rings_when_nothing_should_wait(clock: Clock) -> None:
-    rings = list[None]()
-    box, mine = EventBuffer(lambda: rings.append(None), 0.5), job()
-    box.put(mine, piece("a"))
-    box.drain()
-    box.put(mine, piece("b"))
-    assert box.drain() == [(mine, piece("b"))] and not rings
-    box.put(mine, piece("c"))
-    box.notify(force=True)
-    assert len(rings) == 1
+def test_waiting_text_can_be_drained_and_forced(clock: Clock) -> None:
+    calls = list[None]()
+    buffer, request = EventBuffer(lambda: calls.append(None), 0.5), make_request()
+    buffer.put(request, text_event("a"))
+    buffer.drain()
+    buffer.put(request, text_event("b"))
+    assert buffer.drain() == [(request, text_event("b"))] and not calls
+    buffer.put(request, text_event("c"))
+    buffer.notify(force=True)
+    assert len(calls) == 1
 
 
-def test_texts_of_all_choices_and_jobs_are_joined_each_with_its_own(clock: Clock) -> None:
-    box = EventBuffer(lambda: None, 0.5)
-    one, two = job(), job()
+def test_texts_of_each_choice_are_joined(clock: Clock) -> None:
+    buffer = EventBuffer(lambda: None, 0.5)
+    first, second = make_request(), make_request()
     for letter in "xyz":
-        for place, each in enumerate((one, two)):
+        for index, each in enumerate((first, second)):
             for choice in range(2):
-                box.put(each, piece(f"{letter}{place}{choice}", choice))
-    box.put(one, end(1))
+                buffer.put(each, text_event(f"{letter}{index}{choice}", choice))
+    buffer.put(first, finish_event(1))
     expected = [
-        (each, choice, f"x{place}{choice}y{place}{choice}z{place}{choice}")
-        for place, each in enumerate((one, two))
+        (each, choice, f"x{index}{choice}y{index}{choice}z{index}{choice}")
+        for index, each in enumerate((first, second))
         for choice in range(2)
     ]
-    *told, last = box.drain()
-    assert [(each, event.choice, event.text) for each, event in told if isinstance(event, TextEvent)] == expected
-    assert last == (one, end(1))
+    *drained, last = buffer.drain()
+    assert [(each, event.choice, event.text) for each, event in drained if isinstance(event, TextEvent)] == expected
+    assert last == (first, finish_event(1))
 
 
-@pytest.mark.parametrize("way", ["ended", "failed", "failed whole", "cancelled"])
-def test_nothing_is_remembered_of_a_job_that_is_over(clock: Clock, way: str) -> None:
-    box, mine = EventBuffer(lambda: None, 0.5), job()
+@pytest.mark.parametrize("reason", ["finished", "failed", "request failed", "cancelled"])
+def test_nothing_is_kept_of_an_ended_request(clock: Clock, reason: str) -> None:
+    buffer, request = EventBuffer(lambda: None, 0.5), make_request()
     for choice in range(2):
-        box.put(mine, piece("a", choice))
-    box.drain()
-    if way == "cancelled":
-        box.discard(mine)
-    elif way == "failed whole":
-        box.put(mine, ErrorEvent(-1, FledgeError("it broke")))
+        buffer.put(request, text_event("a", choice))
+    buffer.drain()
+    if reason == "cancelled":
+        buffer.discard(request)
+    elif reason == "request failed":
+        buffer.put(request, ErrorEvent(-1, FledgeError("it broke")))
     else:
         for choice in range(2):
-            box.put(mine, end(choice) if way == "ended" else ErrorEvent(choice, FledgeError("it broke")))
-    box.drain()
-    assert not vars(box)["_started"] and not vars(box)["_text_positions"]
+            buffer.put(
+                request, finish_event(choice) if reason == "finished" else ErrorEvent(choice, FledgeError("it broke"))
+            )
+    buffer.drain()
+    assert not vars(buffer)["_started"] and not vars(buffer)["_text_positions"]

@@ -61,10 +61,12 @@ def random_input(random: np.random.Generator, size: int) -> SampleInput:
     if random.random() < 0.03:
         scores[random.integers(size)] = random.choice([math.nan, math.inf])
     allowed = random.random(size) < random.choice([0.01, 0.5, 1.0]) if random.random() < 0.3 else None
-    seen_ids = random.permutation(size)[: random.choice([0, 1, 17])]
+    previous_ids = random.permutation(size)[: random.choice([0, 1, 17])]
     uniform = random.choice([0.0, BELOW_ONE]) if random.random() < 0.1 else random.random()
-    banned_ids, seen_counts = np.array(params.ban, np.int64), random.random(len(seen_ids)) * 3
-    return SampleInput(params, torch.from_numpy(scores), allowed, banned_ids, seen_ids, seen_counts, float(uniform))
+    banned_ids, previous_frequencies = np.array(params.ban, np.int64), random.random(len(previous_ids)) * 3
+    return SampleInput(
+        params, torch.from_numpy(scores), allowed, banned_ids, previous_ids, previous_frequencies, float(uniform)
+    )
 
 
 def comparable(results: Sequence[int | FledgeError]) -> list[int | tuple[type, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, UNIT_ROUNDOFF, assert_close_relative
 from random_checkpoints import VERSIONS, random_checkpoint
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def test_factors_do_what_merged_weights_do(version: str) -> None:
         weight.copy_(merged_weight(weight, one))
     before, unmerged = model(IDX)[0], adapted(model, factors)(IDX)[0]
     assert (unmerged - before).abs().max() > 0.3
-    torch.testing.assert_close(unmerged, merged(IDX)[0], rtol=0, atol=1e-5)
+    assert_close_relative(unmerged, merged(IDX)[0], MODEL_TOLERANCE)
     assert torch.equal(model(IDX)[0], before)
 
 
@@ -93,7 +94,7 @@ def test_adapters_add_up() -> None:
     first = random_factors(model, rank=2)
     second = {name: one for name, one in random_factors(model, rank=3, seed=1).items() if ".ffn." in name}
     together = adapted(model, stacked([first, second]))
-    torch.testing.assert_close(adapted(adapted(model, first), second)(IDX)[0], together(IDX)[0], rtol=0, atol=1e-5)
+    assert_close_relative(adapted(adapted(model, first), second)(IDX)[0], together(IDX)[0], MODEL_TOLERANCE)
     assert together.get_parameter("blocks.0.ffn.key.lora_A").shape == (5, 24)
     assert together.get_parameter("blocks.0.att.key.lora_A").shape == (2, 24)
     merged = model_of()
@@ -101,7 +102,7 @@ def test_adapters_add_up() -> None:
         for name, one in factors.items():
             weight = merged.get_parameter(f"{name}.weight")
             weight.copy_(merged_weight(weight, one))
-    torch.testing.assert_close(together(IDX)[0], merged(IDX)[0], rtol=0, atol=1e-5)
+    assert_close_relative(together(IDX)[0], merged(IDX)[0], MODEL_TOLERANCE)
 
 
 def test_parts_take_the_place_of_parameters() -> None:
@@ -120,12 +121,12 @@ def test_factors_on_packed_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(reason)
     factors = random_factors(plain)
     twin = adapted(packed, factors)
-    torch.testing.assert_close(twin(IDX)[0], adapted(plain, factors)(IDX)[0], rtol=0, atol=1e-5)
+    assert_close_relative(twin(IDX)[0], adapted(plain, factors)(IDX)[0], MODEL_TOLERANCE)
     assert twin.head.packed is packed.head.packed
     parts = {"blocks.0.att.value.weight": torch.randn_like(plain.blocks[0].att.value.weight)}
     found, expected = adapted(packed, factors, parts)(IDX)[0], adapted(plain, factors, parts)(IDX)[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed(IDX)[0], plain(IDX)[0], rtol=0, atol=1e-5)  # stays as it was
+    assert_close_relative(found, expected, MODEL_TOLERANCE)
+    assert_close_relative(packed(IDX)[0], plain(IDX)[0], MODEL_TOLERANCE)  # stays as it was
 
 
 def test_only_the_factors_learn() -> None:
@@ -143,7 +144,10 @@ def test_merging_rounds_once() -> None:
     exact = weight.bfloat16().double() + 0.5 * factors.up.double() @ factors.down.double()
     merged = merged_weight(weight.bfloat16(), factors)
     assert merged.dtype == torch.bfloat16
-    torch.testing.assert_close(merged.double(), exact, rtol=2**-8, atol=1e-6)
+    # One rounding of each number to bfloat16, after float32 sums of numbers below 8.
+    torch.testing.assert_close(
+        merged.double(), exact, rtol=UNIT_ROUNDOFF[torch.bfloat16], atol=8 * UNIT_ROUNDOFF[torch.float32]
+    )
 
 
 def test_targets_have_short_names() -> None:

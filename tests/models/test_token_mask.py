@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from test_models import CONFIGS, assert_same_state, every_family, model_of, tokens
 
 from fledge.core.errors import UsageError
@@ -35,11 +36,11 @@ def test_a_document_sees_nothing_of_the_one_before(name: str) -> None:
     other, pieces = trainable(name), idx.split(LENGTHS, dim=1)
     alone, states = zip(*(other(piece, zero_state(other.config, 2)) for piece in pieces), strict=True)
     torch.cat(alone, 1).square().mean().backward()
-    torch.testing.assert_close(logits, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
+    assert_close_relative(logits, torch.cat(alone, 1), MODEL_TOLERANCE, "logits")
     assert_same_state(after, states[-1])
     for key, parameter in other.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(together[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
+            assert_close_relative(together[key], parameter.grad, MODEL_TOLERANCE, key)
 
 
 @every_family
@@ -51,7 +52,7 @@ def test_a_border_at_the_first_token_forgets_the_given_state(name: str) -> None:
     logits, after = model(idx, given, fresh=fresh)
     carried, carried_after = model(idx[:1], given.rows(0))
     begun, begun_after = model(idx[1:], zero_state(model.config, 1))
-    torch.testing.assert_close(logits, torch.cat((carried, begun)), rtol=1e-5, atol=1e-5)
+    assert_close_relative(logits, torch.cat((carried, begun)), MODEL_TOLERANCE, "logits")
     assert_same_state(after.rows(0), carried_after)
     assert_same_state(after.rows(1), begun_after)
 

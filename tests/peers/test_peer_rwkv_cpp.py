@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close_relative
 
 from fledge.checkpoint import assemble, load
 
@@ -15,7 +16,9 @@ pytestmark = pytest.mark.peer
 
 PROMPT = [34, 105, 110]  # bytes, the model's vocabulary
 GROUP_NORM_EPS = 1e-5  # rwkv.cpp's for RWKV-5, where official checkpoints need 64e-5
-TOLERANCE = 1e-4
+# The stored logits are float32 as well. On each side rounding is bounded by 3.7e-4 for 12 layers and sums of 256 terms
+# (see closeness.py). The largest difference measured is 5.3e-7 of the largest logit.
+TOLERANCE = 5e-6
 
 
 @pytest.mark.parametrize("pieces", [[3], [1, 1, 1], [2, 1]], ids=str)
@@ -31,4 +34,4 @@ def test_trained_model_gives_the_expected_logits(shared: Path, pieces: list[int]
         with torch.no_grad():
             logits, state = model(piece, state)
     assert expected.shape == (256,)
-    torch.testing.assert_close(logits[0, -1], expected, rtol=0, atol=TOLERANCE)
+    assert_close_relative(logits[0, -1], expected, TOLERANCE, "logits")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close_relative, relative_error
 from random_checkpoints import random_checkpoint
 from test_peer_rwkv import MODES, TOLERANCE, ask_rwkv, check_agreement, pieces_of, pytestmark  # noqa: F401 - the mark
 
@@ -62,7 +63,8 @@ def test_the_package_gives_our_logits(tuned: Path, mode: str, way: str) -> None:
         with torch.no_grad():
             out, state = llm.model(torch.tensor([piece]), state)
         logits.append(out[0])
-    torch.testing.assert_close(torch.cat(logits), answers[mode]["logits"], rtol=0, atol=TOLERANCE)
+    # Each program is within TOLERANCE of float64, so the two are within twice that of each other.
+    assert_close_relative(torch.cat(logits), answers[mode]["logits"], 2 * TOLERANCE, "logits")
     check_agreement(tuned / "together.pth", pieces_of(mode, VOCAB), answers[mode])
 
 
@@ -73,4 +75,4 @@ def test_a_state_that_is_not_turned_gives_other_logits(tuned: Path) -> None:
     wrong = {**llm.initial_state.tensors(), "wkv": llm.initial_state.tensors()["wkv"].transpose(-1, -2).contiguous()}
     with torch.no_grad():
         out, _ = llm.model(torch.tensor([pieces_of("sequence", VOCAB)[0]]), type(llm.initial_state)(**wrong))
-    assert (out[0] - theirs).abs().max() > 100 * TOLERANCE
+    assert relative_error(out[0], theirs) > 1000 * TOLERANCE

@@ -19,8 +19,8 @@ every_instruction_set = pytest.mark.parametrize("instruction_set", INSTRUCTION_S
 @contextmanager
 def forced(instruction_set: str) -> Iterator[None]:
     """Run the block with one instruction set."""
-    native_ops.choose(instruction_set)
+    native_ops.choose_instruction_set(instruction_set)
     try:
         yield
     finally:
-        native_ops.choose()
+        native_ops.choose_instruction_set()

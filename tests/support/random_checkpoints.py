@@ -96,7 +96,7 @@ def random_checkpoint(  # noqa: PLR0913 - one argument for each size that a chec
 
 
 def _projections(draw: _Draw, width: int, *names: str) -> dict[str, Tensor]:
-    """Weights of the time mix; half-size keys hold the sums in a wkv state near 10, so that 1e-5 is many roundings."""
+    """Weights of the time mix. Keys have half the scale, so that the sums in a wkv state stay near 10."""
     return {f"{name}.weight": draw.matrix(width, width, gain=0.5 if name == "key" else 1.0) for name in names}
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge.core.errors import UsageError
-from fledge.tokenizer import TEMPLATES, load_world, pieces, render, template_named
+from fledge.tokenizer import TEMPLATES, load_world, render, render_segments, template_named
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_templates_cannot_be_changed() -> None:
 
 def test_pieces_are_the_text_cut_as_a_chat_reads_it() -> None:
     messages = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!\n\n there"), ("user", "Why?")]
-    assert pieces(messages) == [
+    assert render_segments(messages) == [
         "System: Be brief.\n\n",
         "User: Hi\n\nAssistant:",
         " Hello!\n there",
         "\n\n",
         "User: Why?\n\nAssistant:",
     ]
-    assert pieces(messages[:3]) == ["System: Be brief.\n\n", "User: Hi\n\nAssistant:", " Hello!\n there"]
-    assert pieces([("user", "a"), ("user", "b")]) == ["User: a\n\n", "User: b\n\nAssistant:"]
-    assert pieces([("assistant", "")]) == ["Assistant:"]
-    assert pieces([("user", "a"), ("input", ""), ("assistant", "b"), ("assistant", "c")], "instruct") == [
+    assert render_segments(messages[:3]) == ["System: Be brief.\n\n", "User: Hi\n\nAssistant:", " Hello!\n there"]
+    assert render_segments([("user", "a"), ("user", "b")]) == ["User: a\n\n", "User: b\n\nAssistant:"]
+    assert render_segments([("assistant", "")]) == ["Assistant:"]
+    assert render_segments([("user", "a"), ("input", ""), ("assistant", "b"), ("assistant", "c")], "instruct") == [
         "Instruction: a\n\nResponse:",
         " b",
         "\n\n",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from test_training import TEXT
 
 from fledge.data.windows import Windows
@@ -41,7 +42,7 @@ def loss_and_gradients(family: str, length: int, *, compile: bool) -> tuple[floa
 def test_compiled_blocks_give_the_same_loss_and_gradients(family: str, length: int) -> None:
     compiled, ours = loss_and_gradients(family, length, compile=True)
     loss, expected = loss_and_gradients(family, length, compile=False)
-    assert compiled == pytest.approx(loss, rel=1e-5)
+    assert compiled == pytest.approx(loss, rel=MODEL_TOLERANCE)
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert_close_relative(ours[name], gradient, MODEL_TOLERANCE, name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from processes import finish, lines, weights
 
 from fledge.core.errors import ConfigError
@@ -30,9 +31,11 @@ def assert_same_run(folder: Path, other: Path) -> None:
     ours, theirs = lines(folder), lines(other)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for line, expected in zip(ours, theirs, strict=True):
-        assert line == pytest.approx(expected, rel=1e-6)
+        assert line == pytest.approx(expected, rel=MODEL_TOLERANCE)
     for name, tensor in weights(other).items():
-        torch.testing.assert_close(weights(folder)[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        # Adam divides a gradient by its own size, so it magnifies the rounding of gradients near zero. 3e-6 was
+        # measured.
+        assert_close_relative(weights(folder)[name], tensor, 5e-5, name)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from random_checkpoints import random_checkpoint
 from torch import Tensor
 
@@ -117,7 +118,8 @@ def test_the_older_versions_are_tuned_too(data: Path, tmp_path: Path, version: s
     found = torch.tensor([score.logprob for score in llm.logprobs(example[1:], context=example[:1])])
     with torch.no_grad():
         logits = run.model(torch.tensor([example[:-1]]))[0][0].log_softmax(-1)
-    torch.testing.assert_close(found, logits.gather(1, torch.tensor(example[1:])[:, None])[:, 0], rtol=0, atol=1e-4)
+    wanted = logits.gather(1, torch.tensor(example[1:])[:, None])[:, 0]
+    assert_close_relative(found, wanted, MODEL_TOLERANCE, "logprobs")
 
 
 @every_mode
@@ -137,7 +139,7 @@ def test_the_result_is_used_as_it_was_trained(base: Path, data: Path, tmp_path: 
         logits, _ = run.model(torch.tensor([example[:-1]]))
     wanted = logits[0].log_softmax(-1).gather(1, torch.tensor(example[1:])[:, None])[:, 0]
     # A full checkpoint is rounded to the base's bfloat16.
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.15 if mode == "full" else 1e-4)
+    assert_close_relative(found, wanted, 2e-2 if mode == "full" else MODEL_TOLERANCE, "logprobs")
 
 
 def test_the_files_say_where_they_come_from(base: Path, data: Path, tmp_path: Path) -> None:
@@ -287,7 +289,9 @@ def test_validation_is_the_mean_over_all_that_counts(base: Path, data: Path, tmp
             wanted = torch.from_numpy(example.ids[1:].astype(np.int64))
             each = torch.nn.functional.cross_entropy(logits[0], wanted, reduction="none")
             losses.append(each[torch.from_numpy(example.counted[1:])])
-    assert mean_loss(run.model, run.examples.items, 3) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    assert mean_loss(run.model, run.examples.items, 3) == pytest.approx(
+        float(torch.cat(losses).mean()), rel=MODEL_TOLERANCE
+    )
     _, lines = trained(run, tmp_path / "run")
     assert "validation_loss" in lines[-1]
     assert len(ExampleBatches(run.examples.items, 2, 0)[0].idx) == 2

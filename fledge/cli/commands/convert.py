@@ -1,4 +1,4 @@
-"""`fledge convert`: a checkpoint in another format, with no value changed but where a type is asked for."""
+"""`fledge convert`: write a checkpoint in another format. Values change only if `--type` asks for another type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fledge.cli.terminal import SlowBar, note, visible
+from fledge.cli.terminal import SlowBar, escape_controls, print_note
 
 app = typer.Typer(name="convert", add_completion=False)
 
@@ -24,19 +24,19 @@ def convert(
         str | None,
         typer.Option(
             "--type",
-            help="Of the matrices: f32, f16 or bf16; in a gguf also q8_0, q4_0, q4_1, q5_0, q5_1. (default: as is)",
+            help="Matrix type: f32, f16, bf16; gguf also q8_0, q4_0, q4_1, q5_0, q5_1. (default: unchanged)",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
 ) -> None:
     """Write a checkpoint in another format.
 
-    The values and their dtypes stay as they are, unless --type asks for another.
+    Values and dtypes do not change, unless --type asks for another type.
     """
     with SlowBar(f"converting {source}"):
         from fledge import checkpoint
 
-        done = checkpoint.convert(source, target, to=to, matrix_type=matrix_type, force=force)
-    print(visible(f"{done.target}: {done.format}, {done.nbytes:,} bytes"))
-    for sentence in done.notes:
-        note(f"note: {sentence}")
+        report = checkpoint.convert(source, target, to=to, matrix_type=matrix_type, force=force)
+    print(escape_controls(f"{report.target}: {report.format}, {report.nbytes:,} bytes"))
+    for note in report.notes:
+        print_note(f"note: {note}")

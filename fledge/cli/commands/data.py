@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fledge.cli.measuring import command_line
-from fledge.cli.terminal import SlowBar, note, print_heading, print_rows, write
+from fledge.cli.command_line import command_line
+from fledge.cli.terminal import SlowBar, print_heading, print_note, print_rows, write
 
 if TYPE_CHECKING:
     from fledge.data.store import TokenStore
@@ -60,9 +60,9 @@ def build(
     seconds = clock.stop()
     read = sum(one["bytes"] for one in store.manifest["inputs"])
     if clock.worked:
-        note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
+        print_note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
     else:
-        note("the store was finished before, and is as it was")
+        print_note("the store was finished before, and is as it was")
     if record is not None:
         clock.write(record, store, workers)
     _show(store, to)
@@ -150,8 +150,8 @@ class _Clock:
     def write(self, path: Path, store: TokenStore, workers: int | None) -> None:
         """Everything, as JSON."""
         used = _resources()  # before what follows needs some of its own
-        from fledge.bench.environment import machine_facts
         from fledge.core.files import write_json
+        from fledge.core.machine import machine_facts
 
         size = sum(one["bytes"] for one in store.manifest["inputs"])
         seconds = self._changed - self._began
@@ -176,13 +176,13 @@ def _resources() -> dict[str, Any]:
         import resource
     except ImportError:
         return {}
-    from fledge.bench.harness import PEAK_UNIT
+    from fledge.core.machine import MAXRSS_UNIT
 
     whose = {"main": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
     found = {name: resource.getrusage(who) for name, who in whose.items()}
     return {
         "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in found.values()), 2),
-        "peak_bytes": {name: one.ru_maxrss * PEAK_UNIT for name, one in found.items()},
+        "peak_bytes": {name: one.ru_maxrss * MAXRSS_UNIT for name, one in found.items()},
     }
 
 

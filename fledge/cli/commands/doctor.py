@@ -1,4 +1,4 @@
-"""`fledge doctor`: what is installed, what runs where and why, and whether it computes right. Exit code 1 if not."""
+"""`fledge doctor`: what is installed, which kernels run, and whether they are correct. The exit code is 1 if not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from fledge.cli.terminal import SlowBar, print_heading, print_rows
 
 if TYPE_CHECKING:
-    from fledge.bench.diagnosis import Diagnosis
-    from fledge.bench.selfcheck import Check
+    from fledge.diagnostics.diagnosis import Diagnosis
+    from fledge.diagnostics.selfcheck import KernelCheck
 
 app = typer.Typer(name="doctor", add_completion=False)
 
@@ -21,54 +21,54 @@ app = typer.Typer(name="doctor", add_completion=False)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check this installation, and that it computes right.
+    """Check this installation and the results of its kernels.
 
-    Shows versions, kernels with a self-check, the bundled model and optional parts. The exit code is 1 if anything is
-    wrong.
+    Prints versions, kernels with a self-check, the bundled model and the optional parts. The exit code is 1 if a check
+    fails.
     """
     with SlowBar("checking"):
-        from fledge.bench.diagnosis import diagnose
+        from fledge.diagnostics.diagnosis import diagnose
 
-        found = diagnose()
+        diagnosis = diagnose()
     if as_json:
-        print(json.dumps(record(found)))
+        print(json.dumps(diagnosis_record(diagnosis)))
     else:
-        _show(found)
-    if not found.healthy:
+        _print_sections(diagnosis)
+    if not diagnosis.healthy:
         raise typer.Exit(1)
 
 
-def record(found: Diagnosis) -> dict[str, Any]:
-    """What `--json` prints."""
-    # JSON has no nan and no infinity: an error that is not finite becomes null.
+def diagnosis_record(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return the object that `--json` prints."""
+    # JSON has no NaN and no infinity: an error that is not finite becomes null.
     checks = [
         {key: None if value != value or value == float("inf") else value for key, value in asdict(check).items()}
         | {"passed": check.passed}
-        for check in found.checks
+        for check in diagnosis.checks
     ]
     return {
-        "healthy": found.healthy,
-        "machine": found.machine,
-        "threads": found.threads,
-        "kernels": [asdict(choice) for choice in found.kernels],
+        "healthy": diagnosis.healthy,
+        "machine": diagnosis.machine,
+        "threads": diagnosis.threads,
+        "kernels": [asdict(choice) for choice in diagnosis.kernels],
         "checks": checks,
         "bundled_model": {
-            "path": str(found.bundled.path),
-            "sha256": found.bundled.sha256,
-            "problem": found.bundled.problem or None,
+            "path": str(diagnosis.bundled.path),
+            "sha256": diagnosis.bundled.sha256,
+            "problem": diagnosis.bundled.problem or None,
         },
-        "extras": {extra.name: not extra.missing for extra in found.extras},
+        "extras": {extra.name: not extra.missing for extra in diagnosis.extras},
     }
 
 
-def _show(found: Diagnosis) -> None:
-    bundled = found.bundled
+def _print_sections(diagnosis: Diagnosis) -> None:
+    bundled = diagnosis.bundled
     sections: list[tuple[str, list[tuple[str, ...]]]] = [
-        ("This installation", list(found.facts())),
-        ("Kernels", [(c.kernel, c.situation, c.backend, c.reason) for c in found.kernels]),
+        ("This installation", list(diagnosis.facts())),
+        ("Kernels", [(c.kernel, c.situation, c.backend, c.reason) for c in diagnosis.kernels]),
         (
-            "Self-check: largest error of results and of gradients, against the reference in float64",
-            [(c.kernel, c.backend, c.device, f"{c.error:.1e}", _gradient(c), _verdict(c)) for c in found.checks],
+            "Self-check: largest error of results and of gradients, compared with the reference in float64",
+            [(c.kernel, c.backend, c.device, f"{c.error:.1e}", _gradient(c), _verdict(c)) for c in diagnosis.checks],
         ),
         (
             "Bundled model",
@@ -81,8 +81,8 @@ def _show(found: Diagnosis) -> None:
         (
             "Optional parts",
             [
-                (extra.name, "not installed" if extra.missing else "installed", extra.brings, extra.command)
-                for extra in found.extras
+                (extra.name, "not installed" if extra.missing else "installed", extra.purpose, extra.command)
+                for extra in diagnosis.extras
             ],
         ),
     ]
@@ -90,12 +90,12 @@ def _show(found: Diagnosis) -> None:
         print_heading(title)
         print_rows(rows, indent=2)
         print()
-    print("All is well." if found.healthy else "Something is wrong; see above.")
+    print("All checks passed." if diagnosis.healthy else "A check failed; see above.")
 
 
-def _gradient(check: Check) -> str:
+def _gradient(check: KernelCheck) -> str:
     return f"{check.gradient_error:.1e}" if check.gradient_error else "no gradient"
 
 
-def _verdict(check: Check) -> str:
+def _verdict(check: KernelCheck) -> str:
     return "ok" if check.passed else check.problem or "wrong"

@@ -1,4 +1,4 @@
-"""`fledge quantize`: a checkpoint with its matrices in int8 or int4, and what that did to it."""
+"""`fledge quantize`: write a checkpoint with int8 or int4 matrices, and report the errors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fledge.cli.terminal import SlowBar, print_rows, visible
+from fledge.cli.terminal import SlowBar, escape_controls, print_rows
 
 if TYPE_CHECKING:
     from fledge.checkpoint.quantization.quantizer import QuantizationReport
     from fledge.checkpoint.quantization.sensitivity import MatrixImportance
 
-WORST = 3
-"""Matrices with the largest errors that the summary names."""
+MAX_ERRORS_SHOWN = 3
+"""Number of matrices with the largest errors in the summary."""
 
 app = typer.Typer(name="quantize", add_completion=False)
 
@@ -24,19 +24,22 @@ app = typer.Typer(name="quantize", add_completion=False)
 def quantize(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint (file or folder) or a hub name.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
-    to: Annotated[str, typer.Option(metavar="SCHEME", help="int8, int4, or mixed: int4 with the best part in int8.")],
+    to: Annotated[
+        str, typer.Option(metavar="SCHEME", help="int8, int4, or mixed (int4 with sensitive matrices in int8).")
+    ],
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="TEXT", help="Round so that this text is predicted well: plain, or JSON lines."),
+        typer.Option(metavar="TEXT", help="Choose the rounding for this text: plain text or JSON lines."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="TEXT", help="Then measure what was lost, on this text; not the same one.")
+        Path | None,
+        typer.Option(metavar="TEXT", help="Then measure the quality on this text (not that of --calibrate)."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
 ) -> None:
     """Write a checkpoint with its matrices in 8 or 4 bits, for the CPU.
 
-    The embedding and everything small stays as it is. The result is a .safetensors that every command takes.
+    The embedding and small tensors do not change. The result is a .safetensors file that every command accepts.
     """
     with SlowBar("reading the checkpoint") as bar:
         from fledge.checkpoint.quantization.quantizer import check_request, quantize
@@ -46,57 +49,57 @@ def quantize(
         if report is not None:
             _check_text(report)
         path = str(locate_checkpoint(source))
-        importance = None if calibrate is None else _importance(path, calibrate, bar)
-        done = quantize(
+        importance = None if calibrate is None else _measure_importance(path, calibrate, bar)
+        quantization = quantize(
             path,
             target,
             to,
             importance=importance,
             force=force,
-            report=lambda name, at, total: bar.step(f"rounding {visible(name)}", at, total),
+            report=lambda name, done, total: bar.step(f"rounding {escape_controls(name)}", done, total),
         )
-    print_rows(rows(done))
+    print_rows(report_rows(quantization))
     if report is not None:
-        _report(source, target, report)
+        _print_quality(source, target, report)
 
 
-def rows(done: QuantizationReport) -> list[tuple[str, str]]:
-    """Label and text of each fact about what was written."""
-    counts = Counter(done.formats.values())
-    before, after = done.nbytes_before, done.nbytes
-    worst = sorted(done.errors, key=lambda name: -done.errors[name])[:WORST]
-    of = "outputs" if done.calibrated else "weights"
+def report_rows(report: QuantizationReport) -> list[tuple[str, str]]:
+    """Label and text of each fact about the written file."""
+    counts = Counter(report.formats.values())
+    before, after = report.nbytes_before, report.nbytes
+    worst = sorted(report.errors, key=lambda name: -report.errors[name])[:MAX_ERRORS_SHOWN]
+    of = "outputs" if report.calibrated else "weights"
     return [
-        ("file", str(done.target)),
+        ("file", str(report.target)),
         ("size", f"{after:,} bytes, {after / before:.0%} of {before:,}"),
         ("matrices", ", ".join(f"{count} in {name}" for name, count in counts.most_common())),
-        ("bits", f"{done.bits_per_weight:.2f} a weight of these matrices"),
+        ("bits", f"{report.bits_per_weight:.2f} per weight of these matrices"),
         *(
-            (f"error of {of}" if not at else "", f"{done.errors[name]:.2%} {name} ({done.formats[name]})")
-            for at, name in enumerate(worst)
+            (f"error of {of}" if not index else "", f"{report.errors[name]:.2%} {name} ({report.formats[name]})")
+            for index, name in enumerate(worst)
         ),
     ]
 
 
 def _check_text(path: Path) -> None:
-    """Fail before the work, not after it."""
+    """Read the text once, so that an error in it is reported before the work and not after it."""
     from fledge.data.texts import read_texts
 
     for _ in read_texts(path):
         pass
 
 
-def _importance(source: str, text: Path, bar: SlowBar) -> dict[str, MatrixImportance]:
+def _measure_importance(source: str, text: Path, bar: SlowBar) -> dict[str, MatrixImportance]:
     from fledge.checkpoint.quantization.calibration import calibrate
     from fledge.data.texts import read_texts
 
     texts = [document.text for document in read_texts(text)]
-    return calibrate(source, texts, report=lambda at, total: bar.step("calibrating", at, total))
+    return calibrate(source, texts, report=lambda done, total: bar.step("calibrating", done, total))
 
 
-def _report(source: str, target: Path, text: Path) -> None:
-    """The table of `fledge bench quality` for what was just written."""
-    from fledge.cli.bench_quality import measured, show
+def _print_quality(source: str, target: Path, text: Path) -> None:
+    """Print the table of `fledge bench quality` for the written file."""
+    from fledge.cli.bench.quality import print_quality, run_quality
 
     print()
-    show(measured(source, text, (str(target),)))
+    print_quality(run_quality(text, source, (str(target),)))

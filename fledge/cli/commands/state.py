@@ -1,4 +1,4 @@
-"""`fledge state`: what a model has read, as a file: made, looked at, gone on from, compared."""
+"""`fledge state`: save the state after a text, inspect it, continue from it, compare two states."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fledge.cli.commands.ask import show_answer, text_of, turn_ids
-from fledge.cli.commands.generate import first_piece, summary, take_rest
-from fledge.cli.input import text_or_stdin, without_final_newline
+from fledge.cli.commands.ask import encode_turn, print_answer, read_text
+from fledge.cli.commands.generate import finish_stream, next_piece, summarize
+from fledge.cli.input import read_text_or_stdin, strip_final_newline
 from fledge.cli.options import ModelOptions, SamplingOptions, spread
-from fledge.cli.terminal import SlowBar, print_rows, remark, visible
+from fledge.cli.terminal import SlowBar, escape_controls, print_rows, print_terminal_note
 from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="state", add_completion=False)
 
-StateFile = Annotated[Path, typer.Argument(metavar="STATE", help="A file that `fledge state save` wrote, or a server.")]
+StateFile = Annotated[Path, typer.Argument(metavar="STATE", help="A state file of `fledge state save` or of a server.")]
 
 
 @app.callback()
 def state() -> None:
-    """Keep what a model has read in a file, and go on from it."""
+    """Save the state of a model in a file, and continue from it."""
 
 
 @app.command()
@@ -37,35 +37,35 @@ def save(
     to: Annotated[Path, typer.Option("--to", metavar="STATE", help="The file to write.")],
     template: Annotated[
         str | None,
-        typer.Option(help="End it as a turn, for questions to follow: world, instruct or qa. (default: a plain text)"),
+        typer.Option(help="End the text as a turn of world, instruct or qa, for questions. (default: no)"),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="What to call it. (default: the name of the text's file)")] = None,
+    title: Annotated[str | None, typer.Option(help="The title in the metadata. (default: the file name)")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Read a text and write the state after it.
 
-    Ctrl-C keeps what has been read, in STATE.part; the same command goes on from there.
+    Ctrl-C keeps the part that has been read, in STATE.part; the same command continues from there.
     """
     if to.exists() and not force:
         raise UsageError(f"{to} exists; give another name, or --force to replace it")
-    data = text_of(text)
+    data = read_text(text)
     llm = model.load()
 
-    ids = llm.tokenizer.encode(data) if template is None else turn_ids(llm, data, template)
+    ids = llm.tokenizer.encode(data) if template is None else encode_turn(llm, data, template)
     title = ("" if text == "-" else Path(text).name) if title is None else title
-    with SlowBar(f"reading {visible(text)}", "tokens") as bar:
-        reading = llm.read_document(ids, to, template=template, title=title, progress=bar.update)
-    known = f", {len(ids) - reading.new_tokens:,} of them before" if reading.new_tokens < len(ids) else ""
-    print(visible(f"{to}: {len(ids):,} tokens read{known}, {to.stat().st_size:,} bytes"))
+    with SlowBar(f"reading {escape_controls(text)}", "tokens") as bar:
+        result = llm.read_document(ids, to, template=template, title=title, progress=bar.update)
+    earlier = f", {len(ids) - result.new_tokens:,} of them before" if result.new_tokens < len(ids) else ""
+    print(escape_controls(f"{to}: {len(ids):,} tokens read{earlier}, {to.stat().st_size:,} bytes"))
 
 
 @app.command()
 def info(file: StateFile) -> None:
-    """Tell what a state has read, and whose it is."""
+    """Show what a state has read, and the model that made it."""
     from fledge.engine.states.state_file import read_state
 
-    found, card = read_state(file)
-    print_rows(_rows(file, found, card))
+    loaded, metadata = read_state(file)
+    print_rows(_state_rows(file, loaded, metadata))
 
 
 @app.command()
@@ -75,75 +75,75 @@ def load(
     sampling: SamplingOptions,
     file: StateFile,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="What comes next. (default: standard input)")
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text that follows. (default: standard input)")
     ] = None,
 ) -> None:
-    """Go on from a state.
+    """Continue from a state.
 
-    After a plain text the prompt continues it, as in `fledge generate`; after a state with a template it is asked as a
-    question, as in `fledge chat`. Only the model that made the state takes it.
+    After a plain text, the prompt continues it, as in `fledge generate`. After a state with a template, the prompt is a
+    question, as in `fledge chat`. Only the model that made the state accepts it.
     """
     from fledge.engine.states.state_file import read_state
 
-    found, card = read_state(file)
-    data = text_or_stdin(prompt, "prompt", f'fledge state load {file} "What comes next"')
-    data = without_final_newline(data) if prompt is None else data
+    loaded, metadata = read_state(file)
+    data = read_text_or_stdin(prompt, "prompt", f'fledge state load {file} "What comes next"')
+    data = strip_final_newline(data) if prompt is None else data
     if not data:
-        raise UsageError("the prompt is empty; give at least one character to follow what the state has read")
+        raise UsageError("the prompt is empty; give at least one character to follow the text of the state")
     llm = model.load()
     with SlowBar("comparing the weights"):
-        card.check(llm.identity, llm.name)
-    if card.template is None:
-        _go_on(llm, found, data, sampling)
+        metadata.check(llm.identity, llm.name)
+    if metadata.template is None:
+        _continue_text(llm, loaded, data, sampling)
         return
     from fledge.engine.llm.chat import CHAT_PARAMS
 
-    chat = llm.chat(template=card.template, params=sampling.applied_to(CHAT_PARAMS), state=found)
-    show_answer(chat.say(data.decode("utf-8", "replace")))
+    chat = llm.chat(template=metadata.template, params=sampling.apply_to(CHAT_PARAMS), state=loaded)
+    print_answer(chat.say(data.decode("utf-8", "replace")))
 
 
 @app.command()
 def diff(
-    first: StateFile, second: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one of the same model.")]
+    first: StateFile, second: Annotated[Path, typer.Argument(metavar="OTHER", help="Another state of the same model.")]
 ) -> None:
-    """Tell how far two states of one model are apart, layer by layer.
+    """Show the distance between two states of one model, layer by layer.
 
-    0 where they are the same, 1 where one holds nothing. att_shift and ffn_shift are what is left of the last token,
-    memory is everything before it.
+    0 means equal, 1 means that one of them is empty. att_shift and ffn_shift contain the last token, memory contains
+    everything before it.
     """
     from fledge.engine.states.inspect import layer_distances
     from fledge.engine.states.state_file import read_state
 
-    (one, mine), (other, theirs) = read_state(first), read_state(second)
-    mine.check(theirs.identity, theirs.model)
-    found = layer_distances(one, other)
-    layers = zip(*found.values(), strict=True)
-    print_rows([(str(layer), *(f"{x:.4f}" for x in row)) for layer, row in enumerate(layers)], ("layer", *found))
+    (left, left_metadata), (right, right_metadata) = read_state(first), read_state(second)
+    left_metadata.check(right_metadata.identity, right_metadata.model)
+    distances = layer_distances(left, right)
+    layers = zip(*distances.values(), strict=True)
+    print_rows([(str(layer), *(f"{x:.4f}" for x in row)) for layer, row in enumerate(layers)], ("layer", *distances))
 
 
-def _go_on(llm: LLM, found: State, data: bytes, sampling: SamplingOptions) -> None:
+def _continue_text(llm: LLM, start: State, data: bytes, sampling: SamplingOptions) -> None:
     from fledge.engine import SamplingParams
 
     with SlowBar("reading the prompt", "tokens") as bar:
-        stream = llm.stream(data, state=found, params=sampling.applied_to(SamplingParams()), progress=bar.update)
-        first = first_piece(stream)
-    take_rest(stream, first, show=True)
-    done = stream.completion
-    remark(summary(done))
-    if done.finish_reason == "interrupted":
+        stream = llm.stream(data, state=start, params=sampling.apply_to(SamplingParams()), progress=bar.update)
+        first = next_piece(stream)
+    finish_stream(stream, first, show=True)
+    completion = stream.completion
+    print_terminal_note(summarize(completion))
+    if completion.finish_reason == "interrupted":
         raise KeyboardInterrupt
 
 
-def _rows(file: Path, found: State, card: StateMetadata) -> list[tuple[str, str]]:
-    shapes = ", ".join(f"{name} {' x '.join(map(str, tensor.shape))}" for name, tensor in found.tensors().items())
+def _state_rows(file: Path, loaded: State, metadata: StateMetadata) -> list[tuple[str, str]]:
+    shapes = ", ".join(f"{name} {' x '.join(map(str, tensor.shape))}" for name, tensor in loaded.tensors().items())
     return [
         ("file", str(file)),
-        ("title", card.title or "none"),
-        ("read", f"{card.tokens:,} tokens"),
-        ("template", card.template or "none: a plain text"),
-        ("model", f"{card.model}{f': {card.family}' if card.family else ''}"),
-        ("weights", card.identity),
-        ("made", card.created),
-        ("holds", f"{type(found).__name__}: {shapes}, float32"),
-        ("bytes", f"{found.nbytes:,}"),
+        ("title", metadata.title or "none"),
+        ("read", f"{metadata.tokens:,} tokens"),
+        ("template", metadata.template or "none: a plain text"),
+        ("model", f"{metadata.model}{f': {metadata.family}' if metadata.family else ''}"),
+        ("weights", metadata.identity),
+        ("created", metadata.created),
+        ("tensors", f"{type(loaded).__name__}: {shapes}, float32"),
+        ("bytes", f"{loaded.nbytes:,}"),
     ]

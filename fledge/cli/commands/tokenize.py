@@ -1,4 +1,4 @@
-"""`fledge tokenize`: text to token ids and back. Starts without torch, unless a model's own vocabulary is asked for."""
+"""`fledge tokenize`: text to token ids and back. It imports torch only for the vocabulary of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fledge.cli.input import text_or_stdin
-from fledge.cli.terminal import remark, visible
+from fledge.cli.input import read_text_or_stdin
+from fledge.cli.terminal import escape_controls, print_terminal_note
 from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,33 +25,33 @@ def tokenize(
     text: Annotated[
         list[str] | None, typer.Argument(metavar="[TEXT]", help="A text, or ids with --decode. (default: stdin)")
     ] = None,
-    decode: Annotated[bool, typer.Option("--decode", help="Take ids, print their text.")] = False,
-    count: Annotated[bool, typer.Option("--count", help="Print only how many tokens there are.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Read ids, print their text.")] = False,
+    count: Annotated[bool, typer.Option("--count", help="Print only the number of tokens.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Use this model's vocabulary. (default: World)")
     ] = None,
 ) -> None:
-    """Turn text into token ids, or ids into text.
+    """Convert text to token ids, or ids to text.
 
-    One line a token: its id and the text it stands for. Standard input is taken as bytes, exactly as they are, a final
-    line end included.
+    Prints one line for each token: its id and its text. Standard input is read as exact bytes, including a final line
+    break.
     """
     if decode:
         if count:
-            raise UsageError("--count and --decode do not go together; the number of ids is known")
-        _decode(_ids(text), _tokenizer(model), as_json)
+            raise UsageError("--count and --decode cannot be combined; the number of ids is already known")
+        _print_decoded(_read_ids(text), _load_tokenizer(model), as_json)
         return
     if text is not None and len(text) > 1:
         raise UsageError(f"there are {len(text)} texts; put quotes around one text, or add --decode for ids")
-    data = text_or_stdin(text[0] if text else None, "text", 'fledge tokenize "Hello, world"')
-    tokenizer = _tokenizer(model)
+    data = read_text_or_stdin(text[0] if text else None, "text", 'fledge tokenize "Hello, world"')
+    tokenizer = _load_tokenizer(model)
     if count:
         print(tokenizer.count(data))
         return
     ids = tokenizer.encode(data)
-    piece_of = {token: tokenizer.decode_bytes([token]) for token in set(ids)}
-    pieces = [piece_of[token] for token in ids]
+    token_bytes = {token: tokenizer.decode_bytes([token]) for token in set(ids)}
+    pieces = [token_bytes[token] for token in ids]
     if as_json:
         print(
             json.dumps(
@@ -61,21 +61,21 @@ def tokenize(
         return
     width = len(str(tokenizer.vocab_size))
     sys.stdout.write(
-        "".join(f"{token:>{width}}  {piece_text(piece)}\n" for token, piece in zip(ids, pieces, strict=True))
+        "".join(f"{token:>{width}}  {format_piece(piece)}\n" for token, piece in zip(ids, pieces, strict=True))
     )
     if ids:
-        remark(f"{len(ids):,} tokens, {len(data):,} bytes, {len(data) / len(ids):.2f} bytes a token")
+        print_terminal_note(f"{len(ids):,} tokens, {len(data):,} bytes, {len(data) / len(ids):.2f} bytes per token")
 
 
-def piece_text(piece: bytes) -> str:
-    """A token as Python would write it: text in quotes, or b'...' where the bytes alone are no text."""
+def format_piece(piece: bytes) -> str:
+    """A token in Python's notation: text in quotes, or b'...' if the bytes alone are not valid text."""
     try:
         return repr(piece.decode("utf-8"))
     except UnicodeDecodeError:
         return repr(piece)
 
 
-def _tokenizer(model: str | None) -> Tokenizer:
+def _load_tokenizer(model: str | None) -> Tokenizer:
     if model is None:
         from fledge.tokenizer import load_world
 
@@ -84,27 +84,27 @@ def _tokenizer(model: str | None) -> Tokenizer:
     from fledge.engine.llm.loading import locate_checkpoint
 
     path = locate_checkpoint(model)
-    found = inspect(path)
-    return load_tokenizer(found.tokenizer_spec, found.config.vocab_size, str(path))
+    info = inspect(path)
+    return load_tokenizer(info.tokenizer_spec, info.config.vocab_size, str(path))
 
 
-def _ids(words: Sequence[str] | None) -> list[int]:
-    """Ids from the arguments, or from standard input; spaces, commas and brackets may stand around them."""
+def _read_ids(words: Sequence[str] | None) -> list[int]:
+    """Ids from the arguments, or from standard input; separated by spaces, commas or brackets."""
     joined = " ".join(words) if words else None
-    text = text_or_stdin(joined, "id", "fledge tokenize --decode 33155 45").decode("utf-8", errors="replace")
-    found = re.findall(r"[^\s,\[\]]+", text)
-    for word in found:
-        if not re.fullmatch(r"[0-9]{1,18}", word):
-            raise UsageError(f"{word!r:.40} is not a token id; ids are whole numbers from 0 up")
-    return [int(word) for word in found]
+    text = read_text_or_stdin(joined, "id", "fledge tokenize --decode 33155 45").decode("utf-8", errors="replace")
+    numbers = re.findall(r"[^\s,\[\]]+", text)
+    for number in numbers:
+        if not re.fullmatch(r"[0-9]{1,18}", number):
+            raise UsageError(f"{number!r:.40} is not a token id; ids are whole numbers from 0 up")
+    return [int(number) for number in numbers]
 
 
-def _decode(ids: list[int], tokenizer: Tokenizer, as_json: bool) -> None:
-    """The exact bytes, unless a person reads them."""
+def _print_decoded(ids: list[int], tokenizer: Tokenizer, as_json: bool) -> None:
+    """Print the exact bytes, or readable text on a terminal."""
     if as_json:
         print(json.dumps({"ids": ids, "text": tokenizer.decode(ids)}, ensure_ascii=False))
     elif sys.stdout.isatty():
-        print(visible(tokenizer.decode(ids)))
+        print(escape_controls(tokenizer.decode(ids)))
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(tokenizer.decode_bytes(ids))

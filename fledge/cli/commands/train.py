@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.options import spread
-from fledge.cli.terminal import messages, note, print_rows, visible
+from fledge.cli.terminal import escape_controls, message_console, print_note, print_rows
 from fledge.cli.views.training import as_text
 from fledge.core.errors import UsageError
 
@@ -69,7 +69,7 @@ def train(
         result = run(chosen, options.data, options.to, report, start=start, team=team, device=options.device)
     if team.leads:
         _draw(options.to)
-        print(visible(str(result)))
+        print(escape_controls(str(result)))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -87,12 +87,12 @@ def _reports(recipe: Recipe, options: TrainOptions, leads: bool) -> Iterator[Cal
             yield lambda line: None
             return
         sinks: list[Callable[[Line], None]] = []
-        if messages().is_terminal:
+        if message_console().is_terminal:
             from fledge.cli.views.training import TrainView
 
             sinks.append(stack.enter_context(TrainView(recipe.steps)))
         else:
-            sinks.append(lambda line: note(as_text(line)))
+            sinks.append(lambda line: print_note(as_text(line)))
         if options.tensorboard:
             sinks.append(_tensorboard(options.to, stack))
 
@@ -124,6 +124,6 @@ def _draw(folder: Path) -> None:
     try:
         from fledge.train.plot import draw
     except ImportError:
-        note('note: `pip install "fledge[train]"` brings what draws the loss')
+        print_note('note: `pip install "fledge[train]"` brings what draws the loss')
         return
     draw(folder / "metrics.jsonl", folder / "loss.png")

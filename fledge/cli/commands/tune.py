@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.options import spread
-from fledge.cli.terminal import SlowBar, note, visible
+from fledge.cli.terminal import SlowBar, escape_controls, print_note
 from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -151,13 +151,13 @@ def merge(
         done = checkpoint.merge_to_file(
             locate_checkpoint(base), read_adapters(adapters, alpha, any_base), to, force=force
         )
-    print(visible(f"{done.target}: {done.nbytes:,} bytes"))
+    print(escape_controls(f"{done.target}: {done.nbytes:,} bytes"))
     print(
         f"verified: the adapter moves logits by up to {done.effect:.2g} of their spread, merging changed that by "
         f"{done.difference:.2g}"
     )
     for sentence in done.notes:
-        note(f"note: {sentence}")
+        print_note(f"note: {sentence}")
 
 
 @app.command()
@@ -178,6 +178,6 @@ def convert(
     (adapter,) = read_adapters([source], alpha, any_base=False)
     found = None if base is None else checkpoint.read(locate_checkpoint(base))
     notes = checkpoint.convert_adapter(adapter, target, base=found, force=force)
-    print(visible(f"{target}: {adapter.kind}, {target.stat().st_size:,} bytes"))
+    print(escape_controls(f"{target}: {adapter.kind}, {target.stat().st_size:,} bytes"))
     for sentence in notes:
-        note(f"note: {sentence}")
+        print_note(f"note: {sentence}")

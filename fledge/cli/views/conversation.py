@@ -1,7 +1,4 @@
-"""The loop of `fledge chat`: reads lines, carries out slash commands, shows answers as they come.
-
-Here: what is typed and what is shown. Not here: turns, states, branches (fledge.engine.Chat keeps those).
-"""
+"""The input loop of `fledge chat`: reads lines, runs slash commands, shows answers while they are generated."""
 
 from __future__ import annotations
 
@@ -9,27 +6,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from fledge.cli.terminal import note, remark, remark_end, write, write_answer
+from fledge.cli.terminal import print_answer_end, print_note, print_terminal_note, write, write_answer
 from fledge.core.errors import FledgeError, UsageError
 from fledge.engine import Chat, Stream
 
 HELP = """\
-/undo          take back the last question and its answer
+/undo          remove the last question and its answer
 /retry         answer the last question again, differently
-/branch NAME   go on in a new branch that begins here; without NAME, list the branches
-/switch NAME   go on in another branch
+/branch NAME   start a new branch here and switch to it; without NAME, list the branches
+/switch NAME   switch to another branch
 /history       show this branch
-/help          show this
-/quit          leave; so does Ctrl-D
-A line that ends in a backslash goes on in the next one. To say something that begins with a slash, type two.\
+/help          show this list
+/quit          end the conversation (also Ctrl-D)
+A line that ends with a backslash continues on the next line. To send a message that begins with a slash, type two.\
 """
 
 
 class ChatSession:
-    """One run of the command."""
+    """One conversation of `fledge chat`."""
 
     def __init__(self, chat: Chat, *, interactive: bool) -> None:
-        """`interactive`: a person types; errors and Ctrl-C then end what is going on, not the conversation."""
+        """interactive: input comes from a terminal. Errors and Ctrl-C then end the current action, not the chat."""
         self._chat = chat
         self._interactive = interactive
         self._answers = 0
@@ -43,7 +40,7 @@ class ChatSession:
         }
 
     def run(self) -> None:
-        """Until /quit or the end of the input. On a terminal no Ctrl-C ends it, whenever it is pressed."""
+        """Run until /quit or the end of the input. On a terminal, Ctrl-C never ends the conversation."""
         while True:
             try:
                 return self._converse()
@@ -51,24 +48,24 @@ class ChatSession:
                 if not self._interactive:
                     raise
                 write("\n")
-                note("Ctrl-D or /quit leaves")
+                print_note("Ctrl-D or /quit ends the conversation")
 
     def _converse(self) -> None:
         for line in self._lines():
             if line.strip() == "/quit":
                 return
             if line.strip():
-                self._take(line)
+                self._handle_line(line)
 
     def _lines(self) -> Iterator[str]:
-        """The lines, continued ones joined; ends with the input."""
+        """The input lines, with continued lines joined."""
         if self._interactive:
-            with suppress(ImportError):  # gives `input` its editing and history; not everywhere
+            with suppress(ImportError):  # adds line editing and history to `input`; not on every platform
                 import readline  # noqa: F401
         parts: list[str] = []
         while True:
             try:
-                line = self._line(continued=bool(parts))
+                line = self._read_line(is_continuation=bool(parts))
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -76,7 +73,7 @@ class ChatSession:
                     raise
                 parts = []
                 write("\n")
-                note("Ctrl-D or /quit leaves")
+                print_note("Ctrl-D or /quit ends the conversation")
                 continue
             parts.append(line.removesuffix("\\"))
             if not line.endswith("\\"):
@@ -87,87 +84,89 @@ class ChatSession:
         elif parts:
             yield "\n".join(parts)
 
-    def _line(self, *, continued: bool) -> str:
+    def _read_line(self, *, is_continuation: bool) -> str:
         if self._interactive:
             branch = "" if self._chat.current == "main" else self._chat.current
-            return input("... " if continued else f"{branch}> ")
+            return input("... " if is_continuation else f"{branch}> ")
         line = sys.stdin.buffer.readline()
         if not line:
             raise EOFError
-        # What is not UTF-8 is shown to the model as a person would see it; turns are text.
+        # A turn is text, so invalid UTF-8 is replaced as a terminal would show it.
         return line.decode("utf-8", errors="replace").rstrip("\r\n")
 
-    def _take(self, line: str) -> None:
+    def _handle_line(self, line: str) -> None:
         try:
             if line.startswith("//"):
-                self._show(self._chat.say(line[1:]))
+                self._show_answer(self._chat.say(line[1:]))
             elif line.startswith("/"):
-                self._command(line)
+                self._run_command(line)
             else:
-                self._show(self._chat.say(line))
+                self._show_answer(self._chat.say(line))
         except FledgeError as error:
             if not self._interactive:
                 raise
-            note(f"{error}")
+            print_note(f"{error}")
 
-    def _command(self, line: str) -> None:
+    def _run_command(self, line: str) -> None:
         name, _, rest = line[1:].strip().partition(" ")
         if name not in self._commands:
-            raise UsageError(f"there is no command /{name}; /help lists them")
+            raise UsageError(f"there is no command /{name}; /help lists the commands")
         self._commands[name](rest.strip())
 
-    def _show(self, stream: Stream) -> None:
-        """Write an answer as it comes. Ctrl-C ends it; what was shown stays said."""
+    def _show_answer(self, stream: Stream) -> None:
+        """Write an answer while it is generated. Ctrl-C ends it; the text shown so far becomes the answer."""
         if self._answers and not self._interactive:
             write("\n")
         self._answers += 1
         turns = len(self._chat.turns)
         try:
-            begun = write_answer(stream, "reading")
+            has_text = write_answer(stream, "reading")
         except KeyboardInterrupt:
-            with suppress(KeyboardInterrupt):  # pressed again: then the chat closes the answer when it goes on
+            with suppress(KeyboardInterrupt):  # pressed again: the chat then closes the answer at the next message
                 stream.close()
             write("\n")
             if not self._interactive:
                 raise
-            kept = len(self._chat.turns) > turns
-            remark("stopped; the answer ends here" if kept else "stopped while reading; this was not said")
+            is_kept = len(self._chat.turns) > turns
+            print_terminal_note(
+                "stopped; the answer ends here" if is_kept else "stopped while reading; the message was not added"
+            )
             return
         write("\n")
-        remark_end(begun, stream.completion.finish_reason)
+        print_answer_end(has_text, stream.completion.finish_reason)
         if self._interactive:
             write("\n")
 
     def _undo(self, _rest: str) -> None:
-        remark(f"took back: {self._chat.undo().user}")
+        print_terminal_note(f"removed: {self._chat.undo().user}")
 
     def _retry(self, _rest: str) -> None:
-        self._show(self._chat.retry())
+        self._show_answer(self._chat.retry())
 
     def _branch(self, name: str) -> None:
         if not name:
-            here = self._chat.current
-            note(
+            current = self._chat.current
+            print_note(
                 "branches: "
-                + ", ".join(f"{branch} (here)" if branch == here else branch for branch in self._chat.branches)
+                + ", ".join(f"{branch} (current)" if branch == current else branch for branch in self._chat.branches)
             )
             return
         self._chat.branch(name)
-        remark(f"in the new branch {name}")
+        print_terminal_note(f"now in the new branch {name}")
 
     def _switch(self, name: str) -> None:
         if not name:
             raise UsageError("/switch needs the name of a branch; /branch lists them")
         self._chat.switch(name)
-        remark(f"in branch {name}, turns so far: {len(self._chat.turns)}")
+        print_terminal_note(f"now in branch {name}, turns so far: {len(self._chat.turns)}")
 
     def _history(self, _rest: str) -> None:
         labels = self._chat.template.labels
         for role, text in self._chat.messages:
-            note(f"{labels[role]}: {text}")
+            print_note(f"{labels[role]}: {text}")
         if not self._chat.messages:
-            note("nothing has been said in this branch")
+            print_note("this branch has no messages")
 
     def _help(self, _rest: str) -> None:
         for line in HELP.splitlines():
-            note(line)
+            print_note(line)

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fledge.cli.terminal import messages
+from fledge.cli.terminal import message_console
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
@@ -24,7 +24,7 @@ class TrainView:
     def __init__(self, steps: int) -> None:
         self.steps, self.losses, self.latest = steps, list[float](), dict[str, float]()
         self.first: tuple[float, float] | None = None  # step and time of the first line
-        self.live = Live(self._draw(), console=messages(), refresh_per_second=2)
+        self.live = Live(self._draw(), console=message_console(), refresh_per_second=2)
 
     def __enter__(self) -> TrainView:
         self.live.start()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from fledge.cli.terminal import note, print_heading, print_rows, visible
+from fledge.cli.terminal import escape_controls, print_heading, print_note, print_rows
 from fledge.cli.views.training import as_text
 from fledge.data.examples import marked_text
 
@@ -108,7 +108,7 @@ def _show_example(example: Example, run: TuningRun) -> None:
     if sys.stdout.isatty():
         marked = Text()
         for text, counts in runs:
-            marked.append(visible(text), style="bold green" if counts else "dim")
+            marked.append(escape_controls(text), style="bold green" if counts else "dim")
         Console(highlight=False).print(marked, soft_wrap=True)
     else:
         print("".join(f"⟦{text}⟧" if counts else text for text, counts in runs))
@@ -121,13 +121,13 @@ def show_line(line: dict[str, float]) -> None:
 
 def show_result(done: TuningResult, base: str) -> None:
     """Where the result is and how to use it."""
-    print(visible(f"written: {', '.join(str(path) for path in (done.path, *done.others))}"))
+    print(escape_controls(f"written: {', '.join(str(path) for path in (done.path, *done.others))}"))
     if done.path.name == "model.safetensors":
-        print(visible(f"try it:  fledge chat --model {_quoted(done.path)}"))
+        print(escape_controls(f"try it:  fledge chat --model {_quoted(done.path)}"))
     else:
-        print(visible(f"try it:  fledge chat --model {_quoted(base)} --adapter {_quoted(done.path)}"))
+        print(escape_controls(f"try it:  fledge chat --model {_quoted(base)} --adapter {_quoted(done.path)}"))
     for path in done.others:
-        note(f"note: {path} is for the PyPI package rwkv and other RWKV programs")
+        print_note(f"note: {path} is for the PyPI package rwkv and other RWKV programs")
 
 
 def _quoted(path: str | Path) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from fledge.engine.detokenizer import Detokenizer, FinishReason
 from fledge.engine.engine import Engine
 from fledge.engine.generation import ModelOutput, ProgressCallback, advance_state
-from fledge.engine.llm.detokenizer import Detokenizer, FinishReason
 from fledge.engine.request import Request, TokenOutput
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.models.state import State

@@ -1,1 +1,5 @@
-"""Exact prefix caching: states after token prefixes, in memory and on disk."""
+"""Exact prefix caching: the states after prompt prefixes, in memory and on disk.
+
+`cache` decides what to keep, `radix_tree` holds the prefixes in memory, `disk_cache` and `disk_store` keep snapshots in
+files. Nothing here runs a model.
+"""

@@ -1,19 +1,18 @@
-"""The prefix cache: the states after prefixes of former prompts, so that a prompt is read from where it leaves them.
+"""`PrefixCache`: states after the prefixes of earlier prompts, so that the engine computes only the rest of a prompt.
 
-An RWKV state has one size however much it has read, so a snapshot is a value to be kept under the ids that led to it.
-For each prompt the engine asks, in this order: `find`, where to go on from; `places`, where to take snapshots on the
-way; `learn`, so that the next prompt sees how far it shares this one; then `put` for each place. Asked in another
-order, `places` would find the prompt in the tree already and miss where it leaves known ground.
+A recurrent state has a fixed size, so a snapshot is a value that is stored under the ids that led to it. For each
+prompt the engine calls, in this order: `match_prefix` (where to continue), `plan_snapshots` (where to take snapshots),
+`insert_prompt` (so that later prompts know how much they share with this one), then `put` for each snapshot. In another
+order `plan_snapshots` would find the prompt itself in the tree and miss the position where it diverges.
 
-Snapshots, paths and nodes together stay within `memory` bytes; what waits to be written is for the disk to bound. What
-goes first: a snapshot at a multiple of `every` that the same prompt has passed, so that one long prompt displaces
-little; then the least recently used, paths that were only learned among them. A hit refreshes what was hit and nothing
-before it: what lies behind is of use only to prompts that part there, and those refresh it themselves. What has to go
-moves to the disk, if there is one.
+Snapshots, paths and nodes together use at most `memory_bytes`. Eviction starts with snapshots at multiples of
+`snapshot_interval` that a longer snapshot of the same prompt has made redundant, so a long prompt displaces little.
+Then the least recently used snapshots and paths are evicted. A hit refreshes only the snapshot that it uses: shorter
+ones are useful only to prompts that diverge there, and those refresh them. Evicted snapshots move to the disk, if there
+is one.
 
-Spaces are separate trees: nothing of one is seen from another. Called from one thread; nothing raises because of a
-disk. A state is kept on the device it comes from, and comes back from the disk on the CPU. Not here: the tree
-(radix.py), the disk (snapshots.py), and any model.
+Namespaces are separate trees: a prompt never matches one of another namespace. The cache is used by one thread, and
+no method raises an error of the disk. A state stays on its device; from the disk it is loaded to the CPU.
 """
 
 from __future__ import annotations
@@ -31,35 +30,36 @@ from fledge.engine.prefix_cache.radix_tree import NODE_BYTES, TOKEN_BYTES, Radix
 from fledge.models.state import State
 
 MIN_GAIN = 16
-"""Tokens below which going on from a longer snapshot is not worth a file or a snapshot of its own: the few
-milliseconds and megabytes it takes compare with reading these tokens along with all the others."""
+"""A longer snapshot is loaded from a file, or taken, only if it saves this many tokens: the few milliseconds and
+megabytes
+that it costs are comparable to computing these tokens together with the others."""
 
 
 class PrefixMatch(NamedTuple):
-    """What is known of a prompt."""
+    """The longest usable prefix of a prompt."""
 
     length: int  # tokens that `state` has read; 0 on a miss
     state: State | None
-    logits: Tensor | None  # (V,) float32, of the token after, where they were kept
-    shared_length: int  # leading tokens that have been seen in another prompt
+    logits: Tensor | None  # (V,) float32, of the next token, if they were stored
+    shared_length: int  # leading tokens that an earlier prompt has too
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts since the beginning, and what is there now."""
+    """Counters since the cache was created, and its current content."""
 
     hits: int
     misses: int
     tokens_saved: int
     snapshots: int  # in memory
     bytes: int
-    disk_snapshots: int  # of all models in the folder, as the limit is on all
+    disk_snapshots: int  # of all models in the folder, because the limit applies to all
     disk_bytes: int
-    evictions: int  # snapshots that had to leave the memory
+    evictions: int  # snapshots evicted from memory
 
 
 class PrefixCache:
-    """Snapshots in memory and, where `disk` is given, on it. Whoever made `disk` closes it, after `flush`."""
+    """Snapshots in memory and, if `disk` is given, on disk. The caller closes `disk`, after `flush`."""
 
     def __init__(
         self,
@@ -69,26 +69,23 @@ class PrefixCache:
         snapshot_interval: int = 512,
         min_gain: int = MIN_GAIN,
     ) -> None:
-        """memory: bytes. every: tokens from one snapshot to the next where nothing else asks for one. gain: as GAIN."""
+        """snapshot_interval: tokens between regular snapshots of a prompt. min_gain: see MIN_GAIN."""
         assert memory_bytes >= 0 and snapshot_interval > 0 and min_gain > 0
-        self._memory_bytes, self._disk, self._snapshot_interval, self._min_gain = (
-            memory_bytes,
-            disk,
-            snapshot_interval,
-            min_gain,
-        )
+        self._memory_bytes, self._disk = memory_bytes, disk
+        self._snapshot_interval, self._min_gain = snapshot_interval, min_gain
         self._trees: dict[str, RadixTree[Snapshot]] = {}
-        # Every node with a snapshot, and every leaf without, is in one of these, with its space, the next to go first.
-        self._passed: OrderedDict[RadixNode[Snapshot], str] = OrderedDict()
+        # Every node with a snapshot, and every leaf without one, is in one of these, with its namespace, in the order
+        # of eviction. All redundant ones are evicted first.
+        self._redundant: OrderedDict[RadixNode[Snapshot], str] = OrderedDict()
         self._recent: OrderedDict[RadixNode[Snapshot], str] = OrderedDict()
         self._bytes = self._snapshots = 0
         self._hits = self._misses = self._tokens_saved = self._evictions = 0
 
     def match_prefix(self, namespace: str, ids: Sequence[int]) -> PrefixMatch:
-        """The longest snapshot that is a prefix of `ids`; all of them only with logits, as something must be read."""
+        """The longest snapshot that is a prefix of `ids`. A snapshot of all ids is used only if it has logits."""
         path = pack_ids(ids)
         nodes, shared = self._match(namespace, path)
-        node = next((node for node in reversed(nodes) if _usable(node, len(ids))), None)
+        node = next((node for node in reversed(nodes) if _is_usable(node, len(ids))), None)
         length, snapshot = (0, None) if node is None else (node.length, node.value)
         stored = None if self._disk is None else self._disk.find_longest(namespace, path, length + self._min_gain)
         if stored is not None:
@@ -106,25 +103,25 @@ class PrefixCache:
     def plan_snapshots(
         self, namespace: str, ids: Sequence[int], start: int, message_ends: Sequence[int]
     ) -> tuple[int, ...]:
-        """Where to take snapshots while reading `ids` on from `start`: rising, after `start`, none that is there.
+        """The lengths at which to take snapshots while computing `ids` from `start` on: ascending, only missing ones.
 
-        marks: places worth one for their own sake, ends of messages say. To them come the multiples of `every`, the
-        place where `ids` leave known ground, so that the next such prompt goes on from there, and the end.
+        These are the ends of messages, the multiples of `snapshot_interval`, the position where `ids` diverge from
+        earlier prompts, which the next such prompt can continue from, and the end.
         """
         path, end = pack_ids(ids), len(ids)
         nodes, shared = self._match(namespace, path)
-        wanted = {end, *message_ends, *range(0, end, self._snapshot_interval)}
+        positions = {end, *message_ends, *range(0, end, self._snapshot_interval)}
         if shared - start >= self._min_gain:
-            wanted.add(shared)
-        wanted = {place for place in wanted if start < place <= end}
-        there = {node.length for node in nodes if _usable(node, end)}
+            positions.add(shared)
+        positions = {position for position in positions if start < position <= end}
+        existing = {node.length for node in nodes if _is_usable(node, end)}
         if self._disk is not None:
-            on_disk = self._disk.find_lengths(namespace, path, wanted - there)
-            there.update(place for place, logits in on_disk.items() if place < end or logits)
-        return tuple(sorted(wanted - there))
+            on_disk = self._disk.find_lengths(namespace, path, positions - existing)
+            existing.update(position for position, has_logits in on_disk.items() if position < end or has_logits)
+        return tuple(sorted(positions - existing))
 
     def insert_prompt(self, namespace: str, ids: Sequence[int]) -> None:
-        """Remember that a prompt went this way, without a snapshot."""
+        """Record the path of a prompt, without a snapshot."""
         path = pack_ids(ids)
         if path and self._fits(path, 0):
             tree = self._tree(namespace)
@@ -136,27 +133,23 @@ class PrefixCache:
             self._evict()
 
     def put(self, namespace: str, ids: Sequence[int], state: State, logits: Tensor | None = None) -> None:
-        """Keep the state of one sequence after `ids`, which the caller gives away and never writes again.
+        """Store the state of one sequence after `ids`. The caller must not write to it afterwards.
 
-        Where there is one already, only logits that it lacked are taken.
+        If there is a snapshot of these ids, only missing logits are added to it.
         """
         assert len(ids) > 0 and state.batch == 1
         node = self._insert(namespace, pack_ids(ids), Snapshot(state, logits))
-        above = None if node is None else node.nearest_ancestor_with_value
-        if (
-            above is not None
-            and above.length % self._snapshot_interval == 0
-            and len(above.children) == 1
-            and above in self._recent
-        ):
-            self._passed[above] = self._recent.pop(above)
+        shorter = None if node is None else node.ancestor_with_value
+        is_regular = shorter is not None and shorter.length % self._snapshot_interval == 0
+        if shorter is not None and is_regular and len(shorter.children) == 1 and shorter in self._recent:
+            self._redundant[shorter] = self._recent.pop(shorter)
         self._evict()
 
     def clear(self, namespace: str | None = None) -> None:
-        """Forget everything, or everything of one space, on the disk too."""
-        for book in (self._passed, self._recent):
-            for node in [node for node, owner in book.items() if namespace in (None, owner)]:
-                del book[node]
+        """Delete everything, or everything of one namespace, on the disk too."""
+        for nodes in (self._redundant, self._recent):
+            for node in [node for node, owner in nodes.items() if namespace in (None, owner)]:
+                del nodes[node]
                 if node.value is not None:
                     self._snapshots -= 1
                     self._bytes -= node.value.nbytes
@@ -166,17 +159,17 @@ class PrefixCache:
             self._disk.clear(namespace)
 
     def flush(self) -> None:
-        """Write every snapshot to the disk and wait until that is done. They stay in memory as well."""
+        """Write all snapshots to the disk and wait until they are written. They stay in memory."""
         if self._disk is not None:
-            for book in (self._passed, self._recent):
-                for node, namespace in book.items():
+            for nodes in (self._redundant, self._recent):
+                for node, namespace in nodes.items():
                     if node.value is not None:
                         self._disk.put(namespace, node.path, node.value, wait=True)
             self._disk.wait_idle()
 
     @property
     def stats(self) -> CacheStats:
-        """The figures of this moment."""
+        """The current statistics."""
         return CacheStats(
             hits=self._hits,
             misses=self._misses,
@@ -199,14 +192,14 @@ class PrefixCache:
             self._bytes += tree.nbytes
         return tree
 
-    def _fits(self, path: bytes, more: int) -> bool:
-        """Whether there is room for a path with `more` bytes at its end, were nothing else there."""
-        return 2 * NODE_BYTES + len(path) + more <= self._memory_bytes
+    def _fits(self, path: bytes, value_bytes: int) -> bool:
+        """Whether an empty cache could hold a path with a value of this size."""
+        return 2 * NODE_BYTES + len(path) + value_bytes <= self._memory_bytes
 
     def _insert(self, namespace: str, path: bytes, snapshot: Snapshot) -> RadixNode[Snapshot] | None:
-        """Put a snapshot into the tree; None where it is too large for the memory and went to the disk.
+        """Add a snapshot to the tree. Returns None if it is too large for the memory and was given to the disk.
 
-        `_trim` follows, when the caller has settled what goes first.
+        The caller calls `_evict` after it has updated the order of eviction.
         """
         if not self._fits(path, snapshot.nbytes):
             if self._disk is not None:
@@ -230,15 +223,15 @@ class PrefixCache:
         return node
 
     def _touch(self, node: RadixNode[Snapshot], namespace: str) -> None:
-        """Make a node the last to go."""
-        self._passed.pop(node, None)
+        """Make a node the most recently used one."""
+        self._redundant.pop(node, None)
         self._recent[node] = namespace
         self._recent.move_to_end(node)
 
     def _evict(self) -> None:
-        """Let go of what is next to go until the rest is within the memory."""
+        """Evict nodes until the rest fits into the memory."""
         while self._bytes > self._memory_bytes:
-            node, namespace = (self._passed or self._recent).popitem(last=False)
+            node, namespace = (self._redundant or self._recent).popitem(last=False)
             if node.value is not None:
                 if self._disk is not None:
                     self._disk.put(namespace, node.path, node.value)
@@ -254,6 +247,6 @@ class PrefixCache:
                 self._bytes -= self._trees.pop(namespace).nbytes
 
 
-def _usable(node: RadixNode[Snapshot], end: int) -> bool:
-    """Whether there is a snapshot at a node that a prompt of `end` tokens can go on from."""
+def _is_usable(node: RadixNode[Snapshot], end: int) -> bool:
+    """Whether a node has a snapshot that a prompt of `end` tokens can continue from."""
     return node.value is not None and (node.length < end or node.value.logits is not None)

@@ -1,20 +1,15 @@
-"""Snapshots in a folder: one file each and a SQLite index, sound after a kill at any moment.
-
-A file is complete and synced before its row is committed, and a row is gone before its file, so a kill leaves at most
-a file without a row. The next opening removes it, and any row whose file is gone, as a full disk may leave one. Each
-row has a checksum of its file. A damaged index is set aside and begun anew: what it led to can be computed again. Who
-has the store open has the folder alone.
+"""The files of the disk cache: one file per snapshot and an SQLite index.
 
     lock           held while the store is open
-    index.sqlite   rows; spaces and token ids only as SHA-256, since both may be secrets
-    states/        <random name>.safetensors: the tensors of a state, float32 as they were, and perhaps `logits`
+    index.sqlite   one row per snapshot; namespaces and token ids only as SHA-256, since both may be secrets
+    states/        <random name>.safetensors: the float32 tensors of a state, and `logits` if they are known
 
-Not here: which snapshots to keep, and threads (snapshots.py). `read` alone may be called beside another method.
+Every row has a checksum of its file. A damaged index is set aside and replaced by an empty one, because snapshots can
+be computed again. `read` may run at the same time as another method; all other methods need one thread at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -23,30 +18,24 @@ import secrets
 import sqlite3
 import zlib
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.numpy
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fledge.core.errors import UsageError
-from fledge.core.files import atomic_path
-from fledge.core.locks import try_lock_folder
-from fledge.models.state import KINDS, State
+from fledge.core.sqlite_store import IndexSchema, SqliteStore
+from fledge.models.state import KIND, KINDS, State
 
 log = logging.getLogger("fledge")
 
-INDEX = "index.sqlite"
-VERSION = 1  # of the table below; an index with another one is not read
 DTYPE = "float32"
 LOGITS = "logits"
-MAX_USE_COUNT = 1 << 62  # uses; a column holds no more than 63 bits
-OWN_FILES = re.compile(
-    r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\..*\.part"
-)  # all that a sweep may remove
+MAX_USE_COUNT = 1 << 62  # a column holds 63 bits
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS snapshots (
@@ -54,10 +43,12 @@ CREATE TABLE IF NOT EXISTS snapshots (
     kind TEXT, dtype TEXT, logits INTEGER, used INTEGER, PRIMARY KEY (identity, space, ids)
 ) WITHOUT ROWID
 """
+COLUMNS = "identity, space, ids, anchor, length, file, size, checksum, kind, dtype, logits, used"
+KEY = "identity = ? AND space = ? AND ids = ?"
 
 
 class Snapshot(NamedTuple):
-    """A state of one sequence, and the scores of the token after it where they are known."""
+    """The state of one sequence, and the logits of the next token if they are known."""
 
     state: State
     logits: Tensor | None  # (V,) float32
@@ -70,163 +61,146 @@ class Snapshot(NamedTuple):
 
 @dataclass
 class SnapshotRecord:
-    """What the index says of a snapshot: the columns of the table, in their order."""
+    """A row of the index: its fields are the columns of the table, in order."""
 
     identity: str  # of the model
-    space: bytes  # SHA-256, as the next two
-    ids: bytes  # of all tokens read
-    anchor: bytes  # of the tokens up to the last whole block, by which a longest prefix is found
-    length: int  # tokens read
-    file: str = ""  # empty until there is one
+    namespace_hash: bytes  # SHA-256, as are the next two
+    ids_hash: bytes  # of all tokens
+    anchor_hash: bytes  # of the tokens up to the last complete block; the longest prefix is found by it
+    length: int  # tokens
+    file: str = ""  # empty until the file is written
     size: int = 0  # bytes of the file
-    checksum: int = 0  # its CRC-32
-    kind: str = ""  # the class of the state
+    checksum: int = 0  # CRC-32 of the file
+    state_class: str = ""
     dtype: str = DTYPE
-    logits: int = 0  # whether it has them
-    used: int = 0  # a count that rises with each use, so that a clock that is set back does no harm
+    has_logits: int = 0
+    last_used: int = 0  # a counter that every use increments, so that changes of the clock do no harm
 
     @property
     def key(self) -> tuple[str, bytes, bytes]:
-        """What no two rows have in common."""
-        return self.identity, self.space, self.ids
+        """The primary key of the row."""
+        return self.identity, self.namespace_hash, self.ids_hash
 
 
 FIELDS = dataclasses.fields(SnapshotRecord)
-KEY = "identity = ? AND space = ? AND ids = ?"
 
 
-class SnapshotStore:
-    """An open folder. `rows` is what it held at opening, the least recently used first."""
+class SnapshotStore(SqliteStore):
+    """An open folder of snapshots. `records` are the rows found when it was opened, least recently used first."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UsageError where another process has it open, OSError or sqlite3.Error where it cannot be used."""
-        self._states = folder / "states"
-        with ExitStack() as stack:
-            if not stack.enter_context(try_lock_folder(folder)):
-                raise UsageError(f"{folder}: another process keeps its snapshots there; give each a folder of its own")
-            self._states.mkdir(exist_ok=True)
-            self._index, rows = _open_index(folder / INDEX)
-            stack.callback(self._index.close)
-            self.records = self._sweep(rows)
-            self._open = stack.pop_all()
+    INDEX = "index.sqlite"
+    SCHEMA = IndexSchema((TABLE,), version=1, is_durable=False)
+    OWN_FILES = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\..*\.part")
+    CONTENT = "snapshots"
 
-    def close(self) -> None:
-        """Let go of the folder."""
-        self._open.close()
+    records: list[SnapshotRecord]
 
-    def write(self, row: SnapshotRecord, data: bytes) -> SnapshotRecord:
-        """Keep `data`, and `row` for it in place of the one with the same key. Returns the row as it was completed."""
-        done = dataclasses.replace(
-            row, file=f"{secrets.token_hex(16)}.safetensors", size=len(data), checksum=zlib.crc32(data)
-        )
-        with atomic_path(self._states / done.file) as temporary:
-            temporary.write_bytes(data)
-        marks = ", ".join("?" * len(FIELDS))
+    def write(self, record: SnapshotRecord, data: bytes) -> SnapshotRecord:
+        """Write a file and its row, replacing the row with the same key. Returns the record with the file's fields."""
+        name = f"{secrets.token_hex(16)}.safetensors"
+        written = dataclasses.replace(record, file=name, size=len(data), checksum=zlib.crc32(data))
+        self._write_file(name, data)
+        placeholders = ", ".join("?" * len(FIELDS))
         try:
             with self._index:
-                self._index.execute(f"INSERT OR REPLACE INTO snapshots VALUES ({marks})", dataclasses.astuple(done))
+                self._index.execute(
+                    f"INSERT OR REPLACE INTO snapshots ({COLUMNS}) VALUES ({placeholders})",
+                    dataclasses.astuple(written),
+                )
         except BaseException:
-            (self._states / done.file).unlink(missing_ok=True)
+            self._delete_files([name])
             raise
-        if row.file:
-            (self._states / row.file).unlink(missing_ok=True)
-        return done
+        if record.file:
+            self._delete_files([record.file])
+        return written
 
-    def read(self, row: SnapshotRecord) -> Snapshot | None:
-        """The snapshot of a row, on the CPU; None where its file is gone or damaged."""
+    def read(self, record: SnapshotRecord) -> Snapshot | None:
+        """The snapshot of a record, on the CPU; None if its file is missing or damaged."""
         try:
-            data = (self._states / row.file).read_bytes()
-            if len(data) != row.size or zlib.crc32(data) != row.checksum:
+            data = (self._files / record.file).read_bytes()
+            if len(data) != record.size or zlib.crc32(data) != record.checksum:
                 return None
             tensors = safetensors.torch.load(data)
-            logits = tensors.pop(LOGITS) if row.logits else None
-            return Snapshot(KINDS[row.kind](**tensors), logits)
+            logits = tensors.pop(LOGITS) if record.has_logits else None
+            return Snapshot(KINDS[record.state_class](**tensors), logits)
         except (OSError, SafetensorError, KeyError, TypeError):
             return None
 
-    def remove(self, rows: Iterable[SnapshotRecord]) -> None:
-        """Forget rows, then their files; the files also where a full disk takes no change of the index."""
-        rows = list(rows)
+    def remove(self, records: Iterable[SnapshotRecord]) -> None:
+        """Delete rows, then their files. The files are deleted even if the disk is too full to change the index."""
+        records = list(records)
         try:
-            self._forget(rows)
-        finally:  # a row that has lost its file is a miss, and goes at the next opening
-            for row in rows:
-                if row.file:
-                    (self._states / row.file).unlink(missing_ok=True)
+            self._delete_rows(records)
+        finally:  # a row without its file is a miss, and is deleted when the store is opened again
+            self._delete_files(record.file for record in records if record.file)
 
-    def touch(self, rows: Iterable[SnapshotRecord]) -> None:
-        """Write down when rows were last used."""
+    def touch(self, records: Iterable[SnapshotRecord]) -> None:
+        """Store when the records were last used."""
         with self._index:
             self._index.executemany(
-                f"UPDATE snapshots SET used = ? WHERE {KEY}", [(row.used, *row.key) for row in rows]
+                f"UPDATE snapshots SET used = ? WHERE {KEY}", [(record.last_used, *record.key) for record in records]
             )
 
-    def _forget(self, rows: Iterable[SnapshotRecord]) -> None:
-        with self._index:
-            self._index.executemany(f"DELETE FROM snapshots WHERE {KEY}", [row.key for row in rows])
+    def _connect(self) -> sqlite3.Connection:
+        """The index; a damaged one, or one of another version, is set aside and replaced."""
+        path = self.folder / self.INDEX
+        try:
+            return self._connect_and_read(path)
+        except sqlite3.Error as error:
+            # A full or failing disk raises similar errors as a damaged file. Then no new index can be made either.
+            replacement, damaged = path.with_suffix(".new"), path.with_suffix(".damaged")
+            _delete_index(replacement)
+            self._connect_and_read(replacement).close()
+            os.replace(path, damaged)
+            _delete_index(path)
+            os.replace(replacement, path)
+            log.warning(
+                "%s cannot be read (%s); it was renamed to %s, and the snapshots in it are lost",
+                path,
+                error,
+                damaged.name,
+            )
+            return self._connect_and_read(path)
 
-    def _sweep(self, rows: list[SnapshotRecord]) -> list[SnapshotRecord]:
-        """The rows that have a file of their size; other rows, and files of ours without a row, are removed."""
-        with os.scandir(self._states) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries if OWN_FILES.fullmatch(entry.name)}
-        sound = [row for row in rows if _sound(row) and sizes.get(row.file) == row.size]
-        known = {row.file for row in sound}
-        self._forget(row for row in rows if row.file not in known)
-        for name in sizes.keys() - known:
-            (self._states / name).unlink(missing_ok=True)
-        return sound
+    def _connect_and_read(self, path: Path) -> sqlite3.Connection:
+        with ExitStack() as stack:
+            index = stack.enter_context(closing(self.SCHEMA.connect(path)))
+            index.text_factory = lambda data: data.decode(errors="replace")
+            rows = index.execute(f"SELECT {COLUMNS} FROM snapshots ORDER BY used")
+            self.records = [SnapshotRecord(*row) for row in rows]
+            stack.pop_all()
+        return index
+
+    def _load(self) -> None:
+        """Keep the rows whose file exists with the right size; delete other rows, and own files without a row."""
+        sizes = self._own_files()
+        valid = [record for record in self.records if _is_valid(record) and sizes.get(record.file) == record.size]
+        names = {record.file for record in valid}
+        self._delete_rows(record for record in self.records if record.file not in names)
+        self._delete_files(sizes.keys() - names)
+        self.records = valid
+
+    def _delete_rows(self, records: Iterable[SnapshotRecord]) -> None:
+        with self._index:
+            self._index.executemany(f"DELETE FROM snapshots WHERE {KEY}", [record.key for record in records])
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """The content of a snapshot's file. Without logits, `State.load` can read it too."""
-    return snapshot.state.encode(tensors=None if snapshot.logits is None else {LOGITS: snapshot.logits})
+    tensors = dict(snapshot.state.tensors())
+    if snapshot.logits is not None:
+        tensors[LOGITS] = snapshot.logits
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    return safetensors.numpy.save(arrays, metadata={KIND: type(snapshot.state).__name__})
 
 
-def _sound(row: SnapshotRecord) -> bool:
-    """Whether the values, which a damaged page can turn into anything, are such as were written."""
-    typed = all(type(getattr(row, field.name)).__name__ == field.type for field in FIELDS)
-    return typed and row.dtype == DTYPE and row.length > 0 and 0 <= row.used < MAX_USE_COUNT
+def _is_valid(record: SnapshotRecord) -> bool:
+    """Whether the values could have been written here. A damaged page can contain any value."""
+    has_types = all(type(getattr(record, field.name)).__name__ == field.type for field in FIELDS)
+    return has_types and record.dtype == DTYPE and record.length > 0 and 0 <= record.last_used < MAX_USE_COUNT
 
 
-def _open_index(path: Path) -> tuple[sqlite3.Connection, list[SnapshotRecord]]:
-    """The index and its rows; where it is damaged or of another version it is begun anew."""
-    try:
-        return _connected(path)
-    except sqlite3.Error as error:
-        # A full or failing disk raises much the same errors as a damaged file, but lets no new index be made either.
-        fresh, aside = path.with_suffix(".new"), path.with_suffix(".damaged")
-        _discard(fresh)
-        _connected(fresh)[0].close()
-        os.replace(path, aside)
-        _discard(path)
-        os.replace(fresh, path)
-        log.warning("%s cannot be read (%s); it is now %s, and the snapshots begin anew", path, error, aside.name)
-        return _connected(path)
-
-
-def _discard(path: Path) -> None:
-    """Remove an index with what SQLite keeps beside it."""
-    for rest in ("", "-wal", "-shm"):
-        path.with_name(path.name + rest).unlink(missing_ok=True)
-
-
-def _connected(path: Path) -> tuple[sqlite3.Connection, list[SnapshotRecord]]:
-    """An index that has passed its check, and its rows, the least recently used first."""
-    with ExitStack() as stack:
-        # Made by one thread and used by another, never by both at a time.
-        index = stack.enter_context(contextlib.closing(sqlite3.connect(path, check_same_thread=False)))
-        index.text_factory = lambda data: data.decode(errors="replace")
-        # With a write-ahead log a commit waits for no disk, and a power cut costs the last rows, not the index.
-        index.execute("PRAGMA journal_mode = WAL")
-        index.execute("PRAGMA synchronous = NORMAL")
-        (found,) = index.execute("PRAGMA quick_check(1)").fetchone()
-        (version,) = index.execute("PRAGMA user_version").fetchone()
-        if found != "ok" or version not in (0, VERSION):
-            raise sqlite3.DatabaseError(found if found != "ok" else f"version {version}, not {VERSION}")
-        with index:
-            index.execute(TABLE)
-            index.execute(f"PRAGMA user_version = {VERSION}")
-        columns = ", ".join(field.name for field in FIELDS)
-        rows = [SnapshotRecord(*values) for values in index.execute(f"SELECT {columns} FROM snapshots ORDER BY used")]
-        stack.pop_all()
-        return index, rows
+def _delete_index(path: Path) -> None:
+    """Delete an index and the files that SQLite keeps beside it."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""A radix tree over token ids: which prefixes have been seen, and what is kept at some of them.
+"""A radix tree over token ids, with values at some of its nodes.
 
-An edge is bytes, four a token, so 32,768 tokens are compared by a few calls that run in C. A node without a value is
-there because two paths part at it, or because a path ends there that was only learned; every other one is merged
-away, so the tree is as small as what it says. Not here: what the values are and which of them have to go.
+An edge is a bytes object with four bytes per token, so a few calls that run in C compare 32,768 tokens. A node without
+a value exists only if two paths diverge at it, or if it is the end of an inserted path. All other nodes are merged.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from typing import Generic, TypeVar
 
 V = TypeVar("V")
 
-TOKEN_BYTES = 4  # bytes of an id in a path
-NODE_BYTES = 512  # bytes a node is counted with beside its edge: the object, its dict, its places in the caller's books
+TOKEN_BYTES = 4  # of an id in a path
+NODE_BYTES = 512  # estimate for a node without its edge: the object, its dict, its entries in dicts of the caller
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
-    """Token ids as a path."""
+    """A path: token ids as bytes."""
     return array("I", ids).tobytes()
 
 
 class RadixNode(Generic[V]):
-    """The place after `length` tokens; `edge` holds those since the parent."""
+    """The node after `length` tokens; `edge` holds the tokens after its parent."""
 
     __slots__ = ("children", "edge", "length", "parent", "value")
 
@@ -34,7 +33,7 @@ class RadixNode(Generic[V]):
 
     @property
     def path(self) -> bytes:
-        """All tokens from the root to here."""
+        """All tokens from the root to this node."""
         edges = []
         node: RadixNode[V] | None = self
         while node is not None:
@@ -43,8 +42,8 @@ class RadixNode(Generic[V]):
         return b"".join(reversed(edges))
 
     @property
-    def nearest_ancestor_with_value(self) -> RadixNode[V] | None:
-        """The nearest node with a value on the way back to the root."""
+    def ancestor_with_value(self) -> RadixNode[V] | None:
+        """The nearest ancestor that has a value."""
         node = self.parent
         while node is not None and node.value is None:
             node = node.parent
@@ -52,45 +51,45 @@ class RadixNode(Generic[V]):
 
 
 class RadixTree(Generic[V]):
-    """One tree. Whoever takes a node's value away calls `prune`; whoever calls `add` gives the node a value."""
+    """A radix tree. Callers set the value of a node from `get_or_insert`, and call `prune` after removing a value."""
 
     def __init__(self) -> None:
         self.root: RadixNode[V] = RadixNode(None, b"", 0)
         self.nbytes = NODE_BYTES
-        """Bytes of all edges and nodes; values are the caller's to count."""
+        """Bytes of all edges and nodes, without the values."""
 
     def match(self, path: bytes) -> tuple[list[RadixNode[V]], int]:
-        """The nodes on the way along `path`, and the tokens of it that the tree knows (the last edge may end later)."""
+        """The nodes along `path`, and how many of its tokens are in the tree (the last edge may match in part)."""
         nodes: list[RadixNode[V]] = []
-        node, place = self.root, 0
-        while (child := node.children.get(path[place : place + TOKEN_BYTES])) is not None:
-            agreed = _agreement(child.edge, path, place)
-            place += agreed
-            if agreed < len(child.edge):
+        node, position = self.root, 0
+        while (child := node.children.get(path[position : position + TOKEN_BYTES])) is not None:
+            common = _common_bytes(child.edge, path, position)
+            position += common
+            if common < len(child.edge):
                 break
             nodes.append(child)
             node = child
-        return nodes, place // TOKEN_BYTES
+        return nodes, position // TOKEN_BYTES
 
     def get_or_insert(self, path: bytes) -> RadixNode[V]:
-        """The node at the end of `path`, made where there was none."""
-        node, place = self.root, 0
-        while place < len(path):
-            child = node.children.get(path[place : place + TOKEN_BYTES])
+        """The node at the end of `path`, which is created if needed."""
+        node, position = self.root, 0
+        while position < len(path):
+            child = node.children.get(path[position : position + TOKEN_BYTES])
             if child is None:
-                return self._append(node, path[place:])
-            agreed = _agreement(child.edge, path, place)
-            node = child if agreed == len(child.edge) else self._split(child, agreed)
-            place += agreed
+                return self._append(node, path[position:])
+            common = _common_bytes(child.edge, path, position)
+            node = child if common == len(child.edge) else self._split(child, common)
+            position += common
         return node
 
     def insert(self, path: bytes) -> RadixNode[V] | None:
-        """See that the tree knows `path`; the leaf made for it, or None where it was known."""
-        _, known = self.match(path)
-        return self.get_or_insert(path) if known * TOKEN_BYTES < len(path) else None
+        """Insert `path` without a value. Returns its new leaf, or None if the tree contains the path already."""
+        _, length = self.match(path)
+        return self.get_or_insert(path) if length * TOKEN_BYTES < len(path) else None
 
     def prune(self, node: RadixNode[V]) -> None:
-        """Remove or merge a node that has lost its value, and its parent where that is then of no use."""
+        """Remove or merge a node that has no value any more, and its parent if that becomes redundant."""
         parent = node.parent
         if parent is None or node.value is not None:
             return
@@ -102,7 +101,7 @@ class RadixTree(Generic[V]):
             self._merge(node)
 
     def _append(self, node: RadixNode[V], rest: bytes) -> RadixNode[V]:
-        """Go on from a node by tokens of which none is known. A learned path simply becomes longer."""
+        """Add tokens after a node that has no child for them. A leaf without a value is extended instead."""
         self.nbytes += len(rest)
         if node.value is None and not node.children and node.parent is not None:
             node.edge += rest
@@ -113,13 +112,13 @@ class RadixTree(Generic[V]):
         self.nbytes += NODE_BYTES
         return child
 
-    def _split(self, node: RadixNode[V], agreed: int) -> RadixNode[V]:
-        """A new node inside the edge to `node`, which itself stays the object it is, as others refer to it."""
+    def _split(self, node: RadixNode[V], common: int) -> RadixNode[V]:
+        """Insert a new node into the edge to `node`. `node` stays the same object, because callers refer to it."""
         parent = node.parent
-        assert parent is not None and 0 < agreed < len(node.edge)
-        upper = RadixNode(parent, node.edge[:agreed], parent.length + agreed // TOKEN_BYTES)
+        assert parent is not None and 0 < common < len(node.edge)
+        upper = RadixNode(parent, node.edge[:common], parent.length + common // TOKEN_BYTES)
         parent.children[upper.edge[:TOKEN_BYTES]] = upper
-        node.parent, node.edge = upper, node.edge[agreed:]
+        node.parent, node.edge = upper, node.edge[common:]
         upper.children[node.edge[:TOKEN_BYTES]] = node
         self.nbytes += NODE_BYTES
         return upper
@@ -133,12 +132,12 @@ class RadixTree(Generic[V]):
         self.nbytes -= NODE_BYTES
 
 
-def _agreement(edge: bytes, path: bytes, begin: int) -> int:
-    """Bytes of `edge`, whole tokens, that stand in `path` from `begin` on."""
+def _common_bytes(edge: bytes, path: bytes, begin: int) -> int:
+    """How many bytes of `edge`, in whole tokens, equal those of `path` from `begin` on."""
     if path.startswith(edge, begin):
         return len(edge)
     low, high = 0, min(len(edge), len(path) - begin) // TOKEN_BYTES
-    while low < high:  # the first `low` tokens agree, and no more than the first `high`
+    while low < high:  # at least `low` and at most `high` tokens are equal
         middle = (low + high + 1) // 2
         if path.startswith(edge[low * TOKEN_BYTES : middle * TOKEN_BYTES], begin + low * TOKEN_BYTES):
             low = middle

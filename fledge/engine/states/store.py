@@ -14,7 +14,6 @@ Unlike the snapshots of the prefix cache, saved states cannot be recomputed: a d
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -23,35 +22,28 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from fledge.core.errors import FledgeError, StateError, UsageError
-from fledge.core.files import atomic_path, describe_disk_error, hash_name
-from fledge.core.locks import try_lock_folder
+from fledge.core.files import describe_disk_error, hash_name
+from fledge.core.sqlite_store import IndexSchema, SqliteStore
 from fledge.engine.states.eviction import select_evictions
 from fledge.engine.states.state_file import LoadedState, StateMetadata, decode_state, encode_state
 from fledge.models.state import State
 
-INDEX = "shelf.sqlite"
-VERSION = 1
 MAX_NAME_LENGTH = 200
-STATE_FILES = re.compile(r"st_[A-Za-z0-9_-]{22}\.state|\.st_[A-Za-z0-9_-]{22}\.state\..*\.part")
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS states (
-    owner BLOB NOT NULL, id TEXT PRIMARY KEY, number INTEGER NOT NULL, name TEXT, size INTEGER NOT NULL,
-    card TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_owner ON states (owner, number);
-CREATE INDEX IF NOT EXISTS by_number ON states (number);
-CREATE TABLE IF NOT EXISTS sessions (
-    owner BLOB NOT NULL, name TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (owner, name)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_state ON sessions (id);
-"""
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS states (owner BLOB NOT NULL, id TEXT PRIMARY KEY, number INTEGER NOT NULL, name TEXT, "
+    "size INTEGER NOT NULL, card TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS by_owner ON states (owner, number)",
+    "CREATE INDEX IF NOT EXISTS by_number ON states (number)",
+    "CREATE TABLE IF NOT EXISTS sessions (owner BLOB NOT NULL, name TEXT NOT NULL, id TEXT NOT NULL, "
+    "PRIMARY KEY (owner, name)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS by_state ON sessions (id)",
+)
 
 EVICTABLE = "name IS NULL AND id NOT IN (SELECT id FROM sessions)"
 """States without a name and without a conversation may be evicted."""
@@ -81,12 +73,17 @@ class StoreTotals(NamedTuple):
     nbytes: int
 
 
-class StateStore:
+class StateStore(SqliteStore):
     """An open folder of states of one model. All methods may be called from any thread.
 
     If the store is full, states are evicted that have no name and are not the current state of a conversation, the
     oldest of the owner with the most bytes first (eviction.py). Each owner may use at most a share of the limit.
     """
+
+    INDEX = "shelf.sqlite"
+    SCHEMA = IndexSchema(TABLES, version=1, is_durable=True)  # saved states must survive a power failure
+    OWN_FILES = re.compile(r"st_[A-Za-z0-9_-]{22}\.state|\.st_[A-Za-z0-9_-]{22}\.state\..*\.part")
+    CONTENT = "states"
 
     def __init__(
         self, folder: str | os.PathLike[str], identity: str, *, limit_bytes: int, owner_share: float = 1.0
@@ -95,32 +92,21 @@ class StateStore:
 
         Raises UsageError if another process has the folder open, FledgeError if the folder cannot be used.
         """
-        self.folder, self._identity = Path(folder), identity
-        self._limit, self._owner_share = limit_bytes, owner_share
+        self._identity, self._limit, self._owner_share = identity, limit_bytes, owner_share
         self._lock = threading.RLock()
-        with ExitStack() as stack:
-            try:
-                if not stack.enter_context(try_lock_folder(self.folder)):
-                    raise UsageError(
-                        f"{folder}: another process uses this folder for its states; give each process its own"
-                    )
-                (self.folder / "states").mkdir(exist_ok=True)
-                connection = sqlite3.connect(self.folder / INDEX, check_same_thread=False)
-                self._index = stack.enter_context(contextlib.closing(connection))
-                self._prepare()
-                self._delete_orphans()
-            except OSError as error:
-                raise FledgeError(f"{folder} cannot hold states: {error.strerror}") from None
-            except sqlite3.Error as error:
-                raise FledgeError(
-                    f"{self.folder / INDEX} is damaged ({error}); restore a backup of it, or move the folder away"
-                ) from None
-            self._open = stack.pop_all()
+        try:
+            super().__init__(Path(folder))
+        except OSError as error:
+            raise FledgeError(f"{folder} cannot hold states: {error.strerror}") from None
+        except sqlite3.Error as error:
+            raise FledgeError(
+                f"{self.folder / self.INDEX} is damaged ({error}); restore a backup of it, or move the folder away"
+            ) from None
 
     def close(self) -> None:
-        """Release the folder."""
+        """Close the index and release the folder."""
         with self._lock:
-            self._open.close()
+            super().close()
 
     def totals(self) -> StoreTotals:
         """Number and bytes of the states of all owners."""
@@ -137,9 +123,8 @@ class StateStore:
             self._evict_for(owner_hash, len(data))
             self._used[owner_hash] += len(data)  # reserved, so that two threads do not use the same space
         try:
-            with atomic_path(self._file(id)) as temporary:
-                temporary.write_bytes(data)
-            _sync(self.folder / "states")  # otherwise a power failure could leave the row without its file
+            self._write_file(_file_name(id), data)
+            _sync(self._files)  # otherwise a power failure could leave the row without its file
             text = json.dumps(asdict(metadata), ensure_ascii=False)
             with self._lock, self._index:
                 number = self._index.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM states").fetchone()[0]
@@ -148,7 +133,7 @@ class StateStore:
         except (OSError, sqlite3.Error) as error:
             with self._lock:
                 self._used[owner_hash] -= len(data)
-            self._file(id).unlink(missing_ok=True)
+            self._delete_files([_file_name(id)])
             reason = describe_disk_error(error, self.folder) if isinstance(error, OSError) else str(error)
             raise FledgeError(f"the state could not be saved: {reason}") from None
         return id
@@ -161,7 +146,7 @@ class StateStore:
         entry = self.describe(owner, id)
         entry.metadata.check(self._identity, "the loaded model")
         try:
-            state, _ = decode_state(self._file(id).read_bytes())
+            state, _ = decode_state((self._files / _file_name(id)).read_bytes())
         except OSError as error:
             self.describe(owner, id)  # raises if the state has just been deleted, which is not damage
             raise StateError(f"the file of {id} cannot be read: {error.strerror}") from None
@@ -199,7 +184,7 @@ class StateStore:
                 self._index.execute("DELETE FROM sessions WHERE id = ?", (id,))
                 self._index.execute("DELETE FROM states WHERE id = ?", (id,))
             self._used[hash_name(owner)] -= entry.nbytes
-            self._file(id).unlink(missing_ok=True)
+            self._delete_files([_file_name(id)])
 
     def current_state(self, owner: str, session: str) -> str | None:
         """The id of the current state of a conversation; None if there is no such conversation."""
@@ -221,29 +206,10 @@ class StateStore:
                 raise SessionConflict(session)
             self._index.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (hash_name(owner), session, id))
 
-    def _file(self, id: str) -> Path:
-        return self.folder / "states" / f"{id}.state"
-
-    def _prepare(self) -> None:
-        # A commit waits for the disk: saved states must survive a power failure.
-        self._index.execute("PRAGMA journal_mode = WAL")
-        self._index.execute("PRAGMA synchronous = FULL")
-        (version,) = self._index.execute("PRAGMA user_version").fetchone()
-        (check,) = self._index.execute("PRAGMA quick_check(1)").fetchone()
-        if check != "ok" or version not in (0, VERSION):
-            raise sqlite3.DatabaseError(check if check != "ok" else f"version {version}, not {VERSION}")
-        with self._index:
-            for statement in TABLES.split(";"):
-                self._index.execute(statement)
-            self._index.execute(f"PRAGMA user_version = {VERSION}")
-
-    def _delete_orphans(self) -> None:
-        """Delete state files without a row. `get` reports rows whose file is missing."""
-        known = {f"{id}.state" for (id,) in self._index.execute("SELECT id FROM states")}
-        with os.scandir(self.folder / "states") as entries:
-            for entry in entries:
-                if entry.name not in known and STATE_FILES.fullmatch(entry.name):
-                    os.unlink(entry.path)
+    def _load(self) -> None:
+        """Delete files without a row; `get` reports rows whose file is missing. Then count the bytes of each owner."""
+        indexed = {_file_name(id) for (id,) in self._index.execute("SELECT id FROM states")}
+        self._delete_files(self._own_files().keys() - indexed)
         self._used = Counter(dict(self._index.execute("SELECT owner, SUM(size) FROM states GROUP BY owner")))
 
     def _evict_for(self, owner: bytes, size: int) -> None:
@@ -251,14 +217,18 @@ class StateStore:
         evictions = select_evictions(owner, size, self._used, self._evictable, self._limit, self._owner_share)
         with self._index:
             self._index.executemany("DELETE FROM states WHERE id = ?", [(id,) for _, id, _ in evictions])
-        for evicted_owner, id, length in evictions:
+        for evicted_owner, _, length in evictions:
             self._used[evicted_owner] -= length
-            self._file(id).unlink(missing_ok=True)
+        self._delete_files(_file_name(id) for _, id, _ in evictions)
 
     def _evictable(self, owner: bytes) -> Iterator[tuple[str, int]]:
         yield from self._index.execute(
             f"SELECT id, size FROM states WHERE owner = ? AND {EVICTABLE} ORDER BY number", (owner,)
         )
+
+
+def _file_name(id: str) -> str:
+    return f"{id}.state"
 
 
 def check_name(name: str | None) -> None:

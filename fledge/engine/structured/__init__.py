@@ -1,1 +1,1 @@
-"""Constrained generation: grammars, JSON schemas and tool calls."""
+"""Constrained generation: grammars, JSON schemas and tool calls. Sampling and HTTP are elsewhere."""

@@ -1,15 +1,13 @@
-"""What a text may become: JSON that fits a schema, or a whole match of a regex, as the tokens that may come next.
+"""Constraints on generated text: JSON that fits a schema, or a complete match of a regex, as masks over the tokens.
 
-A constraint stands beside a sampler: before a draw it says which tokens may come (`mask`), after it it is told which
-came (`accept`). The grammars are the work of the package llguidance (extra `serve`), which knows bytes: tokens that are
-parts of UTF-8 letters are allowed where the letter is, and every way of cutting a text into tokens is accepted. Where
-only one text can follow, the mask offers the tokens that the tokenizer itself would cut it into.
+Before a token is sampled, a constraint returns the mask of allowed tokens (`token_mask`); afterwards `accept` advances
+it. The package llguidance (extra `serve`) evaluates the grammars. It works on bytes: tokens that are parts of a UTF-8
+character are allowed wherever the character is, and every tokenization of a text is accepted. If only one text can
+follow, the mask allows only the tokens that the tokenizer itself would produce.
 
-llguidance goes down a schema by recursion, and a schema that is too deep would end the whole process. So the limits
-here are not only for speed, and grammars in its Lark language, where depth is not so easily measured, are taken from
-nobody but ourselves.
-
-Not here: the draw (`sampling.py`), tool calls (`tools.py`), ends of texts by length or stop text.
+llguidance processes a schema recursively, and a schema that is too deep would crash the process. The limits here
+therefore protect against crashes, not only against slow compilation. Grammars in its Lark language, whose depth is hard
+to measure, are never accepted from users.
 """
 
 from __future__ import annotations
@@ -31,72 +29,72 @@ from fledge.tokenizer import NO_EOS, Tokenizer
 Mask = npt.NDArray[np.bool_]
 
 MAX_SCHEMA_CHARACTERS = 65_536
-"""More than this takes seconds to compile."""
+"""A longer schema takes seconds to compile."""
 
 MAX_PATTERN_CHARACTERS = 8_192
 
 MAX_SCHEMA_DEPTH = 600
-"""JSON brackets around the innermost value, those of everything that `$ref` names put together. On a stack of 8 MB
-llguidance ends the process from about 2000 such levels."""
+"""JSON brackets around the innermost value, with the depths of all targets of `$ref` added. With a stack of 8 MB,
+llguidance crashes the process from about 2000 levels on."""
 
-SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""How JSON is written. More white space than this a small model may go on writing for ever."""
+JSON_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""The white space in generated JSON. With more freedom, a small model may generate white space forever."""
 
-BOUNDS = (
+EXCLUSIVE_BOUNDS = (
     ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), 1),
     ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -1),
 )
-LITERAL = ("const", "enum", "default", "examples")
-"""Keywords that hold values, not schemas."""
+VALUE_KEYWORDS = ("const", "enum", "default", "examples")
+"""Keywords whose content is a value, not a schema."""
 
-NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keywords that hold schemas by name."""
+SCHEMA_MAP_KEYWORDS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keywords whose content maps names to schemas."""
 
 MAX_MESSAGE_CHARACTERS = 200
 
 
 class Constraint(Protocol):
-    """A place in a text that is bound to a grammar. Used by one thread at a time."""
+    """A position in a text that must match a grammar. Used by one thread at a time."""
 
     def token_mask(self) -> Mask:
-        """Which tokens may come next: (V,) bool. The end-of-text id is among them exactly where `may_end`.
+        """Which tokens may come next: (V,) bool. The end-of-text id is allowed exactly if `is_accepting`.
 
-        Raises UsageError where the grammar turns out to be too costly to follow.
+        Raises UsageError if the grammar turns out to be too expensive.
         """
 
     def accept(self, token: int) -> None:
-        """Go on by a drawn token. The end-of-text id, allowed where `may_end`, changes nothing.
+        """Advance by a sampled token. The end-of-text id, allowed if `is_accepting`, changes nothing.
 
-        Raises UsageError for a token that cannot come here; such a constraint is of no more use.
+        Raises UsageError for a token that is not allowed. The constraint cannot be used after that.
         """
 
     def fork(self) -> Constraint:
-        """An independent constraint at the same place."""
+        """An independent copy at the same position."""
 
     @property
     def is_accepting(self) -> bool:
-        """Whether the text is whole if it ends here."""
+        """Whether the text may end here."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the text is whole and nothing can follow."""
+        """Whether the text is complete and nothing can follow."""
 
 
 class GrammarVocabulary:
-    """The tokens of a tokenizer as llguidance wants them. Made once (0.3 s for World), and shared by all threads."""
+    """The tokens of a tokenizer in the form of llguidance. Takes 0.3 s to create for World; threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        library = _library()
+        library = _import_llguidance()
         self.size, self.eos_id = tokenizer.vocab_size, tokenizer.eos_id
         tokens = [tokenizer.decode_bytes([token]) for token in range(self.size)]
         if self.eos_id == NO_EOS:
-            tokens.append(b"")  # llguidance needs an end: a token beyond all masks
-        source = library.TokenizerWrapper(_Tokens(tokenizer, tokens))
+            tokens.append(b"")  # llguidance needs an end-of-text id: one after all tokens of the mask
+        source = library.TokenizerWrapper(_TokenizerAdapter(tokenizer, tokens))
         self.tokens = library.LLTokenizer(source, slices=library.LLTokenizer.json_slices())
 
 
-class _Tokens:
-    """What llguidance asks of a tokenizer."""
+class _TokenizerAdapter:
+    """The interface that llguidance expects of a tokenizer."""
 
     bos_token_id = None
 
@@ -110,7 +108,7 @@ class _Tokens:
 
 
 class Grammar:
-    """The Constraint of a grammar that llguidance follows."""
+    """A Constraint that llguidance evaluates."""
 
     def __init__(self, vocabulary: GrammarVocabulary, matcher: Any) -> None:
         self._vocabulary, self._matcher = vocabulary, matcher
@@ -138,100 +136,104 @@ class Grammar:
 
     def _check(self) -> None:
         if error := self._matcher.get_error():
-            raise UsageError(f"the text cannot go on within its grammar: {_short(error)}")
+            raise UsageError(f"the text cannot continue within its grammar: {_shorten(error)}")
 
 
 def compile_json_schema(
     schema: dict[str, Any] | str, vocabulary: GrammarVocabulary, *, leading_space: bool = False
 ) -> Constraint:
-    """JSON that fits `schema`, a JSON Schema (draft 2020-12) or its text.
+    """JSON that fits `schema`, a JSON Schema (draft 2020-12) as a dict or as text.
 
-    Written on one line, with at most one space after a comma or a colon, properties in the order of the schema.
-    Strings, arrays and objects without a bound may go on until the tokens run out.
-    space: whether one space may come first, as the answers of chat models begin after `Assistant:`.
+    The JSON is one line, with at most one space after a comma or a colon, and properties in the order of the schema.
+    Strings, arrays and objects without a limit may continue until the tokens run out.
+    leading_space: whether one space may come first, as in answers of chat models after `Assistant:`.
 
-    Raises UsageError for what is no schema, has keywords that cannot be enforced, is too large or too deep, or fits
-    nothing.
+    Raises UsageError for an invalid schema, keywords that cannot be enforced, a schema that is too large or too deep,
+    and one that no text fits.
     """
     lead = '" "? ' if leading_space else ""
     return compile_grammar(f"start: {lead}%json {normalize_schema(schema)}", vocabulary, "JSON schema")
 
 
 def compile_json_object(vocabulary: GrammarVocabulary, *, leading_space: bool = False) -> Constraint:
-    """Any JSON object, written as in `json_schema`."""
+    """Any JSON object, in the form of `compile_json_schema`."""
     return compile_json_schema({"type": "object"}, vocabulary, leading_space=leading_space)
 
 
 def compile_regex(pattern: str, vocabulary: GrammarVocabulary) -> Constraint:
-    """A text that `pattern` matches as a whole. `.` stands for no line break; no look-around, no back-references.
+    """A text that `pattern` matches completely. `.` matches no line break; no look-around, no back-references.
 
-    Raises UsageError for a pattern that is none, is too long, needs what is not there, or matches nothing.
+    Raises UsageError for a pattern that is invalid, too long, uses unsupported features, or matches nothing.
     """
     if len(pattern) > MAX_PATTERN_CHARACTERS:
-        raise UsageError(f"the regex has {len(pattern)} characters; at most {MAX_PATTERN_CHARACTERS} are taken")
+        raise UsageError(f"the regex has {len(pattern)} characters; at most {MAX_PATTERN_CHARACTERS} are allowed")
     if any("\ud800" <= letter <= "\udfff" for letter in pattern):
-        raise UsageError("the regex holds half of a surrogate pair; write it in valid Unicode")
-    return compile_grammar(_library().LLMatcher.grammar_from_regex(pattern), vocabulary, "regex")
+        raise UsageError("the regex contains half of a surrogate pair; it must be valid Unicode")
+    return compile_grammar(_import_llguidance().LLMatcher.grammar_from_regex(pattern), vocabulary, "regex")
 
 
 def compile_grammar(source: str, vocabulary: GrammarVocabulary, what: str) -> Constraint:
-    """The constraint of a grammar in llguidance's Lark language, called `what` in the UsageError it may raise.
+    """The constraint of a grammar in llguidance's Lark language. what: its name in the UsageError that it may raise.
 
-    Not for grammars of users: a long chain of rules ends the process.
+    Not for grammars from users: a long chain of rules crashes the process.
     """
-    library = _library()
+    library = _import_llguidance()
     limits = library.LLParserLimits(verbose_errors=False)
     matcher = library.LLMatcher(vocabulary.tokens, source, log_level=0, limits=limits)
     start = Grammar(vocabulary, matcher)
-    matcher.compute_bitmask()  # finds what fits nothing
+    matcher.compute_bitmask()  # detects a grammar that no text fits
     error = matcher.get_error()
     if error and not error.startswith("NoExtension"):
-        raise UsageError(f"the {what} cannot be used: {_short(error)}")
+        raise UsageError(f"the {what} cannot be used: {_shorten(error)}")
     if error or not (np.flatnonzero(start.token_mask()) != vocabulary.eos_id).any():
         raise UsageError(f"no text, or only the empty one, fits the {what}")
     return start
 
 
 def normalize_schema(schema: dict[str, Any] | str, what: str = "JSON schema") -> str:
-    """A schema as the JSON text that llguidance is given, with our white space. Raises UsageError, as `json_schema`."""
+    """The JSON text of a schema for llguidance, with JSON_SEPARATORS. Raises UsageError as `compile_json_schema`."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         if len(text) > MAX_SCHEMA_CHARACTERS:
-            raise UsageError(f"the {what} has {len(text)} characters; at most {MAX_SCHEMA_CHARACTERS} are taken")
+            raise UsageError(f"the {what} has {len(text)} characters; at most {MAX_SCHEMA_CHARACTERS} are allowed")
         record = json.loads(text)
         if not isinstance(record, dict):
-            raise UsageError(f"the {what} is {_short(text)}; it must be a JSON object")
-        _narrow(record)
-        text = json.dumps({**record, "x-guidance": SEPARATORS}, ensure_ascii=False)
+            raise UsageError(f"the {what} is {_shorten(text)}; it must be a JSON object")
+        _narrow_bounds(record)
+        text = json.dumps({**record, "x-guidance": JSON_SEPARATORS}, ensure_ascii=False)
         text.encode()
     except RecursionError:
-        raise UsageError(f"the {what} is nested too deeply; at most {MAX_SCHEMA_DEPTH} levels are taken") from None
+        raise UsageError(f"the {what} is nested too deeply; at most {MAX_SCHEMA_DEPTH} levels are allowed") from None
     except (TypeError, ValueError) as error:
-        raise UsageError(f"the {what} is not JSON: {_short(str(error))}") from None
-    if (levels := _levels(record)) > MAX_SCHEMA_DEPTH:
+        raise UsageError(f"the {what} is not JSON: {_shorten(str(error))}") from None
+    if (depth := _total_depth(record)) > MAX_SCHEMA_DEPTH:
         raise UsageError(
-            f"the {what} is nested too deeply: {levels} levels with what each $ref names; "
-            f"at most {MAX_SCHEMA_DEPTH} are taken"
+            f"the {what} is nested too deeply: {depth} levels including the targets of each $ref; "
+            f"at most {MAX_SCHEMA_DEPTH} are allowed"
         )
     return text
 
 
-def _narrow(record: dict[str, Any]) -> None:
-    """Keep out whole numbers that are excluded: llguidance (1.9) takes 2 for a number above 2 and below 2.5.
+def _narrow_bounds(record: dict[str, Any]) -> None:
+    """Exclude integers at exclusive bounds: llguidance (1.9) allows 2 for a number above 2 and below 2.5.
 
-    It does so where the other bound is less than 1 away. There the excluded one moves by a millionth of the way to it.
+    It does so if the other bound is less than 1 away. Then the exclusive bound moves by a millionth of the distance.
     """
-    for schema in _schemas(record):
-        for name, others, side in BOUNDS:
+    for schema in _iterate_schemas(record):
+        for name, others, side in EXCLUSIVE_BOUNDS:
             bound: Any = schema.get(name)
-            ways = [side * (schema[other] - bound) for other in others if _number(bound) and _number(schema.get(other))]
-            if ways and bound == int(bound) and 0 < min(ways) < 1:
-                moved = bound + side * min(ways) * 1e-6
+            distances = [
+                side * (schema[other] - bound)
+                for other in others
+                if _is_moderate_number(bound) and _is_moderate_number(schema.get(other))
+            ]
+            if distances and bound == int(bound) and 0 < min(distances) < 1:
+                moved = bound + side * min(distances) * 1e-6
                 schema[name] = moved if moved != bound else math.nextafter(bound, side * math.inf)
 
 
-def _schemas(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A schema and all inside it, without recursion; not what only looks like one, being a value."""
+def _iterate_schemas(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A schema and all schemas in it, without recursion. Values that look like schemas are not included."""
     waiting: list[Any] = [record]
     while waiting:
         schema = waiting.pop()
@@ -240,22 +242,22 @@ def _schemas(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         elif isinstance(schema, dict):
             yield schema
             for key, inner in schema.items():
-                named = key in NAMED and isinstance(inner, dict)
-                waiting.extend(inner.values() if named else [] if key in LITERAL else [inner])
+                is_map = key in SCHEMA_MAP_KEYWORDS and isinstance(inner, dict)
+                waiting.extend(inner.values() if is_map else [] if key in VALUE_KEYWORDS else [inner])
 
 
-def _number(value: Any) -> bool:
-    """Whether it is one that a float can hold with room for what lies beside it."""
+def _is_moderate_number(value: Any) -> bool:
+    """Whether a value is a number small enough that a float can represent its neighbors."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 50
 
 
-def _levels(record: dict[str, Any]) -> int:
-    """The levels of the whole and of everything that is referred to: no way through the references is longer."""
+def _total_depth(record: dict[str, Any]) -> int:
+    """The depth of the schema plus those of all targets of references: an upper bound for any path through them."""
     inner = [value for value, _ in _walk(record) if isinstance(value, dict)]
     names = [value["$ref"] for value in inner if isinstance(value.get("$ref"), str)]
-    if any("$id" in value for value in inner[1:]):  # one name may then stand for several things
+    if any("$id" in value for value in inner[1:]):  # then one name may have several targets
         return _depth(record) * (1 + len(names))
-    return _depth(record) + sum(_depth(_target(record, name)) for name in set(names))
+    return _depth(record) + sum(_depth(_resolve_reference(record, name)) for name in set(names))
 
 
 def _depth(value: Any) -> int:
@@ -263,7 +265,7 @@ def _depth(value: Any) -> int:
 
 
 def _walk(value: Any) -> Iterator[tuple[Any, int]]:
-    """Every value inside `value` with the number of brackets around it, itself the first, without recursion."""
+    """`value` and every value in it, each with the number of brackets around it, without recursion."""
     waiting = [(value, 0)]
     while waiting:
         value, level = waiting.pop()
@@ -273,34 +275,34 @@ def _walk(value: Any) -> Iterator[tuple[Any, int]]:
             waiting.extend((item, level + 1) for item in inner)
 
 
-def _target(record: dict[str, Any], name: str) -> Any:
-    """What a `$ref` names; the whole where it is not a plain path from the root."""
+def _resolve_reference(record: dict[str, Any], name: str) -> Any:
+    """The target of a `$ref`; the whole schema if the reference is not a plain path from the root."""
     if not name.startswith("#/"):
         return record
-    found: Any = record
+    target: Any = record
     for step in name[2:].split("/"):
         key = unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and key in found:
-            found = found[key]
-        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
-            found = found[int(key)]
+        if isinstance(target, dict) and key in target:
+            target = target[key]
+        elif isinstance(target, list) and key.isdecimal() and int(key) < len(target):
+            target = target[int(key)]
         else:
             return record
-    return found
+    return target
 
 
-def _short(message: str) -> str:
-    """The one line of a message of llguidance that says what is wrong."""
+def _shorten(message: str) -> str:
+    """The line of a message of llguidance that describes the error."""
     lines = [line.strip() for line in message.splitlines()] or [""]
     line = next((line[7:] for line in lines if line.startswith("error: ")), lines[0])
     line = re.sub(r"^(at )?\d+\(\d+\): (invalid regex .* \(in regex\): |failed to compile JSON schema: )?", "", line)
-    line = line.partition("; either increase")[0]  # what follows is advice about limits that are ours to set
+    line = line.partition("; either increase")[0]  # the rest is advice about limits that users cannot change
     if line.startswith("oneOf constraints are not supported"):
         return "oneOf is not supported; use anyOf"
     return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[:MAX_MESSAGE_CHARACTERS] + "..."
 
 
-def _library() -> ModuleType:
+def _import_llguidance() -> ModuleType:
     try:
         import llguidance
     except ImportError:

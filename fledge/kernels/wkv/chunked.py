@@ -1,27 +1,27 @@
 """WKV in parallel over time, in plain torch, exact for every decay from 0 to 1.
 
-The sequence is cut into chunks of c = 2^p tokens. A token reads earlier chunks through the state at the start of its
-own chunk, and earlier tokens of its own chunk directly. The pair (t, i), i < t, meets with the factor
+The sequence is split into chunks of c = 2^p tokens. A token reads earlier chunks through the state at the start of its
+own chunk, and earlier tokens of its own chunk directly. The factor of the pair (t, i), i < t, is
 
     exp(w_{i+1} + ... + w_{t-1})
 
-Written as a quotient of two cumulative products this overflows as soon as one decay is small, which is why other
-implementations clamp the decay. Here no quotient is ever formed. Split the chunk into halves: a token of the later
-half meets one of the earlier half across the border between them, and the exponent is the sum of two partial sums,
+As a quotient of two cumulative products, this overflows if one decay is small. Other implementations therefore clamp
+the decay. This one never forms a quotient. It splits the chunk into halves at a boundary. For a token of the later half
+and one of the earlier half, the exponent is the sum of two partial sums,
 
-    prefix_t = sum of w from the border to t-1        (later half)
-    suffix_i = sum of w from i+1 to the border        (earlier half)
+    prefix_t = sum of w from the boundary to t-1        (later half)
+    suffix_i = sum of w from i+1 to the boundary        (earlier half)
 
-both <= 0, so both factors lie in [0, 1] and nothing can overflow; a factor that underflows belongs to a product that
-is smaller still. That is one matrix product for the border. The two halves are then treated the same way, down to
-pairs of neighbours: log2(c) borders. The partial sums of a block grow out of those of its halves by additions of equal
-sign, so no digits cancel either.
+Both are <= 0, so both factors are in [0, 1] and nothing can overflow. A factor that underflows belongs to a product
+that is even smaller. This is one matrix product for the boundary. The two halves are then split in the same way, down
+to pairs of neighbors, in log2(c) levels of boundaries. The partial sums of a block are those of its halves plus terms
+of equal sign, so no digits cancel.
 
-The gradient is written out by hand, border by border in the opposite order: left to autograd the same mathematics
-takes twice the time and several times the memory. Saved for it: the inputs and the states at the chunk borders. Both
-are operators of torch's, into which torch.compile does not look: it would not be done with the borders in minutes.
+The gradient is written by hand, boundary by boundary in the opposite order: automatic differentiation takes twice the
+time and several times the memory. It needs the inputs and the states at the chunk boundaries. Both are torch operators
+that torch.compile does not trace: tracing the boundaries would take minutes.
 
-Cost a token and head: log2(c) K exponentials, c (K + V) / 2 multiply-adds inside the chunk, 2 K V for the state.
+Cost per token and head: log2(c) K exponentials, c (K + V) / 2 multiply-adds inside the chunk, 2 K V for the state.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 64  # tokens; near the head size, so that work inside a chunk and work on the state are balanced
+CHUNK = 64  # tokens; near the head size, which balances the work inside a chunk and the work on the state
 
 
 def wkv_chunked(
@@ -52,28 +52,28 @@ def wkv_chunked(
 
 
 def _to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, T, H, N) -> (B, H, n, c, N). The tail is filled with zeros: k = 0 writes nothing, w = 0 forgets nothing."""
+    """(B, T, H, N) -> (B, H, n, c, N). The end is padded with zeros: k = 0 writes nothing, w = 0 forgets nothing."""
     batch, length, heads, width = x.shape
-    missing = -length % chunk
-    if missing:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
-    return x.reshape(batch, (length + missing) // chunk, chunk, heads, width).permute(0, 3, 1, 2, 4).contiguous()
+    padding = -length % chunk
+    if padding:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
+    return x.reshape(batch, (length + padding) // chunk, chunk, heads, width).permute(0, 3, 1, 2, 4).contiguous()
 
 
-class _Border(NamedTuple):
-    """The decays on both sides of all borders between blocks of `size` tokens; G = how many borders there are."""
+class _Boundaries(NamedTuple):
+    """The sums of log decays on both sides of all boundaries between blocks of `size` tokens; G: their number."""
 
     size: int
-    prefix: Tensor  # (G, size, K): from the border to before each token of the later half
-    suffix: Tensor  # (G, size, K): from behind each token of the earlier half to the border
+    prefix: Tensor  # (G, size, K): from the boundary to before each token of the later half
+    suffix: Tensor  # (G, size, K): from after each token of the earlier half to the boundary
 
 
-class _Sums(NamedTuple):
-    """Sums of log decays of whole chunks (B, H, n, c, K), and of what lies between the borders inside."""
+class _DecaySums(NamedTuple):
+    """Sums of log decays of whole chunks, and of the blocks on both sides of each boundary inside them."""
 
-    borders: list[_Border]
+    levels: list[_Boundaries]  # from the smallest blocks to the largest
     prefix: Tensor  # (B, H, n, c, K): from the start of the chunk to before each token
-    suffix: Tensor  # (B, H, n, c, K): from behind each token to the end of the chunk
+    suffix: Tensor  # (B, H, n, c, K): from after each token to the end of the chunk
     total: Tensor  # (B, H, n, 1, K)
 
 
@@ -83,21 +83,21 @@ def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _sum_decays(w: Tensor) -> _Sums:
-    """All partial sums, from neighbours up to the whole chunk."""
+def _sum_decays(w: Tensor) -> _DecaySums:
+    """All partial sums, from pairs of neighbors up to the whole chunk."""
     prefix, suffix = torch.zeros_like(w), torch.zeros_like(w)
     total = w.flatten(0, 3)[:, None]  # (blocks, 1, K)
-    borders = []
+    levels = []
     size = 1
     while size < w.shape[-2]:
         earlier, later = total[0::2], total[1::2]
         prefix_later, suffix_earlier = _halves(prefix, size)[1], _halves(suffix, size)[0]
-        borders.append(_Border(size, prefix_later.clone(), suffix_earlier.clone()))
+        levels.append(_Boundaries(size, prefix_later.clone(), suffix_earlier.clone()))
         prefix_later += earlier
         suffix_earlier += later
         total = earlier + later
         size *= 2
-    return _Sums(borders, prefix, suffix, total.view(*w.shape[:3], 1, w.shape[-1]))
+    return _DecaySums(levels, prefix, suffix, total.view(*w.shape[:3], 1, w.shape[-1]))
 
 
 @torch.library.custom_op("fledge::wkv_chunks", mutates_args=())
@@ -109,8 +109,8 @@ def _chunks(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
     # The token itself: weight r_t . (u * k_t), no decay.
     y = (r * k * u[:, None, None, :]).sum(-1, keepdim=True) * v
     # Tokens of the same chunk.
-    for size, prefix, suffix in sums.borders:
-        if size == 1:  # neighbours, between which nothing decays
+    for size, prefix, suffix in sums.levels:
+        if size == 1:  # neighbors: no decay between them
             weight = (_halves(r, 1)[1] * _halves(k, 1)[0]).sum(-1, keepdim=True)
             _halves(y, 1)[1].addcmul_(weight, _halves(v, 1)[0])
             continue
@@ -150,7 +150,7 @@ def _gradient(
     dprefix, dsuffix = dr * r, dk * k
     dtotal = ((after * before).sum(-1, keepdim=True) * kept).transpose(-1, -2)  # (B, H, n, 1, K)
 
-    dw = _through_borders(sums.borders, (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal))
+    dw = _backward_boundaries(sums.levels, (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal))
 
     # The token itself.
     strength = (dy * v).sum(-1, keepdim=True)  # (B, H, n, c, 1)
@@ -175,7 +175,7 @@ def _(
     return tuple(torch.empty_like(x) for x in (r, k, v, w, u, dstate))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.set_materialize_grads(False)
 
@@ -188,30 +188,31 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tu
     return gradients
 
 
-_chunks.register_autograd(_backward, setup_context=_keep)
+_chunks.register_autograd(_backward, setup_context=_save_inputs)
 
 
-def _through_borders(
-    borders: list[_Border],
+def _backward_boundaries(
+    levels: list[_Boundaries],
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
     dsums: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """From the widest border inwards: add to dr, dk, dv in place and carry the gradient of the sums down to w.
+    """From the largest blocks to the smallest: add to dr, dk, dv in place and propagate the gradient of the sums to w.
 
-    inputs r, k, v, dy; gradients dr, dk, dv; dsums those of prefix, suffix (B, H, n, c, K) and total (B, H, n, 1, K).
+    inputs: r, k, v, dy; gradients: dr, dk, dv; dsums: the gradients of prefix, suffix (B, H, n, c, K) and total
+    (B, H, n, 1, K). Returns the gradient of w.
     """
     (r, k, v, dy), (dr, dk, dv), (dprefix, dsuffix, dtotal) = inputs, gradients, dsums
     dtotal = dtotal.flatten(0, 2)  # (blocks, 1, K)
-    for size, prefix, suffix in reversed(borders):
+    for size, prefix, suffix in reversed(levels):
         dprefix_later, dsuffix_earlier = _halves(dprefix, size)[1], _halves(dsuffix, size)[0]
-        # The sums of this block were made of its halves': undo that first.
+        # The sums of this block were computed from those of its halves. Propagate their gradients to the halves first.
         dearlier = dtotal + dprefix_later.sum(1, keepdim=True)
         dlater = dtotal + dsuffix_earlier.sum(1, keepdim=True)
         dtotal = torch.stack((dearlier, dlater), dim=1).flatten(0, 1)
-        # Then what was read across this border.
+        # Then the gradients of the reads across this boundary.
         if size == 1:
-            _through_neighbours(inputs, gradients)
+            _backward_neighbors(inputs, gradients)
             continue
         prefix, suffix = prefix.exp(), suffix.exp()
         reads = _halves(r, size)[1] * prefix
@@ -228,10 +229,11 @@ def _through_borders(
     return dtotal
 
 
-def _through_neighbours(
+def _backward_neighbors(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """The innermost borders, where both sums are empty: products of single rows, which need no matrix product."""
+    """The innermost boundaries, with empty sums on both sides: products of single rows, which need no matrix
+    product."""
     (r, k, v, dy), (dr, dk, dv) = inputs, gradients
     read, write, value, dread = _halves(r, 1)[1], _halves(k, 1)[0], _halves(v, 1)[0], _halves(dy, 1)[1]
     dweight = (dread * value).sum(-1, keepdim=True)  # (G, 1, 1)

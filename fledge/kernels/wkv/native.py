@@ -1,9 +1,8 @@
-"""WKV of RWKV-5 Eagle and RWKV-6 Finch in the native library, with its gradient: for training on a CPU.
+"""WKV of RWKV-5 Eagle and RWKV-6 Finch in the native library, with its gradient, for training on a CPU.
 
-The loop itself, in vector instructions (native/isa/recurrence.h), and a gradient that computes the states again from
-the beginnings of segments (native/isa/gradient.h). Exact for every decay. Saved for the gradient: the inputs alone.
-Both are operators of torch's, so that torch.compile knows their shapes and gradient without looking into the library.
-Not here: finding the library, and the recurrence without a gradient (fledge.kernels.native_ops).
+The loop runs in vector instructions (native/isa/recurrence.h). The gradient recomputes the states from the beginnings
+of segments (native/isa/gradient.h), so only the inputs are saved for it. Both are exact for every decay. They are
+registered as torch operators, so torch.compile knows their shapes and gradient without tracing the library.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.kernels.native_ops import enough_memory, follow_torch_threads, functions, wkv_native
+from fledge.kernels.native_ops import check_memory, follow_torch_threads, functions, wkv_native
 
 
-def wkv_trained(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As `wkv_reference`, for float32 on the CPU; differentiable in all six."""
+def wkv_differentiable(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The native form of `wkv_reference`, for float32 on the CPU; differentiable in all six inputs."""
     inputs = (r, k, v, w, u, state)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         y: Tensor
@@ -46,7 +45,7 @@ def _gradient(
     tensors = (r, k, v, decay, u, state, dy, dafter, dr, dk, dv, dw, du, dstate)
     follow_torch_threads()
     failed = functions().fledge_wkv_gradient(sizes, *(x.data_ptr() for x in tensors))
-    enough_memory(failed, f"the gradient of {r.shape[1]} tokens at once")
+    check_memory(failed, f"the gradient of {r.shape[1]} tokens in one call")
     return dr, dk, dv, dw, du.sum(0), dstate
 
 
@@ -66,7 +65,7 @@ def _(
     return _empty_like(r, k, v, w, u, state)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -75,4 +74,4 @@ def _backward(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor, ...]:
     return gradients
 
 
-_wkv.register_autograd(_backward, setup_context=_keep)
+_wkv.register_autograd(_backward, setup_context=_save_inputs)

@@ -1,9 +1,9 @@
-"""WKV of RWKV-5 Eagle and RWKV-6 Finch as the paper writes it, one token at a time. This loop is the specification.
+"""WKV of RWKV-5 Eagle and RWKV-6 Finch as in the paper, one token at a time. This loop is the specification.
 
     y_t = r_t (S_{t-1} + diag(u) k_t^T v_t)        paper, equations 5 and 18
     S_t = diag(exp(w_t)) S_{t-1} + k_t^T v_t
 
-Every other form in this folder is a twin of it: same arguments, same layout, compared in outputs and all gradients.
+Every other form in this folder has the same arguments and layout, and is compared with it in outputs and all gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def wkv_reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: 
     outputs = []
     for t in range(r.shape[1]):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # (B, H, K, V)
-        seen = state + u[:, :, None] * kv  # the current token enters with the bonus u in place of a decay
+        seen = state + u[:, :, None] * kv  # for the current token, the bonus u takes the place of the decay
         outputs.append((r[:, t, :, None, :] @ seen).squeeze(-2))  # (B, H, V)
         state = torch.exp(w[:, t, :, :, None]) * state + kv
     if not outputs:

@@ -1,8 +1,8 @@
 """WKV of RWKV-4 in parallel within chunks, in plain torch.
 
-Inside a chunk every pair (t, i) has the exponent k_i + w_{i+1} + ... + w_{t-1}; the state enters token t with
-p + w_1 + ... + w_{t-1}. The largest exponent of a row is taken out before exp, so nothing overflows. The state has one
-number a channel, so there is no matrix product to win, and chunks are short.
+Inside a chunk every pair (t, i) has the exponent k_i + w_{i+1} + ... + w_{t-1}; the exponent of the state at token t is
+p + w_1 + ... + w_{t-1}. The largest exponent of a row is subtracted before exp, so nothing overflows. The state has one
+number for each channel, so matrix products gain nothing, and chunks are short.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fledge.kernels.wkv4.reference import TINY, State4
 
-CHUNK = 32  # tokens; memory for one chunk is c^2 A floats a sequence
-NEVER = -1e38  # an exponent that is certainly lost, yet finite: inf - inf would be nan in the gradients
+CHUNK = 32  # tokens; one chunk needs c^2 A floats for each sequence
+NEVER = -1e38  # an exponent of a weight of zero, but finite: inf - inf would be nan in the gradients
 
 
 def wkv4_chunked(
@@ -32,7 +32,7 @@ def wkv4_chunked(
 def _one_chunk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State4) -> tuple[Tensor, State4]:
     aa, bb, pp = state
     length = k.shape[1]
-    # Row t holds the exponents at token t for t < length, and at the end of the chunk for t = length.
+    # Row t contains the exponents at token t for t < length, and at the end of the chunk for t = length.
     between = _sums_between(w)  # (B, c + 1, c, A): w_{i+1} + ... + w_{t-1}
     exponent = between + k[:, None]
     rows = torch.arange(length + 1, device=k.device)[:, None]
@@ -57,7 +57,7 @@ def _sums_between(w: Tensor) -> Tensor:
     length = w.shape[1]
     rows = torch.arange(length + 1, device=w.device)[:, None]
     columns = torch.arange(length, device=w.device)
-    # Term s = t - 1 joins row t where it lies after i: a running sum down the rows adds it to all later ones.
-    shifted = torch.nn.functional.pad(w, (0, 0, 1, 0))  # row t holds w_{t-1}
-    joins = (rows - 1 > columns)[:, :, None]
-    return torch.where(joins, shifted[:, :, None], 0.0).cumsum(1)
+    # Row t adds the term s = t - 1 if it is after i. A cumulative sum over the rows adds it to all later rows.
+    shifted = torch.nn.functional.pad(w, (0, 0, 1, 0))  # row t contains w_{t-1}
+    is_added = (rows - 1 > columns)[:, :, None]
+    return torch.where(is_added, shifted[:, :, None], 0.0).cumsum(1)

@@ -3,7 +3,7 @@
     y_t = (a + exp(u + k_t) v_t) / (b + exp(u + k_t))
     a, b <- exp(w) a + exp(k_t) v_t, exp(w) b + exp(k_t)
 
-a and b are stored divided by exp(p), p being the largest exponent so far, so that nothing overflows.
+a and b are stored divided by exp(p), with the largest exponent so far as p, so that nothing overflows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 State4 = tuple[Tensor, Tensor, Tensor]
 
-# A real denominator is near 1 or above. It is 0 only at padding of a row that never read anything; its output must be
-# finite all the same.
+# A real denominator is near 1 or above. It is 0 only at padding of a row that has read nothing, where the output must
+# still be finite.
 TINY = 1e-30
 
 

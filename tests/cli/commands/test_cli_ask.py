@@ -49,7 +49,7 @@ def test_the_text_is_known_the_next_time(fledge: Any, byte_model: Path, book: Pa
     first = fledge("ask", book, "Who?", "-m", byte_model, *SAMPLING)
     (kept,) = cache.iterdir()
     again = fledge("ask", "-", "Who?", "-m", byte_model, *SAMPLING, stdin=TEXT.encode())
-    assert again.messages == "known: 50 tokens\n" and again.text == first.text
+    assert again.messages == "cached: 50 tokens\n" and again.text == first.text
     assert fledge("ask", book, "Who?", "-m", byte_model, "--template", "qa", *SAMPLING).text == expected(
         byte_model, "Who?", "qa"
     )
@@ -80,7 +80,7 @@ def test_an_interrupted_reading_is_kept(
     assert (
         done.code == 0
         and done.messages.startswith("read 22 tokens in ")
-        and f"{PREFILL_CHUNK} were known" in done.messages
+        and f"{PREFILL_CHUNK} were cached" in done.messages
     )
 
 
@@ -91,7 +91,7 @@ def test_without_a_place_to_keep_it_the_answer_comes_all_the_same(
     cache.write_bytes(b"no folder")
     done = fledge("ask", book, "Who was lost?", "-m", byte_model, *SAMPLING)
     assert (done.code, done.text) == (0, expected(byte_model, "Who was lost?"))
-    assert "cannot be kept" in done.messages
+    assert "cannot be saved" in done.messages
 
 
 def test_mistakes_are_told_before_the_reading(fledge: Any, byte_model: Path, book: Path, cache: Path) -> None:

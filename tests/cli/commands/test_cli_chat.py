@@ -45,13 +45,13 @@ def test_answers_with_a_blank_line_between(talk: Any) -> None:
 def test_undo_and_retry(talk: Any) -> None:
     result = talk("Hello", "/undo", "/history", "Again", "/retry", "/history")
     assert result.text == "One.\n\nOne.\n\nOne.\n"
-    assert result.messages.splitlines() == ["nothing has been said in this branch", "User: Again", "Assistant: One."]
+    assert result.messages.splitlines() == ["this branch has no messages", "User: Again", "Assistant: One."]
 
 
 def test_branches(talk: Any) -> None:
     result = talk("a", "/branch side", "b", "/switch main", "c", "/branch", "/history")
     assert result.text == "One.\n\nTwo.\n\nTwo.\n"
-    expected = ["branches: main (here), side", "User: a", "Assistant: One.", "User: c", "Assistant: Two."]
+    expected = ["branches: main (current), side", "User: a", "Assistant: One.", "User: c", "Assistant: Two."]
     assert result.messages.splitlines() == expected
 
 
@@ -84,7 +84,7 @@ def test_the_template_is_the_one_of_the_tuning(
     talk: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tuned: str | None, label: str, words: str
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("fledge.cli.commands.chat.remark", said.append)
+    monkeypatch.setattr("fledge.cli.commands.chat.print_terminal_note", said.append)
     result = talk("x", "/history", arguments=arguments, tuned=tuned)
     assert result.messages.startswith(f"{label}\n") and words in said[0]
 
@@ -129,7 +129,9 @@ class Person:
 @pytest.fixture
 def at_keyboard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A conversation with a `Person`: what was shown on both streams, as one text."""
-    monkeypatch.setattr(terminal, "messages", lambda: Console(force_terminal=True, no_color=True, highlight=False))
+    monkeypatch.setattr(
+        terminal, "message_console", lambda: Console(force_terminal=True, no_color=True, highlight=False)
+    )
 
     def run(person: Person, model: FakeModel | None = None, **settings: Any) -> str:
         chat = LLM(model or model_of(), TOKENIZER).chat(params=SamplingParams(**settings))
@@ -150,7 +152,11 @@ def test_errors_do_not_end_a_conversation(at_keyboard: Any) -> None:
 def test_ctrl_c_at_the_prompt_and_ctrl_d(at_keyboard: Any) -> None:
     person = Person("half\\", KeyboardInterrupt(), "Hello")
     shown = at_keyboard(person)
-    assert person.prompts == ["> ", "... ", "> ", "> "] and "Ctrl-D or /quit leaves" in shown and "One." in shown
+    assert (
+        person.prompts == ["> ", "... ", "> ", "> "]
+        and "Ctrl-D or /quit ends the conversation" in shown
+        and "One." in shown
+    )
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
@@ -168,10 +174,10 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
 
 
 def test_an_empty_answer_says_so(at_keyboard: Any) -> None:
-    assert "an empty answer" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
-    assert "an empty answer" not in at_keyboard(Person("Hello"))
+    assert "the answer is empty" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
+    assert "the answer is empty" not in at_keyboard(Person("Hello"))
 
 
 def test_a_cut_answer_says_so(at_keyboard: Any) -> None:
-    assert "cut off by --max-tokens" not in at_keyboard(Person("Hello"))
-    assert "On\n" in (shown := at_keyboard(Person("Hello"), max_tokens=3)) and "cut off by --max-tokens" in shown
+    assert "stopped by --max-tokens" not in at_keyboard(Person("Hello"))
+    assert "On\n" in (shown := at_keyboard(Person("Hello"), max_tokens=3)) and "stopped by --max-tokens" in shown

@@ -1,4 +1,4 @@
-"""`fledge doctor`: what it reports, and when it is not content."""
+"""`fledge doctor`: its report, and its exit code if a check fails."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from fledge.bench import diagnosis
-from fledge.bench.selfcheck import Check, check_kernels
+from fledge.diagnostics import diagnosis
+from fledge.diagnostics.selfcheck import KernelCheck, check_kernels
 
 
 @pytest.fixture
 def doctor(fledge: Any, pruned_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run `fledge doctor ARGUMENTS` with a bundled model and these results of the self-check."""
-    sound = check_kernels()
+    passed = check_kernels()
 
-    def run(*arguments: str, bundled: Path = pruned_model, checks: list[Check] | None = None) -> Any:
+    def run(*arguments: str, bundled: Path = pruned_model, checks: list[KernelCheck] | None = None) -> Any:
         monkeypatch.setattr(diagnosis, "get_asset_path", lambda _name: bundled)
-        monkeypatch.setattr(diagnosis, "check_kernels", lambda: checks or sound)
+        monkeypatch.setattr(diagnosis, "check_kernels", lambda: checks or passed)
         return fledge("doctor", *arguments)
 
     return run
@@ -28,7 +28,7 @@ def doctor(fledge: Any, pruned_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_healthy_installation(doctor: Any) -> None:
     result = doctor()
-    assert result.code == 0 and result.messages == "" and result.text.endswith("All is well.\n")
+    assert result.code == 0 and result.messages == "" and result.text.endswith("All checks passed.\n")
     for word in ("python", "torch", "cpu", "memory", "chunked", "reference", "sha256", "hub", "train"):
         assert word in result.text
 
@@ -45,11 +45,11 @@ def test_json(doctor: Any) -> None:
 def test_a_wrong_kernel(doctor: Any) -> None:
     wrong = [
         dataclasses.replace(check_kernels()[0], error=float("nan")),
-        Check("wkv", "other", "cpu", float("inf"), 0.0, "RuntimeError: no such instruction"),
+        KernelCheck("wkv", "other", "cpu", float("inf"), 0.0, "RuntimeError: no such instruction"),
     ]
     result = doctor(checks=wrong)
     assert result.code == 1 and "wrong" in result.text and "no such instruction" in result.text
-    assert "Something is wrong" in result.text
+    assert "A check failed" in result.text
     record = json.loads(doctor("--json", checks=wrong).text)
     assert not record["healthy"] and [check["error"] for check in record["checks"]] == [None, None]
 

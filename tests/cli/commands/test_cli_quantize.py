@@ -39,7 +39,7 @@ def test_the_file_and_its_summary(fledge: Any, model: Path, tmp_path: Path, sche
     assert f"{size:,} bytes, {size / before:.0%} of {before:,}" in result.text
     rows = dict(line.split(maxsplit=1) for line in result.text.splitlines()[:4])
     found = checkpoint.inspect(target)
-    assert rows["bits"] == f"{found.bits_per_weight:.2f} a weight of these matrices"
+    assert rows["bits"] == f"{found.bits_per_weight:.2f} per weight of these matrices"
     assert {part.split(" in ")[1]: int(part.split()[0]) for part in rows["matrices"].split(", ")} == {
         name: share.matrices for name, share in found.quantized.items()
     }
@@ -49,14 +49,14 @@ def test_the_file_and_its_summary(fledge: Any, model: Path, tmp_path: Path, sche
 
 def test_info_says_what_is_in_the_file(fledge: Any, model: Path, tmp_path: Path) -> None:
     fledge("quantize", model, tmp_path / "small.safetensors", "--to", "int4")
-    assert "17 in int4; 5.17 bits a weight of these" in fledge("info", tmp_path / "small.safetensors").text
+    assert "17 in int4; 5.17 bits per weight of these" in fledge("info", tmp_path / "small.safetensors").text
     record = json.loads(fledge("info", tmp_path / "small.safetensors", "--json").text)
-    assert record["quantised"]["int4"]["matrices"] == 17 and round(record["bits_per_weight"], 2) == 5.17
+    assert record["quantized"]["int4"]["matrices"] == 17 and round(record["bits_per_weight"], 2) == 5.17
     assert record["parameters"] == json.loads(fledge("info", model, "--json").text)["parameters"]
     facts = record["extra"]["quantised"]
     assert facts == {"scheme": "int4", "calibrated": False, "base": facts["base"]} and len(facts["base"]) == 64
     plain = json.loads(fledge("info", model, "--json").text)
-    assert plain["quantised"] == {} and plain["bits_per_weight"] is None
+    assert plain["quantized"] == {} and plain["bits_per_weight"] is None
     assert "bits a weight" not in fledge("info", model).text
 
 
@@ -109,6 +109,6 @@ def test_what_is_quantised_already(fledge: Any, model: Path, text: Path, tmp_pat
     fledge("quantize", model, small, "--to", "int8")
     for more in ([], ["--calibrate", text]):
         fledge("quantize", small, tmp_path / "again.safetensors", "--to", "int4", *more).check_error(
-            1, "is quantized already", "from before quantization"
+            1, "is already quantized", "from before quantization"
         )
     fledge("quantize", model, tmp_path / "small.pth", "--to", "int8").check_error(2, "written as .safetensors")

@@ -150,7 +150,7 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
             ],
         ),
         (["--set", "peak=inf"], 1, ["the learning rate would fall from inf"]),
-        (["--set", "n_embd=65536"], 1, ["more memory than there is"]),
+        (["--set", "n_embd=65536"], 1, ["more memory than is available"]),
         (["--parallel", "both"], 1, ["choose from ddp, fsdp"]),
         (["--set", "vocab_size=10"], 1, ["vocab_size is 10, but the data has ids up to 299"]),
         (["--set", "vocab_size=512"], 1, ["vocab_size is 512, but the vocabulary of the data has 300 ids"]),

@@ -97,7 +97,7 @@ def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path
     text = fledge("info", adapter).text
     for words in ("LoRA", "rank", "alpha", "32", "att.key, ffn.value", "bytes: RWKV-6 Finch, 2 layers, width 16, "):
         assert words in text, text
-    assert "2 tensors, ln_out.bias the first" in text and "data.jsonl" in text
+    assert "2 tensors, first: ln_out.bias" in text and "data.jsonl" in text
     record = json.loads(fledge("info", adapter, "--json").text)
     assert (record["rank"], record["parts"]) == (5, ["ln_out.bias", "ln_out.weight"])
     assert record["base"]["identity"] == read_adapter(adapter).base.identity  # type: ignore[union-attr]
@@ -129,7 +129,7 @@ def test_converting_onto_a_full_disk(fledge: Any, byte_model: Path, data: Path, 
         result = fledge("tune", "convert", tmp_path / "run" / "adapter.safetensors", tmp_path / "lora.pth")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    result.check_error(1, f"the disk of {tmp_path} is full", "lora.pth cannot be written; make room")
+    result.check_error(1, f"the disk of {tmp_path} is full", "lora.pth cannot be written; free some space")
     assert not (tmp_path / "lora.pth").exists()
 
 
@@ -223,7 +223,7 @@ def test_info_tells_of_every_kind_what_its_file_tells(
     assert lora["rank"] == theirs["rank"] == "16" and not {"rank", "alpha", "lora"} & {*state, *plain, *full}
     assert (full["steps"], full["epochs"], full["rate"], lora["final"]) == ("1", "1", "1e-05", "rate   2e-05")
     assert state["state"] == plain["state"] == "2 layers, 2 heads of 8 x 8"
-    assert state["numbers"] == plain["numbers"] == "256 in 1,024 bytes"
+    assert state["parameters"] == plain["parameters"] == "256 in 1,024 bytes"
     record = json.loads(fledge("info", tmp_path / "state" / "state.pth", "--json").text)
     assert (record["kind"], record["rank"], record["state"], record["template"]) == ("state", None, [2, 2, 8, 8], None)
 
@@ -239,9 +239,9 @@ def test_blank_lines_that_a_turn_cannot_hold_are_told(fledge: Any, byte_model: P
 def test_alpha_and_any_base_are_about_an_adapter(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     fledge("tune", "state", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
     state, model = tmp_path / "run" / "state.safetensors", ("hi", "-m", byte_model)
-    fledge("generate", *model, "--alpha", 32).check_error(2, "--alpha is about an adapter", "--adapter FILE")
-    fledge("generate", *model, "--any-base").check_error(2, "--any-base is about an adapter")
-    words = ("--alpha is about a LoRA", "state.safetensors is a tuned state")
+    fledge("generate", *model, "--alpha", 32).check_error(2, "--alpha needs an adapter", "--adapter FILE")
+    fledge("generate", *model, "--any-base").check_error(2, "--any-base needs an adapter")
+    words = ("--alpha needs a LoRA", "state.safetensors is a tuned state")
     fledge("generate", *model, "--alpha", 32, "--adapter", state).check_error(2, *words)
     fledge("tune", "convert", state, tmp_path / "s.pth", "--alpha", 32).check_error(2, *words)
     fledge("tune", "convert", state, state).check_error(1, "exists; to replace it give --force")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 
 from fledge.core.errors import StateError, TokenizerError, UsageError
@@ -80,9 +81,9 @@ def test_logprobs_sum_to_the_probability_of_the_text() -> None:
         logits, _ = llm.model(torch.tensor([ids]))
     wanted = logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert [score.id for score in scores] == ids[1:] and b"".join(score.bytes for score in scores) == text.encode()
-    assert torch.allclose(torch.tensor([score.logprob for score in scores]), wanted, atol=1e-4)
-    assert scores.total == pytest.approx(float(wanted.sum()), rel=1e-5)
-    assert scores.bits_per_byte == pytest.approx(-float(wanted.sum()) / math.log(2) / len(text), rel=1e-5)
+    assert_close_relative(torch.tensor([score.logprob for score in scores]), wanted, MODEL_TOLERANCE, "logprobs")
+    assert scores.total == pytest.approx(float(wanted.sum()), rel=MODEL_TOLERANCE)
+    assert scores.bits_per_byte == pytest.approx(-float(wanted.sum()) / math.log(2) / len(text), rel=MODEL_TOLERANCE)
 
 
 def test_states_and_scores_leave_the_model_ready_for_training() -> None:
@@ -98,7 +99,7 @@ def test_logprobs_after_a_state_need_a_context() -> None:
     llm = random_llm()
     cold = llm.logprobs("answer", context="text question: ")
     warm = llm.logprobs("answer", llm.read("text "), "question: ")
-    assert warm.total == pytest.approx(cold.total, abs=1e-3)
+    assert warm.total == pytest.approx(cold.total, rel=MODEL_TOLERANCE)
     with pytest.raises(UsageError, match="context is empty"):
         llm.logprobs("answer", llm.read("text "))
     with pytest.raises(UsageError, match="context is empty"):

@@ -7,7 +7,7 @@ import hashlib
 import weakref
 
 import pytest
-import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 
 from fledge.core.errors import UsageError
@@ -229,4 +229,4 @@ def test_a_real_model_is_where_reading_the_transcript_would_bring_it() -> None:
     for question in ("hello", "how are you?", "bye"):
         list(chat.say(question))
     for name, tensor in llm.read(chat.ids).tensors().items():
-        assert torch.allclose(tensor, getattr(chat.state, name), atol=1e-4), name
+        assert_close_relative(getattr(chat.state, name), tensor, MODEL_TOLERANCE, name)

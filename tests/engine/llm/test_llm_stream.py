@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
+from closeness import MODEL_TOLERANCE, assert_close_relative
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -248,5 +249,5 @@ def test_a_real_model_agrees_with_reading_its_own_text() -> None:
         assert "".join(pieces) == done.text
         again = advance_state(model, [*PROMPT, *done.ids], start)
         for name, tensor in again.tensors().items():
-            assert torch.allclose(tensor, getattr(done.state, name), atol=1e-4), name
+            assert_close_relative(getattr(done.state, name), tensor, MODEL_TOLERANCE, name)
         assert "".join(Stream(model, TOKENIZER, PROMPT, start, params)) == done.text

@@ -1,4 +1,4 @@
-"""The cache's choices: where snapshots are asked for, what goes first, and when a file is not worth its reading."""
+"""Policies of the prefix cache: where it takes snapshots, what it evicts first, and when it reads a file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ AMPLE = 1 << 24
 IDS = tuple(range(100, 200))
 
 
-def put(cache: PrefixCache, ids: tuple[int, ...], space: str = "a", logits: bool = False) -> None:
-    cache.put(space, ids, state_of(ids), logits_of(ids) if logits else None)
+def put(cache: PrefixCache, ids: tuple[int, ...], namespace: str = "a", logits: bool = False) -> None:
+    cache.put(namespace, ids, state_of(ids), logits_of(ids) if logits else None)
     check(cache)
 
 
 def lengths(cache: PrefixCache) -> list[int]:
-    """Of the snapshots in memory."""
-    return sorted(node.length for book in (cache._passed, cache._recent) for node in book if node.value is not None)
+    """The lengths of the snapshots in memory."""
+    return sorted(
+        node.length for nodes in (cache._redundant, cache._recent) for node in nodes if node.value is not None
+    )
 
 
-def room(*prompts: int) -> int:
-    """Bytes of snapshots of so many separate prompts of these lengths, in one space."""
+def bytes_of(*prompts: int) -> int:
+    """Bytes of the snapshots of separate prompts of these lengths, in one namespace."""
     return NODE_BYTES + sum(NODE_BYTES + length * TOKEN_BYTES + BYTES for length in prompts)
 
 
-def test_where_snapshots_are_asked_for() -> None:
+def test_snapshot_positions() -> None:
     cache = PrefixCache(memory_bytes=AMPLE, snapshot_interval=32)
     assert cache.plan_snapshots("a", IDS, 0, (70, 10, 0, 500)) == (10, 32, 64, 70, 96, 100)
     assert cache.plan_snapshots("a", IDS, 64, (70, 10)) == (70, 96, 100)
@@ -38,18 +40,18 @@ def test_where_snapshots_are_asked_for() -> None:
     cache.insert_prompt("a", IDS)
     put(cache, IDS[:70])
     other = (*IDS[:80], *range(20))
-    assert MIN_GAIN > 80 - 70 and cache.plan_snapshots("a", other, 70, ()) == (96, 100), "too little lies between"
-    assert cache.plan_snapshots("a", other, 0, (70,)) == (32, 64, 80, 96, 100), "70 is there, and 80 is where they part"
+    assert MIN_GAIN > 80 - 70 and cache.plan_snapshots("a", other, 70, ()) == (96, 100), "the gain is too small"
+    assert cache.plan_snapshots("a", other, 0, (70,)) == (32, 64, 80, 96, 100), (
+        "70 exists, and the prompts diverge at 80"
+    )
     assert cache.plan_snapshots("b", other, 0, (70,)) == (32, 64, 70, 96, 100)
     put(cache, other)
-    assert cache.plan_snapshots("a", other, 70, ()) == (96, 100), (
-        "without logits the end is of no use to the same prompt"
-    )
+    assert cache.plan_snapshots("a", other, 70, ()) == (96, 100), "a snapshot of the whole prompt needs logits"
     put(cache, other, logits=True)
     assert cache.plan_snapshots("a", other, 70, ()) == (96,)
 
 
-def test_places_on_the_disk_are_not_asked_for_again(tmp_path: Path) -> None:
+def test_snapshots_on_the_disk_are_not_taken_again(tmp_path: Path) -> None:
     with DiskCache(tmp_path, "model", max_bytes=AMPLE) as disk:
         cache = PrefixCache(memory_bytes=AMPLE, disk=disk, snapshot_interval=32)
         put(cache, IDS[:32])
@@ -60,32 +62,32 @@ def test_places_on_the_disk_are_not_asked_for_again(tmp_path: Path) -> None:
         assert cache.plan_snapshots("a", (*IDS, 1), 0, (100,)) == (64, 96, 101)
 
 
-def test_a_long_prompt_displaces_little() -> None:
-    """Its passed snapshots go before anything else, the older ones first, and its marks and end do not."""
-    cache = PrefixCache(memory_bytes=room(5, 6, 100) + 2 * (NODE_BYTES + BYTES), snapshot_interval=10)
+def test_a_long_prompt_evicts_its_own_regular_snapshots_first() -> None:
+    """Its message ends and its end stay."""
+    cache = PrefixCache(memory_bytes=bytes_of(5, 6, 100) + 2 * (NODE_BYTES + BYTES), snapshot_interval=10)
     put(cache, (1,) * 5)
     put(cache, (2,) * 6)
-    for place in (10, 20, 30, 37, 40, 50, 60, 100):
-        put(cache, IDS[:place])
+    for length in (10, 20, 30, 37, 40, 50, 60, 100):
+        put(cache, IDS[:length])
     assert lengths(cache) == [5, 6, 37, 60, 100]
     assert cache.stats.evictions == 5
 
 
-def test_a_passed_snapshot_that_is_hit_or_where_prompts_part_is_like_any_other() -> None:
+def test_a_redundant_snapshot_that_is_hit_or_where_prompts_diverge_is_kept() -> None:
     cache = PrefixCache(memory_bytes=AMPLE, snapshot_interval=10)
     put(cache, IDS[:10])
     put(cache, IDS[:15])
-    assert [node.length for node in cache._passed] == [10]
+    assert [node.length for node in cache._redundant] == [10]
     assert cache.match_prefix("a", (*IDS[:10], 1)).length == 10
-    assert not cache._passed
+    assert not cache._redundant
     put(cache, (*IDS[:10], 1))
     put(cache, (*IDS[:10], 2))
-    assert not cache._passed
+    assert not cache._redundant
     check(cache)
 
 
-def test_the_least_recently_used_goes_and_a_hit_keeps_only_what_it_hit() -> None:
-    cache = PrefixCache(memory_bytes=room(9) + NODE_BYTES + BYTES + 5 * TOKEN_BYTES, snapshot_interval=50)
+def test_a_hit_refreshes_only_the_snapshot_that_it_uses() -> None:
+    cache = PrefixCache(memory_bytes=bytes_of(9) + NODE_BYTES + BYTES + 5 * TOKEN_BYTES, snapshot_interval=50)
     put(cache, IDS[:4])
     put(cache, (1,) * 5)
     assert cache.match_prefix("a", (*IDS[:4], 1)).length == 4
@@ -93,21 +95,21 @@ def test_the_least_recently_used_goes_and_a_hit_keeps_only_what_it_hit() -> None
     assert lengths(cache) == [4, 9]
     assert cache.match_prefix("a", (*IDS[:9], 1)).length == 9
     put(cache, (1,) * 5)
-    assert lengths(cache) == [5, 9], "the shorter one on the way was not refreshed"
+    assert lengths(cache) == [5, 9], "the hit has not refreshed the shorter snapshot"
 
 
-def test_what_is_too_large_displaces_nothing(tmp_path: Path) -> None:
+def test_a_snapshot_that_is_too_large_evicts_nothing(tmp_path: Path) -> None:
     with DiskCache(tmp_path, "model", max_bytes=AMPLE) as disk:
-        cache = PrefixCache(memory_bytes=room(5), disk=disk)
+        cache = PrefixCache(memory_bytes=bytes_of(5), disk=disk)
         put(cache, IDS[:5])
         put(cache, IDS[:60])
         cache.insert_prompt("a", tuple(range(10_000)))
         assert lengths(cache) == [5] and cache.stats.evictions == 0
         hit = cache.match_prefix("a", IDS)
-        assert hit.length == 60 and same(hit.state, IDS[:60]), "it went to the disk"
+        assert hit.length == 60 and same(hit.state, IDS[:60]), "it was written to the disk"
 
 
-def test_learned_paths_are_bounded_too() -> None:
+def test_paths_without_snapshots_are_limited_too() -> None:
     cache = PrefixCache(memory_bytes=20 * NODE_BYTES)
     for number in range(100):
         cache.insert_prompt(f"tenant {number}", (number,) * 50)
@@ -117,26 +119,23 @@ def test_learned_paths_are_bounded_too() -> None:
     assert cache.stats.evictions == 0
 
 
-def test_a_file_is_read_only_where_that_gains_enough(tmp_path: Path) -> None:
+def test_a_file_is_read_only_if_the_gain_is_large_enough(tmp_path: Path) -> None:
     with DiskCache(tmp_path, "model", max_bytes=AMPLE) as disk:
         cache = PrefixCache(memory_bytes=AMPLE, disk=disk)
-        for place in (20, 40, 40 + MIN_GAIN - 1, 40 + MIN_GAIN):
-            put(cache, IDS[:place], logits=True)
+        for length in (20, 40, 40 + MIN_GAIN - 1, 40 + MIN_GAIN):
+            put(cache, IDS[:length], logits=True)
         cache.flush()
         cache = PrefixCache(memory_bytes=AMPLE, disk=disk)
         put(cache, IDS[:40])
         assert cache.match_prefix("a", IDS[: 40 + MIN_GAIN - 1]).length == 40
         hit = cache.match_prefix("a", IDS[: 40 + MIN_GAIN])
-        assert (
-            hit.length == hit.shared_length == 40 + MIN_GAIN
-            and same(hit.state, IDS[: hit.length])
-            and hit.logits is not None
-        )
-        assert lengths(cache) == [40, 40 + MIN_GAIN], "it is in memory now"
+        assert hit.length == hit.shared_length == 40 + MIN_GAIN
+        assert same(hit.state, IDS[: hit.length]) and hit.logits is not None
+        assert lengths(cache) == [40, 40 + MIN_GAIN], "the snapshot is in memory now"
         check(cache)
 
 
-def test_logits_that_come_later_are_added_to_the_state_that_is_there() -> None:
+def test_logits_are_added_to_an_existing_snapshot() -> None:
     cache = PrefixCache(memory_bytes=AMPLE)
     put(cache, IDS[:7])
     first = cache.match_prefix("a", IDS[:8]).state
@@ -147,12 +146,12 @@ def test_logits_that_come_later_are_added_to_the_state_that_is_there() -> None:
     assert hit.state is first and hit.logits is not None and hit.logits.equal(logits_of(IDS[:7]))
 
 
-def test_what_is_cleared_is_gone_from_the_disk_as_well(tmp_path: Path) -> None:
+def test_clear_deletes_snapshots_on_the_disk_too(tmp_path: Path) -> None:
     with DiskCache(tmp_path, "model", max_bytes=AMPLE) as disk:
-        cache = PrefixCache(memory_bytes=room(50), disk=disk)
-        for space in ("a", "b"):
-            put(cache, IDS[:50], space)
-            put(cache, IDS[:30], space)
+        cache = PrefixCache(memory_bytes=bytes_of(50), disk=disk)
+        for namespace in ("a", "b"):
+            put(cache, IDS[:50], namespace)
+            put(cache, IDS[:30], namespace)
         cache.clear("a")
         check(cache)
         assert cache.match_prefix("a", IDS) == PrefixMatch(0, None, None, 0)
@@ -165,10 +164,10 @@ def test_what_is_cleared_is_gone_from_the_disk_as_well(tmp_path: Path) -> None:
         assert (stats.hits, stats.misses, stats.tokens_saved) == (1, 1, 50)
 
 
-def test_a_disk_that_cannot_be_used_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_cache_works_without_a_usable_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with DiskCache(tmp_path / "file" / "folder", "model", max_bytes=AMPLE) as disk:
-        cache = PrefixCache(memory_bytes=room(60), disk=disk)
+        cache = PrefixCache(memory_bytes=bytes_of(60), disk=disk)
         put(cache, IDS[:50])
         put(cache, (1,) * 60)
         assert cache.match_prefix("a", IDS).length == 0 and cache.match_prefix("a", (1,) * 70).length == 60

@@ -16,7 +16,7 @@ from prefixes import equal_bits, state_of
 
 from fledge.core.errors import FledgeError, StateError, UsageError
 from fledge.engine.states.state_file import StateMetadata, encode_state
-from fledge.engine.states.store import INDEX, SessionConflict, StateStore
+from fledge.engine.states.store import SessionConflict, StateStore
 from fledge.models.state import State, WkvState
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
@@ -188,7 +188,7 @@ def test_what_is_damaged_says_so(shelf: StateStore) -> None:
     with pytest.raises(StateError, match=f"the file of {two} cannot be read"):
         shelf.get("me", two)
     shelf.close()
-    (shelf.folder / INDEX).write_bytes(b"no database" * 500)
+    (shelf.folder / StateStore.INDEX).write_bytes(b"no database" * 500)
     with pytest.raises(FledgeError, match=r"is damaged .* restore a backup"):
         StateStore(shelf.folder, CARD.identity, limit_bytes=AMPLE)
     assert (shelf.folder / "states" / f"{one}.state").exists(), "nothing is thrown away"

@@ -1,4 +1,4 @@
-"""Structured output with random logits as the model: what is written must fit, whatever the tokens are."""
+"""Structured output: texts sampled from random logits must fit the schema or the regex, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def vocabulary_of(name: str) -> GrammarVocabulary:
     return GrammarVocabulary(tokenizer_called(name))
 
 
-def write(constraint: Constraint, name: str, seed: int) -> str:
-    """What a model of random logits writes to the end of the constraint."""
+def generate(constraint: Constraint, name: str, seed: int) -> str:
+    """A text sampled from random logits until the constraint ends."""
     tokenizer = tokenizer_called(name)
     sampler, random = Sampler(SamplingParams(top_p=1.0, seed=seed)), torch.Generator().manual_seed(seed)
     ids = list[int]()
@@ -96,23 +96,23 @@ def check_person(person: Any) -> None:
     assert type(person.get("// not a comment", True)) is bool
 
 
-@pytest.mark.parametrize("name, draws", [(WORLD, 50), (BYTES, 50), (PRUNED, 10)])
-def test_what_is_written_fits_the_schema(name: str, draws: int) -> None:
-    start, seen = compile_json_schema(PERSON, vocabulary_of(name)), list[str]()
-    for seed in range(draws):
-        text = write(start.fork(), name, seed)
+@pytest.mark.parametrize("name, samples", [(WORLD, 50), (BYTES, 50), (PRUNED, 10)])
+def test_generated_text_fits_the_schema(name: str, samples: int) -> None:
+    start, texts = compile_json_schema(PERSON, vocabulary_of(name)), list[str]()
+    for seed in range(samples):
+        text = generate(start.fork(), name, seed)
         check_person(json.loads(text))
         assert "\n" not in text and not re.search('[:,] ["\\[{]? {2}', text)
-        seen.append(text)
-    assert len(set(seen)) == draws
-    assert {'": ', '":'} == {found for text in seen for found in re.findall('":(?: |(?! ))', text)}
+        texts.append(text)
+    assert len(set(texts)) == samples
+    assert {'": ', '":'} == {match for text in texts for match in re.findall('":(?: |(?! ))', text)}
 
 
 @pytest.mark.parametrize("name", [WORLD, BYTES])
-def test_letters_are_written_in_parts(name: str) -> None:
-    """Every member is reached, also where a token is a part of a letter."""
+def test_tokens_may_be_parts_of_a_character(name: str) -> None:
+    """Every value is reached, even if a token is a part of a UTF-8 character."""
     start = compile_json_schema({"enum": ["日本", "日曜", "🙂", "🙃"]}, vocabulary_of(name))
-    assert {json.loads(write(start.fork(), name, seed)) for seed in range(50)} == {"日本", "日曜", "🙂", "🙃"}
+    assert {json.loads(generate(start.fork(), name, seed)) for seed in range(50)} == {"日本", "日曜", "🙂", "🙃"}
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_letters_are_written_in_parts(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", [WORLD, BYTES])
-def test_what_is_written_matches_the_regex(name: str, pattern: str) -> None:
+def test_generated_text_matches_the_regex(name: str, pattern: str) -> None:
     start = compile_regex(pattern, vocabulary_of(name))
     assert not start.is_accepting and not start.is_complete
-    texts = [write(start.fork(), name, seed) for seed in range(20)]
+    texts = [generate(start.fork(), name, seed) for seed in range(20)]
     assert all(re.fullmatch(pattern, text) for text in texts) and len(set(texts)) > 2
 
 
-def test_every_cut_into_tokens_is_accepted() -> None:
+def test_every_tokenization_is_accepted() -> None:
     text = b'{"kind": "\xe6\x97\xa5"}'
     schema = {
         "type": "object",
@@ -142,53 +142,53 @@ def test_every_cut_into_tokens_is_accepted() -> None:
         "additionalProperties": False,
     }
     tokenizer = tokenizer_called(WORLD)
-    whole = tokenizer.encode(text)
-    single = [tokenizer.encode(text[at : at + 1])[0] for at in range(len(text))]
-    assert len(whole) < len(single)
-    for ids in (whole, single):
+    longest = tokenizer.encode(text)
+    single = [tokenizer.encode(text[index : index + 1])[0] for index in range(len(text))]
+    assert len(longest) < len(single)
+    for ids in (longest, single):
         constraint = compile_json_schema(schema, vocabulary_of(WORLD))
-        for place, token in enumerate(ids):
+        for index, token in enumerate(ids):
             assert not constraint.is_accepting and not constraint.is_complete
             constraint.accept(token)
-            assert constraint.is_complete == (place == len(ids) - 1)
+            assert constraint.is_complete == (index == len(ids) - 1)
         assert np.flatnonzero(constraint.token_mask()).tolist() == [tokenizer.eos_id]
         constraint.accept(tokenizer.eos_id)
         assert constraint.is_complete and constraint.is_accepting
 
 
-def takes(constraint: Constraint, text: str) -> bool:
-    """Whether `text` is among what may be written."""
-    tokenizer, place = tokenizer_called(WORLD), constraint.fork()
+def accepts(constraint: Constraint, text: str) -> bool:
+    """Whether the constraint allows `text`."""
+    tokenizer, fork = tokenizer_called(WORLD), constraint.fork()
     for token in tokenizer.encode(text):
-        if not place.token_mask()[token]:
+        if not fork.token_mask()[token]:
             return False
-        place.accept(token)
-    return place.is_accepting
+        fork.accept(token)
+    return fork.is_accepting
 
 
 @pytest.mark.parametrize("low", ["minimum", "exclusiveMinimum"])
 @pytest.mark.parametrize("high", ["maximum", "exclusiveMaximum"])
 @pytest.mark.parametrize("ends", [(2, 2.5), (-2.5, -2), (0, 0.5), (-0.5, 0.0), (1.5, 2), (2, 3), (2.0, 2.25), (1, 7.5)])
-def test_numbers_keep_within_their_bounds(low: str, high: str, ends: tuple[float, float]) -> None:
+def test_numbers_are_within_their_bounds(low: str, high: str, ends: tuple[float, float]) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "number", low: ends[0], high: ends[1]}}, "required": ["a"]}
     constraint = compile_json_schema(schema, vocabulary_of(WORLD))
     above = (lambda x: x > ends[0]) if low.startswith("e") else (lambda x: x >= ends[0])
     below = (lambda x: x < ends[1]) if high.startswith("e") else (lambda x: x <= ends[1])
-    taken = {text: takes(constraint, f'{{"a": {text}}}') for text in (f"{n / 4:g}" for n in range(-12, 36))}
-    assert taken == {text: above(float(text)) and below(float(text)) for text in taken}
+    accepted = {text: accepts(constraint, f'{{"a": {text}}}') for text in (f"{n / 4:g}" for n in range(-12, 36))}
+    assert accepted == {text: above(float(text)) and below(float(text)) for text in accepted}
 
 
-def test_values_in_a_schema_are_left_as_they_are() -> None:
+def test_values_in_a_schema_do_not_change() -> None:
     value = {"exclusiveMinimum": 2, "maximum": 2.5}
     constraint = compile_json_schema({"enum": [value]}, vocabulary_of(WORLD))
-    assert takes(constraint, json.dumps(value))
+    assert accepts(constraint, json.dumps(value))
     named = {"type": "object", "properties": {"enum": {"type": "number", **value}}, "required": ["enum"]}
     constraint = compile_json_schema(named, vocabulary_of(WORLD))
-    assert takes(constraint, '{"enum": 2.25}') and not takes(constraint, '{"enum": 2}')
+    assert accepts(constraint, '{"enum": 2.25}') and not accepts(constraint, '{"enum": 2}')
 
 
 @pytest.mark.parametrize("bound", [10**400, -(10**400), 1e300, 2**60])
-def test_numbers_beyond_all_measure_do_no_harm(bound: float) -> None:
+def test_huge_numbers_in_a_schema(bound: float) -> None:
     for name, other in (("exclusiveMinimum", "maximum"), ("exclusiveMaximum", "minimum")):
         try:
             compile_json_schema({"type": "number", name: bound, other: 1.5}, vocabulary_of(BYTES))
@@ -196,7 +196,7 @@ def test_numbers_beyond_all_measure_do_no_harm(bound: float) -> None:
             assert len(str(error)) < 400
 
 
-def test_a_fork_goes_its_own_way() -> None:
+def test_a_fork_is_independent() -> None:
     tokenizer, start = tokenizer_called(BYTES), compile_regex("ab*c|ad", vocabulary_of(BYTES))
     start.accept(tokenizer.encode("a")[0])
     fork = start.fork()
@@ -206,11 +206,11 @@ def test_a_fork_goes_its_own_way() -> None:
         assert not start.is_complete and start.token_mask()[tokenizer.encode(letter)[0]]
         start.accept(tokenizer.encode(letter)[0])
     assert start.is_complete and fork.is_complete
-    one, other = (compile_json_schema(PERSON, vocabulary_of(WORLD)) for _ in range(2))
-    assert [write(one.fork(), WORLD, 1), write(one, WORLD, 1)] == [write(other, WORLD, 1)] * 2
+    first, second = (compile_json_schema(PERSON, vocabulary_of(WORLD)) for _ in range(2))
+    assert [generate(first.fork(), WORLD, 1), generate(first, WORLD, 1)] == [generate(second, WORLD, 1)] * 2
 
 
-def test_any_object_and_a_space_before_it() -> None:
+def test_json_object_with_a_leading_space() -> None:
     tokenizer = tokenizer_called(BYTES)
     for space in (False, True):
         start = compile_json_object(vocabulary_of(BYTES), leading_space=space)
@@ -220,14 +220,14 @@ def test_any_object_and_a_space_before_it() -> None:
         assert start.is_complete
     text = tokenizer.encode('{"a":  ')
     start = compile_json_object(vocabulary_of(BYTES))
-    with pytest.raises(UsageError, match="cannot go on within its grammar"):
+    with pytest.raises(UsageError, match="cannot continue within its grammar"):
         for token in text:
             start.accept(token)
-    with pytest.raises(UsageError, match="cannot go on within its grammar"):
+    with pytest.raises(UsageError, match="cannot continue within its grammar"):
         start.token_mask()
 
 
-def test_a_vocabulary_without_an_end() -> None:
+def test_a_vocabulary_without_an_end_of_text_id() -> None:
     tokenizer = ByteTokenizer()
     tokenizer.eos_id = NO_EOS
     start = compile_regex("ab?", GrammarVocabulary(tokenizer))
@@ -237,8 +237,8 @@ def test_a_vocabulary_without_an_end() -> None:
     assert start.is_complete and not start.token_mask().any()
 
 
-def nested(levels: int) -> str:
-    return '{"type":"array","items":' * levels + "{}" + "}" * levels
+def nested(depth: int) -> str:
+    return '{"type":"array","items":' * depth + "{}" + "}" * depth
 
 
 def chain(length: int, form: str = '{"type":"array","items":%s}') -> str:
@@ -279,13 +279,13 @@ def chain(length: int, form: str = '{"type":"array","items":%s}') -> str:
         (chain(300, '{"prefixItems":[%s]}'), "nested too deeply"),
     ],
 )
-def test_bad_schemas_are_refused_in_one_line(schema: dict[str, Any] | str, words: str) -> None:
+def test_invalid_schemas(schema: dict[str, Any] | str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         compile_json_schema(schema, vocabulary_of(BYTES))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_a_schema_deeper_than_the_stack_of_python() -> None:
+def test_a_schema_deeper_than_the_recursion_limit_of_python() -> None:
     deep: dict[str, Any] = {}
     for _ in range(3_000):
         deep = {"not": deep}
@@ -306,7 +306,7 @@ def test_a_schema_deeper_than_the_stack_of_python() -> None:
         {"x-guidance": {"whitespace_flexible": True, "nonsense": 1}, "type": "array"},
     ],
 )
-def test_a_schema_may_ask_for_much_and_is_followed_as_far_as_it_goes(schema: dict[str, Any] | str) -> None:
+def test_schemas_that_need_very_long_texts(schema: dict[str, Any] | str) -> None:
     constraint, random = compile_json_schema(schema, vocabulary_of(WORLD)), np.random.default_rng(5)
     for _ in range(20):
         allowed = np.flatnonzero(constraint.token_mask())
@@ -332,7 +332,7 @@ def test_a_schema_may_ask_for_much_and_is_followed_as_far_as_it_goes(schema: dic
         ("\ud800", "surrogate"),
     ],
 )
-def test_bad_patterns_are_refused_in_one_line(pattern: str, words: str) -> None:
+def test_invalid_patterns(pattern: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         compile_regex(pattern, vocabulary_of(BYTES))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
@@ -341,18 +341,18 @@ def test_bad_patterns_are_refused_in_one_line(pattern: str, words: str) -> None:
 @pytest.mark.parametrize(
     "pattern", ["(((a{1,1000}){1,1000}){1,1000})+", "a{1000000}", "a?" * 4_000, "(a|b)*a(a|b){30}", r"(\w|\s)*\w{50}x"]
 )
-def test_a_costly_pattern_is_followed_or_given_up_with_a_line(pattern: str) -> None:
+def test_expensive_patterns(pattern: str) -> None:
     random = np.random.default_rng(6)
     try:
         constraint = compile_regex(pattern, vocabulary_of(WORLD))
         for _ in range(30):
             constraint.accept(int(random.choice(np.flatnonzero(constraint.token_mask())[-50:])))
     except UsageError as error:
-        assert "the regex cannot be used: " in str(error) or "cannot go on within its grammar: " in str(error)
+        assert "the regex cannot be used: " in str(error) or "cannot continue within its grammar: " in str(error)
         assert "\n" not in str(error) and len(str(error)) < 300
 
 
-def test_without_the_package_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UsageError, match=r'pip install "fledge\[serve\]"'):
         GrammarVocabulary(ByteTokenizer())

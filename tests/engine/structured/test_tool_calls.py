@@ -1,4 +1,4 @@
-"""Tool calls: the text is bound to the tools, and comes back as what was called."""
+"""Tool calls: the grammar allows only valid calls, and the text is parsed back into calls."""
 
 from __future__ import annotations
 
@@ -64,55 +64,58 @@ def vocabulary(tokenizer: ByteTokenizer) -> GrammarVocabulary:
     return GrammarVocabulary(tokenizer)
 
 
-def taken(constraint: Constraint, tokenizer: ByteTokenizer, text: str) -> str:
-    """How much of `text` the constraint takes; a whole text that may end there is marked by a full stop."""
+def accepted(constraint: Constraint, tokenizer: ByteTokenizer, text: str) -> str:
+    """The prefix of `text` that the constraint accepts, with a full stop if it is the whole text and may end there."""
     ids = tokenizer.encode(text)
-    for place, token in enumerate(ids):
+    for index, token in enumerate(ids):
         if not constraint.token_mask()[token]:
-            # Where one text only can follow, the mask offers its own cut; others are taken all the same.
+            # If only one text can follow, the mask has only one tokenization of it; `accept` allows the others too.
             try:
                 constraint.fork().accept(token)
             except UsageError:
-                return tokenizer.decode(ids[:place])
+                return tokenizer.decode(ids[:index])
         constraint.accept(token)
     return text + "." * constraint.is_accepting
 
 
-def test_required_calls_and_nothing_else(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+def test_choice_required(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
     start = compile_tool_calls(TOOLS, "required", vocabulary)
     for text in (render_tool_calls([ROME]), render_tool_calls([ROME, NOW, ROME]), " " + render_tool_calls([NOW])):
-        assert taken(start.fork(), tokenizer, text) == text + "."
-    assert taken(start.fork(), tokenizer, "Hello") == ""
-    assert taken(start.fork(), tokenizer, render_tool_calls([NOW]) + "\nHello") == render_tool_calls([NOW]) + "\n"
-    far = render_tool_calls([ParsedToolCall("weather", '{"city": "Oslo"')])
-    assert taken(start.fork(), tokenizer, far) == far[: far.index("Oslo")]
-    assert taken(start.fork(), tokenizer, render_tool_calls([ParsedToolCall("wind", "{}")])).endswith('"name": "w')
+        assert accepted(start.fork(), tokenizer, text) == text + "."
+    assert accepted(start.fork(), tokenizer, "Hello") == ""
+    assert accepted(start.fork(), tokenizer, render_tool_calls([NOW]) + "\nHello") == render_tool_calls([NOW]) + "\n"
+    oslo = render_tool_calls([ParsedToolCall("weather", '{"city": "Oslo"')])
+    assert accepted(start.fork(), tokenizer, oslo) == oslo[: oslo.index("Oslo")]
+    assert accepted(start.fork(), tokenizer, render_tool_calls([ParsedToolCall("wind", "{}")])).endswith('"name": "w')
     kids = render_tool_calls([ParsedToolCall("tree", '{"kids": [{"kids": []},{"kids":[]}]}')])
-    assert taken(start.fork(), tokenizer, kids) == kids + "."
+    assert accepted(start.fork(), tokenizer, kids) == kids + "."
 
 
-def test_one_call_of_one_function(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+def test_one_call_only(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
     choice = {"type": "function", "function": {"name": "weather_now"}}
     start = compile_tool_calls(TOOLS, choice, vocabulary)
-    for once in (start.fork(), compile_tool_calls(TOOLS, "required", vocabulary, parallel=False)):
-        assert taken(once, tokenizer, render_tool_calls([NOW])) == render_tool_calls([NOW]) + "." and once.is_complete
-        assert np.flatnonzero(once.token_mask()).tolist() == [tokenizer.eos_id]
-    assert taken(start.fork(), tokenizer, render_tool_calls([ROME])).endswith('"weather')
+    for constraint in (start.fork(), compile_tool_calls(TOOLS, "required", vocabulary, parallel=False)):
+        assert (
+            accepted(constraint, tokenizer, render_tool_calls([NOW])) == render_tool_calls([NOW]) + "."
+            and constraint.is_complete
+        )
+        assert np.flatnonzero(constraint.token_mask()).tolist() == [tokenizer.eos_id]
+    assert accepted(start.fork(), tokenizer, render_tool_calls([ROME])).endswith('"weather')
     several = compile_tool_calls(TOOLS, "required", vocabulary)
-    taken(several, tokenizer, render_tool_calls([NOW]))
+    accepted(several, tokenizer, render_tool_calls([NOW]))
     assert several.is_accepting and not several.is_complete
 
 
-def test_auto_is_free_until_a_call_begins(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+def test_choice_auto(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
     start = compile_tool_calls(TOOLS, "auto", vocabulary)
     for text in ("Hello <tool> & <tool_c 🙂\n\n", " I look.\n" + render_tool_calls([ROME, NOW])):
-        assert taken(start.fork(), tokenizer, text) == text + "."
-    assert taken(start.fork(), tokenizer, "So <tool_call> is").startswith("So <tool_call>")
-    assert not taken(start.fork(), tokenizer, "So <tool_call> is").endswith("is.")
-    assert taken(start.fork(), tokenizer, render_tool_calls([NOW]) + " And").endswith("</tool_call>")
+        assert accepted(start.fork(), tokenizer, text) == text + "."
+    assert accepted(start.fork(), tokenizer, "So <tool_call> is").startswith("So <tool_call>")
+    assert not accepted(start.fork(), tokenizer, "So <tool_call> is").endswith("is.")
+    assert accepted(start.fork(), tokenizer, render_tool_calls([NOW]) + " And").endswith("</tool_call>")
 
 
-def test_random_calls_come_back(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
+def test_random_calls_are_parsed(tokenizer: ByteTokenizer, vocabulary: GrammarVocabulary) -> None:
     start, random, names = compile_tool_calls(TOOLS, "required", vocabulary), np.random.default_rng(7), set[str]()
     for _ in range(50):
         constraint, ids = start.fork(), list[int]()
@@ -124,8 +127,9 @@ def test_random_calls_come_back(tokenizer: ByteTokenizer, vocabulary: GrammarVoc
         for call in calls:
             names.add(call.name)
             if call.name == "weather":
-                found = json.loads(call.arguments)
-                assert list(found) == ["city", "days"] and found["city"] in ("Rome", "東京") and 1 <= found["days"] <= 9
+                arguments = json.loads(call.arguments)
+                assert list(arguments) == ["city", "days"] and arguments["city"] in ("Rome", "東京")
+                assert 1 <= arguments["days"] <= 9
     assert names == {"weather", "weather_now", "tree"}
 
 
@@ -152,23 +156,23 @@ HARD = ParsedToolCall("say", '{"text": "</tool_call> } \\" <tool_call>", "n": ' 
         ),
     ],
 )
-def test_texts_are_read_back(text: str, content: str, calls: list[ParsedToolCall]) -> None:
+def test_parsing(text: str, content: str, calls: list[ParsedToolCall]) -> None:
     assert parse_tool_calls(text) == (content, calls)
 
 
-def test_a_cut_call_stays_text_beside_a_whole_one() -> None:
+def test_an_incomplete_call_stays_in_the_text() -> None:
     cut = '<tool_call>\n{"name": "a", "arguments": {"b": ' + "[" * 100_000
     assert parse_tool_calls(cut) == (cut, [])
     assert parse_tool_calls(render_tool_calls([NOW]) + cut) == (cut, [NOW])
 
 
-def test_the_texts_fit_into_turns() -> None:
-    told = render_tools(TOOLS)
-    assert "\n\n" not in told + render_tool_calls([ROME, NOW]) + render_tool_result("18 C")
-    lines = [json.loads(line) for line in told.splitlines()[-3:]]
+def test_rendered_texts_fit_into_turns() -> None:
+    text = render_tools(TOOLS)
+    assert "\n\n" not in text + render_tool_calls([ROME, NOW]) + render_tool_result("18 C")
+    lines = [json.loads(line) for line in text.splitlines()[-3:]]
     assert [line["name"] for line in lines] == ["weather", "weather_now", "tree"]
     assert lines[0] == {"name": "weather", "description": "The weather.\n\nFor days.", "parameters": WEATHER}
-    assert told in render([("system", told), ("user", "Rome?")])
+    assert text in render([("system", text), ("user", "Rome?")])
     assert "18 C" in render([("user", render_tool_result("18 C"))])
 
 
@@ -177,7 +181,7 @@ def test_the_texts_fit_into_turns() -> None:
     [
         ([], "auto", "1 to 128"),
         ("tools", "auto", "1 to 128"),
-        ([tool(f"t{number}") for number in range(129)], "auto", "1 to 128"),
+        ([tool(f"t{index}") for index in range(129)], "auto", "1 to 128"),
         ([{"type": "retrieval"}], "auto", r"tools\[0\] must be"),
         ([NOW], "auto", r"tools\[0\] must be"),
         ([tool("a"), tool("b c")], "auto", r"tools\[1\] has the name 'b c'"),
@@ -187,13 +191,13 @@ def test_the_texts_fit_into_turns() -> None:
         ([tool("a", {"type": "array"})], "auto", "parameters of tool 'a'"),
         ([tool("a", {"properties": {"x": {"type": "strin"}}})], "auto", "Invalid type: strin"),
         ([tool("a", {"enum": ["x" * 70_000]})], "auto", "schema of tool 'a' has 70032 characters"),
-        ([tool(f"t{at}", {"description": "x" * 30_000}) for at in range(5)], "auto", "the tools have 1"),
+        ([tool(f"t{index}", {"description": "x" * 30_000}) for index in range(5)], "auto", "the tools have 1"),
         (TOOLS, "none", "tool_choice is 'none'"),
         (TOOLS, {"type": "function"}, "tool_choice is"),
         (TOOLS, {"type": "function", "function": {"name": "rain"}}, "names 'rain'"),
     ],
 )
-def test_bad_tools_and_choices_are_refused(vocabulary: GrammarVocabulary, tools: Any, choice: Any, words: str) -> None:
+def test_invalid_tools_and_choices(vocabulary: GrammarVocabulary, tools: Any, choice: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         compile_tool_calls(tools, choice, vocabulary)
     assert "\n" not in str(caught.value)

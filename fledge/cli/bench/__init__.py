@@ -1,0 +1,1 @@
+"""`fledge bench`: one module per subcommand."""

@@ -1,0 +1,1 @@
+"""L6: the checks of `fledge doctor`. Printing is in fledge.cli."""
