@@ -1,4 +1,4 @@
-"""A model whose calls wait until they are let through, so that a test knows what comes first."""
+"""A model with calls that wait for a gate, so that a test controls the order of events."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fledge.models.state import State
 
 
 class GatedModel(FakeModel):
-    """Says what `fakes.FakeModel` says, once `gate` is open."""
+    """Generates the replies of `fakes.FakeModel` once `gate` is open."""
 
     def __init__(self) -> None:
         super().__init__([TOKENIZER.encode(" hello there")], CUE, TOKENIZER.vocab_size)
         self.gate = threading.Event()
         self.gate.set()
-        self.waiting = threading.Event()  # set where a call has come to the gate
+        self.waiting = threading.Event()  # set when a call has reached the gate
 
     def forward(self, idx: Tensor, state: State | None = None, **more: Any) -> tuple[Tensor, State]:
         self.waiting.set()

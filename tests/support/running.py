@@ -1,4 +1,4 @@
-"""A server in a thread of the test, on a free port, and plain requests to it."""
+"""A server in a thread of the test, on a free port, and helpers for requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDENTITY = "0" * 64
 
 
 def fake(*replies: str) -> LLM:
-    """A model that answers the first question with the first reply, and so on (every colon counts as a cue)."""
+    """A model that answers the first question with the first reply, the second with the second (a colon is a cue)."""
     return LLM(FakeModel([TOKENIZER.encode(reply) for reply in replies], CUE, TOKENIZER.vocab_size), TOKENIZER, "fake")
 
 
