@@ -1,25 +1,20 @@
-"""L5: the engine behind HTTP. OpenAI's protocol, states as things one can keep, and the chat page.
+"""HTTP server for the engine: the OpenAI API, saved states, and the web page in the folder `web`.
 
-    settings     what a server is started with
-    service      the model, the desk, the kept states: everything that outlives a request
-    app          one app of all routes; errors, size limits, names, the page (the folder `page`)
-    hosts        by which names a server without keys may be called
-    keys         who asks, and how much they may ask for
-    access       whose request it is, and which service it is for
-    schema       the shape of requests; whatever does not fit is refused with the name of the field
-    errors       what goes wrong, as a status and a body
-    chat         the route of chats
-    completions  the route of texts
-    states       the routes of kept states
-    plain        the small routes: models, tokens, vectors, health, figures
-    prompts      messages to token ids, and what binds the answer
-    exchange     one request for text from beginning to end
-    reading      texts to ids, the state that a text leaves, how much of one request is done at once
-    times        how long an exchange takes
-    answers      events of the desk as bodies and as server-sent events
-    scores       how probable the tokens of a prompt are
-    metrics      figures for Prometheus
-    replicas     the same app in several copies, on Ray
+    settings     configuration of a server
+    service      the model, the engine, the state store and everything else that outlives a request
+    app          the application: routes, error responses, the web page
+    middleware   host check, limit of the body size, security headers, count of requests
+    auth         API keys, tenants and their limits
+    schema       request models and messages for invalid bodies
+    errors       errors as an HTTP status and a body
+    routes       chat, completions, states, embeddings and the other routes
+    prompts      prompts, sampling parameters and constraints of a request
+    generation   one generation from its limits to the state that it saves
+    concurrency  concurrent requests of a key, and concurrent work of a request
+    latency      latency of a generation
+    responses    response bodies and server-sent events
+    metrics      metrics for Prometheus
+    replicas     several replicas of the app on Ray
 
-Not here: how text is made (fledge.engine), the command line (fledge.cli.commands.serve).
+Text generation is in `fledge.engine`. The command line is in `fledge.cli.commands.serve`.
 """

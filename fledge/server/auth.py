@@ -1,4 +1,4 @@
-"""Who asks, and how much they may ask for. Keys are known by their SHA-256 only, and never logged."""
+"""API keys, tenants and their limits. Keys are stored only as their SHA-256 and are never logged."""
 
 from __future__ import annotations
 
@@ -9,141 +9,152 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from fledge.core.config import read_toml
 from fledge.core.errors import ConfigError
 from fledge.server.errors import ApiError
 
 UNLIMITED = 1 << 60
+MIN_KEY_CHARACTERS = 16
 
 
 @dataclass(eq=False)
 class Tenant:
-    """Somebody with a key, or everybody where there are none."""
+    """The owner of a key with its limits, or the single tenant of a server without keys."""
 
     name: str
     requests_per_minute: int = UNLIMITED
     tokens_per_minute: int = UNLIMITED
-    parallel: int = UNLIMITED
+    parallel: int = UNLIMITED  # concurrent requests
     max_tokens: int = UNLIMITED
     max_priority: int = 0
-    running: int = field(default=0, init=False)
+    num_running: int = field(default=0, init=False)
     _requests: TokenBucket = field(init=False, repr=False)
     _tokens: TokenBucket = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._requests, self._tokens = TokenBucket(self.requests_per_minute), TokenBucket(self.tokens_per_minute)
 
-    def enter(self) -> None:
-        """Count one request in. Raises ApiError 429 where that is one too many."""
-        if self.running >= self.parallel:
-            raise ApiError(
-                429, f"{self.parallel} requests of this key are running; wait for one", code="parallel", wait=1
-            )
-        wait = max(self._requests.take(1), self._tokens.wait())
-        if wait:
-            raise ApiError(
-                429, f"the limit of this key is reached; wait {wait} s", code="rate_limit_exceeded", wait=wait
-            )
-        self.running += 1
+    def acquire(self) -> None:
+        """Count a request that starts. Raises ApiError 429 if a limit is reached."""
+        if self.num_running >= self.parallel:
+            message = f"{self.parallel} requests of this key are running; wait until one has ended"
+            raise ApiError(429, message, code="parallel", retry_after=1)
+        seconds = max(self._requests.try_take(1), self._tokens.seconds_until())
+        if seconds:
+            message = f"the rate limit of this key is reached; retry after {seconds} s"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after=seconds)
+        self.num_running += 1
 
-    def leave(self) -> None:
-        """Count it out."""
-        self.running -= 1
+    def release(self) -> None:
+        """Count a request that has ended."""
+        self.num_running -= 1
 
-    def spend(self, tokens: int) -> None:
-        """Take tokens that were read or written from the allowance, whether they are there or not."""
-        self._tokens.spend(tokens)
+    def spend_tokens(self, count: int) -> None:
+        """Charge tokens of prompts and completions. The balance can become negative."""
+        self._tokens.spend(count)
 
 
 class TokenBucket:
-    """An allowance that refills evenly; what was spent too much is waited for."""
+    """A rate limit that refills continuously. Its balance can become negative."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._clock = per_minute, clock
-        self._left, self._then = float(per_minute), clock()
+        self._capacity, self._clock = per_minute, clock
+        self._balance, self._updated_at = float(per_minute), clock()
 
-    def take(self, count: int) -> int:
-        """Spend it if there is enough; else the seconds until there is."""
-        wait = self.wait(count)
-        if not wait:
-            self._left -= count
-        return wait
+    def try_take(self, count: int) -> int:
+        """Spend `count` if the balance suffices and return 0, else return the seconds until it does."""
+        seconds = self.seconds_until(count)
+        if not seconds:
+            self._balance -= count
+        return seconds
 
-    def wait(self, count: int = 1) -> int:
-        """Seconds until `count` is there; 0 where it is."""
+    def seconds_until(self, count: int = 1) -> int:
+        """Seconds until the balance is `count`, or 0 if it is already."""
         now = self._clock()
-        self._left = min(self._most, self._left + (now - self._then) * self._most / 60)
-        self._then = now
-        return 0 if self._left >= count else max(1, round((count - self._left) * 60 / max(self._most, 1)))
+        self._balance = min(self._capacity, self._balance + (now - self._updated_at) * self._capacity / 60)
+        self._updated_at = now
+        if self._balance >= count:
+            return 0
+        return max(1, round((count - self._balance) * 60 / max(self._capacity, 1)))
 
     def spend(self, count: int) -> None:
-        """Take it, whether it is there or not."""
-        self._left -= count
+        """Spend `count`, even if the balance does not suffice."""
+        self._balance -= count
 
 
 class KeyStore:
-    """The keys of a file, or none: then everybody is the tenant "everybody"."""
+    """The API keys of a server. Without keys, all requests belong to the tenant "everybody"."""
 
     def __init__(self, tenants: dict[str, Tenant] | None = None) -> None:
-        """tenants: by the SHA-256 of their keys, in hex."""
+        """tenants: by the hexadecimal SHA-256 of their keys; None: no key is required."""
         self._tenants = tenants
         self._everybody = Tenant("everybody", max_priority=100)
 
     @property
-    def needed(self) -> bool:
-        """Whether a request must carry a key."""
+    def is_required(self) -> bool:
+        """Whether requests must have a key."""
         return self._tenants is not None
 
     @property
-    def several(self) -> bool:
+    def has_several_tenants(self) -> bool:
         """Whether there is more than one tenant."""
         return self._tenants is not None and len(self._tenants) > 1
 
-    def tenant(self, authorization: str | None) -> Tenant:
-        """Whose the header `Authorization: Bearer KEY` is. Raises ApiError 401."""
+    def authenticate(self, authorization: str | None) -> Tenant:
+        """The tenant for the value of an `Authorization` header. Raises ApiError 401."""
         if self._tenants is None:
             return self._everybody
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise ApiError(401, "this server wants a key: Authorization: Bearer KEY", code="missing_api_key")
-        found = self._tenants.get(hashlib.sha256(key.strip().encode()).hexdigest())
-        if found is None:
-            raise ApiError(401, "this key is not known here", code="invalid_api_key")
-        return found
+            raise ApiError(401, "this server requires a key: Authorization: Bearer KEY", code="missing_api_key")
+        tenant = self._tenants.get(hashlib.sha256(key.strip().encode()).hexdigest())
+        if tenant is None:
+            raise ApiError(401, "this key is unknown", code="invalid_api_key")
+        return tenant
 
     @classmethod
     def read(cls, path: Path) -> KeyStore:
-        """The keys of a TOML file with one [[keys]] table each. Raises ConfigError."""
+        """Read a TOML file with one [[keys]] table per key. Raises ConfigError."""
         entries = read_toml(path).get("keys")
         if not isinstance(entries, list) or not entries:
             raise ConfigError(f"{path}: there is no [[keys]] table; each needs a name, and a key or its sha256")
         tenants: dict[str, Tenant] = {}
         names = set[str]()
         for number, entry in enumerate(entries, 1):
-            digest, tenant = _entry(f"{path}: key {number}", entry)
+            digest, tenant = _parse_entry(f"{path}: key {number}", entry)
             if digest in tenants or tenant.name in names:
-                raise ConfigError(f"{path}: key {number} ({tenant.name}) has the name or the key of an earlier one")
+                raise ConfigError(f"{path}: key {number} ({tenant.name}) has the name or the key of an earlier entry")
             tenants[digest] = tenant
             names.add(tenant.name)
         return cls(tenants)
 
 
-def _entry(place: str, entry: Any) -> tuple[str, Tenant]:
-    known = {item.name for item in fields(Tenant) if item.init} | {"key", "sha256"}
-    if not isinstance(entry, dict) or set(entry) - known:
-        unknown = ", ".join(sorted(set(entry) - known)) if isinstance(entry, dict) else repr(entry)
-        raise ConfigError(f"{place} has {unknown}; known: {', '.join(sorted(known))}")
+def get_tenant(request: Request) -> Tenant:
+    """The tenant of a request. Raises ApiError 401 if a key is required and missing or unknown."""
+    keys = request.app.state.keys
+    assert isinstance(keys, KeyStore)
+    return keys.authenticate(request.headers.get("authorization"))
+
+
+def _parse_entry(location: str, entry: Any) -> tuple[str, Tenant]:
+    """The SHA-256 of a key and its tenant. location: for error messages."""
+    allowed = {item.name for item in fields(Tenant) if item.init} | {"key", "sha256"}
+    if not isinstance(entry, dict) or set(entry) - allowed:
+        unknown = ", ".join(sorted(set(entry) - allowed)) if isinstance(entry, dict) else repr(entry)
+        raise ConfigError(f"{location} has {unknown}; allowed: {', '.join(sorted(allowed))}")
     key, digest = entry.get("key"), entry.get("sha256")
     if (key is None) == (digest is None) or not isinstance(entry.get("name"), str):
-        raise ConfigError(f"{place} needs a name, and either a key or its sha256")
+        raise ConfigError(f"{location} needs a name, and either a key or its sha256")
     if key is not None:
-        if not isinstance(key, str) or len(key) < 16:
-            raise ConfigError(f"{place}: a key is a text of at least 16 characters")
+        if not isinstance(key, str) or len(key) < MIN_KEY_CHARACTERS:
+            raise ConfigError(f"{location}: a key must be a string of at least {MIN_KEY_CHARACTERS} characters")
         digest = hashlib.sha256(key.encode()).hexdigest()
     if not isinstance(digest, str) or len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):
-        raise ConfigError(f"{place}: sha256 is 64 hexadecimal digits")
+        raise ConfigError(f"{location}: sha256 must be 64 hexadecimal digits")
     limits = {name: entry[name] for name in entry if name not in ("key", "sha256", "name")}
     for name, value in limits.items():
         if type(value) is not int or (value < 1 and name != "max_priority"):
-            raise ConfigError(f"{place}: {name} is {value!r}; it must be a whole number from 1 up")
+            raise ConfigError(f"{location}: {name} is {value!r}; it must be an integer of at least 1")
     return digest.lower(), Tenant(entry["name"], **limits)

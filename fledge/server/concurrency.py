@@ -1,79 +1,91 @@
-"""What is read and not gone on with: the state that a text leaves. And texts to ids, and how much is done at once."""
+"""Concurrent requests of a key, and concurrent work within one request."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
-from fledge.core.errors import FledgeError
-from fledge.engine.events import FinishEvent, TextRequest
-from fledge.engine.generation import check_token_ids
-from fledge.engine.request import Request
-from fledge.models.state import State
+from starlette.requests import Request
+
 from fledge.server.auth import Tenant
-from fledge.server.errors import api_error
-from fledge.server.service import Service
+from fledge.server.errors import ApiError
+from fledge.server.settings import ServerSettings
 
 T = TypeVar("T")
 
-LONG = 20_000
-"""Characters from which on text is encoded beside the event loop, not in it."""
+BLOCKING_CHARACTERS = 20_000
+"""Work on more characters of text than this runs in a thread, not in the event loop."""
 
 
-async def unhindered(characters: int, work: Callable[[], T]) -> T:
-    """What is done with so much text: at once where that is short, else beside the event loop."""
-    return await asyncio.to_thread(work) if characters > LONG else work()
+class ConcurrencySlot:
+    """One running request of a key, counted once for all its generations: `async with ConcurrencySlot(tenant): ...`."""
+
+    def __init__(self, tenant: Tenant) -> None:
+        """Raises ApiError 429 if the key has reached a limit."""
+        tenant.acquire()
+        self._stack = ExitStack()
+        self._stack.callback(tenant.release)
+
+    async def close(self) -> None:
+        """Release the slot. Later calls have no effect."""
+        self._stack.close()
+
+    async def __aenter__(self) -> ConcurrencySlot:
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self.close()
 
 
-async def encoded(service: Service, texts: Sequence[str | list[int]], param: str) -> list[tuple[int, ...]]:
-    """The ids of each, beside the event loop where that takes a while. Raises ApiError for ids that no token has."""
-    tokenizer, size = service.llm.tokenizer, service.llm.config.vocab_size
-
-    def encode() -> list[tuple[int, ...]]:
-        found = [tuple(tokenizer.encode(text) if isinstance(text, str) else text) for text in texts]
-        for ids in found:
-            check_token_ids(ids, size)
-        return found
-
-    try:
-        return await unhindered(sum(map(len, texts)), encode)
-    except FledgeError as error:
-        raise api_error(error, param) from None
+async def run_blocking(characters: int, function: Callable[[], T]) -> T:
+    """Call a function that processes this much text: in a thread if it is long, else directly."""
+    return await asyncio.to_thread(function) if characters > BLOCKING_CHARACTERS else function()
 
 
-async def state_after(service: Service, tenant: Tenant, request: Request) -> State:
-    """The state that has read a request, which draws nothing; the key pays for it once it has been taken in."""
-    async with service.events(TextRequest(request, should_return_state=True)) as events:
-        tenant.spend(len(request.ids))
-        async for found in events:
-            for end in found:
-                assert isinstance(end, FinishEvent) and end.state is not None
-                state = end.state
-    return state
+def max_concurrency(settings: ServerSettings, num_sequences: int = 1) -> int:
+    """How many parts of a request, each of `num_sequences`, may run concurrently and leave room for other requests."""
+    return max(1, min(settings.slots // max(num_sequences, 1), settings.max_requests) // 4)
 
 
-def at_once(service: Service, width: int = 1) -> int:
-    """How many parts of one request, each so many sequences, may be on their way: others find room beside them."""
-    return max(1, min(service.settings.slots // max(width, 1), service.settings.queue) // 4)
-
-
-async def together(works: Sequence[Callable[[], Awaitable[T]]], most: int) -> list[T]:
-    """The results of all, in order, with `most` of them at work. The first error, or the end of the wait, stops all."""
-    found, waiting = dict[int, T](), iter(enumerate(works))
+async def gather_limited(functions: Sequence[Callable[[], Awaitable[T]]], limit: int) -> list[T]:
+    """The results of all functions, in order. At most `limit` run concurrently; the first error cancels the others."""
+    results, remaining = dict[int, T](), iter(enumerate(functions))
 
     async def work() -> None:
-        for number, begin in waiting:
-            found[number] = await begin()
+        for index, function in remaining:
+            results[index] = await function()
 
-    workers = [asyncio.ensure_future(work()) for _ in range(min(most, len(works)))]
+    workers = [asyncio.ensure_future(work()) for _ in range(min(limit, len(functions)))]
     try:
         await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for worker in workers:
             worker.cancel()
-        ends = await asyncio.gather(*workers, return_exceptions=True)
-    for end in ends:
-        if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
-            raise end
-    return [found[number] for number in range(len(works))]
+        outcomes = await asyncio.gather(*workers, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+            raise outcome
+    return [results[index] for index in range(len(functions))]
+
+
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`. Cancels it if the client disconnects. The body of the request must have been read."""
+
+    async def wait_for_disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+            raise ApiError(499, "the client has disconnected")
+        return task.result()
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()

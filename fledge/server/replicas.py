@@ -1,9 +1,8 @@
-"""Past one machine: the same app as a Ray Serve deployment, in as many copies as wanted.
+"""Serving on several machines: the same app as a Ray Serve deployment with several replicas.
 
-Each copy loads the model and has an engine and a cache of its own. What is kept on purpose lies in a folder that all of
-them see, signed (fledge.engine.states.shared_store), so any copy answers for any other: one that dies takes the texts
-along that it
-was writing, and no conversation. Ray starts another in its place.
+Each replica loads the model and has its own engine and prefix cache. Saved states are in a folder that all replicas
+share, signed (`fledge.engine.states.shared_store`), so any replica can answer any request. If a replica crashes,
+responses in flight are lost; saved conversations are not. Ray starts a new replica in its place.
 """
 
 from __future__ import annotations
@@ -26,74 +25,84 @@ from fledge.server.service import Service, read_secret
 from fledge.server.settings import ServerSettings
 
 
-def build(arguments: dict[str, Any], settings: ServerSettings, host: str) -> FastAPI:
-    """The app of one copy, made where the copy runs."""
-    llm = _loaded(**arguments)
+def create_replica(load_arguments: dict[str, Any], settings: ServerSettings, host: str) -> FastAPI:
+    """The app of one replica. Runs in the process of the replica."""
+    llm = _load(**load_arguments)
     return create_app(Service(llm, settings, llm.identity), host)
 
 
-def _loaded(adapter: Sequence[str] = (), alpha: float | None = None, any_base: bool = False, **more: Any) -> LLM:
-    """The adapters are read here: as files they are smaller than in what Ray hands to a copy."""
-    return load(adapter=read_adapters(adapter, alpha=alpha, any_base=any_base), **more)
+def _load(
+    adapter: Sequence[str] = (), alpha: float | None = None, any_base: bool = False, **load_arguments: Any
+) -> LLM:
+    """Load the model. Adapters are read here, because the files are smaller than what Ray would have to transfer."""
+    return load(adapter=read_adapters(adapter, alpha=alpha, any_base=any_base), **load_arguments)
 
 
-def application(
-    arguments: dict[str, Any], settings: ServerSettings, replicas: int, cpus: float = 1.0, host: str = "127.0.0.1"
+def create_deployment(
+    load_arguments: dict[str, Any],
+    settings: ServerSettings,
+    num_replicas: int,
+    cpus: float = 1.0,
+    host: str = "127.0.0.1",
 ) -> Any:
-    """What `ray.serve.run` takes.
+    """The application for `ray.serve.run`.
 
-    arguments: of `fledge.load`; `adapter` is a list of files, with `alpha` and `any_base` as on the command line.
-    cpus: that Ray reserves for each copy. host: as for `create_app`, where Ray's proxy listens.
+    load_arguments: of `fledge.load`; `adapter` is a list of files, with `alpha` and `any_base` as on the command line.
+    cpus: reserved for each replica. host: the address that Ray's proxy listens on, as for `create_app`.
     """
-    serve = _serve()
+    serve = _import_ray_serve()
     if settings.shared is None:
-        raise UsageError("copies of a server need a folder that all of them see (Settings.shared)")
+        raise UsageError("replicas need a folder that all of them share (ServerSettings.shared)")
     shared = settings.shared.resolve()
     settings = replace(settings, folder=None, shared=shared, secret=(settings.secret or shared / "secret").resolve())
-    read_secret(settings)  # made here, once, and not by every copy
+    read_secret(settings)  # creates the file once, before the replicas start
 
-    def app() -> FastAPI:  # Ray wants a function, not a partial one
-        return build(arguments, settings, host)
+    def create() -> FastAPI:  # Ray requires a function; a partial object is not accepted
+        return create_replica(load_arguments, settings, host)
 
     @serve.deployment(
-        num_replicas=replicas,
+        num_replicas=num_replicas,
         ray_actor_options={"num_cpus": cpus},
-        max_ongoing_requests=settings.queue,
-        graceful_shutdown_timeout_s=settings.drain,
+        max_ongoing_requests=settings.max_requests,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
         health_check_period_s=2,
         health_check_timeout_s=10,
     )
-    @serve.ingress(app)
+    @serve.ingress(create)
     class Fledge:
-        """One copy."""
+        """One replica."""
 
-    copies: Any = Fledge
-    return copies.bind()
+    deployment: Any = Fledge
+    return deployment.bind()
 
 
 def run(
-    arguments: dict[str, Any],
+    load_arguments: dict[str, Any],
     settings: ServerSettings,
-    replicas: int,
+    num_replicas: int,
     host: str,
     port: int,
-    ready: Callable[[str], None],
+    on_ready: Callable[[str], None],
 ) -> None:
-    """Serve on the Ray cluster that `RAY_ADDRESS` names, else on one started here, until an interrupt."""
-    serve = _serve()
+    """Serve until interrupted, on the Ray cluster named by `RAY_ADDRESS` or on a new local one.
+
+    on_ready: called with the name of the model when the replicas answer requests.
+    """
+    serve = _import_ray_serve()
     import ray
 
     logging.getLogger("ray").setLevel(logging.WARNING)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     serve.start(http_options={"host": host, "port": port})
-    cpus = min(1.0, ray.cluster_resources().get("CPU", 1.0) / (replicas + 1))
+    cpus = min(1.0, ray.cluster_resources().get("CPU", 1.0) / (num_replicas + 1))
     try:
-        serve.run(application(arguments, settings, replicas, cpus, host), name="fledge", route_prefix="/")
+        deployment = create_deployment(load_arguments, settings, num_replicas, cpus, host)
+        serve.run(deployment, name="fledge", route_prefix="/")
     except RuntimeError as error:
-        raise FledgeError(f"Ray could not start {replicas} copies: {error}") from None
-    source = arguments.get("name_or_path")
-    ready(settings.name or (Path(source).stem if source else "tiny-finch"))
+        raise FledgeError(f"Ray could not start {num_replicas} replicas: {error}") from None
+    checkpoint = load_arguments.get("name_or_path")
+    on_ready(settings.name or (Path(checkpoint).stem if checkpoint else "tiny-finch"))
     try:
         while True:
             time.sleep(3600)
@@ -102,11 +111,9 @@ def run(
         ray.shutdown()
 
 
-def _serve() -> Any:
+def _import_ray_serve() -> Any:
     try:
         from ray import serve
     except ImportError:
-        raise UsageError(
-            'copies of a server need Ray Serve; install it with: pip install "fledge[serve,ray]"'
-        ) from None
+        raise UsageError('--replicas needs Ray Serve; install it with: pip install "fledge[serve,ray]"') from None
     return serve

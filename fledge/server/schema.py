@@ -1,11 +1,12 @@
-"""The shape of requests. Strict: a field that is unknown, or of another type, is refused and never guessed at.
+"""Request models and error messages for invalid bodies. Unknown fields and values of another type are rejected.
 
-Fields of OpenAI's protocol that change nothing here are listed all the same, so that its clients are not refused;
-docs/server.md says which they are.
+Some fields of the OpenAI API are accepted without effect, so that its clients work. docs/server.md lists them.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,33 +14,47 @@ from pydantic_core import PydanticCustomError
 
 from fledge.engine.sampling import MAX_SEED
 
-MOST_STOPS = 16
-MOST_CHOICES = 64
-MOST_TOKENS = 1 << 20
+NO_TOOLS = "none"  # the value of `tool_choice` that forbids tool calls
+
+MAX_STOPS = 16
+MAX_CHOICES = 64
+MAX_TOKENS = 1 << 20
 
 ONLY_TEXT = "only_text"
-"""The kind of the error of a message with something else in it."""
+"""Type of the error for a message with content other than text."""
 
-Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
+TYPE_NAMES = {
+    "str": "a string",
+    "list[str]": "a list of strings",
+    "list[TextPart]": "a list of parts",
+    "list[int]": "a list of integers",
+    "list[list[int]]": "a list of lists of integers",
+    "dict[str,any]": "an object",
+}
+"""Pydantic's names for the types of a union, and those in error messages."""
+
+NOT_AN_OBJECT = "the body must be a JSON object"
+
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class StrictModel(BaseModel):
-    """Base of all: no coercion, nothing unknown; null stands for a field that is left out, where one may be."""
+    """Base class: no type coercion and no unknown fields. For an optional field, null means that it is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        free = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value for name, value in given.items() if value is not None or name not in free}
+    def _remove_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in body.items() if value is not None or name not in optional}
 
 
 class FledgeOptions(StrictModel):
-    """The field `fledge` of a request: what OpenAI's protocol has no words for."""
+    """The field `fledge` of a request: options that the OpenAI API does not have."""
 
     state: Annotated[str, Field(min_length=1)] | None = None
     return_state: Literal["handle", "inline"] | None = None
@@ -56,47 +71,57 @@ class FledgeOptions(StrictModel):
 
 
 class StreamOptions(StrictModel):
-    """What a stream tells beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
 class GenerationRequest(StrictModel):
-    """What all requests for text have in common."""
+    """Fields of chat and completion requests."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Stop | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
     fledge: FledgeOptions = Field(default_factory=FledgeOptions)
 
+    @property
+    def requested_max_tokens(self) -> int | None:
+        """The limit of tokens per completion, or None for the server's default."""
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 class TextPart(StrictModel):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(StrictModel):
-    """A call as the model wrote it."""
+    """Name and arguments of a tool call, as generated by the model."""
 
     name: str
     arguments: str
 
 
 class ToolCall(StrictModel):
-    """A call with the name by which its result is told."""
+    """A tool call with the id that its result refers to."""
 
     id: str
     type: Literal["function"] = "function"
@@ -104,7 +129,7 @@ class ToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """One turn."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "input"]
     content: str | list[TextPart] | None = None
@@ -115,17 +140,17 @@ class ChatMessage(StrictModel):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _only_text(cls, given: Any) -> Any:
-        for part in given if isinstance(given, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else "text"
-            if isinstance(kind, str) and kind != "text":
-                what = "images are" if kind.startswith("image") else f"a part of type {kind[:40]!r} is"
-                raise PydanticCustomError(ONLY_TEXT, f"{what} not supported; this model reads text only")
-        return given
+    def _check_only_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            part_type = part.get("type") if isinstance(part, dict) else "text"
+            if isinstance(part_type, str) and part_type != "text":
+                subject = "images are" if part_type.startswith("image") else f"a part of type {part_type[:40]!r} is"
+                raise PydanticCustomError(ONLY_TEXT, f"{subject} not supported; this model reads text only")
+        return content
 
 
 class JsonSchema(StrictModel):
-    """A schema with its name."""
+    """A JSON schema with its name."""
 
     name: str = "answer"
     description: str | None = None
@@ -134,7 +159,7 @@ class JsonSchema(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """Free text, any JSON object, or one that fits a schema."""
+    """Free text, any JSON object, or a value that conforms to a JSON schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -144,14 +169,14 @@ class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    # Of no effect here, as `user` above.
+    # Without effect, like `user` above.
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     service_tier: str | None = None
@@ -159,12 +184,22 @@ class ChatRequest(GenerationRequest):
     prompt_cache_key: str | None = None
     modalities: list[Literal["text"]] | None = None
 
+    @property
+    def requested_max_tokens(self) -> int | None:
+        """As in the base class. The field has two names in chat requests."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the answer may contain tool calls."""
+        return bool(self.tools) and self.tool_choice != NO_TOOLS
+
 
 class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
@@ -190,11 +225,11 @@ class TokenizeRequest(StrictModel):
 class DetokenizeRequest(StrictModel):
     """Body of /detokenize."""
 
-    tokens: Annotated[list[int], Field(max_length=MOST_TOKENS)]
+    tokens: Annotated[list[int], Field(max_length=MAX_TOKENS)]
 
 
 class ReadRequest(StrictModel):
-    """Body of POST /v1/fledge/states: something to read and to remember."""
+    """Body of POST /v1/fledge/states: a text or messages to read into a state."""
 
     text: str | None = None
     messages: list[ChatMessage] | None = None
@@ -209,3 +244,53 @@ class ViewRequest(StrictModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     state: str | None = None
     template: str | None = None
+
+
+def describe_invalid_body(errors: Sequence[dict[str, Any]], path: str, content_type: str) -> tuple[str, str | None]:
+    """A message for the errors of an invalid body, and the path of the invalid field (None: the body itself).
+
+    errors: of Pydantic's ValidationError, with "body", "path" or "query" before the field; path: of the request.
+    """
+    error, expected = _select_error(errors)
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']}", None
+    param = ".".join(str(part) for part in error["loc"] if part not in ("body", "path", "query")) or None
+    if param is None:
+        return _describe_non_object(error, content_type), None
+    if error["type"] == "extra_forbidden":
+        is_option = path.endswith("/completions") and param in FledgeOptions.model_fields
+        return f"{param}: unknown field{f'; use fledge.{param}' if is_option else ''}", param
+    value = json.dumps(error.get("input"), default=str, ensure_ascii=False)
+    shown_value = "" if error["type"] in ("missing", ONLY_TEXT) else f" (given: {value:.80})"
+    return f"{param}: {expected or error['msg']}{shown_value}", param
+
+
+def _select_error(errors: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The error to report, and the expected types if the value matches no type of a union.
+
+    For a union, Pydantic reports one error per type and adds the type to the location: ("messages", 0, "content",
+    "str"). The types are removed from the location.
+    """
+    # An unknown field is often a misspelled required field, so it is reported first.
+    error = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    depth = next((index for index, part in enumerate(error["loc"]) if part in TYPE_NAMES), None)
+    if depth is None or error["type"] == "extra_forbidden":
+        *parents, name = error["loc"]
+        return {**error, "loc": (*(part for part in parents if part not in TYPE_NAMES), name)}, ""
+    location = error["loc"][:depth]
+    union_errors = [each for each in errors if each["loc"][:depth] == location and each["loc"][depth:]]
+    types = list(dict.fromkeys(str(each["loc"][depth]) for each in union_errors))
+    inner_errors = [each for each in union_errors if len(each["loc"]) > depth + 1]
+    if inner_errors and len(types) == 2:  # a string or a list: the value is a list with an invalid item
+        return {**inner_errors[0], "loc": (*location, *inner_errors[0]["loc"][depth + 1 :])}, ""
+    return {**error, "loc": location}, f"it must be {' or '.join(TYPE_NAMES.get(name, name) for name in types)}"
+
+
+def _describe_non_object(error: dict[str, Any], content_type: str) -> str:
+    """A message for a body that is not a JSON object."""
+    if not error.get("input"):
+        return "the body is empty; it must be a JSON object" if error["type"] == "missing" else NOT_AN_OBJECT
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        shown_type = content_type[:80] or "missing"
+        return f"the content type is {shown_type}; send the header Content-Type: application/json"
+    return NOT_AN_OBJECT

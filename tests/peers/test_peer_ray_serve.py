@@ -47,7 +47,7 @@ def copies(folder: Path, count: int) -> Iterator[tuple[str, str]]:
     try:
         assert server.stderr is not None
         lines = []
-        while "(the chat page" not in (line := server.stderr.readline()):
+        while "(chat page" not in (line := server.stderr.readline()):
             lines.append(line)
             assert line, "".join(lines)
         reader = threading.Thread(target=server.stderr.read)

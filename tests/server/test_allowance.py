@@ -36,7 +36,7 @@ def test_who_goes_away_has_paid_for_what_was_written(server: Server) -> None:
     answer = server.post(CHAT, {"messages": HI, "max_tokens": 1}, CAROL)
     assert answer.status_code == 429, "while it is written"
     stream.close()
-    eventually(lambda: server.service.desk.num_requests == 0)
+    eventually(lambda: server.service.async_engine.num_requests == 0)
     answer = server.post(CHAT, {"messages": HI, "max_tokens": 1}, CAROL)
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "rate_limit_exceeded"
 

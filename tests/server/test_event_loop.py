@@ -10,7 +10,7 @@ import pytest
 from fakes import ByteTokenizer, random_finch
 from gated import GatedModel
 from running import Server, random_model, serving
-from test_http import ENDLESS, TEXT, eventually
+from test_http import ENDLESS, TEXT, eventually, is_idle
 from test_many_prompts import asked
 
 from fledge.engine.llm.llm import LLM
@@ -77,13 +77,13 @@ def test_a_regex_is_compiled_once_a_request_and_beside_the_event_loop(monkeypatc
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_long_scores_are_told_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    places, told = list[tuple[int, bool]](), completions.text_logprobs
+    places, told = list[tuple[int, bool]](), completions.format_completion_logprobs
 
     def noted(tokens: Any, *rest: Any) -> Any:
         places.append((len(list(tokens)), in_event_loop()))
         return told(tokens, *rest)
 
-    monkeypatch.setattr(completions, "text_logprobs", noted)
+    monkeypatch.setattr(completions, "format_completion_logprobs", noted)
     with serving(random_model()) as server:
         body = {"prompt": "word " * 400, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": stream}
         answer = list(server.stream(TEXT, body)) if stream else [server.post(TEXT, body).json()]
@@ -94,19 +94,19 @@ def test_long_scores_are_told_beside_the_event_loop(monkeypatch: pytest.MonkeyPa
 
 def test_figures_are_collected_beside_the_event_loop() -> None:
     with serving(random_model()) as server:
-        places, text = list[bool](), server.service.metrics.text
+        places, text = list[bool](), server.service.metrics.render
 
         def noted() -> bytes:
             places.append(in_event_loop())
             return text()
 
-        server.service.metrics.text = noted  # type: ignore[method-assign]
+        server.service.metrics.render = noted  # type: ignore[method-assign]
         assert server.http.get("/metrics").status_code == 200 and places == [False]
 
 
 def test_looking_at_a_conversation_lets_others_go_on() -> None:
     with serving(random_model()) as server:
-        stream, tally = server.stream(TEXT, ENDLESS), server.service.desk.engine.stats
+        stream, tally = server.stream(TEXT, ENDLESS), server.service.async_engine.engine.stats
         next(stream)
         drawn = list[int]()  # tokens written when a piece of the conversation was read
 
@@ -128,9 +128,9 @@ def test_nothing_is_read_on_for_a_client_that_has_gone(tmp_path: Path, path: str
         model.gate.clear()
         with asked(server, path, {"messages": [{"role": "user", "content": "x" * 3000}] * 4}):
             assert model.waiting.wait(timeout=30)
-        eventually(lambda: server.service.keys.tenant(None).running == 0)
+        eventually(lambda: server.service.keys.authenticate(None).num_running == 0)
         model.gate.set()
-        eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
+        eventually(lambda: is_idle(server))
         assert server.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
         assert sum(model.calls) < 3000
         assert server.http.get("/v1/fledge/states").json()["data"] == []
@@ -148,11 +148,11 @@ def test_nothing_is_read_on_for_a_client_that_has_gone(tmp_path: Path, path: str
     ],
 )
 def test_one_limit_of_reading_holds_everywhere(tmp_path: Path, path: str, body: dict[str, Any], param: str) -> None:
-    with serving(random_model(), tmp_path, prompt_tokens=30) as server:
+    with serving(random_model(), tmp_path, max_prompt_tokens=30) as server:
         answer = server.post(path, body)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
-        assert server.service.desk.engine.stats.requests == 0
+        assert server.service.async_engine.engine.stats.requests == 0
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_text_with_an_id_that_no_token_has(server: Server) -> None:
     for path, name in (("/v1/embeddings", "input"), (TEXT, "prompt")):
         answer = server.post(path, {name: [[5, 6], [7, 10_000]]})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == name
-    assert server.service.desk.engine.stats.requests == 0
+    assert server.service.async_engine.engine.stats.requests == 0
 
 
 def test_text_is_told_though_the_model_takes_long_over_the_next_token() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import key_file, random_model, serving
 
-from fledge.server.host_check import HostCheck, is_local
+from fledge.server.middleware import HostCheck, is_local
 
 KEYS = '[[keys]]\nname = "alice"\nkey = "alice-0123456789abcdef"\n'
 LOOPBACK = ["localhost", "LocalHost:8000", "127.0.0.1", "127.9.8.7:1", "[::1]", "[::1]:8000"]
@@ -42,8 +42,8 @@ OWN = [socket.gethostname(), f"{socket.gethostname().upper()}.local:8000"]
 )
 def test_names(listening: str, origins: tuple[str, ...], allowed: list[str], refused: list[str]) -> None:
     hosts = HostCheck(listening, origins)
-    assert [name for name in allowed if not hosts.allow(name)] == []
-    assert [name for name in refused if hosts.allow(name)] == []
+    assert [name for name in allowed if not hosts.is_allowed(name)] == []
+    assert [name for name in refused if hosts.is_allowed(name)] == []
 
 
 def test_what_only_this_machine_reaches() -> None:

@@ -23,8 +23,8 @@ from fledge.engine.llm.chat import CHAT_PARAMS
 from fledge.engine.llm.llm import LLM
 from fledge.engine.sampling import SamplingParams
 from fledge.server.auth import KeyStore, TokenBucket
-from fledge.server.generation import EventStream
-from fledge.server.schema import MOST_CHOICES, MOST_STOPS, ChatRequest, FledgeOptions
+from fledge.server.responses import EventStream
+from fledge.server.schema import MAX_CHOICES, MAX_STOPS, ChatRequest, FledgeOptions
 from fledge.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -35,8 +35,16 @@ HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(random_model(), queue=8, slots=8, body=100_000, origins=("https://page.example",)) as running:
+    with serving(
+        random_model(), max_requests=8, slots=8, max_body_bytes=100_000, origins=("https://page.example",)
+    ) as running:
         yield running
+
+
+def is_idle(server: Server) -> bool:
+    """Whether no request is running, in the server or in the engine."""
+    engine = server.service.async_engine
+    return engine.num_requests == 0 and not engine.engine.busy
 
 
 def eventually(what: Any) -> None:
@@ -137,23 +145,28 @@ def test_a_body_is_told_what_is_wrong_with_it(server: Server, body: bytes, kind:
     [
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "images"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "a{b}"}]}]}, "messages.0.content", "type 'a{b}'"),
-        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "text or a list of parts"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "a string or a list of parts"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
             "messages.0.content.0.text",
             "valid string (given: 3)",
         ),
-        (CHAT, {"messages": HI, "stop": 3}, "stop", "text or a list of texts (given: 3)"),
+        (CHAT, {"messages": HI, "stop": 3}, "stop", "a string or a list of strings (given: 3)"),
         (CHAT, {"messages": HI, "stop": ["a", 3]}, "stop.1", "valid string (given: 3)"),
-        (CHAT, {"messages": HI, "tool_choice": 3}, "tool_choice", "text or an object"),
-        (TEXT, {"prompt": [1, "a"]}, "prompt", "text or a list of texts or a list of numbers or a list of lists"),
-        (CHAT, {"messages": HI, "top_k": 3}, "top_k", "it is fledge.top_k here"),
+        (CHAT, {"messages": HI, "tool_choice": 3}, "tool_choice", "a string or an object"),
+        (
+            TEXT,
+            {"prompt": [1, "a"]},
+            "prompt",
+            "a string or a list of strings or a list of integers or a list of lists",
+        ),
+        (CHAT, {"messages": HI, "top_k": 3}, "top_k", "use fledge.top_k"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
             "messages.0.content.0.x",
-            "not known",
+            "unknown field",
         ),
     ],
 )
@@ -245,11 +258,11 @@ def test_how_text_is_drawn_is_told_as_it_is() -> None:
         shown = "fledge.penalty_decay" if name == "penalty_decay" else name
         assert f"| `{shown}` | {getattr(CHAT_PARAMS, name):g} | {getattr(plain, name):g} |" in told, name
     for number in (
-        ServerSettings.max_tokens,
-        ServerSettings.most_tokens,
-        ServerSettings.prompt_tokens,
-        MOST_STOPS,
-        MOST_CHOICES,
+        ServerSettings.default_max_tokens,
+        ServerSettings.max_tokens_limit,
+        ServerSettings.max_prompt_tokens,
+        MAX_STOPS,
+        MAX_CHOICES,
     ):
         assert re.search(rf"\b{number}\b", told), number
 
@@ -264,7 +277,7 @@ def test_sizes_have_limits(server: Server) -> None:
 
     answer = server.http.post(CHAT, content=pieces(), headers={"content-type": "application/json"})
     assert answer.status_code == 413
-    with serving(random_model(), prompt_tokens=30) as small:
+    with serving(random_model(), max_prompt_tokens=30) as small:
         answer = small.post(CHAT, {"messages": [{"role": "user", "content": "x" * 100}]})
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
 
@@ -276,10 +289,10 @@ def test_paths_and_methods_that_are_not_there(server: Server) -> None:
         assert answer.status_code == 405 and allowed in answer.headers["allow"].split(", ")
         assert answer.json()["error"]["type"] == "invalid_request_error" and path in answer.json()["error"]["message"]
     for path, hint in (
-        ("/v1/responses", "there is no /v1/responses here"),
-        ("/chat/completions", "it is /v1/chat/completions here: give OpenAI's clients a base_url"),
-        (f"/v1{CHAT}", "it is /v1/chat/completions here"),
-        ("/v1/tokenize", "it is /tokenize here"),
+        ("/v1/responses", "unknown path /v1/responses"),
+        ("/chat/completions", "use /v1/chat/completions: set the base_url of OpenAI clients"),
+        (f"/v1{CHAT}", "use /v1/chat/completions"),
+        ("/v1/tokenize", "use /tokenize"),
     ):
         error = server.post(path, {}).json()["error"]
         assert hint in error["message"] and error["type"] == "not_found_error", error
@@ -300,7 +313,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
     next(stream)
     next(stream)
     stream.close()
-    eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
+    eventually(lambda: is_idle(server))
     data = json.dumps(ENDLESS).encode()
     host, _, port = server.url.removeprefix("http://").partition(":")
     for when in ("reading", "writing"):
@@ -308,9 +321,9 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
             head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
             connection.sendall(f"{head}{len(data)}\r\n\r\n".encode() + (data if when == "writing" else data[:20]))
             if when == "writing":
-                eventually(lambda: server.service.desk.num_requests == 1)
-        eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
-    assert server.service._boxes == {}
+                eventually(lambda: server.service.async_engine.num_requests == 1)
+        eventually(lambda: is_idle(server))
+    assert server.service._queues == {}
 
 
 def test_more_than_the_queue_holds_is_turned_away(server: Server) -> None:
@@ -321,17 +334,17 @@ def test_more_than_the_queue_holds_is_turned_away(server: Server) -> None:
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
     for stream in streams:
         stream.close()
-    eventually(lambda: server.service.desk.num_requests == 0)
+    eventually(lambda: server.service.async_engine.num_requests == 0)
     assert server.post(CHAT, {"messages": HI, "max_tokens": 2}).status_code == 200
 
 
 def test_health_figures_and_headers(server: Server) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
     server.ask("Hi", max_tokens=3)
-    eventually(lambda: not server.service.desk.engine.busy)
+    eventually(lambda: not server.service.async_engine.engine.busy)
     text = server.http.get("/metrics").text
     values = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line and line[0] != "#"}
-    assert values["fledge_tokens_drawn_total"] > 0 and values["fledge_running"] == 0
+    assert values["fledge_sampled_tokens_total"] > 0 and values["fledge_running"] == 0
     assert values['fledge_requests_total{path="/v1/chat/completions",status="200"}'] >= 1
     answer = server.http.get("/health", headers={"origin": "https://page.example"})
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
@@ -360,7 +373,7 @@ def test_a_drawn_token_is_among_the_most_probable_ones_and_scoring_is_counted() 
         scores = found["choices"][0]["logprobs"]
         rows = list(zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True))
         assert all(top[token] == value and len(top) <= 2 for token, value, top in rows[1:])
-        assert server.service.desk.engine.stats.prefill_tokens >= found["usage"]["prompt_tokens"] > 2
+        assert server.service.async_engine.engine.stats.prefill_tokens >= found["usage"]["prompt_tokens"] > 2
 
 
 CALL = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
@@ -459,7 +472,7 @@ def test_keys_and_their_limits(tmp_path: Path) -> None:
         answer = server.post(CHAT, {"messages": HI, "max_tokens": 40}, bob)
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
         for tenant in server.service.keys._tenants.values():  # type: ignore[union-attr]
-            assert tenant.running == 0
+            assert tenant.num_running == 0
 
 
 @pytest.mark.parametrize(
@@ -469,9 +482,9 @@ def test_keys_and_their_limits(tmp_path: Path) -> None:
         ("[[keys]]\nname = 'a'", "either a key or its sha256"),
         ("[[keys]]\nname = 'a'\nkey = 'short'", "at least 16 characters"),
         ("[[keys]]\nname = 'a'\nsha256 = 'zz'", "64 hexadecimal"),
-        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\nlimit = 3", "has limit; known"),
+        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\nlimit = 3", "has limit; allowed"),
         ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\nparallel = 0", "parallel is 0"),
-        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\n" * 2, "an earlier one"),
+        ("[[keys]]\nname = 'a'\nkey = '0123456789abcdef'\n" * 2, "an earlier entry"),
         ("[[keys]", "is not TOML"),
     ],
 )
@@ -486,13 +499,13 @@ def test_a_bad_file_of_keys_says_where(tmp_path: Path, text: str, words: str) ->
 def test_an_allowance_refills_evenly() -> None:
     now = [0.0]
     bucket = TokenBucket(60, clock=lambda: now[0])
-    assert [bucket.take(30) for _ in range(2)] == [0, 0] and bucket.take(1) == 1
+    assert [bucket.try_take(30) for _ in range(2)] == [0, 0] and bucket.try_take(1) == 1
     bucket.spend(30)
-    assert bucket.wait() == 31
+    assert bucket.seconds_until() == 31
     now[0] = 31.0
-    assert bucket.take(1) == 0 and bucket.take(1) == 1
+    assert bucket.try_take(1) == 0 and bucket.try_take(1) == 1
     now[0] = 1000.0
-    assert bucket.take(60) == 0 and bucket.take(1) == 1
+    assert bucket.try_take(60) == 0 and bucket.try_take(1) == 1
 
 
 def test_stopping_finishes_what_is_under_way() -> None:
@@ -505,7 +518,7 @@ def test_stopping_finishes_what_is_under_way() -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        eventually(lambda: server.service.desk.engine.stats.requests >= 1)
+        eventually(lambda: server.service.async_engine.engine.stats.requests >= 1)
         thread.join(timeout=20)
     assert found[-1]["choices"][0]["finish_reason"] == "stop"
 
@@ -535,15 +548,27 @@ def test_a_stream_that_never_begins_lets_go_of_its_place() -> None:
     assert closed == ["exchange"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_still_waits_when_the_server_has_stopped_is_told_so(stream: bool) -> None:
+def test_running_requests_end_with_an_error_at_shutdown() -> None:
     with serving(random_model()) as server:
-        found = list[Any]()
-        ask = threading.Thread(target=lambda: found.append(server.post(TEXT, {**ENDLESS, "stream": stream})))
+        responses = list[Any]()
+        ask = threading.Thread(target=lambda: responses.append(server.post(TEXT, ENDLESS)))
         ask.start()
-        eventually(lambda: server.service.desk.num_requests == 1 and server.service.desk.engine.num_running == 1)
-        server.service.desk.begin_shutdown()
+        engine = server.service.async_engine
+        eventually(lambda: engine.num_requests == 1 and engine.engine.num_running == 1)
+        engine.begin_shutdown()
         ask.join(timeout=60)
-    assert found[0].status_code == (200 if stream else 503)
-    told = found[0].text.strip().splitlines()[-1].removeprefix("data: ")
-    assert "shutting down" in told and json.loads(told)["error"]["code"] == "busy"
+    error = responses[0].json()["error"]
+    assert responses[0].status_code == 503 and error["code"] == "busy" and "shutting down" in error["message"]
+
+
+def test_running_streams_end_with_an_error_at_shutdown() -> None:
+    with (
+        serving(random_model()) as server,
+        server.http.stream("POST", TEXT, json={**ENDLESS, "stream": True}) as response,
+    ):
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        server.service.async_engine.begin_shutdown()
+        *_, last = lines
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert response.status_code == 200 and error["code"] == "busy" and "shutting down" in error["message"]

@@ -15,7 +15,7 @@ from running import IDENTITY, random_model
 from fledge.engine.events import Event, FinishEvent, TextEvent, TextRequest
 from fledge.engine.sampling import SamplingParams
 from fledge.server.generation import Generation, GenerationParams
-from fledge.server.prompts import ChatPrompt
+from fledge.server.prompts import EncodedPrompt
 from fledge.server.schema import FledgeOptions
 from fledge.server.service import Service
 from fledge.server.settings import ServerSettings
@@ -49,18 +49,18 @@ async def run(
 
         yield each()
 
-    monkeypatch.setattr(service, "events", events)
-    order = GenerationParams(ChatPrompt((5, 6)), SamplingParams(max_tokens=9), FledgeOptions(**options), n=2)
-    one = Generation(service, service.keys.tenant(None), order)
+    monkeypatch.setattr(service, "generate", events)
+    order = GenerationParams(EncodedPrompt((5, 6)), SamplingParams(max_tokens=9), FledgeOptions(**options), n=2)
+    one = Generation(service, service.keys.authenticate(None), order)
     now[0] = ENTERED
     async with one:
         async for _ in one.events:
             now[0] += 1000  # whoever takes them, takes his time
     figures = {}
-    for name in ("first", "gap"):
+    for name in ("time_to_first_token", "time_per_output_token"):
         sums = {sample.name: sample.value for sample in next(iter(getattr(service.metrics, name).collect())).samples}
         figures[name] = tuple(value for key, value in sums.items() if key.endswith(("_count", "_sum")))
-    return one.summary(), figures  # type: ignore[return-value]
+    return one.summarize(), figures  # type: ignore[return-value]
 
 
 BATCHES: list[tuple[float, list[Event]]] = [
@@ -75,31 +75,31 @@ BATCHES: list[tuple[float, list[Event]]] = [
 def test_an_exchange_begins_when_it_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
     summary, figures = asyncio.run(run(BATCHES, monkeypatch))
     assert summary["seconds_to_first_token"] == 3 and summary["seconds"] == 25
-    assert figures["first"] == (1, 3)
+    assert figures["time_to_first_token"] == (1, 3)
 
 
 def test_the_time_of_a_token_is_that_of_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
     _, figures = asyncio.run(run(BATCHES, monkeypatch))
-    assert figures["gap"] == (2, (7 - 3) / 2 + (25 - 5) / 4)
+    assert figures["time_per_output_token"] == (2, (7 - 3) / 2 + (25 - 5) / 4)
 
 
 def test_and_of_the_text_alone_where_its_state_is_brought_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     _, figures = asyncio.run(run(BATCHES, monkeypatch, return_state="inline"))
-    assert figures["gap"] == (2, (7 - 3) / 2 + (21 - 5) / 4)
+    assert figures["time_per_output_token"] == (2, (7 - 3) / 2 + (21 - 5) / 4)
 
 
 def test_nothing_is_told_where_nothing_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
     summary, figures = asyncio.run(run([(ENTERED + 4, [ended(0, 0), ended(1, 0)])], monkeypatch))
     assert summary["seconds_to_first_token"] is None and summary["seconds"] == 4
-    assert figures == {"first": (0, 0), "gap": (0, 0)}
+    assert figures == {"time_to_first_token": (0, 0), "time_per_output_token": (0, 0)}
 
 
 def test_no_text_waits_for_the_state_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = list[tuple[int, int]]()
 
     async def keep(exchange: Generation, end: FinishEvent) -> None:
-        kept.append((end.choice, len(exchange.ends)))
+        kept.append((end.choice, len(exchange.finish_events)))
 
-    monkeypatch.setattr(Generation, "_keep", keep)
+    monkeypatch.setattr(Generation, "_save_state", keep)
     asyncio.run(run(BATCHES, monkeypatch, return_state="inline"))
     assert kept == [(0, 2), (1, 2)], "both when the last has ended"

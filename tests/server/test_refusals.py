@@ -33,23 +33,23 @@ def test_a_conversation_under_an_impossible_name(
     answer = server.post(path, {**body, "stream": stream, "fledge": {"session": name}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "fledge.session")
     server.post(path, {**body, "fledge": {"session": "talk"}})
-    read = server.service.desk.engine.stats.requests
+    read = server.service.async_engine.engine.stats.requests
     answer = server.post(path, {**body, "fledge": {"session": "talk", "branch": name}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "fledge.branch")
-    assert server.service.desk.engine.stats.requests == read
+    assert server.service.async_engine.engine.stats.requests == read
 
 
 def test_a_state_under_an_impossible_name_is_not_read(server: Server) -> None:
     answer = server.post(READ, {"text": "A long book.", "name": "a\nb"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
-    assert server.service.desk.engine.stats.requests == 0
+    assert server.service.async_engine.engine.stats.requests == 0
 
 
 def test_nothing_is_read_where_nothing_is_kept() -> None:
     with serving(random_model()) as server:
         answer = server.post(READ, {"text": "A long book."})
         assert answer.status_code == 400 and "--folder" in answer.json()["error"]["message"]
-        assert server.service.desk.engine.stats.requests == 0
+        assert server.service.async_engine.engine.stats.requests == 0
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_fails_at_the_end_is_told_in_the_stream(server: Server, path: str, 
     async def move(*arguments: Any) -> None:
         raise StateError("there is no state st_x")
 
-    server.service.move = move  # type: ignore[method-assign]
+    server.service.update_session = move  # type: ignore[method-assign]
     body = {**body, "fledge": {"session": "talk"}}
     with server.http.stream("POST", path, json={**body, "stream": True}) as answer:
         lines = [line for line in answer.iter_lines() if line]
@@ -67,4 +67,4 @@ def test_what_fails_at_the_end_is_told_in_the_stream(server: Server, path: str, 
     assert error["code"] == "state_not_kept" and "there is no state" in error["message"]
     whole = server.post(path, body)
     assert whole.status_code == 500 and whole.json()["error"] == error
-    assert not server.service._sessions and server.service.keys.tenant(None).running == 0
+    assert not server.service._locked_sessions and server.service.keys.authenticate(None).num_running == 0

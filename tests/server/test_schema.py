@@ -33,7 +33,9 @@ OPERATIONS = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # Texts are short, so that a request which happens to be sound is soon answered.
-    with serving(random_model(), tmp_path_factory.mktemp("schema"), max_tokens=3, most_tokens=50) as running:
+    with serving(
+        random_model(), tmp_path_factory.mktemp("schema"), default_max_tokens=3, max_tokens_limit=50
+    ) as running:
         yield running
 
 

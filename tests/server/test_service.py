@@ -41,11 +41,11 @@ def serviced(llm: LLM, **settings: Any) -> Iterator[Service]:
 def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = random_model()
     with serviced(replace(llm, initial_state=make_initial_state(llm.model)), folder=tmp_path) as made:
-        tenant, state = made.keys.tenant(None), make_initial_state(llm.model)
-        handle = asyncio.run(made.kept(tenant, state, made.card(3, None)))
-        inline = made.packed(state, made.card(3, None))
+        tenant, state = made.keys.authenticate(None), make_initial_state(llm.model)
+        handle = asyncio.run(made.save_state(tenant, state, made.make_metadata(3, None)))
+        inline = made.encode_state(state, made.make_metadata(3, None))
         monkeypatch.setattr(LLM, "device", torch.device("meta"))
-        found = [made.beginning, *(asyncio.run(made.known_state(tenant, text))[0] for text in (handle, inline))]
+        found = [made.initial_state, *(asyncio.run(made.load_state(tenant, text))[0] for text in (handle, inline))]
         assert {tensor.device.type for each in found for tensor in each.tensors().values()} == {"meta"}
 
 
@@ -55,11 +55,14 @@ def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> No
     plain = make_initial_state(llm.model)
     tuned = type(plain)(**{name: tensor + 1 for name, tensor in plain.tensors().items()})
     with serviced(replace(llm, initial_state=tuned), folder=tmp_path) as made:
-        assert made.disk is not None
-        made.disk.put("\0", path, Snapshot(tuned, None))
+        assert made.disk_cache is not None
+        made.disk_cache.put("\0", path, Snapshot(tuned, None))
     for start, known in ((None, False), (plain, False), (tuned, True)):
         with serviced(replace(llm, initial_state=start), folder=tmp_path) as made:
-            assert made.disk is not None and (made.disk.find_longest("\0", path + path, 1) is not None) == known
+            assert (
+                made.disk_cache is not None
+                and (made.disk_cache.find_longest("\0", path + path, 1) is not None) == known
+            )
 
 
 def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Pat
         read_secret(settings)
     path.unlink()
     path.mkdir()
-    with pytest.raises(FledgeError, match="secret, which states are signed with, cannot be used"):
+    with pytest.raises(FledgeError, match="the secret that signs states, cannot be used"):
         read_secret(settings)
 
 
@@ -86,11 +89,11 @@ def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.M
         return lambda *arguments: (threads.append(threading.current_thread().name), function(*arguments))[1]
 
     with serviced(fake("a"), folder=tmp_path) as made:
-        tenant, state, card = made.keys.tenant(None), made.beginning, made.card(3, None)
-        handle, inline = asyncio.run(made.kept(tenant, state, card)), made.packed(state, card)
+        tenant, state, card = made.keys.authenticate(None), made.initial_state, made.make_metadata(3, None)
+        handle, inline = asyncio.run(made.save_state(tenant, state, card)), made.encode_state(state, card)
         monkeypatch.setattr(StateStore, "describe", noted(StateStore.describe))
         monkeypatch.setattr("fledge.server.service.decode_state", noted(decode_state))
         for text in (handle, inline):
-            found, _ = asyncio.run(made.known_state(tenant, text))
+            found, _ = asyncio.run(made.load_state(tenant, text))
             assert isinstance(found, State)
     assert len(threads) == 3 and threading.main_thread().name not in threads

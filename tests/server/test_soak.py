@@ -69,7 +69,7 @@ def go_away(server: Server, body: dict[str, Any], pieces: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_ten_minutes_leak_nothing(tmp_path: Path) -> None:
-    limits = {"slots": 6, "queue": 12, "cache_memory": 1 << 22, "cache_disk": 1 << 24, "shelf": 1 << 24}
+    limits = {"slots": 6, "max_requests": 12, "cache_memory": 1 << 22, "cache_disk": 1 << 24, "state_storage": 1 << 24}
     with serving(random_model(), tmp_path, **limits) as server:
         memory = []
         for part in range(6):
@@ -80,14 +80,14 @@ def test_ten_minutes_leak_nothing(tmp_path: Path) -> None:
             for user in users:
                 user.join()
             patience = time.monotonic() + 20
-            while server.service.desk.num_requests or server.service.desk.engine.busy:
+            while server.service.async_engine.num_requests or server.service.async_engine.engine.busy:
                 assert time.monotonic() < patience, "slots were not freed"
                 time.sleep(0.05)
-            assert server.service._boxes == {} and server.service._sessions == {}
-            assert server.service.keys.tenant(None).running == 0
+            assert server.service._queues == {} and server.service._locked_sessions == {}
+            assert server.service.keys.authenticate(None).num_running == 0
             memory.append(resident())
         assert memory[-1] < 1.05 * memory[1] + 5, f"memory grew: {[round(each) for each in memory]} MB"
-        tally = server.service.desk.engine.stats
-        assert tally.requests > 100 and server.service.cache is not None
-        assert server.service.cache.stats.bytes <= 1 << 22
+        tally = server.service.async_engine.engine.stats
+        assert tally.requests > 100 and server.service.prefix_cache is not None
+        assert server.service.prefix_cache.stats.bytes <= 1 << 22
         print(f"{tally.requests} requests, {tally.sampled_tokens} tokens, memory {[round(each) for each in memory]} MB")

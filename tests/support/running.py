@@ -84,7 +84,9 @@ def key_file(folder: Path, text: str) -> Path:
 @contextmanager
 def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **settings: Any) -> Iterator[Server]:
     """A server for one model; it has stopped when this is left."""
-    wanted = replace(ServerSettings(folder=folder, drain=5.0, cache_memory=1 << 24, cache_every=16), **settings)
+    wanted = replace(
+        ServerSettings(folder=folder, drain_seconds=5.0, cache_memory=1 << 24, snapshot_interval=16), **settings
+    )
     service = Service(llm, wanted, identity)
     config = uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=5, ws="none")
     server = uvicorn.Server(config)
@@ -100,4 +102,4 @@ def serving(llm: LLM, folder: Path | None = None, identity: str = IDENTITY, **se
     finally:
         server.should_exit = True
         thread.join(timeout=30)
-    assert not thread.is_alive() and not service.desk.is_alive
+    assert not thread.is_alive() and not service.async_engine.is_alive

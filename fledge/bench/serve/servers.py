@@ -78,7 +78,7 @@ def missing_baseline() -> str:
 def fledge_server(model: ServedModel, folder: Path) -> Iterator[tuple[int, int]]:
     """Run a server with its own folder. Yields its port and its process id."""
     command = [sys.executable, "-m", "fledge", "serve", "--port", "0", "--folder", str(folder)]
-    command += ["--shelf", str(STATE_STORE_MB)]
+    command += ["--state-storage", str(STATE_STORE_MB)]
     command += ["--model", model.source] if model.source else []
     command += ["--dtype", model.dtype] if model.dtype else []
     with _running(command, folder.with_suffix(".log")) as port_and_pid:

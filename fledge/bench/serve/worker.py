@@ -57,12 +57,12 @@ def fill_state_store(job: dict[str, Any]) -> JobResult:
     from fledge.server.settings import ServerSettings
 
     llm = load(job["model"], dtype=job["dtype"])
-    service = Service(llm, ServerSettings(folder=Path(job["folder"]), shelf=STORE_BYTES), llm.identity)
-    store, tenant, metadata = service.states, Tenant(OWNER), service.card(1, None)
-    owner, before = service.owner(tenant), resident_memory()
+    service = Service(llm, ServerSettings(folder=Path(job["folder"]), state_storage=STORE_BYTES), llm.identity)
+    store, tenant, metadata = service.require_state_store(), Tenant(OWNER), service.make_metadata(1, None)
+    owner, before = service.get_owner(tenant), resident_memory()
     ids, started = list[str](), time.perf_counter()
     for number in range(job["states"]):
-        state = service.beginning.clone()
+        state = service.initial_state.clone()
         generator = torch.Generator().manual_seed(number)
         for tensor in state.tensors().values():
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
@@ -79,7 +79,7 @@ def fill_state_store(job: dict[str, Any]) -> JobResult:
         "before_bytes": before,
         "after_bytes": after,
         "disk_bytes": sum(file.stat().st_size for file in Path(job["folder"]).rglob("*") if file.is_file()),
-        "handles": [service.handle(tenant, id) for id in chosen],
+        "handles": [service.make_handle(tenant, id) for id in chosen],
         "state_bytes": state.nbytes,
     }
 

@@ -47,7 +47,7 @@ def test_it_listens_before_it_says_so_and_under_its_name(
 
     monkeypatch.setattr(uvicorn.Server, "run", called)
     done = fledge("serve", "--model", byte_model, "--port", 0, "--name", "mine")
-    assert done.code == 0 and done.messages.startswith(f"mine at http://127.0.0.1:{ports[0]}  (the chat page")
+    assert done.code == 0 and done.messages.startswith(f"mine at http://127.0.0.1:{ports[0]}  (chat page")
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -104,10 +104,10 @@ def test_mistakes(fledge: Any, byte_model: Path, options: list[str], code: int, 
 
 def test_limits_are_those_of_the_settings(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = list[ServerSettings]()
-    monkeypatch.setattr("fledge.cli.commands.serve._run", lambda model, settings, place: found.append(settings))
+    monkeypatch.setattr("fledge.cli.commands.serve._run", lambda model, settings, listen: found.append(settings))
     assert fledge("serve").code == 0
     assert found == [ServerSettings()]
-    assert ServerLimits().shelf * MB == ServerSettings.shelf
+    assert ServerLimits().state_storage * MB == ServerSettings.state_storage
 
 
 def test_copies_get_the_whole_command_line(
@@ -130,6 +130,6 @@ def test_copies_get_the_whole_command_line(
         return fledge_load(adapter=adapter, **more)
 
     monkeypatch.setattr(replicas, "load", load)
-    app = replicas.build(arguments, settings, host)
+    app = replicas.create_replica(arguments, settings, host)
     assert [(adapter.alpha, adapter.any_base) for adapter in loaded] == [(8, True)]
-    assert app.user_middleware[0].kwargs["hosts"].allow("192.168.1.5:8000")
+    assert app.user_middleware[0].kwargs["host_check"].is_allowed("192.168.1.5:8000")

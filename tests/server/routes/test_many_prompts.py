@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from gated import GatedModel
 from running import Server, key_file, random_model, serving
-from test_http import CHAT, ENDLESS, HI, TEXT, eventually
+from test_http import CHAT, ENDLESS, HI, TEXT, eventually, is_idle
 
-from fledge.server.concurrency import together
+from fledge.server.concurrency import gather_limited
 
 KEYS = """
 [[keys]]
@@ -52,7 +52,7 @@ def asked(server: Server, path: str, body: dict[str, Any]) -> Iterator[None]:
 
 
 def test_more_texts_than_the_queue_holds() -> None:
-    with serving(random_model(), queue=8, slots=8) as server:
+    with serving(random_model(), max_requests=8, slots=8) as server:
         answer = server.post("/v1/embeddings", {"input": [f"text {number}" for number in range(20)]})
         assert answer.status_code == 200 and [each["index"] for each in answer.json()["data"]] == list(range(20))
         answer = server.post(TEXT, {"prompt": [f"text {number}" for number in range(20)], "max_tokens": 2, "n": 3})
@@ -69,7 +69,7 @@ def test_a_request_is_one_however_many_prompts_it_has(keyed: Server, stream: boo
         else:
             assert len(keyed.post(TEXT, body, ERIN).json()["choices"]) == 5
     assert keyed.post(TEXT, body, ERIN).status_code == 429
-    eventually(lambda: all(tenant.running == 0 for tenant in keyed.service.keys._tenants.values()))  # type: ignore[union-attr]
+    eventually(lambda: all(tenant.num_running == 0 for tenant in keyed.service.keys._tenants.values()))  # type: ignore[union-attr]
 
 
 def test_the_first_error_stops_the_others() -> None:
@@ -85,7 +85,7 @@ def test_the_first_error_stops_the_others() -> None:
 
     async def all_of_them() -> None:
         with pytest.raises(ValueError, match=r"^1$"):
-            await together([partial(work, number) for number in range(9)], 3)
+            await gather_limited([partial(work, number) for number in range(9)], 3)
         assert sorted(begun) == sorted(stopped) == [0, 1, 2], "and have ended when it is told"
 
     asyncio.run(all_of_them())
@@ -102,7 +102,7 @@ def test_results_are_in_order_and_no_more_are_at_work_than_allowed() -> None:
         running -= 1
         return number
 
-    found = asyncio.run(together([partial(work, number) for number in range(20)], 4))
+    found = asyncio.run(gather_limited([partial(work, number) for number in range(20)], 4))
     assert found == list(range(20)) and most == 4
 
 
@@ -120,12 +120,12 @@ def test_nothing_goes_on_for_a_client_that_has_gone(path: str, body: dict[str, A
         model.gate.clear()
         with asked(server, path, body):
             assert model.waiting.wait(timeout=30)
-        eventually(lambda: server.service.keys.tenant(None).running == 0)
+        eventually(lambda: server.service.keys.authenticate(None).num_running == 0)
         model.gate.set()
-        eventually(lambda: server.service.desk.num_requests == 0 and not server.service.desk.engine.busy)
-        assert server.http.get("/health").status_code == 200 and server.service._boxes == {}
+        eventually(lambda: is_idle(server))
+        assert server.http.get("/health").status_code == 200 and server.service._queues == {}
         assert server.post(CHAT, {"messages": HI, "max_tokens": 1}).status_code == 200
-        assert server.service.desk.engine.stats.requests <= 4 and sum(model.calls) < 1000
+        assert server.service.async_engine.engine.stats.requests <= 4 and sum(model.calls) < 1000
 
 
 def test_a_prompt_is_not_scored_beyond_the_limits_of_its_key(keyed: Server) -> None:
@@ -184,7 +184,7 @@ def test_scoring_ends_at_the_deadline() -> None:
 
 
 def test_a_prompt_is_not_scored_where_the_queue_is_full() -> None:
-    with serving(random_model(), queue=1) as server:
+    with serving(random_model(), max_requests=1) as server:
         stream, calls = server.stream(TEXT, ENDLESS), list[int]()
         next(stream)
         server.service.llm.model.register_forward_pre_hook(lambda model, given: calls.append(given[0].shape[1]))
