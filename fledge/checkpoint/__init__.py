@@ -1,8 +1,13 @@
-"""L3: checkpoints in and out of files. One dict of official names and shapes in memory, whatever the file was.
+"""L3: reads and writes checkpoints. In memory, a checkpoint is one dict of official names and shapes in every format.
 
-Reads and writes the official `.pth`, Fledge's `.safetensors`, `.gguf` and two kinds of Hugging Face folder; tells
-version and sizes from tensor names and shapes; builds the model; reads adapters and merges them. No training, no text,
-no printing. Names load on first use, so that importing this package costs nothing.
+    reader, writer, conversion   files to checkpoints, checkpoints to files, and one format to another
+    formats                      `.pth`, `.safetensors`, `.gguf` and two layouts of Hugging Face folders
+    detection, shapes            version and sizes from tensor names and shapes
+    model_loader                 checkpoints to models that run
+    quantization                 int8 and int4 matrices
+    adapters                     LoRA adapters and tuned states, and merging them
+
+This package does not train models, process text or print. Names load on first use, so that the import is fast.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ if TYPE_CHECKING:
     from fledge.checkpoint.tokenizers import load_tokenizer
     from fledge.checkpoint.writer import save
 
-# No module may bear the name of a function here: importing the module would hide the function.
+# No module may have the name of a function here: importing the module would hide the function.
 _HOME = {
     "Adapter": "adapters.files",
     "CombinedAdapter": "adapters.merging",

@@ -1,7 +1,4 @@
-"""What a checkpoint is, from names, shapes and dtypes: no weight is read, so any size takes a moment.
-
-Here: facts and the arithmetic behind them. Not here: printing.
-"""
+"""Facts about a checkpoint, from names, shapes and dtypes. No weight is read, so any size takes a moment."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Any
 from fledge.checkpoint.reader import read
 from fledge.models.config import ModelConfig
 
-# What the number of vocabulary rows says about the tokenizer, where the file itself does not.
+# The tokenizer that a number of vocabulary rows implies, if the file does not record it.
 TOKENIZERS = {
     65536: "World (guessed from the 65536 vocabulary rows)",
     50277: "GPT-NeoX 20B (guessed from the 50277 vocabulary rows); Fledge does not ship it, so give token ids",
@@ -40,25 +37,25 @@ class CheckpointInfo:
     format: str  # "pth", "safetensors", "gguf", "hf" or "fla"
     config: ModelConfig
     parameters: int  # numbers in all tensors but a tuned state
-    dtypes: tuple[str, ...]  # the one that fills most bytes first; "int8" and "int4" are quantized matrices
+    dtypes: tuple[str, ...]  # by bytes, largest first; "int8" and "int4" are quantized matrices
     nbytes: int  # of the files that hold tensors
-    state_nbytes: int  # of one sequence's state, float32; a transformer's for each token it has read
+    state_nbytes: int  # of the float32 state of a sequence; of a transformer, for each token
     flops_per_token: int  # see `compute_flops_per_token`
-    tokenizer: str  # for people
+    tokenizer: str  # a description
     tokenizer_spec: dict[str, Any] | None
     extra: dict[str, Any]
-    quantized: dict[str, QuantizedShare] = field(default_factory=dict)  # format -> what is in it
+    quantized: dict[str, QuantizedShare] = field(default_factory=dict)  # format -> its matrices
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Over the quantized matrices, scales and filling included; None where there are none."""
+        """Bits per quantized weight, with scales and padding; None without quantized matrices."""
         if not self.quantized:
             return None
         shares = self.quantized.values()
         return 8 * sum(share.nbytes for share in shares) / sum(share.weights for share in shares)
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Label and text of each fact, for a table."""
+    def to_rows(self) -> list[tuple[str, str]]:
+        """Return the label and text of each fact, for a table."""
         config = self.config
         sizes = f"{config.n_layer} layers, width {config.n_embd}, hidden {config.dim_ffn}"
         heads = f", {config.n_head} heads of {config.head_size}" if config.n_head else ""
@@ -74,24 +71,24 @@ class CheckpointInfo:
             *self._quantized_rows(),
             ("on disk", f"{self.nbytes:,} bytes"),
             ("state", f"{self.state_nbytes:,} bytes {self._state_of}"),
-            ("work", f"{self.flops_per_token:,} floating-point operations a token"),
+            ("work", f"{self.flops_per_token:,} floating-point operations per token"),
             ("tuned state", "yes" if config.tuned_state else "no"),
             *([("keys", "scaled by the decay")] if config.scaled_keys else []),
         ]
 
     @property
     def _state_of(self) -> str:
-        return "for each token read" if self.config.version == "llama" else "a sequence, of any length"
+        return "for each token read" if self.config.version == "llama" else "per sequence, of any length"
 
     def _quantized_rows(self) -> list[tuple[str, str]]:
         if not self.quantized:
             return []
         shares = ", ".join(f"{share.matrices} in {format}" for format, share in self.quantized.items())
-        return [("matrices", f"{shares}; {self.bits_per_weight:.2f} bits a weight of these")]
+        return [("matrices", f"{shares}; {self.bits_per_weight:.2f} bits per weight of these")]
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Format, version, sizes, bytes and tokenizer of a checkpoint. Raises CheckpointError as `load` does."""
+    """Return format, version, sizes, bytes and tokenizer of a checkpoint. Raises CheckpointError as `load` does."""
     checkpoint = read(path, weights=False)
     config = checkpoint.config
     bytes_of: dict[str, int] = {}
@@ -124,12 +121,12 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
 
 
 def compute_flops_per_token(config: ModelConfig, parameters: int) -> int:
-    """Operations to read or write one token: 2 parameters + 6 D^2 L / h (paper, appendix E).
+    """Return the operations per token: 2 parameters + 6 D^2 L / h (paper, appendix E).
 
-    2 for a multiplication and an addition with every parameter; the paper counts the embedding table like a matrix,
-    though looking a row up costs nothing. The second term is the recurrence: D^2 / h = H N^2 numbers of state a layer.
-    RWKV-4's recurrence works on single channels and is left out; so is a transformer's attention, 4 A L for each token
-    before this one.
+    2 stands for a multiplication and an addition with every parameter. The paper counts the embedding table like a
+    matrix, although the lookup of a row costs nothing. The second term is the recurrence: D^2 / h = H N^2 state numbers
+    per layer. The recurrence of RWKV-4 works on single channels and is not counted; nor is the attention of a
+    transformer, 4 A L for each earlier token.
     """
     if config.version == "llama":
         return 2 * parameters
@@ -137,7 +134,7 @@ def compute_flops_per_token(config: ModelConfig, parameters: int) -> int:
 
 
 def describe_tokenizer(config: ModelConfig, spec: Mapping[str, Any] | None) -> str:
-    """The tokenizer stored with the model, or what its vocabulary size suggests."""
+    """Describe the tokenizer stored with the model, or the one that the vocabulary size implies."""
     if spec is not None:
         return f"{KINDS[spec['kind']].format(config.vocab_size)} (stored in the file)"
-    return TOKENIZERS.get(config.vocab_size, f"unknown: none is stored, and {config.vocab_size} rows fit none we know")
+    return TOKENIZERS.get(config.vocab_size, f"unknown: none is stored, and no known one has {config.vocab_size} rows")

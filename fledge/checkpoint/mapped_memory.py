@@ -1,7 +1,7 @@
-"""Giving back the memory of weights that were read from a mapped file and are needed no more.
+"""Release the memory of weights that were read from a mapped file and are no longer needed.
 
-All tensors of a file share one mapping, so dropping one of them frees nothing: what was read stays resident until the
-last is dropped. Here: the one system call that lets go of a part. Not here: the mapping itself.
+All tensors of a file share one mapping. Deleting one of them therefore frees nothing: its pages stay resident until
+the last tensor is deleted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Let go of the whole pages under a CPU tensor's values, which nobody may read again through memory of their own.
+    """Release the whole pages under the values of a CPU tensor, whose values must not be used afterwards.
 
-    Pages of a mapped file come back from the file when they are touched; those of plain memory come back as zeros. A
-    hint, on Linux only: elsewhere, and where the system refuses, nothing happens.
+    Pages of a mapped file are read again from the file when accessed; pages of other memory become zeros. This is a
+    hint for Linux; on other systems, and if the kernel refuses, it has no effect.
     """
     if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return

@@ -1,9 +1,9 @@
-"""What Fledge stores beside the tensors of a safetensors file: config, vocabulary record and extras, as one JSON text.
+"""The record of a Fledge safetensors file: config, vocabulary and extras as one JSON text.
 
-It sits in the header's string map under the key "fledge", where other readers ignore it:
+It is in the string map of the header under the key "fledge", which other readers ignore:
     {"format": 1, "config": {...}, "tokenizer": {...} or null, "extra": {...}}
-A file with quantized matrices has format 2, and in addition "quantised": {name: [format, rows, columns]}; the tensor of
-that name is then uint8, laid out as fledge/kernels/quantized.py says. No tensors here, no files.
+A file with quantized matrices has format 2, and in addition "quantised": {name: [format, rows, columns]}. The tensor of
+that name is uint8, with the layout described in fledge/kernels/quantized.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fledge.models.config import ModelConfig
 from fledge.tokenizer.vocabulary import Vocabulary
 
 KEY = "fledge"
-FORMAT = 2  # the newest that is read; a file is written as old as its content allows
-LARGEST_SIDE = 1 << 32
+FORMAT = 2  # the newest format that is read; files are written in the oldest possible one
+MAX_SIDE = 1 << 32
 
 
 def encode(stored: StoredMetadata) -> dict[str, str]:
-    """The header's string map. "format": "pt" is what Hugging Face's loaders ask for."""
+    """Return the string map of the header. The loaders of Hugging Face require "format": "pt"."""
     assert stored.config is not None
     record = {
         "format": 2 if stored.quantized else 1,
@@ -35,7 +35,7 @@ def encode(stored: StoredMetadata) -> dict[str, str]:
         "extra": stored.extra,
     }
     if stored.quantized:
-        record["quantised"] = {name: list(form) for name, form in stored.quantized.items()}
+        record["quantised"] = {name: list(spec) for name, spec in stored.quantized.items()}
     try:
         text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError) as error:
@@ -44,7 +44,7 @@ def encode(stored: StoredMetadata) -> dict[str, str]:
 
 
 def decode(metadata: Mapping[str, str], source: str) -> StoredMetadata:
-    """The inverse; an empty record where the file was not written by Fledge. Raises CheckpointError on damage."""
+    """Parse the string map; the result is empty if Fledge did not write the file. Raises CheckpointError for damage."""
     if KEY not in metadata:
         return StoredMetadata()
     try:
@@ -61,28 +61,28 @@ def decode(metadata: Mapping[str, str], source: str) -> StoredMetadata:
     config, tokenizer, extra = record.get("config"), record.get("tokenizer"), record.get("extra", {})
     if not isinstance(config, dict) or not isinstance(tokenizer, dict | None) or not isinstance(extra, dict):
         raise CheckpointError(f"{source}: the Fledge record in its header is incomplete; the file is damaged")
-    quantized = _forms(record.get("quantised", {}), source)
+    quantized = _parse_specs(record.get("quantised", {}), source)
     try:
         return StoredMetadata(from_dict(ModelConfig, config), tokenizer, extra, quantized)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source}: the config in its header is impossible: {error}") from error
 
 
-def _forms(found: Any, source: str) -> dict[str, MatrixSpec]:
-    """Which matrices are quantized and how, checked."""
-    if not isinstance(found, dict):
+def _parse_specs(record: Any, source: str) -> dict[str, MatrixSpec]:
+    """Parse and check the list of quantized matrices."""
+    if not isinstance(record, dict):
         raise CheckpointError(f"{source}: the list of quantized matrices in its header is damaged")
-    for name, form in found.items():
-        sound = isinstance(form, list) and len(form) == 3 and form[0] in FORMATS
-        if not sound or not all(type(side) is int and 0 < side < LARGEST_SIDE for side in form[1:]):
+    for name, spec in record.items():
+        valid = isinstance(spec, list) and len(spec) == 3 and spec[0] in FORMATS
+        if not valid or not all(type(side) is int and 0 < side < MAX_SIDE for side in spec[1:]):
             raise CheckpointError(
-                f"{source}: its header says that {name!r:.80} is quantized as {form!r:.60}; no such form"
+                f"{source}: its header says that {name!r:.80} is quantized as {spec!r:.60}, which is not a valid format"
             )
-    return {name: (form[0], form[1], form[2]) for name, form in found.items()}
+    return {name: (spec[0], spec[1], spec[2]) for name, spec in record.items()}
 
 
 def check_vocabulary(config: ModelConfig, spec: Mapping[str, Any] | None, source: str) -> None:
-    """Raise CheckpointError unless the tokenizer of `spec` needs exactly as many rows as the model has."""
+    """Raise CheckpointError unless the tokenizer of `spec` has as many rows as the model."""
     if spec is None:
         return
     try:
@@ -97,13 +97,13 @@ def check_vocabulary(config: ModelConfig, spec: Mapping[str, Any] | None, source
 
 
 def check_same_vocabulary(model: Mapping[str, Any] | None, data: Mapping[str, Any] | None, source: str) -> None:
-    """Raise CheckpointError where a model and the ids it is to read are of different vocabularies; None: not told."""
+    """Raise CheckpointError if a model and its data have different vocabularies. None is an unknown vocabulary."""
     if model is None or data is None:
         return
-    theirs, ours = Vocabulary.from_spec(model), Vocabulary.from_spec(data)
-    if theirs != ours:
-        kinds = [f"{one.kind}, {one.size} rows, {one.fingerprint[:12]}..." for one in (theirs, ours)]
+    of_model, of_data = Vocabulary.from_spec(model), Vocabulary.from_spec(data)
+    if of_model != of_data:
+        kinds = [f"{each.kind}, {each.size} rows, {each.fingerprint[:12]}..." for each in (of_model, of_data)]
         raise CheckpointError(
             f"{source} has another vocabulary ({kinds[0]}) than the data ({kinds[1]}), so the same ids mean other "
-            "texts; tokenise the data with the model's vocabulary, or begin with another model"
+            "texts; tokenize the data with the vocabulary of the model, or start from another model"
         )

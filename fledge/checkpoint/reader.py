@@ -1,8 +1,4 @@
-"""One door for every format: a path or a hub name in, a complete and checked checkpoint out.
-
-Here: choosing the reader, and the steps every file goes through after it (official names, config, checks).
-Not here: the formats themselves, and models.
-"""
+"""Read a checkpoint of any format, from a path or a hub name, with official names, a config and checks."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from fledge.checkpoint.formats.fla import from_fla
 from fledge.checkpoint.formats.gguf.reader import read_gguf
 from fledge.checkpoint.formats.huggingface.folder import read_folder
 from fledge.checkpoint.formats.huggingface.names import PREFIX, detect_layout, from_hf
-from fledge.checkpoint.formats.huggingface.settings import LARGEST_NUMBER, apply_hf_config
+from fledge.checkpoint.formats.huggingface.settings import MAX_NUMBER, apply_hf_config
 from fledge.checkpoint.formats.pth import read_pth, verify_checksums
 from fledge.checkpoint.formats.safetensors import DTYPES, read_safetensors
 from fledge.checkpoint.hub import locate
@@ -39,30 +35,28 @@ BLOCK = re.compile(r"^blocks\.\d+\.")
 
 
 def load(path: StrPath) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors (official names, shapes and order, the file's dtypes, on the CPU) of a checkpoint.
+    """Return the config and tensors (official names, shapes and order, the dtypes of the file, on the CPU).
 
-    `path`: a .pth, a .safetensors, a .gguf, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped
-    from the file: nothing is copied until it is used. Quantized matrices are unpacked to float32, which is exact and
-    large; `read` gives them as they are. Raises CheckpointError, or UnsupportedError for RWKV-7 and its like.
+    path: a .pth, a .safetensors, a .gguf, a Hugging Face folder, or a hub name `owner/name`. The tensors are mapped
+    from the file, and nothing is copied before it is used. Quantized matrices are unpacked to float32, which is exact
+    but large; `read` keeps them. Raises CheckpointError, or UnsupportedError for RWKV-7 and other unsupported models.
     """
     checkpoint = read(path)
-    return checkpoint.config, checkpoint.dense()
+    return checkpoint.config, checkpoint.dequantize()
 
 
 def read(path: StrPath, *, weights: bool = True) -> Checkpoint:
-    """As `load`, with everything else the file tells. Without `weights` all tensors are on "meta" and none is read."""
+    """Read a whole checkpoint. Without `weights` all tensors are on "meta" and none is read. Raises as `load` does."""
     return interpret(read_raw(locate(path), weights=weights))
 
 
 def verify(path: StrPath) -> Checkpoint:
-    """Read every weight once: the checksums that a .pth keeps, and numbers that are not finite.
+    """Read every weight once, to verify the checksums of a .pth and to find numbers that are not finite.
 
-    Loading maps the weights and so notices neither. Raises CheckpointError naming the damaged file or tensor.
+    Loading maps the weights and detects neither. Raises CheckpointError naming the damaged file or tensor.
     """
     checkpoint = read(path)
-    for file in checkpoint.files:
-        if detect_container(file) == "pth":
-            verify_checksums(file)
+    verify_files(checkpoint)
     scales = ((name, part) for name, matrix in checkpoint.quantized.items() for part in matrix.groups()[1:])
     for name, tensor in (*checkpoint.tensors.items(), *scales):
         if not bool(torch.isfinite(tensor).all()):
@@ -72,8 +66,15 @@ def verify(path: StrPath) -> Checkpoint:
     return checkpoint
 
 
+def verify_files(checkpoint: Checkpoint) -> None:
+    """Verify the checksums of a checkpoint's .pth files; other formats have none. Raises CheckpointError."""
+    for file in checkpoint.files:
+        if detect_container(file) == "pth":
+            verify_checksums(file)
+
+
 def read_raw(path: Path, *, weights: bool = True) -> RawFile:
-    """The tensors of a local file or folder under the names they have there."""
+    """Read a local file or folder, with the tensor names of its own layout."""
     if path.is_dir():
         return read_folder(path, weights=weights)
     container = detect_container(path)
@@ -82,45 +83,47 @@ def read_raw(path: Path, *, weights: bool = True) -> RawFile:
     if container == "safetensors":
         tensors, texts = read_safetensors(path, weights=weights)
         stored = metadata.decode(texts, str(path))
-        quantized = _quantized(tensors, stored, path)
+        quantized = _take_quantized(tensors, stored, path)
         return RawFile(path, "safetensors", tensors, (path,), stored, quantized=quantized)
     return RawFile(path, "pth", read_pth(path, weights=weights), (path,))
 
 
-def _quantized(tensors: dict[str, Tensor], stored: StoredMetadata, path: Path) -> dict[str, QuantizedMatrix]:
-    """The matrices that the file's record calls quantized, taken out of `tensors`."""
-    found: dict[str, QuantizedMatrix] = {}
-    for name, form in stored.quantized.items():
+def _take_quantized(tensors: dict[str, Tensor], stored: StoredMetadata, path: Path) -> dict[str, QuantizedMatrix]:
+    """Move the matrices that the file records as quantized out of `tensors`."""
+    quantized: dict[str, QuantizedMatrix] = {}
+    for name, spec in stored.quantized.items():
         if name != "head.weight" and BLOCK.sub("", name, count=1) not in MATRICES:
-            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantized, which is never done; refused")
+            raise CheckpointError(
+                f"{path}: its header lists {name!r:.80} as quantized, but this tensor never is; refused"
+            )
         if name not in tensors:
-            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantized, but no such tensor is there")
+            raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantized, but there is no such tensor")
         try:
-            found[name] = QuantizedMatrix(*form, tensors.pop(name))
+            quantized[name] = QuantizedMatrix(*spec, tensors.pop(name))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {name}: {error}; the file is damaged") from error
-    return found
+    return quantized
 
 
 def interpret(raw: RawFile) -> Checkpoint:
-    """Official names, the config, and every check that needs no values."""
+    """Rename to official names, detect the config, and check everything that needs no values."""
     source = str(raw.path)
     layout, tensors = rename_to_official(raw.tensors, source)
-    if both := tensors.keys() & raw.quantized.keys():
-        raise CheckpointError(f"{source} holds {min(both)!r:.80} twice, dense and quantized; the file is damaged")
+    if repeated := tensors.keys() & raw.quantized.keys():
+        raise CheckpointError(f"{source} holds {min(repeated)!r:.80} twice, dense and quantized; the file is damaged")
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     heads = raw.stored.config.n_head if raw.stored.config else None
     config = detect(shapes | {name: matrix.shape for name, matrix in raw.quantized.items()}, source, heads)
     _check_dtypes(tensors, source)
     if raw.stored.config is not None:
-        config = _agreed(config, raw.stored.config, source)
+        config = _merge_configs(config, raw.stored.config, source)
     if raw.container == "folder":
-        told = apply_hf_config(config, raw.settings, layout, source)
+        claimed = apply_hf_config(config, raw.settings, layout, source)
         if raw.stored.config is not None:
-            _check_unedited(told, config, source)
+            _check_epsilons(claimed, config, source)
         else:
-            config = told
-    # One order for all: other programs tell versions by it, and safetensors has none.
+            config = claimed
+    # Always the official order: other programs detect versions by it, and safetensors keeps no order.
     shapes = get_expected_shapes(config)
     tensors = {name: tensors[name] for name in shapes if name in tensors}
     quantized = {name: raw.quantized[name] for name in shapes if name in raw.quantized}
@@ -131,7 +134,7 @@ def interpret(raw: RawFile) -> Checkpoint:
 
 
 def rename_to_official(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
-    """The layout whose names these are, and the same tensors under official names."""
+    """Return the layout of these names, and the tensors under official names."""
     plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise CheckpointError(f"{source} holds the same tensor with and without the prefix {PREFIX}")
@@ -159,31 +162,35 @@ def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
             )
 
 
-def _agreed(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelConfig:
-    """The stored config, which knows what no shape tells, once its sizes are those of the tensors."""
+def _merge_configs(detected: ModelConfig, stored: ModelConfig, source: str) -> ModelConfig:
+    """Complete the detected config with the stored settings that shapes do not show; the sizes must agree."""
     epsilons = (stored.norm_eps, stored.group_norm_eps)
-    if not all(0 < eps < LARGEST_NUMBER for eps in epsilons):
+    if not all(0 < eps < MAX_NUMBER for eps in epsilons):
         raise CheckpointError(f"{source}: the config in its header has impossible epsilons {epsilons}")
-    untold = {name: getattr(stored, name) for name in UNTOLD}
+    unshaped = {name: getattr(stored, name) for name in UNTOLD}
     try:
-        same = replace(detected, **untold)
+        merged = replace(detected, **unshaped)
     except ConfigError as error:
         raise CheckpointError(f"{source}: the config in its header does not fit its tensors: {error}") from error
     if detected.version == "4":  # has no choice of bonus
-        stored = replace(stored, bonus=same.bonus)
-    differing = [name for name in vars(same) if getattr(same, name) != getattr(stored, name)]
+        stored = replace(stored, bonus=merged.bonus)
+    differing = [name for name in vars(merged) if getattr(merged, name) != getattr(stored, name)]
     if differing:
-        claimed, found = (", ".join(f"{name} {getattr(c, name)!r:.40}" for name in differing) for c in (stored, same))
-        raise CheckpointError(f"{source}: its header says {claimed}, its tensors say {found}; the file is damaged")
-    return same
+        in_header, in_tensors = (
+            ", ".join(f"{name} {getattr(config, name)!r:.40}" for name in differing) for config in (stored, merged)
+        )
+        raise CheckpointError(
+            f"{source}: its header says {in_header}, its tensors say {in_tensors}; the file is damaged"
+        )
+    return merged
 
 
-def _check_unedited(told: ModelConfig, stored: ModelConfig, source: str) -> None:
-    """Raise CheckpointError where a folder's config.json names another epsilon than the header of its weights."""
+def _check_epsilons(claimed: ModelConfig, stored: ModelConfig, source: str) -> None:
+    """Raise CheckpointError if the config.json of a folder has another epsilon than the header of its weights."""
     for name in ("norm_eps", "group_norm_eps"):
-        ours, theirs = getattr(stored, name), getattr(told, name)
-        if not math.isclose(ours, theirs):
+        in_header, in_json = getattr(stored, name), getattr(claimed, name)
+        if not math.isclose(in_header, in_json):
             raise CheckpointError(
-                f"{source}: config.json asks for {name} {theirs:g}, the header of its weights for {ours:g}; undo the "
-                "change to config.json, or save the model anew with the epsilon you want"
+                f"{source}: config.json has {name} {in_json:g}, the header of its weights {in_header:g}; undo the "
+                "change to config.json, or save the model again with the epsilon you want"
             )

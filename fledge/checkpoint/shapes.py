@@ -1,9 +1,8 @@
-"""The table of official tensor names and shapes: what a complete checkpoint of each version holds.
+"""The official tensor names and shapes of a complete checkpoint of each version.
 
-Detection, checking and writing all read this table, so that a file is judged before any model is built. The model
-classes say the same in their own words, and a test holds the two together. No tensors, no files.
-
-The transformer has no official checkpoints; its names are Fledge's own (fledge/models/transformer.py).
+Detection, checks and writing all use this table, so that a file is checked before any model is built. A test checks
+that the model classes agree with it. There are no official checkpoints of the transformer; its names are those of
+fledge/models/transformer.py.
 
 L layers, C = n_embd, A = dim_att, F = dim_ffn, H heads of N channels, V rows of the vocabulary,
 Dm and Dd the ranks of Finch's token-shift and decay LoRAs.
@@ -17,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def get_expected_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Official name -> shape of every tensor of a checkpoint with these sizes, in the official trainer's order."""
+    """Return official name -> shape of every tensor of such a checkpoint, in the order of the official trainer."""
     vocabulary, width = config.vocab_size, config.n_embd
     transformer = config.version == "llama"
     block, norm = (_transformer_block(config), _scale) if transformer else (_block(config), _norm)
@@ -33,7 +32,7 @@ def get_expected_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def _block(config: ModelConfig) -> dict[str, Shape]:
-    """The tensors of one block but for its norms, named from the block on (`att.key.weight`)."""
+    """The tensors of one block without its norms, with names relative to the block (`att.key.weight`)."""
     attention = {"4": _attention_4, "5": _attention_5, "6": _attention_6}[config.generation](config)
     if config.tuned_state:
         attention = {"time_state": (config.n_head, config.head_size, config.head_size)} | attention  # (H, V, K)
@@ -70,7 +69,7 @@ def _attention_4(config: ModelConfig) -> dict[str, Shape]:
 
 
 def _attention_5(config: ModelConfig) -> dict[str, Shape]:
-    """5.0 has no gate; 5.0 and 5.1 have one decay and one bonus a head, 5.2 one a channel."""
+    """5.0 has no gate; 5.0 and 5.1 have one decay and one bonus per head, 5.2 one per channel."""
     gate = config.version != "5.0"
     per_head = (config.n_head, config.head_size) if config.version == "5.2" else (config.n_head,)
     return {

@@ -1,7 +1,4 @@
-"""Files that are not a whole RWKV-4, 5 or 6 model, recognised by their tensor names, so that errors say what they are.
-
-Here: the telltale names. Not here: how a real checkpoint is read or checked.
-"""
+"""Recognize files that are not a whole RWKV-4, 5 or 6 model by their tensor names, to name their type in errors."""
 
 from __future__ import annotations
 
@@ -28,14 +25,14 @@ UNSUPPORTED = (
 
 
 def check_supported(names: Collection[str], source: str) -> None:
-    """Raise UnsupportedError where `names`, of any layout, belong to something known that Fledge does not run."""
-    for part, what, then in UNSUPPORTED:
+    """Raise UnsupportedError if `names`, of any layout, are of a known kind of file that Fledge does not run."""
+    for part, description, advice in UNSUPPORTED:
         if any(part in name for name in names):
-            raise UnsupportedError(f"{source} is {what}; {then}")
+            raise UnsupportedError(f"{source} is {description}; {advice}")
 
 
 def check_whole_model(names: Collection[str], source: str) -> None:
-    """Raise CheckpointError where official `names` could not be those of a whole RWKV model."""
+    """Raise CheckpointError if official `names` cannot be those of a whole RWKV model."""
     if names and all(name.endswith("att.time_state") for name in names):
         raise CheckpointError(
             f"{source} is a tuned state, not a whole model; give the model it was tuned for, and this file as "
@@ -44,11 +41,11 @@ def check_whole_model(names: Collection[str], source: str) -> None:
     if not any(name == "emb.weight" or name.startswith("blocks.") for name in names):
         raise CheckpointError(
             f"{source} is not an RWKV checkpoint: looked for emb.weight, head.weight and blocks.0.att.*, "
-            f"found {_few(names)}"
+            f"found {_format_names(names)}"
         )
 
 
-def _few(names: Iterable[str]) -> str:
+def _format_names(names: Iterable[str]) -> str:
     listed = sorted(names)
     if not listed:
         return "no tensor at all"

@@ -1,7 +1,4 @@
-"""Checkpoints out of memory into files: checked first, then written whole or not at all.
-
-Here: `save`, and the room it needs. Not here: choosing what to write for another program (conversion.py).
-"""
+"""Write checkpoints to files: complete and valid ones only, and atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from fledge.core.errors import CheckpointError, UsageError
 from fledge.kernels import QuantizedMatrix
 from fledge.models.config import ModelConfig
 
-SLACK = 4 << 20  # bytes; headers, names and file system blocks beside the tensors
+OVERHEAD_BYTES = 4 << 20  # of headers, names and file system blocks beside the tensors
 
 
 def save(
@@ -35,35 +32,37 @@ def save(
     extra: Mapping[str, Any] | None = None,
     quantized: Mapping[str, QuantizedMatrix] | None = None,
 ) -> None:
-    """Write a model as `.safetensors` (with everything) or as official `.pth` (tensors only), chosen by the suffix.
+    """Write a model as `.safetensors` (with everything) or official `.pth` (tensors only); the suffix decides.
 
-    tensors: official names and shapes, as `model.state_dict()` gives them; dtypes are kept.
-    quantized: matrices that are missing in `tensors`; `.safetensors` only.
-    tokenizer_spec: `Vocabulary.to_spec()`. extra: plain JSON, training facts say.
-    An existing file is replaced. Raises CheckpointError where tensors and config do not agree or the disk is too
-    full, UsageError for another suffix or for a record that a `.pth` cannot hold.
+    tensors: with official names and shapes, as in `model.state_dict()`; dtypes are kept.
+    quantized: matrices that are not in `tensors`; `.safetensors` only.
+    tokenizer_spec: `Vocabulary.to_spec()`. extra: plain JSON, such as training facts.
+    An existing file is replaced. Raises CheckpointError if tensors and config do not agree or the disk is full,
+    UsageError for another suffix or a record that a `.pth` cannot hold.
     """
     path = Path(path)
     matrices = dict(quantized or {})
     check_writable(config, tensors, tokenizer_spec, str(path), matrices)
-    # In this order, by which the rwkv package tells versions.
-    together = {**tensors, **{name: matrix.data for name, matrix in matrices.items()}}
-    together = {name: together[name] for name in get_expected_shapes(config)}
-    check_disk_space(path.parent, together)
+    # The rwkv package detects versions by this order.
+    stored_tensors = {**tensors, **{name: matrix.data for name, matrix in matrices.items()}}
+    stored_tensors = {name: stored_tensors[name] for name in get_expected_shapes(config)}
+    check_disk_space(path.parent, stored_tensors)
     if path.suffix == ".safetensors":
-        forms = {name: (matrix.format, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
-        stored = StoredMetadata(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), forms)
-        write_safetensors(path, together, metadata.encode(stored))
+        specs = {name: (matrix.format, matrix.rows, matrix.columns) for name, matrix in matrices.items()}
+        stored = StoredMetadata(config, dict(tokenizer_spec) if tokenizer_spec else None, dict(extra or {}), specs)
+        write_safetensors(path, stored_tensors, metadata.encode(stored))
     elif path.suffix == ".pth":
         if config.version == "llama":
-            raise UsageError(f"{path}: a .pth cannot hold how many heads a transformer has; save it as .safetensors")
+            raise UsageError(
+                f"{path}: a .pth cannot hold the number of heads of a transformer; save it as .safetensors"
+            )
         if tokenizer_spec or extra or matrices:
             raise UsageError(
                 f"{path}: a .pth holds dense tensors only; save quantized ones, a tokenizer or extras as .safetensors"
             )
-        write_pth(path, together)
+        write_pth(path, stored_tensors)
     else:
-        raise UsageError(f"{path}: the suffix {path.suffix!r} is no checkpoint format; use .safetensors or .pth")
+        raise UsageError(f"{path}: the suffix {path.suffix!r} is not a checkpoint format; use .safetensors or .pth")
 
 
 def check_writable(
@@ -73,7 +72,7 @@ def check_writable(
     source: str,
     quantized: Mapping[str, QuantizedMatrix],
 ) -> None:
-    """Raise CheckpointError unless this is a complete model that the readers will take back."""
+    """Raise CheckpointError unless this is a complete model that the readers accept."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_shapes({**shapes, **{name: matrix.shape for name, matrix in quantized.items()}}, config, source)
     metadata.check_vocabulary(config, spec, source)
@@ -84,18 +83,19 @@ def check_writable(
 
 
 def check_overwrite(target: Path, force: bool) -> None:
-    """Raise CheckpointError where a target exists, unless it may be replaced."""
+    """Raise CheckpointError if the target exists, unless it may be replaced."""
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; to replace it give --force")
 
 
 def check_disk_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where the disk below `folder` has no room for these tensors."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SLACK
+    """Raise CheckpointError if the disk of `folder` has too little space for these tensors."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + OVERHEAD_BYTES
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed; make room or write elsewhere"
+            f"{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed; "
+            "free space or choose another disk"
         )

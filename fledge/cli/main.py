@@ -24,7 +24,7 @@ from typer.main import get_command
 from fledge import __version__
 from fledge.cli.terminal import to_one_line
 from fledge.core.errors import FledgeError
-from fledge.core.files import FULL, describe_disk_error
+from fledge.core.files import DISK_FULL, describe_disk_error
 from fledge.core.interrupts import Interrupted
 
 COMMANDS = {
@@ -146,7 +146,7 @@ def _describe_error(error: Exception, arguments: Sequence[str]) -> tuple[str, in
     """One line for the user, and the exit code."""
     if isinstance(error, FledgeError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         if not error.filename:  # the disk is not known
             return f"{error.strerror}; free some space and run the same command again", 1
         return describe_disk_error(error, Path(error.filename).parent), 1

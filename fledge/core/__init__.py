@@ -1,5 +1,9 @@
-"""L0: what every room may use and that knows nothing about models.
+"""L0: helpers that every other package may use; they know nothing about models.
 
-`errors` is the one exception tree, `config` turns dataclasses into dicts and back strictly, `files` writes atomically
-and hashes, `device` chooses a device and a dtype and says why.
+errors               the exception tree
+config               TOML and JSON tables as dataclasses, with strict keys and types
+files                atomic writes, hashes and standard folders
+safetensors_header   the header of a safetensors file, parsed and encoded
+device               the choice of a device and a dtype, with reasons
+interrupts           SIGINT and SIGTERM, handled between steps
 """

@@ -1,7 +1,6 @@
-"""What a machine has: the device a model runs on and the dtype its weights are kept in, each choice with its reason in
-words; the cores of this process.
+"""The device that a model runs on and the dtype of its weights, each with a reason in words; the usable cores.
 
-Nothing here touches a model. torch is imported inside the functions, so this module costs nothing to import.
+torch is imported inside the functions, so that this module is fast to import.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ DTYPE_NAMES = {
 }
 
 SMALL_MODEL = 50_000_000
-"""Parameters below which float32 on a CPU costs little memory and is worth its exactness."""
+"""Below this number of parameters, a model on a CPU runs in float32: the memory is small and the result exact."""
 
 
 def choose_device(name: str | None = None) -> tuple[torch.device, str]:
-    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best one for None; and why.
+    """Return the device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best one for None, and the reason.
 
-    Raises UsageError for an unknown name and for a device this machine does not have.
+    Raises UsageError for an unknown name and for a device that this machine does not have.
     """
     import torch
 
@@ -44,16 +43,18 @@ def choose_device(name: str | None = None) -> tuple[torch.device, str]:
         raise UsageError(f"device {name!r} is unknown; choose cpu, cuda, cuda:0 (or another number) or mps")
     kind, number = match[1], int(match[2] or 0)
     if kind == "cuda" and number >= torch.cuda.device_count():
-        raise UsageError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; try cpu")
+        raise UsageError(
+            f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices; try cpu"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device 'mps' is not here: torch sees no Apple GPU; try cpu")
-    return torch.device(name), "asked for"
+        raise UsageError("device 'mps' is not available: torch sees no Apple GPU; try cpu")
+    return torch.device(name), "requested"
 
 
 def choose_dtype(name: str | None, device: torch.device, parameters: int) -> tuple[torch.dtype | None, str]:
-    """The dtype of the weights called `name`, or the default for a model of `parameters` numbers; and why.
+    """Return the dtype called `name`, or the default for a model of this many parameters, and the reason.
 
-    A dtype of None means: as they are in the file. State, decay and norms are float32 whatever this says.
+    None means the dtype of the file. State, decay and norms are always float32.
     Raises UsageError for an unknown name.
     """
     import torch
@@ -63,14 +64,14 @@ def choose_dtype(name: str | None, device: torch.device, parameters: int) -> tup
             raise UsageError(f"dtype {name!r} is unknown; choose {', '.join(DTYPE_NAMES)}")
         dtype = getattr(torch, DTYPE_NAMES[name])
         assert isinstance(dtype, torch.dtype)
-        return dtype, "asked for"
+        return dtype, "requested"
     if device.type == "cpu" and parameters < SMALL_MODEL:
         return torch.float32, f"on a CPU, a model below {SMALL_MODEL // 1_000_000} million parameters runs in float32"
-    return None, "the file's own"
+    return None, "as in the file"
 
 
 def count_usable_cores() -> int:
-    """Cores this process may run on."""
+    """Count the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, hashed, and found again."""
+"""Atomic writes, readable disk errors, hashes and standard folders."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNNUMBERED = ("requested and", "unexpected pos", "PytorchStreamWriter failed")  # in what numpy and torch raise instead
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LIBRARY_MESSAGES = ("requested and", "unexpected pos", "PytorchStreamWriter failed")
+"""Parts of the errors that numpy and torch raise if the disk is full."""
 
 
 @contextmanager
 def add_path_to_errors(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Around writing `target`: an error for want of room is an OSError with a number and a file's name.
+    """Turn a disk-full error within the block into an OSError with an errno and the name of `target`.
 
-    The system's own has no name where an open file is written to; numpy's has no number; torch's is a RuntimeError.
+    Otherwise the system's error has no file name after a write to an open file, numpy's has no errno, and torch raises
+    a RuntimeError.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number is None and any(words in str(error) for words in UNNUMBERED):
+        if number is None and any(message in str(error) for message in LIBRARY_MESSAGES):
             number = errno.ENOSPC
-        if number not in FULL or getattr(error, "filename", None):
+        if number not in DISK_FULL or getattr(error, "filename", None):
             raise
         raise OSError(number, os.strerror(number), os.fspath(target)) from error
 
 
-def describe_disk_error(error: OSError, where: Path, kept: str = "") -> str:
-    """An error of writing in or to `where`, as a sentence: which file, how much room there is, what to do.
+def describe_disk_error(error: OSError, path: Path, saved: str = "") -> str:
+    """Describe an error of writing to `path` in a sentence: the file, the free space, and what to do.
 
-    kept: what is not lost, said to who gives the same command again.
+    saved: what is not lost if the user runs the same command again.
     """
-    again = f"give the same command again{f': {kept}' if kept else ''}"
-    if error.errno not in FULL:
+    retry = f"run the same command again{f': {saved}' if saved else ''}"
+    if error.errno not in DISK_FULL:
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror or error}; {again}"
-    there = next(place for place in (where, *where.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free / 1e9
+        return f"{name}{error.strerror or error}; {retry}"
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free / 1e9
     reason = "" if error.errno == errno.ENOSPC else f"; {error.strerror}"
     name = f", {error.filename} cannot be written" if error.filename else ""
-    return f"the disk of {where} is full ({free:.1f} GB are free{reason}){name}; make room and {again}"
+    return f"the disk of {path} is full ({free:.1f} GB are free{reason}){name}; free some space and {retry}"
 
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `target` that replaces it when the block ends well, and vanishes when it does not.
+    """Yield a temporary path in the folder of `target`; it replaces `target` if the block succeeds, else it is removed.
 
-    A reader therefore sees the old file or the new one, never half of one. Where the disk is full, the error is as
-    `add_path_to_errors` has it.
+    A reader therefore sees the old file or the new one, never a part. A full disk raises the error that
+    `add_path_to_errors` describes.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-        # mkstemp makes files private to the user; a result should have the permissions of any other new file.
+        # mkstemp makes files private to the user; the result gets the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -79,9 +81,9 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_or_create_secret(path: Path, content: bytes) -> bytes:
-    """What a file holds that its user alone may read; it is made of `content` where it is not there yet.
+    """Read a file that only its user may read, after creating it with `content` if it is missing.
 
-    Of many processes that come at once one makes it, and all get what that one wrote.
+    If several processes call this at the same time, one creates the file and all return its content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -91,41 +93,41 @@ def read_or_create_secret(path: Path, content: bytes) -> bytes:
                 file.write(content)
                 file.flush()
                 os.fsync(handle)
-            _placed(Path(name), path, content)
+            _link_or_create(Path(name), path, content)
         finally:
             os.unlink(name)
     for _ in range(100):
-        if found := path.read_bytes():
-            return found
-        time.sleep(0.01)  # made just now by the second way of `_placed`
+        if secret := path.read_bytes():
+            return secret
+        time.sleep(0.01)  # created a moment ago by the fallback of `_link_or_create`, and still empty
     return b""
 
 
-def _placed(temporary: Path, target: Path, content: bytes) -> None:
-    """Give a file its name, unless somebody else has it."""
+def _link_or_create(temporary: Path, target: Path, content: bytes) -> None:
+    """Give a file its final name, unless that exists."""
     with suppress(FileExistsError):
         try:
             os.link(temporary, target)
         except FileExistsError:
             raise
-        except OSError:  # a disk without links: a name that is taken before its content is there
+        except OSError:  # a file system without links: the file appears before its content
             with open(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                 file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, indented for diffs."""
+    """Write a JSON file, indented for diffs."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -134,17 +136,17 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def hash_name(name: str) -> bytes:
-    """What stands on the disk for a name that may be a secret, whatever characters are in it."""
+    """Return the SHA-256 that stands for a name on disk: the name may be a secret and have any characters."""
     return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 
 
 def get_asset_path(name: str) -> Path:
-    """Path of a file that ships inside the package (the World vocabulary, the bundled model)."""
+    """Return the path of a file that ships inside the package (the World vocabulary, the bundled model)."""
     return Path(__file__).resolve().parent.parent / "assets" / name
 
 
 def get_cache_folder() -> Path:
-    """Where Fledge keeps what it could make again, for this user. Not made here."""
+    """Return this user's folder for files that Fledge can create again. The folder itself is not created."""
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     if not base:
         base = os.path.join("~", *(("Library", "Caches") if sys.platform == "darwin" else (".cache",)))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM for work that ends at a place of its own choosing: noted as they come, looked at between steps."""
+"""SIGINT and SIGTERM for work that stops only between steps: signals are recorded and checked there."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the work. As text: what was kept, for the person at the keyboard; may be empty."""
+    """A signal ended the work. The text says what was saved, for the user; it may be empty."""
 
-    def __init__(self, number: int = signal.SIGINT, kept: str = "") -> None:
-        super().__init__(kept)
+    def __init__(self, number: int = signal.SIGINT, saved: str = "") -> None:
+        super().__init__(saved)
         self.number = number
 
     @property
     def exit_code(self) -> int:
-        """What shells make of a process that this signal has ended."""
+        """The exit code that shells report for a process ended by this signal."""
         return 128 + self.number
 
 
 class StopRequest:
-    """Whether an end was asked for. `number` is that of the first signal, 0 while none has come.
+    """Whether a stop was requested. `number` is the first signal, or 0 if none has arrived.
 
-    Signals beyond as many as its patience are raised where they come, as Interrupted; usually the second one.
+    A signal beyond the number that may be deferred raises Interrupted as it arrives; usually that is the second one.
     """
 
-    def __init__(self, least: float) -> None:
-        self.number, self._came = 0, 0
-        self._least, self._patience = least, max(least, 1)
+    def __init__(self, min_deferred: float) -> None:
+        self.number, self._received = 0, 0
+        self._min_deferred, self._max_deferred = min_deferred, max(min_deferred, 1)
 
     @contextmanager
     def defer(self, signals: float = math.inf) -> Iterator[None]:
-        """Only note so many signals within the block: all of them, or with 0 none."""
-        before, self._patience = self._patience, max(self._least, signals)
+        """Only record up to this many signals within the block: all by default, none with 0."""
+        before, self._max_deferred = self._max_deferred, max(self._min_deferred, signals)
         try:
-            self._raise_if_due()
+            self._raise_if_exceeded()
             yield
         finally:
-            self._patience = before
+            self._max_deferred = before
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        self._came += 1
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._received += 1
         self.number = self.number or number
-        self._raise_if_due()
+        self._raise_if_exceeded()
 
-    def _raise_if_due(self) -> None:
-        if self._came > self._patience:
+    def _raise_if_exceeded(self) -> None:
+        if self._received > self._max_deferred:
             raise Interrupted(self.number)
 
 
 @contextmanager
 def catch_signals(*, always_defer: bool = False) -> Iterator[StopRequest]:
-    """Note the signals while the block runs; one that the block has left unanswered is raised when it has ended.
+    """Record signals while the block runs. One that the block did not handle is raised when the block ends.
 
-    always_defer: never raise where a signal comes, for work that others wait for. Outside the main thread nothing can
-    be noted, and a signal that the process was started to ignore (`nohup`, `&` in a script) stays ignored.
+    always_defer: never raise as a signal arrives, for work that other processes wait for. Outside the main thread no
+    signal is recorded. A signal that the process ignored at its start (`nohup`, `&` in a script) stays ignored.
     """
     stop = StopRequest(math.inf if always_defer else 0)
     if threading.current_thread() is not threading.main_thread():
@@ -70,7 +70,7 @@ def catch_signals(*, always_defer: bool = False) -> Iterator[StopRequest]:
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in before:
-            signal.signal(number, stop._hear)
+            signal.signal(number, stop._on_signal)
         yield stop
     finally:
         for number, handler in before.items():

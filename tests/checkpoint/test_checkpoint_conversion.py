@@ -133,10 +133,10 @@ def test_force_never_replaces_a_folder_with_other_things_in_it(tmp_path: Path) -
 def test_a_folder_is_never_replaced_by_a_file_or_the_other_way(tmp_path: Path) -> None:
     source = saved(tmp_path, make("4"))
     (tmp_path / "d.pth").mkdir()
-    with pytest.raises(CheckpointError, match="is a folder, a pth checkpoint is not"):
+    with pytest.raises(CheckpointError, match="is a folder, but a pth checkpoint is not"):
         convert(source, tmp_path / "d.pth", force=True)
     (tmp_path / "plain").write_text("x")
-    with pytest.raises(CheckpointError, match="is a file, a hf checkpoint is not"):
+    with pytest.raises(CheckpointError, match="is a file, but a hf checkpoint is not"):
         convert(source, tmp_path / "plain", force=True)
 
 
@@ -178,7 +178,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
     source = saved(tmp_path, make("4"))
     for name in ("x.pth", "x.safetensors", "deep/er/x"):
-        with pytest.raises(CheckpointError, match=r"has 0\.00 GB free, and 0\.00 GB are needed; make room"):
+        with pytest.raises(CheckpointError, match=r"has 0\.00 GB free, and 0\.00 GB are needed; free space"):
             convert(source, tmp_path / name)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
 
@@ -245,5 +245,5 @@ def test_matrices_in_another_type(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"head\.weight holds numbers that torch\.float16 cannot; choose bf16"):
         convert(place, tmp_path / "half.pth", matrix_type="f16")
     assert not (tmp_path / "half.pth").exists()
-    with pytest.raises(UsageError, match=r"type .q8_0. .* of a \.gguf; for pth choose from f32, f16, bf16"):
+    with pytest.raises(UsageError, match=r"type .q8_0. .* only for a \.gguf; for pth choose from f32, f16, bf16"):
         convert(place, tmp_path / "half.pth", matrix_type="q8_0")

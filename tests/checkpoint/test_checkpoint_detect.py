@@ -157,7 +157,7 @@ def test_known_but_unsupported_files_are_named(names: list[str], message: str) -
         ([], "found no tensor at all"),
         (["emb.weight"], "no tensor named blocks"),
         (["blocks.0.att.time_state", "blocks.1.att.time_state"], "a tuned state, not a whole model"),
-        (["emb.weight", "blocks.0.att.value.bias"], "cannot tell the width|cannot tell the attention width"),
+        (["emb.weight", "blocks.0.att.value.bias"], "cannot determine the width|cannot determine the attention width"),
     ],
 )
 def test_what_is_no_model_is_refused(names: list[str], message: str) -> None:

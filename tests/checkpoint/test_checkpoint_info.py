@@ -57,7 +57,7 @@ def test_small_files(kind: str, tmp_path: Path) -> None:
     assert info.dtypes == (("bfloat16",) if "bfloat16" in kind else ("float32",))
     assert info.nbytes == path.stat().st_size and info.format == "pth"
     assert info.state_nbytes == 4 * 3 * (5 * 24 if kind == "4" else 2 * 24 + 3 * 64)
-    labels = dict(info.rows())
+    labels = dict(info.to_rows())
     assert labels["parameters"] == f"{info.parameters:,}" and labels["tuned state"] == (
         "yes" if "tuned" in kind else "no"
     )

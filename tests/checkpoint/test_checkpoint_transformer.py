@@ -52,7 +52,7 @@ def test_it_comes_back_bit_for_bit(file: Path) -> None:
         model = load_model(file, **options).model  # type: ignore[arg-type]
         assert isinstance(model, Transformer) and not model.training
     info = inspect(file)
-    facts = dict(info.rows())
+    facts = dict(info.to_rows())
     assert info.parameters == sum(tensor.numel() for tensor in weights().values())
     assert facts["state"] == f"{4 * 2 * 2 * 30} bytes for each token read"
     assert facts["model"] == "Transformer, version llama" and info.flops_per_token == 2 * info.parameters
@@ -76,7 +76,11 @@ def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -
         return merge_tuned_state(CONFIG, weights(), {}, "s.pth")
 
     for call, kind, message in (
-        (lambda: save(tmp_path / "m.pth", CONFIG, weights()), UsageError, "how many heads a transformer has"),
+        (
+            lambda: save(tmp_path / "m.pth", CONFIG, weights()),
+            UsageError,
+            "cannot hold the number of heads of a transformer",
+        ),
         (lambda: convert(file, tmp_path / "m.pth"), UnsupportedError, "only a .safetensors can hold, not a pth"),
         (lambda: convert(file, tmp_path / "m.gguf"), UnsupportedError, "only a .safetensors can hold, not a gguf"),
         (lambda: convert(file, tmp_path / "folder"), UnsupportedError, "only a .safetensors can hold, not a hf"),

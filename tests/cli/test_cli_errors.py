@@ -87,7 +87,7 @@ BAD: dict[Callable[[Path], Path], tuple[str, ...]] = {
     version_7: ("RWKV-7",),
     two_vocabulary_sizes: ("emb.weight has 256 rows", "head.weight has 200"),
     text_file: ("neither a .pth",),
-    training_checkpoint: ("last.pt is what a run of `fledge train`", "goes on from", "not its result; give the model"),
+    training_checkpoint: ("last.pt is the checkpoint from which `fledge train`", "not its result; give the model"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Signals wait for a place where work can end."""
+"""Signals are recorded and handled between steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=la
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Whatever a test does, both signals are handled after it as before it."""
+    """Check that a test restores the handlers of both signals."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @BOTH
-def test_a_signal_is_noted_and_raised_at_the_end_if_nobody_has_looked(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_raised_at_the_end_if_unhandled(number: signal.Signals) -> None:
     reached = []
     with pytest.raises(Interrupted) as caught, catch_signals() as stop:
         signal.raise_signal(number)
@@ -34,7 +34,7 @@ def test_a_signal_is_noted_and_raised_at_the_end_if_nobody_has_looked(number: si
 
 
 @BOTH
-def test_the_second_signal_is_raised_where_it_comes_but_not_in_a_patient_block(number: signal.Signals) -> None:
+def test_the_second_signal_is_raised_as_it_arrives_unless_deferred(number: signal.Signals) -> None:
     reached = []
     with pytest.raises(Interrupted) as caught, catch_signals() as stop:
         with stop.defer():
@@ -47,7 +47,7 @@ def test_the_second_signal_is_raised_where_it_comes_but_not_in_a_patient_block(n
     assert reached == ["the end of the save", "the end of the step"] and caught.value.number == number
 
 
-def test_with_no_patience_the_first_signal_is_raised_also_one_that_came_before() -> None:
+def test_without_deferral_the_first_signal_is_raised_even_if_it_came_before() -> None:
     reached = []
     with pytest.raises(Interrupted), catch_signals() as stop, stop.defer(0):
         signal.raise_signal(signal.SIGINT)
@@ -59,7 +59,7 @@ def test_with_no_patience_the_first_signal_is_raised_also_one_that_came_before()
     assert reached == []
 
 
-def test_who_is_awaited_by_others_is_always_patient() -> None:
+def test_signals_can_always_be_deferred() -> None:
     with pytest.raises(Interrupted), catch_signals(always_defer=True) as stop:
         with stop.defer(0):
             for _ in range(3):

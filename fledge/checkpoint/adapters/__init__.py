@@ -1,1 +1,1 @@
-"""LoRA adapters and tuned initial states in files, and their merge into a checkpoint."""
+"""Files of LoRA adapters and tuned initial states, and merging them into a checkpoint."""

@@ -1,13 +1,11 @@
-"""Adapters in files: LoRA factors, parts trained whole, tuned initial states; Fledge's own and those of RWKV-PEFT.
+"""Adapter files of Fledge and RWKV-PEFT: LoRA factors, fully trained parameters and tuned initial states.
 
-    .safetensors    with a record in the header's string map under KEY: kind, alpha, rank, targets, the base it is for
-    .pth            tensors only, as RWKV-PEFT and the state tuners of RWKV-LM write and read them: alpha is not in it
+    .safetensors    with a record in the string map of the header under KEY: kind, alpha, rank, targets and base
+    .pth            tensors only, as RWKV-PEFT and the state tuners of RWKV-LM write and read them, without alpha
 
-In both the names are official: `blocks.<i>.att.key.lora_A` (r, in) and `.lora_B` (out, r); a part trained whole has the
-name of the parameter it replaces; `blocks.<i>.att.time_state` is (H, V, K). An adapter only makes sense on the weights
-it was trained on, so its base's identity is compared before it is used.
-Not here: what names say (adapter_names.py), adding an adapter to a model (fledge.models.adapters), merging it into a
-checkpoint (merging.py).
+Both use official names: `blocks.<i>.att.key.lora_A` (r, in) and `.lora_B` (out, r); a fully trained parameter has the
+name of the parameter that it replaces; `blocks.<i>.att.time_state` is (H, V, K). An adapter works only with the weights
+that it was trained on, so the identity of the base is compared before use.
 """
 
 from __future__ import annotations
@@ -54,31 +52,32 @@ class AdapterBase:
 class Adapter:
     """One adapter in memory, under official names."""
 
-    kind: str  # "lora" (may have parts trained whole, and a tuned state beside them) or "state"
+    kind: str  # "lora" (optionally with fully trained parameters and a tuned state) or "state"
     tensors: Mapping[str, Tensor]
-    alpha: float | None = None  # of the LoRA; None for a tuned state (and, inspected only, a LoRA that does not tell)
-    base: AdapterBase | None = None  # a .pth does not tell
+    alpha: float | None = (
+        None  # of a LoRA; None for a tuned state, and in `inspect_adapter` if the file does not record it
+    )
+    base: AdapterBase | None = None  # a .pth does not record it
     path: Path = Path("adapter")
     training: Mapping[str, Any] = field(default_factory=dict)  # plain JSON: data, steps, rates
-    any_base: bool = False  # use it whatever it was trained on
+    any_base: bool = False  # allow use on other bases
 
     @property
     def factors(self) -> dict[str, LoraFactors]:
-        """`blocks.<i>.att.key` -> what is added to it; empty for a tuned state."""
-        found = {match[1] for name in self.tensors if (match := FACTOR.fullmatch(name))}
-        return {name: self._factors(name) for name in self._in_order(found)}
+        """`blocks.<i>.att.key` -> its factors; empty for a tuned state."""
+        names = {match[1] for name in self.tensors if (match := FACTOR.fullmatch(name))}
+        return {
+            name: self._get_factors(name) for name in sorted(names, key=lambda name: (int(name.split(".")[1]), name))
+        }
 
-    def _factors(self, name: str) -> LoraFactors:
+    def _get_factors(self, name: str) -> LoraFactors:
         assert self.alpha is not None
         down, up = self.tensors[f"{name}.lora_A"], self.tensors[f"{name}.lora_B"]
         return LoraFactors(down, up, self.alpha / down.shape[0])
 
-    def _in_order(self, found: set[str]) -> list[str]:
-        return sorted(found, key=lambda name: (int(name.split(".")[1]), name))
-
     @property
     def full_parameters(self) -> dict[str, Tensor]:
-        """Parameters that were trained whole, by name; without the tuned state."""
+        """Fully trained parameters by name, without the tuned state."""
         return {n: t for n, t in self.tensors.items() if not (FACTOR.fullmatch(n) or STATE.fullmatch(n))}
 
     @property
@@ -88,20 +87,20 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its factors; 0 without any."""
+        """The largest rank of the factors; 0 without factors."""
         return max((tensor.shape[0] for name, tensor in self.tensors.items() if name.endswith(".lora_A")), default=0)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Which of fledge.models.adapters.TARGETS have factors."""
-        found = {match[2] for name in self.tensors if (match := FACTOR.fullmatch(name))}
-        return tuple(target for target in TARGETS if target in found)
+        """The fledge.models.adapters.TARGETS that have factors."""
+        names = {match[2] for name in self.tensors if (match := FACTOR.fullmatch(name))}
+        return tuple(target for target in TARGETS if target in names)
 
     @property
     def template(self) -> str | None:
-        """The chat template of the conversations it was trained on; None where the file does not tell."""
-        told = self.training.get("template")
-        return told if isinstance(told, str) else None
+        """The chat template that the adapter was trained with; None if the file does not record it."""
+        template = self.training.get("template")
+        return template if isinstance(template, str) else None
 
     @property
     def nbytes(self) -> int:
@@ -109,56 +108,56 @@ class Adapter:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def allow_any_base(self) -> Adapter:
-        """The same, to be used on whatever base its shapes fit."""
+        """Return a copy that may be used on any base with matching shapes."""
         return replace(self, any_base=True)
 
 
 def read_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) -> Adapter:
-    """The adapter in a file; what it is shows in its names.
+    """Read an adapter; its kind is detected from the tensor names.
 
-    alpha: of a LoRA in a file that does not record it (any of RWKV-PEFT's); a tuned state has none. Raises UsageError
-    where it is needed and missing, or another than the recorded one; CheckpointError for a file that holds no adapter
-    or a damaged one.
+    alpha: of a LoRA whose file does not record it, as of RWKV-PEFT; a tuned state has none. Raises UsageError if alpha
+    is required and missing, or differs from the recorded one; CheckpointError if the file holds no adapter or a
+    damaged one.
     """
-    found = locate(path)
-    if found.is_dir():
-        raise CheckpointError(f"{found} is a folder; give the adapter's file")
-    if detect_container(found) == "gguf":
-        raise CheckpointError(f"{found} is a .gguf; adapters are read from .safetensors and .pth files")
-    adapter = _adapter(found, *_contents(found))
-    return (
-        replace(adapter, alpha=_agreed_alpha(alpha, adapter.alpha, str(found))) if adapter.kind == "lora" else adapter
-    )
+    path = locate(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the adapter's file")
+    if detect_container(path) == "gguf":
+        raise CheckpointError(f"{path} is a .gguf; adapters are read from .safetensors and .pth files")
+    adapter = _parse_adapter(path, *_read_tensors(path))
+    if adapter.kind != "lora":
+        return adapter
+    return replace(adapter, alpha=_choose_alpha(alpha, adapter.alpha, str(path)))
 
 
 def read_adapters(files: Sequence[str], *, alpha: float | None = None, any_base: bool = False) -> list[Adapter]:
-    """Several, as `read_adapter` reads each. any_base: they may then be used on models they were not trained on."""
-    found = [read_adapter(file, alpha=alpha) for file in files]
-    return [adapter.allow_any_base() for adapter in found] if any_base else found
+    """Read several adapters. any_base: allow their use on models that they were not trained on."""
+    adapters = [read_adapter(file, alpha=alpha) for file in files]
+    return [adapter.allow_any_base() for adapter in adapters] if any_base else adapters
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> Adapter | None:
-    """What the adapter in a file is, without its weights: its tensors are on "meta", and alpha is None where untold.
+    """Read an adapter without its weights: the tensors are on "meta", and alpha is None if it is not recorded.
 
-    None for a file that holds something else, a whole model say. Raises CheckpointError for a damaged adapter.
+    Returns None if the file holds something else, such as a whole model. Raises CheckpointError for a damaged adapter.
     """
-    found = locate(path)
-    if found.is_dir() or detect_container(found) == "gguf":
+    path = locate(path)
+    if path.is_dir() or detect_container(path) == "gguf":
         return None
-    tensors, texts = _contents(found, weights=False)
-    return _adapter(found, tensors, texts) if KEY in texts or is_adapter(tensors) else None
+    tensors, metadata = _read_tensors(path, weights=False)
+    return _parse_adapter(path, tensors, metadata) if KEY in metadata or is_adapter(tensors) else None
 
 
-def _contents(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors under the file's own names, and the texts of its header."""
+def _read_tensors(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors under the names in the file, and the string map of the header."""
     if detect_container(path) == "safetensors":
         return read_safetensors(path, weights=weights)
     return read_pth(path, weights=weights), {}
 
 
-def _adapter(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> Adapter:
-    """The adapter of a file's contents, with the alpha that is recorded if any."""
-    record = _decode(texts[KEY], str(path)) if KEY in texts else {}
+def _parse_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
+    """Build the adapter from the contents of a file, with the recorded alpha, if any."""
+    record = _decode(metadata[KEY], str(path)) if KEY in metadata else {}
     tensors = strip_prefixes(tensors, str(path))
     kind = detect_kind(tensors, str(path))
     if record and record["kind"] != kind:
@@ -168,26 +167,30 @@ def _adapter(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
 
 
 def save_adapter(path: str | os.PathLike[str], adapter: Adapter) -> tuple[str, ...]:
-    """Write an adapter whole or not at all, in the form of the suffix. Returns what that cannot hold, as sentences."""
+    """Write an adapter atomically; the suffix decides the format. Returns notes on what the format cannot hold."""
     path = Path(path)
     if path.suffix == ".safetensors":
         write_safetensors(path, adapter.tensors, {"format": "pt", KEY: _encode(adapter)})
         return ()
     if path.suffix != ".pth":
-        raise UsageError(f"{path}: the suffix {path.suffix!r} is no format of adapters; use .safetensors or .pth")
+        raise UsageError(f"{path}: the suffix {path.suffix!r} is not an adapter format; use .safetensors or .pth")
     write_pth(path, adapter.tensors)
-    notes = [f"alpha {adapter.alpha:g} is not in a .pth; whoever uses it must be told"] if adapter.alpha else []
+    notes = (
+        [f"a .pth cannot hold alpha {adapter.alpha:g}; give it with --alpha when using the file"]
+        if adapter.alpha
+        else []
+    )
     if adapter.template:
-        notes.append(f"the chat template is not in a .pth; chat with --template {adapter.template}")
-    return (*notes, "a .pth does not say which base it belongs to")
+        notes.append(f"a .pth cannot hold the chat template; chat with --template {adapter.template}")
+    return (*notes, "a .pth cannot hold the identity of the base")
 
 
 def convert_adapter(
     adapter: Adapter, target: str | os.PathLike[str], *, base: Checkpoint | None = None, force: bool = False
 ) -> tuple[str, ...]:
-    """Write an adapter in the form of the target's suffix, as belonging to `base` if one is given that it fits.
+    """Write an adapter in the format of the target's suffix. base: a fitting base to record.
 
-    Raises CheckpointError where the target exists (unless `force`) or the adapter is recorded for another base.
+    Raises CheckpointError if the target exists (unless `force`) or the adapter records another base.
     """
     target = Path(target)
     check_overwrite(target, force)
@@ -198,54 +201,53 @@ def convert_adapter(
 
 
 def describe_base(checkpoint: Checkpoint, name: str | None = None) -> AdapterBase:
-    """The record of a base. Reads all its weights."""
+    """Return the record of a base. Reads all its weights."""
     config = replace(checkpoint.config, tuned_state=False)
     return AdapterBase(compute_identity(checkpoint), name or checkpoint.path.stem, config)
 
 
 def check_base(adapters: tuple[Adapter, ...], checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless every adapter fits the checkpoint, and was trained on it or is for any base."""
+    """Raise CheckpointError unless every adapter fits the checkpoint, and was trained on it or allows any base."""
     for adapter in adapters:
         _check_shapes(adapter, checkpoint)
-    known = {adapter.base.identity for adapter in adapters if adapter.base and not adapter.any_base}
-    if not known:
+    if not any(adapter.base and not adapter.any_base for adapter in adapters):
         return
     identity = compute_dense_identity(checkpoint)
     for adapter in adapters:
-        theirs = adapter.base
-        if theirs and not adapter.any_base and theirs.identity != identity:
+        base = adapter.base
+        if base and not adapter.any_base and base.identity != identity:
             raise CheckpointError(
-                f"{adapter.path} was trained on another model: {theirs.name} ({shorten_identity(theirs.identity)}...), "
+                f"{adapter.path} was trained on another model: {base.name} ({shorten_identity(base.identity)}...), "
                 f"and {checkpoint.path} is {shorten_identity(identity)}...; give its own base, or "
-                "--any-base to use it all the same"
+                "--any-base to use it anyway"
             )
 
 
 def _check_shapes(adapter: Adapter, checkpoint: Checkpoint) -> None:
     shapes = get_expected_shapes(replace(checkpoint.config, tuned_state=False))
-    where = f"{adapter.path} does not fit {checkpoint.path}"
+    mismatch = f"{adapter.path} does not fit {checkpoint.path}"
     for name, factors in adapter.factors.items():
         shape = shapes.get(f"{name}.weight")
         if shape is None:
-            raise CheckpointError(f"{where}: it changes {name}, which this model does not have")
-        have = (factors.up.shape[0], factors.down.shape[1])
-        if have != shape:
-            raise CheckpointError(f"{where}: it is for {name} of {have}, here that is {shape}")
+            raise CheckpointError(f"{mismatch}: it changes {name}, which this model does not have")
+        adapter_shape = (factors.up.shape[0], factors.down.shape[1])
+        if adapter_shape != shape:
+            raise CheckpointError(f"{mismatch}: it is for {name} of {adapter_shape}, here that is {shape}")
     for name, tensor in adapter.full_parameters.items():
         if shapes.get(name) != tuple(tensor.shape):
-            raise CheckpointError(f"{where}: its {name} is {tuple(tensor.shape)}, here that is {shapes.get(name)}")
+            raise CheckpointError(f"{mismatch}: its {name} is {tuple(tensor.shape)}, here that is {shapes.get(name)}")
     if adapter.state:
         merge_tuned_state(checkpoint.config, {}, adapter.state, str(adapter.path))
 
 
-def _agreed_alpha(given: float | None, recorded: float | None, source: str) -> float:
-    if given is None and recorded is None:
+def _choose_alpha(requested: float | None, recorded: float | None, source: str) -> float:
+    if requested is None and recorded is None:
         raise UsageError(
-            f"{source} is a LoRA that does not record its alpha; give the one it was trained with, as --alpha 32 say"
+            f"{source} is a LoRA that does not record its alpha; give the value of its training, such as --alpha 32"
         )
-    if given is not None and recorded is not None and given != recorded:
-        raise UsageError(f"alpha is {given:g}, but {source} was trained with {recorded:g}; leave --alpha out")
-    alpha = recorded if given is None else given
+    if requested is not None and recorded is not None and requested != recorded:
+        raise UsageError(f"alpha is {requested:g}, but {source} was trained with {recorded:g}; omit --alpha")
+    alpha = recorded if requested is None else requested
     assert alpha is not None
     if not 0 < alpha < float("inf"):
         raise UsageError(f"alpha is {alpha:g}; it must be above 0")
@@ -268,19 +270,19 @@ def _encode(adapter: Adapter) -> str:
 
 
 def _decode(text: str, source: str) -> dict[str, Any]:
-    """The record, checked as far as it is used."""
+    """Parse the record, and check the values that are used."""
     try:
         record = json.loads(text)
         number, kind, alpha = record["format"], record["kind"], record["alpha"]
         base, training = record["base"], record["training"]
         if number > FORMAT:
             raise UnsupportedError(f"{source} was written by a newer Fledge (adapter format {number}); update Fledge")
-        sound = kind in KINDS and isinstance(alpha, int | float | None) and isinstance(training, dict)
+        is_valid = kind in KINDS and isinstance(alpha, int | float | None) and isinstance(training, dict)
         if base is not None:
-            sound = sound and isinstance(base["identity"], str) and isinstance(base["name"], str)
+            is_valid = is_valid and isinstance(base["identity"], str) and isinstance(base["name"], str)
             base = AdapterBase(base["identity"], base["name"], from_dict(ModelConfig, base["config"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{source}: the adapter record in its header is damaged: {error}") from error
-    if not sound:
+    if not is_valid:
         raise CheckpointError(f"{source}: the adapter record in its header is damaged")
     return {"kind": kind, "alpha": alpha, "base": base, "training": training}

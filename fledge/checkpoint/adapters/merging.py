@@ -1,9 +1,8 @@
-"""Adapters merged into a checkpoint: in memory, and as a file that is only kept once it predicts what it should.
+"""Merge adapters into a checkpoint: in memory, and to a file, whose predictions are verified before it is kept.
 
-W + (alpha / r) B A is added up in float32 and rounded once, to the dtype W has unless another is asked for; a quantized
-matrix is expanded first and stays dense, so that nothing is rounded twice. Parts that were trained whole
-take the place of the base's, and a tuned state becomes the one that the model starts from.
-Not here: reading adapters (adapters.py), applying them without merging (fledge.models.adapters).
+W + (alpha / r) B A is computed in float32 and rounded once, to the dtype of W unless another is requested. A quantized
+matrix is expanded first and stays dense, so that nothing is rounded twice. Fully trained parameters replace those of
+the base, and a tuned state becomes the initial state of the model.
 """
 
 from __future__ import annotations
@@ -19,50 +18,48 @@ from torch import Tensor
 
 from fledge.checkpoint.adapters.files import Adapter, check_base
 from fledge.checkpoint.adapters.tuned_state import merge_tuned_state
-from fledge.checkpoint.formats.container import detect_container
-from fledge.checkpoint.formats.pth import verify_checksums
 from fledge.checkpoint.model_loader import assemble
-from fledge.checkpoint.reader import read
+from fledge.checkpoint.reader import read, verify_files
 from fledge.checkpoint.record import Checkpoint
 from fledge.checkpoint.writer import check_disk_space, check_overwrite, save
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.models import BaseModel
 from fledge.models.adapters import LoraFactors, adapted, merged_weight, stacked, start_state
 
-TOKENS = 24
-"""How many are read to compare the merged model with the unmerged one."""
+COMPARED_TOKENS = 24
+"""Tokens read to compare the merged model with base and adapter."""
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Largest difference of a logit, relative to their spread: what rounding the merged weights once may change."""
+"""Largest difference of a logit, relative to their spread, that rounding the merged weights once may cause."""
 
 SUFFIXES = (".safetensors", ".pth")
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written, and how it was verified; all relative to the spread (standard deviation) of the logits."""
+    """The written file and its verification. Differences are relative to the standard deviation of the logits."""
 
     target: Path
     nbytes: int
-    difference: float  # largest difference between a logit of the merged file and of base and adapter apart
-    effect: float  # largest difference that the adapters make
+    difference: float  # largest difference of a logit between the merged file and base with adapter
+    effect: float  # largest difference of a logit that the adapters cause
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CombinedAdapter:
-    """What one or several adapters do together."""
+    """The combined changes of one or several adapters."""
 
-    factors: Mapping[str, LoraFactors] = field(default_factory=dict)  # blocks.<i>.att.key -> what is added to it
+    factors: Mapping[str, LoraFactors] = field(default_factory=dict)  # blocks.<i>.att.key -> its factors
     full_parameters: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that are replaced
     state: Mapping[str, Tensor] = field(default_factory=dict)  # blocks.<i>.att.time_state, (H, V, K)
-    template: str | None = None  # of chats
+    template: str | None = None  # the chat template
 
 
 def combine_adapters(adapters: Sequence[Adapter]) -> CombinedAdapter:
-    """Several adapters as one: factors add up, and chats are written as the last that tells was trained.
+    """Combine several adapters: factors add up, and the last recorded chat template applies.
 
-    Raises UsageError where two adapters bring the same part, or a tuned state each.
+    Raises UsageError if two adapters contain the same parameter, or a tuned state each.
     """
     full_parameters: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
@@ -71,8 +68,8 @@ def combine_adapters(adapters: Sequence[Adapter]) -> CombinedAdapter:
     for adapter in adapters:
         for name in (*adapter.full_parameters, *adapter.state):
             if name in owner:
-                what = "a tuned state" if name in state else name
-                raise UsageError(f"{owner[name]} and {adapter.path} both bring {what}; use one of them at a time")
+                item = "a tuned state" if name in state else name
+                raise UsageError(f"{owner[name]} and {adapter.path} both contain {item}; use only one of them")
             owner[name] = adapter.path
         full_parameters, state = {**full_parameters, **adapter.full_parameters}, {**state, **adapter.state}
         template = adapter.template or template
@@ -80,21 +77,21 @@ def combine_adapters(adapters: Sequence[Adapter]) -> CombinedAdapter:
 
 
 def merge_adapters(checkpoint: Checkpoint, changes: CombinedAdapter, dtype: torch.dtype | None = None) -> Checkpoint:
-    """The checkpoint with the changes in its weights; what was given stays as it is. `check_base` first.
+    """Return the checkpoint with the changes merged into its weights. Call `check_base` first.
 
-    dtype: of the matrices that are changed; None: what they have, or the embedding's where they were quantized.
+    dtype: of the changed matrices; None keeps theirs, or uses that of the embedding for quantized ones.
     """
     tensors, quantized = dict(checkpoint.tensors), dict(checkpoint.quantized)
     for name, tensor in changes.full_parameters.items():
-        kept = tensors["emb.weight" if quantized.pop(name, None) else name].dtype
-        tensors[name] = tensor.to(kept, copy=True)  # whoever packs these may give up their memory
-    for name, one in changes.factors.items():
+        replaced = "emb.weight" if quantized.pop(name, None) else name
+        tensors[name] = tensor.to(tensors[replaced].dtype, copy=True)  # a copy, as packing may release its memory
+    for name, factors in changes.factors.items():
         weight = f"{name}.weight"
         if weight in quantized:
             dense = quantized.pop(weight).dequantize(torch.float32)
-            tensors[weight] = merged_weight(dense, one, dtype or tensors["emb.weight"].dtype)
+            tensors[weight] = merged_weight(dense, factors, dtype or tensors["emb.weight"].dtype)
         else:
-            tensors[weight] = merged_weight(tensors[weight], one, dtype)
+            tensors[weight] = merged_weight(tensors[weight], factors, dtype)
     config = checkpoint.config
     if changes.state:
         config, tensors = merge_tuned_state(config, tensors, changes.state)
@@ -110,67 +107,69 @@ def merge_to_file(
 ) -> MergeReport:
     """Write the checkpoint `source` with `adapters` in its weights as `target` (.safetensors or .pth).
 
-    The file is read back, and kept only if its logits are those of base and adapters apart. Raises CheckpointError
-    where they are not, where the target exists (unless `force`), where the source is quantized or another base.
+    The file is read back, and kept only if its logits equal those of base and adapters. Raises CheckpointError if they
+    do not, if the target exists (unless `force`), or if the source is quantized or another base.
     """
     target, adapters = Path(target), tuple(adapters)
     if target.suffix not in SUFFIXES:
-        raise UsageError(f"{target}: a merged model is written as {' or '.join(SUFFIXES)}; convert it afterwards")
+        raise UsageError(f"{target}: merged models are written as {' or '.join(SUFFIXES)}; convert the file afterwards")
     check_overwrite(target, force)
-    found = read(source)
-    if found.quantized:
+    base = read(source)
+    if base.quantized:
         raise CheckpointError(f"{source} is quantized; merge into the dense model, and quantize the result")
-    for file in found.files:
-        if detect_container(file) == "pth":
-            verify_checksums(file)
-    check_base(adapters, found)
+    verify_files(base)
+    check_base(adapters, base)
     changes = combine_adapters(adapters)
-    done = merge_adapters(found, changes)
-    check_disk_space(target.parent, done.tensors)
+    merged = merge_adapters(base, changes)
+    check_disk_space(target.parent, merged.tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         written = Path(folder) / target.name
-        notes = _write(done, adapters, changes.template or found.template, written)
-        difference, effect = _compare(found, changes, written)
-        tolerance = TOLERANCE[found.tensors["blocks.0.att.key.weight"].dtype]
+        notes = _write(merged, adapters, changes.template or base.template, written)
+        difference, effect = _compare(base, changes, written)
+        tolerance = TOLERANCE[base.tensors["blocks.0.att.key.weight"].dtype]
         if not difference <= tolerance:
             raise CheckpointError(
-                f"the merged model does not predict what {source} with the adapter does (logits differ by "
+                f"the merged model does not predict the same as {source} with the adapter (logits differ by "
                 f"{difference:.2g} of their spread, at most {tolerance:g} is rounding); {target} was not written"
             )
         os.replace(written, target)
     if difference > effect / 2:
-        notes = (*notes, "the adapter changes so little that rounding to the base's dtype hides it")
+        notes = (*notes, "the effect of the adapter is so small that rounding to the dtype of the base hides it")
     return MergeReport(target, target.stat().st_size, difference, effect, notes)
 
 
-def _write(done: Checkpoint, adapters: Sequence[Adapter], template: str | None, path: Path) -> tuple[str, ...]:
+def _write(merged: Checkpoint, adapters: Sequence[Adapter], template: str | None, path: Path) -> tuple[str, ...]:
     if path.suffix == ".pth":
-        save(path, done.config, done.tensors)
-        notes = ["a .pth cannot hold the tokenizer; it was left out"] if done.tokenizer_spec else []
-        told = [f"a .pth cannot hold the chat template; chat with --template {template}"] if template else []
-        return (*notes, *told)
+        save(path, merged.config, merged.tensors)
+        notes = ["a .pth cannot hold the tokenizer; it was left out"] if merged.tokenizer_spec else []
+        if template:
+            notes.append(f"a .pth cannot hold the chat template; chat with --template {template}")
+        return tuple(notes)
     record = [
         {"file": a.path.name, "kind": a.kind, "alpha": a.alpha, "base": a.base and a.base.identity} for a in adapters
     ]
-    # What was said of the base, its quality say, is not true of this.
-    extra = {"base": done.extra, "merged": record, **({"template": template} if template else {})}
-    save(path, done.config, done.tensors, tokenizer_spec=done.tokenizer_spec, extra=extra)
+    # The facts about the base, such as its quality, do not apply to the merged model.
+    extra = {"base": merged.extra, "merged": record, **({"template": template} if template else {})}
+    save(path, merged.config, merged.tensors, tokenizer_spec=merged.tokenizer_spec, extra=extra)
     return ()
 
 
 @torch.no_grad()
 def _compare(base: Checkpoint, changes: CombinedAdapter, written: Path) -> tuple[float, float]:
-    """(difference of merged and unmerged, effect of the changes), of the logits of a few tokens, in float32."""
+    """Return the largest differences between merged and adapted, and between adapted and base, on a few tokens.
+
+    All are computed in float32 and relative to the spread of the logits.
+    """
     generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(base.config.vocab_size, (1, TOKENS), generator=generator)
+    idx = torch.randint(base.config.vocab_size, (1, COMPARED_TOKENS), generator=generator)
     plain = assemble(base.config, base.tensors, dtype=torch.float32)
     assert isinstance(plain, BaseModel)
-    begin = start_state(base.config, changes.state) if changes.state else None
-    wanted = adapted(plain, changes.factors, changes.full_parameters)(idx, begin)[0]
-    before = plain(idx)[0]
-    del plain  # two models in memory at a time are enough
-    again = read(written)
-    found = assemble(again.config, again.tensors, dtype=torch.float32)(idx)[0]
-    spread = float(wanted.std())
-    return float((found - wanted).abs().max()) / spread, float((wanted - before).abs().max()) / spread
+    initial = start_state(base.config, changes.state) if changes.state else None
+    expected = adapted(plain, changes.factors, changes.full_parameters)(idx, initial)[0]
+    unchanged = plain(idx)[0]
+    del plain  # so that only two models are in memory at a time
+    stored = read(written)
+    actual = assemble(stored.config, stored.tensors, dtype=torch.float32)(idx)[0]
+    spread = float(expected.std())
+    return float((actual - expected).abs().max()) / spread, float((expected - unchanged).abs().max()) / spread

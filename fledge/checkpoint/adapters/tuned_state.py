@@ -1,7 +1,7 @@
-"""Tuned initial states: files that hold nothing but `blocks.<i>.att.time_state`, and merging them into a model's dict.
+"""Tuned initial states: files with only `blocks.<i>.att.time_state`, and merging them into the tensors of a model.
 
-State tuning trains the state a model starts from and nothing else. The axes stay (H, V, K), as every trainer writes
-them; the model turns them into its own (H, K, V) when it makes its first state. Not here: the training.
+State tuning trains only the initial state of a model. The axes stay (H, V, K), as every trainer writes them; the model
+converts them to its own (H, K, V) when it creates its first state.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ STATE = re.compile(r"blocks\.\d+\.att\.time_state")
 
 
 def load_tuned_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """`blocks.<i>.att.time_state` -> (H, V, K), from a file of a state tuner, or from a whole model.
+    """Read `blocks.<i>.att.time_state` -> (H, V, K) from the file of a state tuner or from a whole model.
 
-    `path` is of any kind that `load` takes. Raises CheckpointError where it holds no tuned state.
+    path: as for `load`. Raises CheckpointError if it holds no tuned state.
     """
     raw = read_raw(locate(path))
     _, tensors = rename_to_official(raw.tensors, str(raw.path))
@@ -39,9 +39,9 @@ def load_tuned_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def merge_tuned_state(
     config: ModelConfig, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str = "the tuned state"
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and tensors of the same model, starting from `state`; what was given is not changed.
+    """Return the config and tensors of the same model with the initial state `state`.
 
-    A state the model already had is replaced. Raises CheckpointError where the state is for other sizes.
+    An existing initial state is replaced. Raises CheckpointError if the state is for other sizes.
     """
     if config.version in ("4", "llama"):
         model = "an RWKV-4 model" if config.version == "4" else "a transformer"

@@ -1,7 +1,6 @@
-"""What a file is, by its first bytes: the name of a file proves nothing.
+"""Detect the format of a file from its first bytes, with a helpful error for each common mistake.
 
-Here: magic numbers, and an error with the next step for each kind of file people give by mistake.
-Not here: reading the file.
+The file name is not used, because it may be wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from fledge.core.errors import CheckpointError, UnsupportedError
 
-# (first bytes, what the file is, what to do); the first that fits is reported.
+# (first bytes, description, advice); the first match is reported.
 MISTAKES = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the model itself", "run `git lfs pull` or download it"),
     (rb"\s*<(!doctype|html)", "a web page, not a model", "use the download link instead of the page's address"),
@@ -24,20 +23,20 @@ UNSUPPORTED = ((b"fmgg", "an rwkv.cpp file, which is not supported"),)
 
 
 def detect_container(path: Path) -> str:
-    """ "pth", "safetensors" or "gguf". Raises CheckpointError for anything else, saying what it is where known."""
-    start = _start(path)
+    """Return "pth", "safetensors" or "gguf". Raises CheckpointError for others, with the type of the file if known."""
+    start = _read_start(path)
     if start.startswith(b"PK\x03\x04"):
-        if path.suffix == ".safetensors":  # torch itself goes by this suffix
+        if path.suffix == ".safetensors":  # torch itself uses this suffix to choose a reader
             raise CheckpointError(f"{path} is a zip archive of torch.save with the wrong suffix; rename it to .pth")
         return "pth"
     if start.startswith(b"GGUF"):
         return "gguf"
-    for magic, what in UNSUPPORTED:
+    for magic, description in UNSUPPORTED:
         if start.startswith(magic):
-            raise UnsupportedError(f"{path} is {what}; give the official .pth or a .safetensors")
-    for pattern, what, then in MISTAKES:
+            raise UnsupportedError(f"{path} is {description}; give the official .pth or a .safetensors")
+    for pattern, description, advice in MISTAKES:
         if re.match(pattern, start, re.IGNORECASE):
-            raise CheckpointError(f"{path} is {what}; {then}")
+            raise CheckpointError(f"{path} is {description}; {advice}")
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
     raise CheckpointError(
@@ -46,8 +45,8 @@ def detect_container(path: Path) -> str:
     )
 
 
-def _start(path: Path) -> bytes:
-    """The first bytes of a file that has some."""
+def _read_start(path: Path) -> bytes:
+    """Return the first bytes of a file. Raises CheckpointError for an empty file."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

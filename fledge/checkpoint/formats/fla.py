@@ -1,10 +1,10 @@
-"""The RWKV-6 layout of flash-linear-attention and back: other names, transposes, another order of the five mixes.
+"""Convert to and from the RWKV-6 layout of flash-linear-attention: names, transposes and the order of the five mixes.
 
-Official files keep the token-shift LoRA's slices in the order w, k, v, r, g; this layout has r, w, k, v, g, and stacks
-the five static mixes in one tensor. Every change is a permutation of values, so a round trip is exact.
+Official files have the slices of the token-shift LoRA in the order w, k, v, r, g. This layout has r, w, k, v, g, and
+stacks the five static mixes in one tensor. Every change is a permutation of values, so a round trip is exact.
 
-Hazard: its group norm takes the one `norm_eps` of its config, which is 1e-5 in published folders, while every Finch
-was trained with 64e-5 there. Fledge always reads such a folder with 64e-5 for the group norm.
+Hazard: the group norm of flash-linear-attention uses `norm_eps` of the config, which is 1e-5 in published folders, but
+every Finch was trained with 64e-5 there. Fledge always uses 64e-5 for the group norm of such a folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTSIDE = {
     "ln_out.bias": "model.norm.bias",
     "head.weight": "lm_head.weight",
 }
-# Tensors of a block that only change their name.
+# Tensors of a block that are only renamed.
 PLAIN = {
     **{f"{a}.{part}": f"{b}.{part}" for a, b in (("ln0", "pre_norm"), ("ln1", "attn_norm"), ("ln2", "ffn_norm"))
        for part in ("weight", "bias")},
@@ -59,29 +59,29 @@ Parts = dict[str, Tensor]
 
 
 def from_fla(tensors: Mapping[str, Tensor]) -> Parts:
-    """This layout -> official names and shapes. Unknown names are kept, for the later check to report.
+    """Convert this layout to official names and shapes. Unknown names are kept, so that a later check reports them.
 
-    Raises CheckpointError for a tensor of impossible shape, and for one that is there under its official name as well.
+    Raises CheckpointError for a tensor of impossible shape, and for one that also exists under its official name.
     """
     outside = {theirs: ours for ours, theirs in OUTSIDE.items()}
     official: Parts = {}
     for name, tensor in tensors.items():
         match = BLOCK.fullmatch(name)
-        if match is None or match[2] not in READ:
-            found = {outside.get(name, name): tensor}
+        if match is None or match[2] not in CONVERSIONS:
+            parts = {outside.get(name, name): tensor}
         else:
             try:
-                found = {f"blocks.{match[1]}.{part}": value for part, value in READ[match[2]](tensor).items()}
+                parts = {f"blocks.{match[1]}.{part}": value for part, value in CONVERSIONS[match[2]](tensor).items()}
             except (RuntimeError, IndexError) as error:
                 raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
-        if found.keys() & official.keys():
-            raise CheckpointError(f"{name!r:.80} is there under its official name too; remove one of them")
-        official |= found
+        if parts.keys() & official.keys():
+            raise CheckpointError(f"{name!r:.80} also exists under its official name; remove one of them")
+        official |= parts
     return official
 
 
 def to_fla(tensors: Mapping[str, Tensor]) -> Parts:
-    """Official names and shapes of a Finch -> this layout."""
+    """Convert official names and shapes of a Finch to this layout."""
     theirs = {OUTSIDE[name]: tensor for name, tensor in tensors.items() if name in OUTSIDE}
     layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")})
     for layer in layers:
@@ -105,37 +105,37 @@ def _block_to_fla(block: Parts) -> Parts:
     return parts
 
 
-def _mix_in(tensor: Tensor) -> Parts:
+def _convert_mix_in(tensor: Tensor) -> Parts:
     return {"att.time_maa_w1": tensor.t().unflatten(1, (5, -1))[:, TO_OURS].flatten(1).contiguous()}
 
 
-def _mix_out(tensor: Tensor) -> Parts:
+def _convert_mix_out(tensor: Tensor) -> Parts:
     return {"att.time_maa_w2": tensor.unflatten(1, (5, -1)).permute(1, 2, 0)[TO_OURS].contiguous()}
 
 
-def _mix_static(tensor: Tensor) -> Parts:
+def _convert_mix_static(tensor: Tensor) -> Parts:
     if tensor.dim() != 2 or len(tensor) != len(THEIRS):
         raise IndexError
     return {f"att.time_maa_{letter}": row.reshape(1, 1, -1) for letter, row in zip(THEIRS, tensor, strict=True)}
 
 
-def _renamed(ours: str) -> Callable[[Tensor], Parts]:
+def _make_rename(ours: str) -> Callable[[Tensor], Parts]:
     return lambda tensor: {ours: tensor}
 
 
-def _vector(ours: str) -> Callable[[Tensor], Parts]:
+def _make_reshape(ours: str) -> Callable[[Tensor], Parts]:
     return lambda tensor: {ours: tensor.reshape(1, 1, -1)}
 
 
-def _transposed(ours: str) -> Callable[[Tensor], Parts]:
+def _make_transpose(ours: str) -> Callable[[Tensor], Parts]:
     return lambda tensor: {ours: tensor.t().contiguous()}
 
 
-READ: dict[str, Callable[[Tensor], Parts]] = {
-    **{theirs: _renamed(ours) for ours, theirs in PLAIN.items()},
-    **{theirs: _vector(ours) for ours, theirs in VECTORS.items()},
-    **{theirs: _transposed(ours) for ours, theirs in TRANSPOSED.items()},
-    MIX_IN: _mix_in,
-    MIX_OUT: _mix_out,
-    MIX_STATIC: _mix_static,
+CONVERSIONS: dict[str, Callable[[Tensor], Parts]] = {
+    **{theirs: _make_rename(ours) for ours, theirs in PLAIN.items()},
+    **{theirs: _make_reshape(ours) for ours, theirs in VECTORS.items()},
+    **{theirs: _make_transpose(ours) for ours, theirs in TRANSPOSED.items()},
+    MIX_IN: _convert_mix_in,
+    MIX_OUT: _convert_mix_out,
+    MIX_STATIC: _convert_mix_static,
 }

@@ -1,9 +1,9 @@
-"""The official `.pth`: a zip archive with a pickled dict of names and one record of raw bytes a tensor.
+"""Read and write the official `.pth`: a zip archive with a pickled dict of names, and one record of bytes per tensor.
 
-The pickle is only ever read by torch's restricted unpickler (`weights_only=True`), which knows tensors and refuses
-everything else before it runs; weights are mapped, not copied. Records must be stored as they are, which torch.save
-always does: a compressed one can unpack to any size. Here: bytes to dict and back. Not here: what the names mean. The
-old torch format (before 1.6, one bare pickle) is refused with the way to convert it.
+The pickle is read only by torch's restricted unpickler (`weights_only=True`), which accepts tensors and refuses
+everything else before it runs. Weights are mapped, not copied. Records must be uncompressed, as torch.save writes them:
+a compressed record can unpack to any size. The old torch format (before 1.6, one bare pickle) is refused, with advice
+on how to convert it.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from torch import Tensor
 from fledge.core.errors import CheckpointError, UnsupportedError
 from fledge.core.files import atomic_path
 
-LARGEST_PICKLE = 64 << 20  # bytes; the largest real one, of Finch 14B, is below half a megabyte
-AGAIN = "Download or copy it again and compare its size and SHA-256 with the source's"
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)  # what zipfile stumbles with
+MAX_PICKLE_BYTES = 64 << 20  # the largest real one, of Finch 14B, is below half a megabyte
+DOWNLOAD_AGAIN = "Download or copy it again and compare its size and SHA-256 with the source's"
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)  # of a damaged archive
 REFUSED_NAME = re.compile(r"(?:GLOBAL|global) '?([\w.]+)")
 
 
 def read_pth(path: Path, *, weights: bool = True) -> dict[str, Tensor]:
-    """Name -> tensor, in file order and the file's dtypes.
+    """Return name -> tensor, in the order and the dtypes of the file.
 
     With `weights` the tensors are views of the mapped file, private to this process; without, they are on "meta" and
-    only the list of names is read. Raises CheckpointError for a file that is damaged, runs code, holds no tensors or
-    fewer bytes than its tensors have together.
+    only the list of names is read. Raises CheckpointError if the file is damaged, contains code, holds no tensors, or
+    holds fewer bytes than its tensors need.
     """
-    held = _examine(path)
-    tensors = _tensors_of(_torch_load(path, "cpu" if weights else "meta"), path)
-    # Not the storages: strides of 0 make a large tensor of a small storage, and a copy in another dtype has its size.
+    data_bytes = _check_archive(path)
+    tensors = _check_tensors(_torch_load(path, "cpu" if weights else "meta"), path)
+    # Tensors, not storages: with strides of 0 a tensor is larger than its storage, and so is its copy in another dtype.
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if needed > held:
+    if needed > data_bytes:
         raise CheckpointError(
-            f"{path} is damaged or its tensors share memory: its tensors need {needed} bytes, it holds {held}. {AGAIN}"
+            f"{path} is damaged or its tensors share memory: its tensors need {needed} bytes, it "
+            f"holds {data_bytes}. {DOWNLOAD_AGAIN}"
         )
     return tensors
 
 
 def write_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write name -> tensor as an official `.pth`, whole or not at all, in the order and dtypes given."""
+    """Write name -> tensor atomically as an official `.pth`, with the same order and dtypes."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        # A file object, not a path: torch would put the temporary name into the archive.
-        torch.save({name: _own_storage(tensor) for name, tensor in tensors.items()}, file)
+        # A file object, because torch would write the name of a temporary path into the archive.
+        torch.save({name: _copy_to_own_storage(tensor) for name, tensor in tensors.items()}, file)
 
 
 def verify_checksums(path: Path) -> None:
-    """Compare every record with the CRC-32 the archive keeps of it, which reading by map does not. Reads all bytes.
+    """Compare every record with its CRC-32 in the archive, which mapping the file does not do. Reads all bytes.
 
-    torch can be told to write no sums (they are 0 then); such records pass.
+    torch can be configured to write no checksums; they are then 0, and such records are accepted.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -66,12 +67,12 @@ def verify_checksums(path: Path) -> None:
                     with archive.open(record) as stream:
                         while stream.read(1 << 22):
                             pass
-    except DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}. {AGAIN}") from error
+    except ZIP_ERRORS as error:
+        raise CheckpointError(f"{path} is damaged: {_get_first_line(error)}. {DOWNLOAD_AGAIN}") from error
 
 
-def _examine(path: Path) -> int:
-    """The bytes of tensor data in an archive that can be read safely; CheckpointError for any other."""
+def _check_archive(path: Path) -> int:
+    """Return the number of tensor bytes in the archive. Raises CheckpointError unless it can be read safely."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -89,41 +90,41 @@ def _examine(path: Path) -> int:
                     f"{path} is compressed, which torch.save never does, and could unpack to any size; refused. Get "
                     "the original, or load and save it with torch if you trust it"
                 )
-            if lists[0].file_size > LARGEST_PICKLE:
+            if lists[0].file_size > MAX_PICKLE_BYTES:
                 raise CheckpointError(
                     f"{path}: its list of tensors takes {lists[0].file_size} bytes, which no checkpoint needs; refused"
                 )
             with archive.open(lists[0]) as stream:
                 protocol = stream.read(2)
                 if lists[0].CRC:
-                    stream.read()  # to the end, where zipfile compares the checksum
-    except DAMAGE as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}). {AGAIN}") from error
+                    stream.read()  # to the end, where zipfile verifies the checksum
+    except ZIP_ERRORS as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({_get_first_line(error)}). {DOWNLOAD_AGAIN}") from error
     if protocol[:1] == b"\x80" and protocol[1:] > b"\x03":
         raise CheckpointError(
             f"{path} was refused: its pickle has protocol {protocol[1]}, which torch cannot read without running it; "
-            "nothing was run. Ask for the model saved with torch.save's own protocol 2"
+            "nothing was run. Get the model saved with protocol 2, the default of torch.save"
         )
-    # The archive's own list of sizes may lie; the length of the file cannot.
+    # The sizes in the archive may be false; the length of the file is not.
     return min(sum(record.file_size for record in records if "/data/" in record.filename), path.stat().st_size)
 
 
 def _torch_load(path: Path, device: str, *, mapped: bool = True) -> Any:
-    """torch.load without the power to run anything, with errors for people."""
+    """Call torch.load such that it cannot run code, with readable errors."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # 3 is read as well as 2
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # protocol 3 is read like 2
             return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise _refusal(path, str(error)) from None
-    except Exception as error:  # a damaged pickle can make the unpickler stumble in any way
+        raise _make_refusal(path, str(error)) from None
+    except Exception as error:  # a damaged pickle can cause any error
         if mapped and "Cannot allocate memory" in str(error):
-            return _without_map(path, device, error)
-        raise CheckpointError(f"{path} is damaged ({_first_line(error)}). {AGAIN}") from error
+            return _load_without_mapping(path, device, error)
+        raise CheckpointError(f"{path} is damaged ({_get_first_line(error)}). {DOWNLOAD_AGAIN}") from error
 
 
-def _without_map(path: Path, device: str, error: Exception) -> Any:
-    """Linux maps no file larger than RAM and swap together for writing; the names can be read all the same."""
+def _load_without_mapping(path: Path, device: str, error: Exception) -> Any:
+    """Read only the names: Linux does not map a file that is larger than RAM and swap together for writing."""
     if device != "meta":
         raise CheckpointError(
             f"{path} needs more memory than this machine has ({path.stat().st_size / 1e9:.1f} GB of weights); use a "
@@ -131,55 +132,56 @@ def _without_map(path: Path, device: str, error: Exception) -> Any:
         ) from error
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, rarely needed
 
-    # torch's documented way to see names without data; its tensors only live inside the mode.
+    # The documented method of torch to read names without data. Its tensors are valid only inside the mode.
     with FakeTensorMode():
-        found = _tensors_of(_torch_load(path, device, mapped=False), path)
-    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
+        fakes = _check_tensors(_torch_load(path, device, mapped=False), path)
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in fakes.items()}
 
 
-def _refusal(path: Path, message: str) -> CheckpointError:
-    found = REFUSED_NAME.search(message)
-    if found is None:
+def _make_refusal(path: Path, message: str) -> CheckpointError:
+    match = REFUSED_NAME.search(message)
+    if match is None:
         return CheckpointError(
-            f"{path} was refused: its pickle is damaged or holds something other than tensors; nothing was run. {AGAIN}"
+            f"{path} was refused: its pickle is damaged or holds something other than tensors; nothing was "
+            f"run. {DOWNLOAD_AGAIN}"
         )
     return CheckpointError(
-        f"{path} was refused: its pickle asks for {found[1]}, which is code and not weights; nothing was run. Ask for "
+        f"{path} was refused: its pickle requires {match[1]}, which is code and not weights; nothing was run. Get "
         "the model as .safetensors, or as a plain dict of tensors"
     )
 
 
-def _tensors_of(found: Any, path: Path) -> dict[str, Tensor]:
-    """The dict of plain tensors that a checkpoint must be; says what else it was."""
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not a dict of tensors; export the state dict")
-    if "_strategy" in found:
+def _check_tensors(value: Any, path: Path) -> dict[str, Tensor]:
+    """Return a dict of dense tensors. Raises CheckpointError, with a description, if the value is anything else."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a dict of tensors; export the state dict")
+    if "_strategy" in value:
         raise UnsupportedError(
-            f"{path} was converted in advance by the rwkv package for the strategy {found['_strategy']!r:.40}; give "
+            f"{path} was converted in advance by the rwkv package for the strategy {value['_strategy']!r:.40}; give "
             "the original .pth instead"
         )
-    if found.keys() >= {"step", "identity", "optimizer"}:
+    if value.keys() >= {"step", "identity", "optimizer"}:
         raise CheckpointError(
-            f"{path} is what a run of `fledge train` or `fledge tune` goes on from, by the command that began it, not "
-            "its result; give the model, adapter or state (.safetensors) that it leaves beside this when it ends"
+            f"{path} is the checkpoint from which `fledge train` or `fledge tune` resumes with the same command, not "
+            "its result; give the model, adapter or state (.safetensors) that the run writes beside it at its end"
         )
-    for name, value in found.items():
-        if isinstance(value, dict) and value:
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
             raise CheckpointError(
                 f"{path} holds more than a model; the model may be its part {name!r:.40}: save that dict on its own"
             )
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(item, Tensor) or item.layout != torch.strided:
             raise CheckpointError(
-                f"{path}: {name!r:.60} is a {type(value).__name__}, not a dense tensor with a name; export the state "
+                f"{path}: {name!r:.60} is a {type(item).__name__}, not a dense tensor with a name; export the state "
                 "dict"
             )
-    return {name: value.detach() for name, value in found.items()}
+    return {name: item.detach() for name, item in value.items()}
 
 
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The same values as the only contents of a storage of their own.
+def _copy_to_own_storage(tensor: Tensor) -> Tensor:
+    """Return the tensor with a storage that holds nothing else.
 
-    torch.save writes a view's whole storage, however large, and one storage for tensors that share it.
+    torch.save writes the whole storage of a view, and a shared storage once.
     """
     tensor = tensor.detach().cpu().contiguous()
     size = tensor.numel() * tensor.element_size()
@@ -188,6 +190,6 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return "".join(char if char.isprintable() else "?" for char in text.splitlines()[0][:160])

@@ -1,1 +1,1 @@
-"""Quantization of a checkpoint: the format of each matrix and its effect on the predictions."""
+"""Quantization of checkpoints: the format of each matrix and its effect on the predictions."""

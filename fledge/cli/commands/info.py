@@ -41,7 +41,7 @@ def info(
     if as_json:
         print(json.dumps(checkpoint_record(checkpoint_info), ensure_ascii=False))
         return
-    print_rows([*checkpoint_info.rows(), *_model_rows(checkpoint_info.extra)])
+    print_rows([*checkpoint_info.to_rows(), *_model_rows(checkpoint_info.extra)])
 
 
 def checkpoint_record(info: CheckpointInfo) -> dict[str, Any]:

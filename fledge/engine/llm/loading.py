@@ -64,7 +64,7 @@ def load(
         source = checkpoint.merge_adapters(source, replace(changes, state={}), chosen_dtype)
         changes = replace(changes, factors={}, full_parameters={})
     stored_dtype = source.tensors["emb.weight"].dtype
-    weights = checkpoint.ModelWeights(source.tensors, source.quantized, spend=True)
+    weights = checkpoint.ModelWeights(source.tensors, source.quantized, is_consumable=True)
     model = checkpoint.assemble(
         source.config, weights, device=chosen_device, dtype=chosen_dtype, pack=pack, quant=quant
     )

@@ -75,7 +75,7 @@ def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> No
     assert {n: (m.format, m.shape) for n, m in found.quantized.items()} == {
         n: (m.format, m.shape) for n, m in meta.quantized.items()
     }
-    dense = found.dense()
+    dense = found.dequantize()
     for tensor in gguf.GGUFReader(path).tensors:
         name = ours(tensor.name)
         if not is_matrix(name) and name != "emb.weight":
@@ -228,8 +228,8 @@ def test_the_epsilon_of_the_norms(tmp_path: Path) -> None:
         ({"rwkv6.block_count": 4}, "block_count says 4"),
         ({"rwkv6.wkv.head_size": 32}, "head_size says 32"),
         ({"rwkv6.wkv.head_size": 7}, "head_size says 7"),
-        ({"rwkv6.wkv.head_size": "x"}, "no count"),
-        ({"rwkv6.rescale_every_n_layers": -1.0}, "no count"),
+        ({"rwkv6.wkv.head_size": "x"}, "not a count"),
+        ({"rwkv6.rescale_every_n_layers": -1.0}, "not a count"),
         ({"rwkv6.attention.layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
         ({"rwkv6.attention.layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'"),
         ({"rwkv6.attention.layer_norm_epsilon": 1e30}, "impossible epsilons"),

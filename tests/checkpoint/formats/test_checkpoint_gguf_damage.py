@@ -50,7 +50,7 @@ def outcome(path: Path, data: bytes) -> str:
     for weights in (False, True):
         try:
             checkpoint = read(path, weights=weights)
-            assert not weights or len([tensor.sum() for tensor in checkpoint.dense().values()])
+            assert not weights or len([tensor.sum() for tensor in checkpoint.dequantize().values()])
         except FledgeError as error:
             text = str(error)
             assert path.name in text and "\n" not in text and len(text) < 1500, text
@@ -147,16 +147,16 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "many keys": (header(count=2**63), "claims 0 tensors and 9223372036854775808 keys"),
     "many tensors": (header(number=2**40), "claims 1099511627776 tensors"),
     "a long key": (header(struct.pack("<Q", 2**62), 1), "ends too early"),
-    "a name of a kilobyte and more": (header(struct.pack("<Q", 1025) + bytes(2000), 1), "is no name"),
+    "a name of a kilobyte and more": (header(struct.pack("<Q", 1025) + bytes(2000), 1), "is not a valid name"),
     "many texts": (array(8, 2**50), "claims 1125899906842624 texts"),
     "texts past the end": (array(8, 2**20), "ends too early"),
     "many numbers": (array(4, 2**62), "ends too early"),
     "arrays of arrays": (array(9, 1), "array of the type 9"),
     "an unknown type": (header(text("a") + struct.pack("<I", 77), 1), "unknown type 77"),
-    "no UTF-8": (header(struct.pack("<Q", 2) + b"\xff\xfe", 1), "is no name"),
-    "a key twice": (header(BYTE * 2, 2), "'a' is there twice"),
-    "alignment 3": (header(KIND + ALIGNMENT + struct.pack("<I", 3), 2), "no power of two"),
-    "alignment 0": (header(KIND + ALIGNMENT + struct.pack("<I", 0), 2), "no power of two"),
+    "no UTF-8": (header(struct.pack("<Q", 2) + b"\xff\xfe", 1), "is not a valid name"),
+    "a key twice": (header(BYTE * 2, 2), "'a' is repeated"),
+    "alignment 3": (header(KIND + ALIGNMENT + struct.pack("<I", 3), 2), "not a power of two"),
+    "alignment 0": (header(KIND + ALIGNMENT + struct.pack("<I", 0), 2), "not a power of two"),
     "100 axes": (of(tensor(*[1] * 100)), "has 100 axes"),
     "no axes": (of(tensor()), "has 0 axes"),
     "no size": (of(tensor(0)), "impossible shape"),
@@ -167,7 +167,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "far away": (of(tensor(1, offset=2**63)), "the file has"),
     "past the end": (of(tensor(999)), "the file has"),
     "over another": (of(tensor(8), tensor(8, name="u")), "'t' and 'u' overlap"),
-    "a tensor twice": (of(tensor(8), tensor(8)), "'t' is there twice"),
+    "a tensor twice": (of(tensor(8), tensor(8)), "'t' is repeated"),
     "version 1": (header(version=1), "of version 1"),
     "big-endian": (header(version=3 << 24), "big-endian"),
     "nothing else": (b"GGUF", "ends too early"),

@@ -172,7 +172,7 @@ def test_vocabularies_and_notes(tmp_path: Path) -> None:
     config = replace(load(saved(tmp_path, tensors))[0], group_norm_eps=1e-5, norm_eps=2e-5)
     save(tmp_path / "a.safetensors", config, tensors, tokenizer_spec=vocabulary.to_spec(), extra={"steps": 3})
     notes = convert(tmp_path / "a.safetensors", tmp_path / "m.gguf").notes
-    assert [note.split()[0:2] for note in notes] == [["llama.cpp", "uses"], ["a", ".gguf"]]
+    assert [note.split()[0:2] for note in notes] == [["llama.cpp", "always"], ["a", ".gguf"]]
     found = read(tmp_path / "m.gguf")
     assert found.tokenizer_spec == vocabulary.to_spec() and found.config.norm_eps == 2e-5
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
@@ -200,7 +200,7 @@ def test_the_name_is_passed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("4", "version 4, and GGUF has a place for RWKV-6"),
+        ("4", "version 4, and GGUF supports only RWKV-6"),
         ("5.2", "version 5.2, and GGUF"),
         ("6.0 tuned", "tuned state"),
     ],
@@ -215,7 +215,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
     source = saved(tmp_path, finch())
     with pytest.raises(UsageError, match="type 'q3_k' is unknown; use one of f32, f16, bf16, q8_0"):
         convert(source, tmp_path / "m.gguf", matrix_type="q3_k")
-    with pytest.raises(UsageError, match=r"type 'q8_0' can only be asked of a \.gguf"):
+    with pytest.raises(UsageError, match=r"type 'q8_0' is only for a \.gguf"):
         convert(source, tmp_path / "m.safetensors", matrix_type="q8_0")
     with pytest.raises(UsageError, match=r"must be named \*\.gguf"):
         convert(source, tmp_path / "m.bin", to="gguf")

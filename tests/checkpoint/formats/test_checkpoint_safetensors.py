@@ -159,18 +159,18 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         (b'{"a":1,"a":2}', 24, "a name appears twice"),
         ({"__metadata__": {"a": 5}, "a": ENTRY}, 24, "not a map of texts"),
         ({"a": 5}, 24, "lacks dtype, shape or data_offsets"),
-        ({"a": ENTRY | {"shape": [2, -3]}}, 24, "impossible shape or place"),
-        ({"a": ENTRY | {"shape": [True, 6]}}, 24, "impossible shape or place"),
-        ({"a": ENTRY | {"shape": [1] * 9 + [6]}}, 24, "impossible shape or place"),
+        ({"a": ENTRY | {"shape": [2, -3]}}, 24, "impossible shape or offsets"),
+        ({"a": ENTRY | {"shape": [True, 6]}}, 24, "impossible shape or offsets"),
+        ({"a": ENTRY | {"shape": [1] * 9 + [6]}}, 24, "impossible shape or offsets"),
         ({"a": ENTRY | {"shape": [1 << 40, 1 << 40]}}, 24, "but 24 bytes"),
         ({"a": ENTRY | {"shape": [1 << 61, 1 << 61, 0], "data_offsets": [0, 0]}}, 0, "has the impossible shape"),
         ({"a": ENTRY | {"dtype": []}}, 24, r"has dtype \[\]"),
         ({"a": ENTRY | {"dtype": {}}}, 24, r"has dtype \{\}"),
-        ({"a": ENTRY | {"data_offsets": [0, 1 << 70]}}, 24, "impossible shape or place"),
+        ({"a": ENTRY | {"data_offsets": [0, 1 << 70]}}, 24, "impossible shape or offsets"),
         ({"a": ENTRY | {"data_offsets": [8, 32]}}, 32, "overlap or leave gaps at byte 0"),
         ({"a": ENTRY, "b": ENTRY}, 24, "overlap or leave gaps at byte 24"),
-        ({"a": ENTRY}, 23, "truncated or damaged: its tensors need 24 bytes, 23 are there"),
-        ({"a": ENTRY}, 25, "its tensors need 24 bytes, 25 are there"),
+        ({"a": ENTRY}, 23, "truncated or damaged: its tensors need 24 bytes, 23 are present"),
+        ({"a": ENTRY}, 25, "its tensors need 24 bytes, 25 are present"),
     ],
 )
 def test_hostile_headers(header: object, data: int, message: str, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
         save(tmp_path / "m.safetensors", config, tensors | {"emb.weight": tensors["emb.weight"].long()})
     with pytest.raises(CheckpointError, match=r"emb\.weight has no values"):
         save(tmp_path / "m.pth", config, tensors | {"emb.weight": tensors["emb.weight"].to("meta")})
-    with pytest.raises(UsageError, match=r"'\.onnx' is no checkpoint format"):
+    with pytest.raises(UsageError, match=r"'\.onnx' is not a checkpoint format"):
         save(tmp_path / "m.onnx", config, tensors)
     with pytest.raises(UsageError, match=r"a \.pth holds dense tensors only"):
         save(tmp_path / "m.pth", config, tensors, extra={"steps": 1})

@@ -149,7 +149,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     ("text", "kind", "message"),
     [
         ('{"model_type": "rwkv7"}', UnsupportedError, "RWKV-7 is not supported yet"),
-        ('{"model_type": "llama"}', CheckpointError, "model_type is 'llama', which is no RWKV model"),
+        ('{"model_type": "llama"}', CheckpointError, "model_type is 'llama', which is not an RWKV model"),
         ("[1]", CheckpointError, "not a JSON object"),
         ("{", CheckpointError, "cannot be read as JSON"),
         ("[" * 200_000, CheckpointError, "cannot be read as JSON"),
@@ -189,7 +189,7 @@ def test_an_epsilon_changed_in_a_folder_we_wrote_is_an_error(to: str, tmp_path: 
     changes = {eps: "norm_eps"} | ({"head_size_divisor": "group_norm_eps"} if to == "hf" else {})
     for name, said in changes.items():
         place.write_text(json.dumps(written | {name: 8}))
-        with pytest.raises(CheckpointError, match=rf"config\.json asks for {said} .*, the header of its weights for"):
+        with pytest.raises(CheckpointError, match=rf"config\.json has {said} .*, the header of its weights"):
             load(tmp_path / "m")
 
 

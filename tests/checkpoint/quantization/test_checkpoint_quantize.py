@@ -17,9 +17,9 @@ from small_checkpoints import KINDS, make, same, saved
 from torch import Tensor
 
 from fledge.checkpoint import assemble, describe_base, inspect, load, load_model, read, save
-from fledge.checkpoint.quantization.quantizer import BITS, SCHEMES, is_quantizable, quantize, quantize_tensors
+from fledge.checkpoint.quantization.quantizer import MAX_BITS, SCHEMES, is_quantizable, quantize, quantize_tensors
 from fledge.checkpoint.quantization.sensitivity import (
-    USUAL,
+    TYPICAL_SENSITIVITY,
     MatrixImportance,
     choose_within_budget,
     compute_cost,
@@ -76,7 +76,7 @@ def test_the_file_holds_exactly_what_was_rounded(scheme: str, source: Path, tmp_
     assert all(
         0 < error < (0.006 if found.quantized[name].format == "int8" else 0.1) for name, error in outcome.errors.items()
     )
-    dense = found.dense()
+    dense = found.dequantize()
     assert torch.equal(dense["head.weight"], matrices["head.weight"].dequantize())
 
 
@@ -116,7 +116,7 @@ def test_what_is_quantized_runs_without_a_file_too(source: Path, tmp_path: Path)
 def test_mixed_keeps_in_int8_what_counts_most_as_a_rule(source: Path, tmp_path: Path) -> None:
     outcome = quantize(source, tmp_path / "q.safetensors", "mixed")
     in_int8 = {name for name, format in outcome.formats.items() if format == "int8"}
-    assert 5.0 < outcome.bits_per_weight <= BITS and in_int8
+    assert 5.0 < outcome.bits_per_weight <= MAX_BITS and in_int8
     assert not any(".ffn.receptance." in name for name in in_int8)
 
 
@@ -153,7 +153,9 @@ def test_cost_is_the_formula() -> None:
     off = (weight.double() - matrix.dequantize(torch.float64)).square()
     expected = 0.5 * (off * importance.outputs.double()[:, None] * importance.inputs.double()).sum()
     assert compute_cost(weight, matrix, importance) == pytest.approx(float(expected), rel=1e-5)
-    assert estimate_cost("blocks.3.att.output.weight", 10, 0.1) == pytest.approx(USUAL["att.output.weight"] * 0.1)
+    assert estimate_cost("blocks.3.att.output.weight", 10, 0.1) == pytest.approx(
+        TYPICAL_SENSITIVITY["att.output.weight"] * 0.1
+    )
     assert estimate_cost("head.weight", 10, 0.0) == 0
 
 
@@ -268,20 +270,20 @@ def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (_shape(64, 225), f"{NAME}: an int4 matrix of 64 x 225 is uint8"),
         (_shape(63, 224), r"blocks\.1\.ffn\.value\.weight"),
         (_shape(1 << 31, 1 << 31), f"{NAME}: an int4 matrix"),
-        (_form(["int3", 64, 224]), "no such form"),
-        (_form(["int4", 64]), "no such form"),
-        (_form(["int4", 64, 0]), "no such form"),
-        (_form(["int4", 64, True]), "no such form"),
-        (_form([["int4"], 64, 224]), "no such form"),
-        (_form("int4"), "no such form"),
+        (_form(["int3", 64, 224]), "which is not a valid format"),
+        (_form(["int4", 64]), "which is not a valid format"),
+        (_form(["int4", 64, 0]), "which is not a valid format"),
+        (_form(["int4", 64, True]), "which is not a valid format"),
+        (_form([["int4"], 64, 224]), "which is not a valid format"),
+        (_form("int4"), "which is not a valid format"),
         (_form(["int8", 64, 224]), f"{NAME}: an int8 matrix of 64 x 224 is uint8"),
         (_unlisted, rf"wrong shape: {NAME} is \(1, 7, 1280\)"),
         (_no_list, "256 rows but head.weight has 4"),
         (_no_map, "list of quantized matrices in its header is damaged"),
         (_float, r"not float32 \(64, 224\)"),
         (_too_short, f"{NAME}: an int4 matrix"),
-        (_gone, "lists .* as quantized, but no such tensor is there"),
-        (_another, "lists 'emb.weight' as quantized, which is never done"),
+        (_gone, "lists .* as quantized, but there is no such tensor"),
+        (_another, "lists 'emb.weight' as quantized, but this tensor never is"),
         (_vector, r"ln_out\.bias"),
     ],
 )
@@ -327,7 +329,7 @@ def test_flipped_bytes_in_the_header_never_break_anything_else(source: Path, tmp
         try:
             found = read(path)
             inspect(path)
-            assemble(found.config, found.dense())
+            assemble(found.config, found.dequantize())
         except FledgeError:
             refused += 1
     assert refused > 150

@@ -30,7 +30,7 @@ def test_to_gguf_with_a_type(fledge: Any, pruned_model: Path, tmp_path: Path) ->
     pytest.importorskip("gguf")
     result = fledge("convert", pruned_model, tmp_path / "m.gguf", "--type", "q8_0")
     assert result.code == 0 and result.text.startswith(f"{tmp_path / 'm.gguf'}: gguf, ")
-    assert "no multiple of 32" in result.messages and "cannot hold the extras" in result.messages
+    assert "not a multiple of 32" in result.messages and "cannot hold the extras" in result.messages
     rows = fledge("info", tmp_path / "m.gguf").text
     assert "int8" in rows and "Q8_0" in rows and "World, pruned to 357 rows" in rows
     fledge("convert", pruned_model, tmp_path / "m.pth", "--type", "q8_0").check_error(2, "'q8_0'", "gguf")

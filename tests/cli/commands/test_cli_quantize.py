@@ -49,7 +49,7 @@ def test_the_file_and_its_summary(fledge: Any, model: Path, tmp_path: Path, sche
 
 def test_info_says_what_is_in_the_file(fledge: Any, model: Path, tmp_path: Path) -> None:
     fledge("quantize", model, tmp_path / "small.safetensors", "--to", "int4")
-    assert "17 in int4; 5.17 bits a weight of these" in fledge("info", tmp_path / "small.safetensors").text
+    assert "17 in int4; 5.17 bits per weight of these" in fledge("info", tmp_path / "small.safetensors").text
     record = json.loads(fledge("info", tmp_path / "small.safetensors", "--json").text)
     assert record["quantized"]["int4"]["matrices"] == 17 and round(record["bits_per_weight"], 2) == 5.17
     assert record["parameters"] == json.loads(fledge("info", model, "--json").text)["parameters"]

@@ -129,7 +129,7 @@ def test_converting_onto_a_full_disk(fledge: Any, byte_model: Path, data: Path, 
         result = fledge("tune", "convert", tmp_path / "run" / "adapter.safetensors", tmp_path / "lora.pth")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    result.check_error(1, f"the disk of {tmp_path} is full", "lora.pth cannot be written; make room")
+    result.check_error(1, f"the disk of {tmp_path} is full", "lora.pth cannot be written; free some space")
     assert not (tmp_path / "lora.pth").exists()
 
 

@@ -150,7 +150,7 @@ def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) ->
 
 
 def test_two_states_at_once_are_refused(base: Path) -> None:
-    with pytest.raises(UsageError, match="both bring a tuned state"):
+    with pytest.raises(UsageError, match="both contain a tuned state"):
         fledge.load(base, device="cpu", adapter=[write_state(base, "one"), write_state(base, "two")])
 
 

@@ -28,7 +28,7 @@ def save_pth(folder: Path, vocab_size: int, dtype: torch.dtype = torch.float32) 
 def test_a_byte_model_generates(tmp_path: Path) -> None:
     llm = fledge.load(save_pth(tmp_path, 256, torch.bfloat16), device="cpu")
     assert (llm.name, llm.device.type, llm.dtype) == ("small", "cpu", torch.float32)
-    assert llm.device_reason == "asked for" and "float32" in llm.dtype_reason
+    assert llm.device_reason == "requested" and "float32" in llm.dtype_reason
     assert not llm.model.training
     assert len(llm.generate("abc", max_tokens=5, seed=1).ids) == 5
 
@@ -68,7 +68,7 @@ def test_packing_changes_nothing_but_speed(
 
 def test_a_dtype_that_is_asked_for(tmp_path: Path) -> None:
     llm = fledge.load(str(save_pth(tmp_path, 256)), device="cpu", dtype="bf16")
-    assert (llm.dtype, llm.dtype_reason) == (torch.bfloat16, "asked for")
+    assert (llm.dtype, llm.dtype_reason) == (torch.bfloat16, "requested")
 
 
 def test_how_the_weights_are_held_is_told(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_how_the_weights_are_held_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("large", "kept", "words"),
     [
-        (torch.bfloat16, torch.bfloat16, "the file's own"),
+        (torch.bfloat16, torch.bfloat16, "as in the file"),
         (torch.float16, torch.float32, "the file's float16"),
     ],
 )

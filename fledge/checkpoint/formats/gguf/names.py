@@ -1,4 +1,4 @@
-"""Tensor names and shapes of a Finch in GGUF (llama.cpp's architecture `rwkv6`) and the official ones, both ways.
+"""Convert tensor names and shapes of a Finch between GGUF (the architecture `rwkv6` of llama.cpp) and official files.
 
     official                       GGUF                                        change
     att.time_maa_{w,k,v,r,g}       time_mix_lerp_fused                         stacked (5, 1, 1, C), in this order
@@ -9,10 +9,10 @@
     att.time_decay_{w1,w2}         time_mix_decay_{w1,w2}                      transposed: (Dd, C), (A, Dd)
     the rest                       see the tables                              none
 
-Files from before the five mixes were stacked hold them one by one. llama.cpp's converter divides att.output and
-ffn.value of layer i by 2 ** (i // rescale_every_n_layers), and llama.cpp halves the stream after that many layers, in
-case something computes in float16; `get_rescale_factor` is what undoes it. ggml drops axes of length 1 at the slow
-end, so shapes are restored from the fast end.
+Older files have five separate mixes. The converter of llama.cpp divides att.output and ffn.value of layer i by
+2 ** (i // rescale_every_n_layers), and llama.cpp halves the residual stream after that many layers, in case it computes
+in float16; `get_rescale_factor` reverts the division. ggml drops slow axes of length 1, so shapes are restored from the
+fast end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OUTSIDE = {
     "output_norm.bias": "ln_out.bias",
     "output.weight": "head.weight",
 }
-# Inside a block, by what happens to them.
+# Inside a block, by conversion.
 MATRICES = {
     **{f"time_mix_{name}.weight": f"att.{name}.weight" for name in ("receptance", "key", "value", "gate", "output")},
     **{f"channel_mix_{name}.weight": f"ffn.{name}.weight" for name in ("key", "receptance", "value")},
@@ -61,7 +61,7 @@ SWAPPED = {"time_mix_w2.weight": "att.time_maa_w2"}
 HEADS = {"time_mix_first.weight": "att.time_faaaa"}
 FUSED = "time_mix_lerp_fused.weight"
 RESCALED = ("att.output.weight", "ffn.value.weight")
-LARGEST_EXPONENT = 100  # of the power of two of a rescaling; Finch 14B has 10
+MAX_EXPONENT = 100  # of the power of two of a rescaling; Finch 14B has 10
 BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
 OURS = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -69,14 +69,14 @@ Parts = dict[str, Tensor]
 
 
 class OutputTensor(NamedTuple):
-    """One tensor of a GGUF file to be written."""
+    """One tensor of a GGUF file that is written."""
 
     name: str
     sources: tuple[str, ...]  # official names; five of them for the stacked mixes
 
 
 def to_official_name(name: str) -> str:
-    """The official name of a norm or a matrix; any other name, of nobody too, stays as it is."""
+    """Return the official name of a norm or a matrix; any other name is returned unchanged."""
     match = BLOCK.fullmatch(name)
     if match is None:
         return OUTSIDE.get(name, name)
@@ -85,24 +85,24 @@ def to_official_name(name: str) -> str:
 
 
 def is_matrix(official: str) -> bool:
-    """Whether this is one of the matrices that may be quantized."""
+    """Whether this is a matrix that may be quantized."""
     match = OURS.fullmatch(official)
     return official in ("emb.weight", "head.weight") or (match is not None and match[2] in MATRICES.values())
 
 
 def get_rescale_factor(official: str, every: int, source: str) -> float:
-    """What to multiply a tensor with that was divided on the way into a file with rescale_every_n_layers `every`."""
+    """Return the factor by which a tensor was divided in a file with rescale_every_n_layers `every`."""
     match = OURS.fullmatch(official)
     if not every or match is None or match[2] not in RESCALED:
         return 1.0
     exponent = int(match[1]) // every
-    if exponent > LARGEST_EXPONENT:
-        raise CheckpointError(f"{source}: rescale_every_n_layers {every} cannot be meant; the file is damaged")
+    if exponent > MAX_EXPONENT:
+        raise CheckpointError(f"{source}: rescale_every_n_layers {every} is not plausible; the file is damaged")
     return 2.0**exponent
 
 
 def from_gguf(name: str, tensor: Tensor, head_size: int) -> Parts:
-    """One tensor -> official names and shapes. Raises CheckpointError for a shape that the name cannot have."""
+    """Convert one tensor to official names and shapes. Raises CheckpointError for an impossible shape."""
     match = BLOCK.fullmatch(name)
     inner = match[2] if match else ""
     prefix = f"blocks.{match[1]}." if match else ""
@@ -126,29 +126,29 @@ def from_gguf(name: str, tensor: Tensor, head_size: int) -> Parts:
 
 
 def plan_output_tensors(names: Iterable[str]) -> list[OutputTensor]:
-    """The tensors of a GGUF file for official `names`, in their order."""
+    """List the tensors of a GGUF file for official `names`, in their order."""
     outside = {ours: theirs for theirs, ours in OUTSIDE.items()}
     inside = {ours: theirs for theirs, ours in (MATRICES | NORMS | VECTORS | TRANSPOSED | SWAPPED | HEADS).items()}
-    found = []
+    outputs = []
     for name in names:
         match = OURS.fullmatch(name)
         if name in outside or match is None:
-            found.append(OutputTensor(outside[name], (name,)))
+            outputs.append(OutputTensor(outside[name], (name,)))
         elif match[2] in inside:
-            found.append(OutputTensor(f"blk.{match[1]}.{inside[match[2]]}", (name,)))
+            outputs.append(OutputTensor(f"blk.{match[1]}.{inside[match[2]]}", (name,)))
         elif match[2] == SEPARATE["time_mix_lerp_w.weight"]:
             sources = tuple(f"blocks.{match[1]}.{ours}" for ours in SEPARATE.values())
-            found.append(OutputTensor(f"blk.{match[1]}.{FUSED}", sources))
-    return found
+            outputs.append(OutputTensor(f"blk.{match[1]}.{FUSED}", sources))
+    return outputs
 
 
-def to_gguf(piece: OutputTensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of `piece` as it lies in the file."""
-    tensor = tensors[piece.sources[0]]
-    match = BLOCK.fullmatch(piece.name)
+def to_gguf(output: OutputTensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor of `output` as it is in the file."""
+    tensor = tensors[output.sources[0]]
+    match = BLOCK.fullmatch(output.name)
     inner = match[2] if match else ""
     if inner == FUSED:
-        return torch.stack([tensors[name].reshape(1, 1, -1) for name in piece.sources])
+        return torch.stack([tensors[name].reshape(1, 1, -1) for name in output.sources])
     if inner in VECTORS:
         return tensor.reshape(-1)
     if inner in TRANSPOSED:

@@ -1,7 +1,7 @@
-"""The config.json of Hugging Face folders: what it must agree with, what it adds, and how ours is written.
+"""Apply and create the config.json of Hugging Face folders.
 
-Sizes are read from the tensors; config.json is only held against them. What shapes cannot tell are the epsilons.
-Here: dict to dict. Not here: files.
+Sizes are detected from the tensors, and config.json must agree with them. It adds the epsilons, which shapes do not
+show.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from fledge.checkpoint.formats.huggingface.folder import MODEL_TYPES
 from fledge.core.errors import CheckpointError
 from fledge.models.config import ModelConfig
 
-LARGEST_NUMBER = 1e6  # of those that are not sizes; the squares of much larger ones overflow
+MAX_NUMBER = 1e6  # for settings that are not sizes; the squares of much larger numbers overflow
 GROUP_NORM_BASE = 1e-5  # the remote code's group norm has this epsilon times head_size_divisor squared
 CLASSES = {"rwkv": "Rwkv", "rwkv5": "Rwkv5", "rwkv6": "Rwkv6"}
 
 
 def apply_hf_config(config: ModelConfig, settings: Mapping[str, Any], layout: str, source: str) -> ModelConfig:
-    """`config`, as detected from tensors, with those epsilons that a folder's config.json (`settings`) names.
+    """Return `config`, as detected from tensors, with the epsilons of config.json (`settings`).
 
-    Raises CheckpointError where the two disagree on a size. A fla folder gives the epsilon of the LayerNorms only:
-    see fla_names.py for why its group norm keeps 64e-5. `num_attention_heads` is 64 in every published folder,
-    whatever the model, and is ignored.
+    Raises CheckpointError if they disagree on a size. From a fla folder, only the epsilon of the LayerNorms is used:
+    formats/fla.py explains why its group norm keeps 64e-5. `num_attention_heads` is ignored, because it is 64 in every
+    published folder.
     """
     sizes = {"vocab_size": config.vocab_size, "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer}
     if layout == "fla":
@@ -35,19 +35,19 @@ def apply_hf_config(config: ModelConfig, settings: Mapping[str, Any], layout: st
     for name, value in sizes.items():
         if settings.get(name, value) != value:
             raise CheckpointError(
-                f"{source}: config.json says {name} {settings[name]!r:.40}, its tensors say {value}; the folder is "
-                "mixed from two models"
+                f"{source}: config.json says {name} {settings[name]!r:.40}, its tensors say {value}; the folder "
+                "contains files of two models"
             )
-    eps = _number(settings, "norm_eps" if layout == "fla" else "layer_norm_epsilon", config.norm_eps, source)
+    eps = _get_number(settings, "norm_eps" if layout == "fla" else "layer_norm_epsilon", config.norm_eps, source)
     config = replace(config, norm_eps=eps)
     if layout == "fla" or not config.n_head or "head_size_divisor" not in settings:
         return config
-    divisor = _number(settings, "head_size_divisor", 8, source)
+    divisor = _get_number(settings, "head_size_divisor", 8, source)
     return replace(config, group_norm_eps=GROUP_NORM_BASE * divisor**2)
 
 
 def make_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json for the remote code of rwkv5 and rwkv6, and for transformers' own rwkv (version 4)."""
+    """Create config.json for the remote code of rwkv5 and rwkv6, and for the rwkv class of transformers (version 4)."""
     kind = MODEL_TYPES[config.version]
     name = CLASSES[kind]
     settings: dict[str, Any] = {
@@ -78,7 +78,7 @@ def make_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def make_fla_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json for flash-linear-attention's RWKV6ForCausalLM."""
+    """Create config.json for RWKV6ForCausalLM of flash-linear-attention."""
     return {
         "architectures": ["RWKV6ForCausalLM"],
         "model_type": "rwkv6",
@@ -105,21 +105,23 @@ def make_fla_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def list_hf_notes(config: ModelConfig) -> tuple[str, ...]:
-    """What the remote code will not take from a folder of this model; empty where it takes everything."""
+    """List the settings of this model that the remote code does not use; empty if it uses all."""
     notes = []
     if config.version != "4":
         kind = MODEL_TYPES[config.version]
-        notes.append(f"add configuration_{kind}.py and modeling_{kind}.py from an original {kind} repository to use it")
+        notes.append(
+            f"to use the folder, add configuration_{kind}.py and modeling_{kind}.py from an original {kind} repository"
+        )
         computed = int(config.n_embd * 3.5 // 32 * 32)
         if config.dim_ffn != computed:
             notes.append(f"the {kind} code computes intermediate_size {computed}; this model has {config.dim_ffn}")
-    if config.version == "6.0" and (config.mix_rank, config.decay_rank) != _code_ranks(config.n_embd):
+    if config.version == "6.0" and (config.mix_rank, config.decay_rank) != _get_code_ranks(config.n_embd):
         notes.append(
-            f"the rwkv6 code computes LoRA ranks {_code_ranks(config.n_embd)} from the width; this model has "
+            f"the rwkv6 code computes LoRA ranks {_get_code_ranks(config.n_embd)} from the width; this model has "
             f"({config.mix_rank}, {config.decay_rank})"
         )
     if config.tuned_state:
-        notes.append("the remote code ignores the tuned initial state; Fledge reads it")
+        notes.append("the remote code ignores the tuned initial state; Fledge uses it")
     return tuple(notes)
 
 
@@ -128,14 +130,14 @@ FLA_NOTES = (
 )
 
 
-def _code_ranks(width: int) -> tuple[int, int]:
+def _get_code_ranks(width: int) -> tuple[int, int]:
     return (64, 128) if width == 4096 else (32, 64)
 
 
-def _number(settings: Mapping[str, Any], name: str, default: float, source: str) -> float:
+def _get_number(settings: Mapping[str, Any], name: str, default: float, source: str) -> float:
     value = settings.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
         raise CheckpointError(
-            f"{source}: config.json says {name} {value!r:.40}; it must be a positive number below {LARGEST_NUMBER:.0f}"
+            f"{source}: config.json says {name} {value!r:.40}; it must be a positive number below {MAX_NUMBER:.0f}"
         )
     return value
