@@ -44,7 +44,7 @@ BANNED_PHRASES = {
     r"betimes|whilst|thereof|therein|hitherto|aught|nought": "present-day English",
     r"the peers?'s?": "the baseline",
     r"is (rung|ringing)|rings? (for|where)|bells?": "notify",
-    r"(?<!['\"])(quantis|tokenis|initialis|normalis|optimis|serialis|recognis|summaris|organis)\w*": "American spelling",
+    r"(?<!['\"])(quantis|tokenis|initialis|normalis|optimis|serialis|recognis|summaris)\w*": "American spelling",
     r"(behaviou?r)(?<!behavior)\w*|colour\w*|favour\w*|neighbour\w*|centre\w*|licence|catalogue": "American spelling",
 }
 BANNED = re.compile("|".join(rf"\b(?:{phrase})\b" for phrase in BANNED_PHRASES), re.IGNORECASE)

@@ -19,8 +19,8 @@ class Windows:
     """Windows of `length` + 1 ids at shuffled, non-overlapping places, none visited twice in an epoch.
 
     Batch number n is a pure function of (seed, n). Every epoch cuts the text at other places, and leaves out less than
-    one batch and two windows of it. borders: mark where documents begin (`Batch.fresh`), so that a model sees nothing
-    across a border; a document begins by reading the separator behind the one before.
+    one batch and two windows of it. borders: mark where documents begin (`Batch.document_start`), so that a model sees
+    nothing across a border; a document begins by reading the separator behind the one before.
     """
 
     def __init__(self, tokens: Tokens, length: int, batch: int, seed: int, *, borders: bool = False) -> None:
@@ -79,4 +79,4 @@ def magic_prime(slots: int) -> int:
 def _cut(tokens: Tokens, starts: npt.NDArray[np.int64], length: int, borders: bool) -> Batch:
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     idx = torch.from_numpy(rows)
-    return Batch(idx, fresh=idx[:, :-1] == SEPARATOR if borders else None)
+    return Batch(idx, document_start=idx[:, :-1] == SEPARATOR if borders else None)

@@ -274,8 +274,10 @@ def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
     step = length if window is None else window
     for start in range(0, length, step):
         end = min(start + step, length)
-        counted, fresh = (None if mask is None else mask[:, start:end] for mask in (batch.counted, batch.fresh))
-        yield Batch(batch.idx[:, start : end + 1], counted, fresh)
+        loss_mask, document_start = (
+            None if mask is None else mask[:, start:end] for mask in (batch.loss_mask, batch.document_start)
+        )
+        yield Batch(batch.idx[:, start : end + 1], loss_mask, document_start)
 
 
 def _last_group(pieces: int, through: int) -> int:

@@ -1,7 +1,7 @@
 """A tuned state of Fledge in the PyPI package `rwkv`: merged into the base's dict, and passed separately.
 
-The file has the value channels first, and the states of both programs have the key channels first. Without the transpose
-the logits differ, as the last test shows.
+The file has the value channels first, and the states of both programs have the key channels first. Without the
+transpose the logits differ, as the last test shows.
 """
 
 from __future__ import annotations

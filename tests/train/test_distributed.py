@@ -53,7 +53,7 @@ def test_two_processes_give_the_losses_of_one_and_go_on_where_they_stopped(
 
 
 def test_rows_go_round() -> None:
-    batch = Batch(torch.arange(12).view(6, 2), counted=torch.arange(6).view(6, 1) > 2)
+    batch = Batch(torch.arange(12).view(6, 2), loss_mask=torch.arange(6).view(6, 1) > 2)
     first, second = (Distributed(rank, 2, "ddp").share(batch) for rank in (0, 1))
     assert first.idx[:, 0].tolist() == [0, 4, 8] and second.idx[:, 0].tolist() == [2, 6, 10]
     assert (first.targets, second.targets) == (1, 2)

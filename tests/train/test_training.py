@@ -389,7 +389,7 @@ def test_a_batch_is_cut_with_its_masks() -> None:
     pieces = list(windows(batch, 3))
     assert [piece.idx[0].tolist() for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8]]
     assert sum(piece.targets for piece in pieces) == batch.targets == 12
-    assert [bool(piece.fresh is not None and piece.fresh.any()) for piece in pieces] == [False, True, False]
+    assert [bool(piece.document_start is not None and piece.document_start.any()) for piece in pieces] == [False, True, False]
     assert len(list(windows(batch, None))) == len(list(windows(batch, 100))) == 1
 
 
@@ -498,7 +498,7 @@ def test_the_loss_in_pieces_is_that_of_the_logits(
     targets = torch.randint(0, 37, (2, 11))
     counted = torch.rand(2, 11) < 0.6 if masked else None
     expected = summed_loss(head(x), targets, counted)
-    found = head_loss(head, x, targets=targets, counted=counted)
+    found = head_loss(head, x, targets=targets, loss_mask=counted)
     # Sums of at most 37 terms in float32: the bound is 37 * 2**-24 = 2.2e-6 on each side. The gradients of a bfloat16
     # product are rounded to bfloat16, by 3.9e-3 of each number, and then added up in another order.
     assert_close_relative(found, expected, 2e-6, "loss")
@@ -508,14 +508,14 @@ def test_the_loss_in_pieces_is_that_of_the_logits(
     for a, b in zip(ours, theirs, strict=True):
         assert_close_relative(a, b, tolerance, "gradient")
     with torch.no_grad():
-        assert_close_relative(head_loss(head, x, targets=targets, counted=counted), found, 2e-6, "loss")
+        assert_close_relative(head_loss(head, x, targets=targets, loss_mask=counted), found, 2e-6, "loss")
 
 
 def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
     head = Linear(4, 9)
     torch.nn.init.normal_(head.weight)
     x = torch.randn(1, 3, 4, requires_grad=True)
-    found = head_loss(head, x, targets=torch.zeros(1, 3, dtype=torch.long), counted=torch.zeros(1, 3, dtype=torch.bool))
+    found = head_loss(head, x, targets=torch.zeros(1, 3, dtype=torch.long), loss_mask=torch.zeros(1, 3, dtype=torch.bool))
     assert found.item() == 0.0
     assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(found, (x, head.weight)))
 

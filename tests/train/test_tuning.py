@@ -288,7 +288,7 @@ def test_validation_is_the_mean_over_all_that_counts(base: Path, data: Path, tmp
             logits, _ = run.model(torch.from_numpy(example.ids[None, :-1].astype(np.int64)))
             wanted = torch.from_numpy(example.ids[1:].astype(np.int64))
             each = torch.nn.functional.cross_entropy(logits[0], wanted, reduction="none")
-            losses.append(each[torch.from_numpy(example.counted[1:])])
+            losses.append(each[torch.from_numpy(example.loss_mask[1:])])
     assert mean_loss(run.model, run.examples.items, 3) == pytest.approx(
         float(torch.cat(losses).mean()), rel=MODEL_TOLERANCE
     )

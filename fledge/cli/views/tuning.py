@@ -99,7 +99,7 @@ def show_examples(run: TuningRun) -> None:
     """The first examples, exactly as they are read; what is learnt is coloured, or between brackets in a pipe."""
     for example in run.examples.items[:SHOWN]:
         print()
-        print_heading(f"line {example.line}, {len(example):,} tokens, {int(example.counted.sum()):,} to be learnt")
+        print_heading(f"line {example.line}, {len(example):,} tokens, {int(example.loss_mask.sum()):,} to be learnt")
         _show_example(example, run)
 
 

@@ -165,7 +165,7 @@ class Stream(Iterator[str]):
                 stop=outcome.stop,
                 prompt_tokens=self._detokenizer.prompt_tokens,
                 seed=self._sampler.seed,
-                state=advance_state(self._model, remaining, point.state.alone()),
+                state=advance_state(self._model, remaining, point.state.extract()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
             if self._on_end is not None:
