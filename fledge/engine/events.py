@@ -21,7 +21,7 @@ from fledge.tokenizer import Tokenizer
 
 
 class TextToken(NamedTuple):
-    """A token of which at least a part appears in the text."""
+    """A token that appears in the text, at least in part."""
 
     id: int
     logprob: TokenLogprob | None

@@ -1,4 +1,4 @@
-"""Any format to any other with no bit changed, and targets that are never half written or overwritten by accident."""
+"""Conversion between all formats without changed bits, atomic writes, and protection of existing targets."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ HOLDS = {"hf": ("4", "5.2", "6.0"), "fla": ("6.0",)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_around_through_every_format_that_can_hold_it(kind: str, tmp_path: Path) -> None:
+def test_round_trips_through_every_format(kind: str, tmp_path: Path) -> None:
     tensors = make(kind)
-    place = saved(tmp_path, tensors)
+    path = saved(tmp_path, tensors)
     steps = []
     for name, to in ROUTE:
         holds = HOLDS.get(name, (KINDS[kind]["version"],))
         if KINDS[kind]["version"] not in holds or (name == "fla" and "tuned" in kind):
             with pytest.raises(UnsupportedError, match="folder"):
-                convert(place, tmp_path / name, to=to)
+                convert(path, tmp_path / name, to=to)
             assert not (tmp_path / name).exists()
             continue
-        done = convert(place, tmp_path / name, to=to)
-        assert done.target == tmp_path / name and done.source == place
-        place = tmp_path / name
-        steps.append(read(place).format)
-        assert same(tensors, load(place)[1])
-    assert place == tmp_path / "b.pth" and steps[-1] == "pth"
+        merged = convert(path, tmp_path / name, to=to)
+        assert merged.target == tmp_path / name and merged.source == path
+        path = tmp_path / name
+        steps.append(read(path).format)
+        assert same(tensors, load(path)[1])
+    assert path == tmp_path / "b.pth" and steps[-1] == "pth"
     assert len(steps) == 3 + (KINDS[kind]["version"] in HOLDS["hf"]) + (kind in ("6.0", "6.0 in bfloat16"))
-    assert list(torch.load(place, weights_only=True)) == list(tensors)  # the official order of keys survives
+    assert list(torch.load(path, weights_only=True)) == list(tensors)  # the official order of keys survives
 
 
-def test_config_tokenizer_and_extras_survive_where_they_can(tmp_path: Path) -> None:
+def test_config_tokenizer_and_extras_are_kept_if_possible(tmp_path: Path) -> None:
     tensors = make("5.2", vocab_size=256)
     config = replace(load(saved(tmp_path, tensors))[0], group_norm_eps=1e-5)
     save(tmp_path / "a.safetensors", config, tensors, tokenizer_spec={"kind": "bytes"}, extra={"steps": 3})
@@ -54,7 +54,7 @@ def test_config_tokenizer_and_extras_survive_where_they_can(tmp_path: Path) -> N
     assert len(notes) == 3 and "the tokenizer" in notes[0] and "group_norm_eps 1e-05" in notes[2]
 
 
-def test_scaled_keys_go_into_safetensors_alone(tmp_path: Path) -> None:
+def test_only_safetensors_holds_scaled_keys(tmp_path: Path) -> None:
     config, tensors = load(saved(tmp_path, make("6.0")))
     source = tmp_path / "scaled.safetensors"
     save(source, replace(config, scaled_keys=True), tensors)
@@ -68,24 +68,26 @@ def test_scaled_keys_go_into_safetensors_alone(tmp_path: Path) -> None:
 
 
 def test_hf_config_for_the_remote_code(tmp_path: Path) -> None:
-    done = convert(saved(tmp_path, make("6.0", n_embd=64, head_size=16)), tmp_path / "hf")
+    merged = convert(saved(tmp_path, make("6.0", n_embd=64, head_size=16)), tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["architectures"] == ["Rwkv6ForCausalLM"] and settings["model_type"] == "rwkv6"
     assert settings["auto_map"]["AutoModelForCausalLM"] == "modeling_rwkv6.Rwkv6ForCausalLM"
     assert (settings["hidden_size"], settings["num_hidden_layers"], settings["head_size"]) == (64, 3, 16)
     assert (settings["head_size_divisor"], settings["vocab_size"], settings["bos_token_id"]) == (8, 37, 0)
     assert settings["tie_word_embeddings"] is False
-    assert any("modeling_rwkv6.py" in note for note in done.notes) and any("LoRA ranks" in note for note in done.notes)
+    assert any("modeling_rwkv6.py" in note for note in merged.notes) and any(
+        "LoRA ranks" in note for note in merged.notes
+    )
     assert "num_heads" not in settings  # that name would make it a fla folder
     assert sorted(entry.name for entry in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_fla_config(tmp_path: Path) -> None:
-    done = convert(saved(tmp_path, make("6.0")), tmp_path / "m", to="fla")
+    merged = convert(saved(tmp_path, make("6.0")), tmp_path / "m", to="fla")
     settings = json.loads((tmp_path / "m" / "config.json").read_text())
     assert (settings["num_heads"], settings["expand_k"], settings["expand_v"]) == (3, 1.0, 1.0)
     assert (settings["proj_low_rank_dim"], settings["gate_low_rank_dim"]) == (8, 12)
-    assert settings["norm_eps"] == 1e-5 and any("64e-5" in note for note in done.notes)
+    assert settings["norm_eps"] == 1e-5 and any("64e-5" in note for note in merged.notes)
 
 
 def test_an_existing_target_is_kept_without_force(tmp_path: Path) -> None:
@@ -104,24 +106,24 @@ def test_an_existing_target_is_kept_without_force(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_folder_may_have_a_dot_in_its_name_or_be_asked_for(tmp_path: Path) -> None:
+def test_a_folder_name_may_contain_a_dot(tmp_path: Path) -> None:
     source = saved(tmp_path, make("6.0"))
     for name, to in (("finch-1.6b", None), ("v1.5", None), ("odd.bin", "hf")):
         assert convert(source, tmp_path / name, to=to).format == "hf"
 
 
-def test_a_misspelt_suffix_is_no_folder(tmp_path: Path) -> None:
+def test_a_misspelled_suffix_is_not_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"did you mean .*m\.safetensors\?"):
         convert(saved(tmp_path, make("6.0")), tmp_path / "m.safetensor")
 
 
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     convert(saved(tmp_path, make("4")), tmp_path / "new")
     assert load(tmp_path / "new")[0].version == "4"
 
 
-def test_force_never_replaces_a_folder_with_other_things_in_it(tmp_path: Path) -> None:
+def test_force_never_replaces_a_folder_with_other_files(tmp_path: Path) -> None:
     source = saved(tmp_path, make("6.0"))
     convert(source, tmp_path / "m")
     (tmp_path / "m" / "thesis.txt").write_text("years of work")
@@ -130,7 +132,7 @@ def test_force_never_replaces_a_folder_with_other_things_in_it(tmp_path: Path) -
     assert (tmp_path / "m" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_folder_is_never_replaced_by_a_file_or_the_other_way(tmp_path: Path) -> None:
+def test_files_and_folders_never_replace_each_other(tmp_path: Path) -> None:
     source = saved(tmp_path, make("4"))
     (tmp_path / "d.pth").mkdir()
     with pytest.raises(CheckpointError, match="is a folder, but a pth checkpoint is not"):
@@ -140,7 +142,7 @@ def test_a_folder_is_never_replaced_by_a_file_or_the_other_way(tmp_path: Path) -
         convert(source, tmp_path / "plain", force=True)
 
 
-def test_a_file_can_be_converted_onto_itself(tmp_path: Path) -> None:
+def test_a_file_can_be_converted_in_place(tmp_path: Path) -> None:
     tensors = make("5.2")
     path = saved(tmp_path, tensors)
     convert(path, path, force=True)
@@ -163,17 +165,17 @@ def test_wrong_requests(tmp_path: Path) -> None:
         convert(tmp_path / "absent.pth", tmp_path / "x.pth")
 
 
-def test_damage_is_not_carried_over(tmp_path: Path) -> None:
+def test_a_damaged_source_is_not_converted(tmp_path: Path) -> None:
     tensors = make("5.2")
-    whole = bytearray(saved(tmp_path, tensors).read_bytes())
-    whole[whole.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
-    (tmp_path / "bad.pth").write_bytes(whole)
+    complete = bytearray(saved(tmp_path, tensors).read_bytes())
+    complete[complete.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
+    (tmp_path / "bad.pth").write_bytes(complete)
     with pytest.raises(CheckpointError, match=r"bad\.pth is damaged"):
         convert(tmp_path / "bad.pth", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
     source = saved(tmp_path, make("4"))
@@ -184,7 +186,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
-def test_nothing_is_left_of_a_conversion_that_fails(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_no_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved(tmp_path, make("6.0"))
     convert(source, tmp_path / name)
     before = read(tmp_path / name).tensors
@@ -214,10 +216,10 @@ def test_a_pth_holds_each_tensor_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "layers"), [("4", 1), ("4", 2), ("5.0", 2), ("5.1", 2), ("5.2", 2), ("6.0", 1), ("6.0", 2)]
 )
-def test_the_rwkv_package_reads_what_comes_out(
+def test_the_rwkv_package_reads_converted_files(
     kind: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It tells versions by the order of keys, which safetensors files need not keep. It runs no RWKV-5 of one layer."""
+    """It detects versions by the order of keys, which safetensors files need not keep; it runs no one-layer RWKV-5."""
     for name, value in {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}.items():
         monkeypatch.setenv(name, value)
     peer = pytest.importorskip("rwkv.model")
@@ -225,25 +227,25 @@ def test_the_rwkv_package_reads_what_comes_out(
     source = tmp_path / "x.safetensors"
     save(source, load(saved(tmp_path, tensors))[0], dict(sorted(tensors.items())))
     convert(source, tmp_path / "x.pth")
-    theirs, _ = peer.RWKV(model=str(tmp_path / "x"), strategy="cpu fp32").forward([3, 1, 4], None)
+    original, _ = peer.RWKV(model=str(tmp_path / "x"), strategy="cpu fp32").forward([3, 1, 4], None)
     with torch.no_grad():
         ours, _ = load_model(tmp_path / "x.pth").model(torch.tensor([[3, 1, 4]]))
-    assert_close_relative(ours[0, -1], theirs, MODEL_TOLERANCE, "logits")
+    assert_close_relative(ours[0, -1], original, MODEL_TOLERANCE, "logits")
 
 
 def test_matrices_in_another_type(tmp_path: Path) -> None:
     tensors = make("6.0")
-    place = saved(tmp_path, tensors)
-    convert(place, tmp_path / "half.safetensors", matrix_type="f16")
-    found = load(tmp_path / "half.safetensors")[1]
+    path = saved(tmp_path, tensors)
+    convert(path, tmp_path / "half.safetensors", matrix_type="f16")
+    loaded = load(tmp_path / "half.safetensors")[1]
     for name, tensor in tensors.items():
         matrix = tensor.dim() == 2 and name.endswith(".weight")
-        assert torch.equal(found[name], tensor.half() if matrix else tensor), name
-    assert {found[name].dtype for name in ("emb.weight", "head.weight")} == {torch.float16}
+        assert torch.equal(loaded[name], tensor.half() if matrix else tensor), name
+    assert {loaded[name].dtype for name in ("emb.weight", "head.weight")} == {torch.float16}
     tensors["head.weight"][3, 2] = 1e6
-    place = saved(tmp_path, tensors)
+    path = saved(tmp_path, tensors)
     with pytest.raises(UnsupportedError, match=r"head\.weight holds numbers that torch\.float16 cannot; choose bf16"):
-        convert(place, tmp_path / "half.pth", matrix_type="f16")
+        convert(path, tmp_path / "half.pth", matrix_type="f16")
     assert not (tmp_path / "half.pth").exists()
     with pytest.raises(UsageError, match=r"type .q8_0. .* only for a \.gguf; for pth choose from f32, f16, bf16"):
-        convert(place, tmp_path / "half.pth", matrix_type="q8_0")
+        convert(path, tmp_path / "half.pth", matrix_type="q8_0")

@@ -1,4 +1,4 @@
-"""Version and sizes from names and shapes, whatever the order of keys, and errors that name what is wrong."""
+"""Detection of version and sizes from names and shapes in any order, and errors that name the problem."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 @given(config=configs(), order=st.randoms(use_true_random=False))
-def test_any_model_is_recognised_in_any_order_of_keys(config: ModelConfig, order: object) -> None:
+def test_any_model_is_recognized_in_any_order_of_keys(config: ModelConfig, order: object) -> None:
     items = list(get_expected_shapes(config).items())
     order.shuffle(items)  # type: ignore[attr-defined]
     assert detect(dict(items)) == config
 
 
 @given(config=configs())
-def test_the_table_is_what_the_models_ask_for(config: ModelConfig) -> None:
+def test_the_table_agrees_with_the_models(config: ModelConfig) -> None:
     parameters = {name: tuple(tensor.shape) for name, tensor in build(config, "meta").state_dict().items()}
     assert parameters == get_expected_shapes(config)
 
@@ -56,7 +56,7 @@ def test_the_table_is_what_the_models_ask_for(config: ModelConfig) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("alphabetical", [False, True])
-def test_independent_checkpoints_are_recognised(kind: str, layers: int, alphabetical: bool) -> None:
+def test_independent_checkpoints_are_recognized(kind: str, layers: int, alphabetical: bool) -> None:
     tensors = make(kind, n_layer=layers)
     shapes = shapes_of(tensors)
     config = detect(dict(sorted(shapes.items())) if alphabetical else shapes)
@@ -72,9 +72,9 @@ def test_independent_checkpoints_are_recognised(kind: str, layers: int, alphabet
 def test_missing_tensors_are_named_with_their_shape() -> None:
     shapes = shapes_of(make("6.0"))
     for name in ("blocks.1.att.key.weight", "blocks.0.att.key.weight", "blocks.2.ffn.time_maa_k", "ln_out.bias"):
-        rest = {other: shape for other, shape in shapes.items() if other != name}
+        others = {other: shape for other, shape in shapes.items() if other != name}
         with pytest.raises(CheckpointError, match=r"x.pth is not a complete RWKV-6 Finch 6.0 .* 3 layers") as caught:
-            detect(rest, "x.pth")
+            detect(others, "x.pth")
         assert f"missing: {name} {shapes[name]}" in str(caught.value)
 
 
@@ -93,7 +93,7 @@ def test_unexpected_and_misshapen_tensors_are_named() -> None:
     assert "wrong shape: blocks.1.ffn.key.weight is (96, 23) instead of (64, 24)" in str(caught.value)
 
 
-def test_names_in_errors_cannot_write_on_the_terminal() -> None:
+def test_names_in_errors_are_escaped() -> None:
     shapes = shapes_of(make("5.2"))
     for strange in ({"a\x1b[2J\nb": (1,)}, shapes | {"blocks.0.\x1b[2J\n": (1,)}):
         with pytest.raises(CheckpointError) as caught:
@@ -115,13 +115,13 @@ def test_a_missing_block_is_named() -> None:
         detect(shapes)
 
 
-def test_a_huge_block_number_costs_nothing() -> None:
+def test_a_huge_block_number_is_refused_quickly() -> None:
     shapes = shapes_of(make("4")) | {"blocks.999999.att.key.weight": (24, 24)}
     with pytest.raises(CheckpointError, match=r"blocks 3, 4, 5, 6, 7, ... of 1000000 are missing"):
         detect(shapes)
 
 
-def test_differing_vocabularies_are_both_named() -> None:
+def test_different_vocabulary_sizes_are_both_named() -> None:
     shapes = shapes_of(make("6.0")) | {"head.weight": (41, 24)}
     with pytest.raises(CheckpointError, match=r"emb.weight has 37 rows but head.weight has 41"):
         detect(shapes)
@@ -160,11 +160,11 @@ def test_known_but_unsupported_files_are_named(names: list[str], message: str) -
         (["emb.weight", "blocks.0.att.value.bias"], "cannot determine the width|cannot determine the attention width"),
     ],
 )
-def test_what_is_no_model_is_refused(names: list[str], message: str) -> None:
+def test_files_that_are_not_models_are_refused(names: list[str], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         detect(dict.fromkeys(names, (4, 4)), "x.pth")
 
 
-def test_dtype_and_values_play_no_part() -> None:
+def test_dtypes_and_values_have_no_effect() -> None:
     tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in make("6.0").items()}
     assert detect(shapes_of(tensors)).version == "6.0"

@@ -1,4 +1,4 @@
-"""What a name stands for: local paths first, hub names after, and help where it is neither. No network is used."""
+"""Names resolve to local paths first, then to hub repositories; errors give hints. No network is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fledge.core.errors import CheckpointError
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """A huggingface_hub that notes what it is asked for and knows no repository."""
+    """A fake huggingface_hub that records its calls and has no repositories."""
     calls: list[tuple[Any, ...]] = []
 
     def refuse(*asked: Any, **rest: Any) -> str:
@@ -30,14 +30,14 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
+def test_a_local_path_has_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
     (tmp_path / "owner").mkdir()
     saved(tmp_path / "owner", make("4"), "name")
     monkeypatch.chdir(tmp_path)
     assert load("owner/name")[0].version == "4" and not fake_hub
 
 
-def test_a_repository_is_fetched_as_a_folder(monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
+def test_a_repository_is_downloaded_as_a_folder(monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
     with pytest.raises(
         CheckpointError, match=r"RWKV/v6-Finch is not a local path and could not be downloaded"
     ) as caught:
@@ -46,7 +46,7 @@ def test_a_repository_is_fetched_as_a_folder(monkeypatch: pytest.MonkeyPatch, fa
     assert "Repository Not Found" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_one_file_of_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_of_a_repository_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, make("6.0"))
     asked: list[Any] = []
 
@@ -60,7 +60,7 @@ def test_one_file_of_a_repository_is_fetched(tmp_path: Path, monkeypatch: pytest
     assert asked == [("BlinkDL/rwkv-6-world", "RWKV-x060.pth")]
 
 
-def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_error_explains_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r'huggingface_hub is not installed.*pip install "fledge\[hub\]"'):
         load("RWKV/v6-Finch")
@@ -81,7 +81,7 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
         ("sub/" + "x" * 300 + ".pth", r"cannot be looked up \(File name too long\)"),
     ],
 )
-def test_what_looks_like_a_path_is_never_fetched(
+def test_a_name_like_a_path_is_never_downloaded(
     name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]
 ) -> None:
     (tmp_path / "sub").mkdir()

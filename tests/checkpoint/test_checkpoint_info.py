@@ -1,4 +1,4 @@
-"""Facts without weights: the paper's numbers, and large files in little time and memory."""
+"""Facts without reading weights: the numbers of the paper, and large files in little time and memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_small_files(kind: str, tmp_path: Path) -> None:
     ("rows", "words"),
     [(65536, "World (guessed"), (50277, "does not ship"), (256, "bytes (guessed"), (37, "unknown: none is stored")],
 )
-def test_a_tokenizer_is_guessed_from_the_vocabulary(rows: int, words: str, tmp_path: Path) -> None:
+def test_the_tokenizer_is_guessed_from_the_vocabulary_size(rows: int, words: str, tmp_path: Path) -> None:
     assert words in inspect(saved(tmp_path, make("4", n_layer=1, n_embd=8, vocab_size=rows))).tokenizer
 
 
@@ -87,7 +87,7 @@ def test_mixed_dtypes_are_listed_largest_first(tmp_path: Path) -> None:
 
 
 def sparse_safetensors(path: Path, config: ModelConfig) -> None:
-    """A bfloat16 model of real size whose weights take no room on disk."""
+    """Create a bfloat16 model of real size whose weights take no space on disk."""
     header, end = {}, 0
     for name, shape in get_expected_shapes(config).items():
         begin, end = end, end + 2 * torch.Size(shape).numel()
@@ -99,7 +99,7 @@ def sparse_safetensors(path: Path, config: ModelConfig) -> None:
 
 
 def sparse_pth(path: Path, config: ModelConfig) -> None:
-    """The same as torch.save lays it out."""
+    """Create the same in the layout of torch.save."""
     with torch.serialization.skip_data():
         shapes = get_expected_shapes(config).items()
         torch.save({name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes}, path)
@@ -120,7 +120,7 @@ def test_a_file_of_15_gigabytes_is_inspected_in_a_moment(write: object, tmp_path
 
 
 def test_inspecting_a_large_file_takes_little_memory(tmp_path: Path) -> None:
-    """In a process of its own, which may not even reserve as much address space as the file is long."""
+    """Inspect in a new process that may not reserve as much address space as the file is long."""
     pytest.importorskip("resource", reason="needs POSIX limits")
     sparse_safetensors(tmp_path / "m.safetensors", ModelConfig.finch(32, 4096))
     sparse_pth(tmp_path / "m.pth", ModelConfig.finch(32, 4096))

@@ -1,4 +1,4 @@
-"""The room's door: its names load on use, and none of them can be hidden by a module."""
+"""The public names of the package load on first use, and no module hides them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", fledge.checkpoint.__all__)
-def test_every_public_name_is_what_it_says(name: str) -> None:
+def test_every_public_name_is_correct(name: str) -> None:
     assert getattr(fledge.checkpoint, name).__name__ == name
     assert not (Path(fledge.checkpoint.__file__).parent / f"{name}.py").exists()
 
@@ -24,6 +24,6 @@ def test_unknown_names_are_attribute_errors() -> None:
         _ = fledge.checkpoint.guess
 
 
-def test_the_door_itself_is_light() -> None:
+def test_the_import_is_light() -> None:
     code = "import sys, fledge.checkpoint; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""A transformer in a file: written, read back, run; and clear errors for what only an RWKV can do."""
+"""Transformer checkpoints: writing, reading, running, and errors for features of RWKV only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_table_is_what_the_model_asks_for() -> None:
+def test_the_table_agrees_with_the_model() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights().items()}
     assert shapes == get_expected_shapes(CONFIG) and detect(shapes, heads=3).n_head == 3
     with pytest.raises(CheckpointError, match=r"x\.pth is a transformer without a record of its heads"):
@@ -44,7 +44,7 @@ def test_the_table_is_what_the_model_asks_for() -> None:
         detect(shapes, "x", 4)
 
 
-def test_it_comes_back_bit_for_bit(file: Path) -> None:
+def test_a_round_trip_is_exact(file: Path) -> None:
     config, tensors = load(file)
     assert config == CONFIG and list(tensors) == list(get_expected_shapes(CONFIG))
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights().items())
@@ -58,20 +58,20 @@ def test_it_comes_back_bit_for_bit(file: Path) -> None:
     assert facts["model"] == "Transformer, version llama" and info.flops_per_token == 2 * info.parameters
 
 
-def test_it_writes_text(file: Path) -> None:
+def test_it_generates_text(file: Path) -> None:
     llm = fledge.load(file)
-    whole = llm.generate("abc", max_tokens=12, seed=1)
-    assert whole.prompt_tokens == 3 and isinstance(whole.state, KvState)
-    assert whole.text == fledge.load(file, pack=False).generate("abc", max_tokens=12, seed=1).text
+    complete = llm.generate("abc", max_tokens=12, seed=1)
+    assert complete.prompt_tokens == 3 and isinstance(complete.state, KvState)
+    assert complete.text == fledge.load(file, pack=False).generate("abc", max_tokens=12, seed=1).text
     # Read once, ask many times; the state has read the prompt and what was written.
     before = llm.read("ab")
     for _ in range(2):
-        assert llm.generate("c", state=before, max_tokens=12, seed=1).text == whole.text
-    assert whole.state.end.tolist() == [[3 + len(whole.ids)]]
+        assert llm.generate("c", state=before, max_tokens=12, seed=1).text == complete.text
+    assert complete.state.end.tolist() == [[3 + len(complete.ids)]]
     assert llm.logprobs("xyz", context="abc").total < 0
 
 
-def test_what_only_rwkv_can_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:
+def test_features_of_rwkv_only_are_refused(file: Path, tmp_path: Path) -> None:
     def merged() -> Any:
         return merge_tuned_state(CONFIG, weights(), {}, "s.pth")
 

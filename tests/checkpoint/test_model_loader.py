@@ -1,4 +1,4 @@
-"""From file to running model: strictness, precision, sharing of memory, tuned states."""
+"""Models from checkpoints: strictness, precision, shared memory and tuned states."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDX = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:
-    """Independent of the loader's rule: the Linear layers and the two vocabulary tables, by name."""
+    """Names of the Linear layers and the two vocabulary tables, independently of the rule in the loader."""
     layers = ("key", "value", "receptance", "gate", "output", "emb", "head")
     return name.endswith(".weight") and name.split(".")[-2] in layers
 
@@ -66,19 +66,19 @@ def test_unchanged_weights_are_shared_not_copied(tmp_path: Path) -> None:
     assert all(weight.data_ptr() == tensors[name].data_ptr() for name, weight in model.state_dict().items())
 
 
-def test_converting_leaves_the_callers_dict_alone(tmp_path: Path) -> None:
+def test_conversion_does_not_change_the_arguments(tmp_path: Path) -> None:
     tensors = make("6.0 in bfloat16", n_embd=64)  # a matrix is larger than a page
     config, mapped = load(saved(tmp_path, tensors))
-    for given in (tensors, mapped):
-        before = {name: tensor.clone() for name, tensor in given.items()}
-        assemble(config, given, dtype=torch.float32)
-        assert same(before, given)
+    for source in (tensors, mapped):
+        before = {name: tensor.clone() for name, tensor in source.items()}
+        assemble(config, source, dtype=torch.float32)
+        assert same(before, source)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
 def test_loading_in_another_dtype_peaks_near_the_size_of_the_model(name: str, tmp_path: Path) -> None:
-    """Not at that and the file's: what was converted is let go at once."""
+    """Memory of the file is released as weights are converted, so that it does not add to the peak."""
     config = ModelConfig.finch(2, 1024, vocab_size=4096)
     shapes = get_expected_shapes(config)
     save(tmp_path / name, config, {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
@@ -100,7 +100,7 @@ print(peak() - before)
     assert int(run.stdout) < 1.2 * target  # and 1.5 with all of the file
 
 
-def test_training_a_mapped_model_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_training_a_mapped_model_does_not_change_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path, make("5.2"))
     before = path.read_bytes()
     model = load_model(path).model
@@ -116,8 +116,8 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
         load_model(saved(tmp_path, make("4")), dtype=dtype)
 
 
-def test_the_tiny_model_gives_the_logits_of_rwkv_cpp(shared: Path, tmp_path: Path) -> None:
-    """Its stored logits were computed with a group-norm epsilon of 1e-5, which our header can carry."""
+def test_the_logits_of_rwkv_cpp_are_reproduced(shared: Path, tmp_path: Path) -> None:
+    """The stored logits were computed with a group-norm epsilon of 1e-5, which the header can record."""
     config, tensors = load(shared / "models/tiny-eagle/model.pth")
     save(tmp_path / "m.safetensors", replace(config, group_norm_eps=1e-5), tensors)
     expected = np.fromfile(shared / "models/tiny-eagle/expected-logits.f32", dtype="<f4")
@@ -128,11 +128,11 @@ def test_the_tiny_model_gives_the_logits_of_rwkv_cpp(shared: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["5.2", "6.0"])
-def test_a_tuned_state_is_used_left_out_or_given(kind: str, tmp_path: Path) -> None:
+def test_a_tuned_state_is_used_dropped_or_replaced(kind: str, tmp_path: Path) -> None:
     tensors = make(f"{kind} tuned")
     state = {name: tensor for name, tensor in tensors.items() if name.endswith("time_state")}
     base = {name: tensor for name, tensor in tensors.items() if name not in state}
-    whole, plain = saved(tmp_path, tensors, "whole.pth"), saved(tmp_path, base, "plain.pth")
+    complete, plain = saved(tmp_path, tensors, "whole.pth"), saved(tmp_path, base, "plain.pth")
     alone = saved(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in state.items()}, "state.pth")
 
     def logits(path: Path, **options: object) -> torch.Tensor:
@@ -140,15 +140,15 @@ def test_a_tuned_state_is_used_left_out_or_given(kind: str, tmp_path: Path) -> N
         with torch.no_grad():
             return loaded.model(IDX)[0]
 
-    tuned, untuned = logits(whole), logits(plain)
+    tuned, untuned = logits(complete), logits(plain)
     assert not torch.allclose(tuned, untuned)
-    assert torch.equal(logits(whole, tuned=False), untuned)
+    assert torch.equal(logits(complete, tuned=False), untuned)
     assert torch.equal(logits(plain, state_file=alone), tuned)
-    assert torch.equal(logits(whole, tuned=False, state_file=whole), tuned)
+    assert torch.equal(logits(complete, tuned=False, state_file=complete), tuned)
 
 
-def test_the_dict_keeps_a_tuned_state_as_the_file_has_it(tmp_path: Path) -> None:
-    """(H, V, K) in the file and in the dict; the model's own state is its transpose."""
+def test_the_tuned_state_of_the_dict_equals_that_of_the_file(tmp_path: Path) -> None:
+    """The file and the dict have (H, V, K); the state of the model is the transpose."""
     tensors = make("6.0 tuned")
     state = load_tuned_state(saved(tmp_path, tensors))
     assert list(state) == [f"blocks.{layer}.att.time_state" for layer in range(3)]
@@ -158,7 +158,7 @@ def test_the_dict_keeps_a_tuned_state_as_the_file_has_it(tmp_path: Path) -> None
     assert torch.equal(first.wkv[1, 0], tensors["blocks.1.att.time_state"].transpose(1, 2))
 
 
-def test_a_tuned_state_comes_from_any_kind_of_checkpoint(tmp_path: Path) -> None:
+def test_a_tuned_state_is_read_from_any_format(tmp_path: Path) -> None:
     tensors = make("6.0 tuned")
     convert(saved(tmp_path, tensors), tmp_path / "folder")
     assert same(load_tuned_state(tmp_path / "folder"), load_tuned_state(tmp_path / "model.pth"))

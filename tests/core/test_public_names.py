@@ -24,5 +24,5 @@ def test_unknown_name_raises_attribute_error() -> None:
 
 
 def test_version_matches_project_file() -> None:
-    found = re.search(r'^version = "(.+)"$', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    assert found is not None and found[1] == fledge.__version__
+    loaded = re.search(r'^version = "(.+)"$', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert loaded is not None and loaded[1] == fledge.__version__

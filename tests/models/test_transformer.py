@@ -249,7 +249,7 @@ def test_impossible_states_are_refused() -> None:
         run(tokens(1, 2), KvState(state.keys, state.values[:, :, :3], state.begin, state.end))
     for begin, end in ((0, 5), (3, 2), (-1, 4)):
         spoiled = KvState(state.keys, state.values, torch.tensor([[begin]]), torch.tensor([[end]]))
-        with pytest.raises(StateError, match="its 4 capacity"):
+        with pytest.raises(StateError, match="its capacity of 4 tokens"):
             run(tokens(1, 2), spoiled)
     with pytest.raises(StateError, match="KvState does not fit"):
         state.check(ModelConfig.finch(1, 32, head_size=8), 1)

@@ -1,4 +1,4 @@
-"""The Python of the serving guide, line by line, against a server with the bundled model."""
+"""The Python code of the serving guide runs against a server with the bundled model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from running import serving
+from live_server import serving
 
 import fledge
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.peer
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "serving.md"
 
 
-def test_the_guide_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 4
     with serving(fledge.load(), tmp_path) as server:
@@ -24,5 +24,5 @@ def test_the_guide_does_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixtu
         names: dict[str, object] = {}
         exec(compile(code, str(GUIDE), "exec"), names)
         names["client"].close()  # type: ignore[attr-defined]
-    shown = capsys.readouterr().out
-    assert '{"name":' in shown and "tokens read" in shown and len(shown.splitlines()) >= 6
+    output = capsys.readouterr().out
+    assert '{"name":' in output and "tokens read" in output and len(output.splitlines()) >= 6

@@ -1,4 +1,4 @@
-"""The service itself, without HTTP: what it hands on, and where that is."""
+"""The service without HTTP: states, the prefix cache on disk and the secret."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import IDENTITY, fake, random_model
+from live_server import IDENTITY, random_llm, scripted_llm
 
 from fledge.core.errors import FledgeError
 from fledge.engine.generation import make_initial_state
@@ -29,48 +29,48 @@ from fledge.server.settings import ServerSettings
 
 
 @contextmanager
-def serviced(llm: LLM, **settings: Any) -> Iterator[Service]:
-    """A service that answers nobody; it has stopped when this is left."""
-    made = Service(llm, replace(ServerSettings(cache_memory=1 << 24), **settings), IDENTITY)
+def create_service(llm: LLM, **settings: Any) -> Iterator[Service]:
+    """A service without a server, stopped at the end."""
+    service = Service(llm, replace(ServerSettings(cache_memory=1 << 24), **settings), IDENTITY)
     try:
-        yield made
+        yield service
     finally:
-        asyncio.run(made.stop())
+        asyncio.run(service.stop())
 
 
-def test_states_come_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = random_model()
-    with serviced(replace(llm, initial_state=make_initial_state(llm.model)), folder=tmp_path) as made:
-        tenant, state = made.keys.authenticate(None), make_initial_state(llm.model)
-        handle = asyncio.run(made.save_state(tenant, state, made.make_metadata(3, None)))
-        inline = made.encode_state(state, made.make_metadata(3, None))
+def test_states_are_loaded_on_the_device_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = random_llm()
+    with create_service(replace(llm, initial_state=make_initial_state(llm.model)), folder=tmp_path) as service:
+        tenant, state = service.keys.authenticate(None), make_initial_state(llm.model)
+        metadata = service.make_metadata(3, None)
+        handle = asyncio.run(service.save_state(tenant, state, metadata))
+        inline = service.encode_state(state, metadata)
         monkeypatch.setattr(LLM, "device", torch.device("meta"))
-        found = [made.initial_state, *(asyncio.run(made.load_state(tenant, text))[0] for text in (handle, inline))]
-        assert {tensor.device.type for each in found for tensor in each.tensors().values()} == {"meta"}
+        loaded = [asyncio.run(service.load_state(tenant, text)).state for text in (handle, inline)]
+        states = [service.initial_state, *loaded]
+        assert {tensor.device.type for each in states for tensor in each.tensors().values()} == {"meta"}
 
 
-def test_the_cache_of_a_folder_knows_what_texts_begin_from(tmp_path: Path) -> None:
-    """A tuned initial state, which is no part of the weights' identity."""
-    llm, path = random_model(), pack_ids(range(40))
-    plain = make_initial_state(llm.model)
-    tuned = type(plain)(**{name: tensor + 1 for name, tensor in plain.tensors().items()})
-    with serviced(replace(llm, initial_state=tuned), folder=tmp_path) as made:
-        assert made.disk_cache is not None
-        made.disk_cache.put("\0", path, Snapshot(tuned, None))
-    for start, known in ((None, False), (plain, False), (tuned, True)):
-        with serviced(replace(llm, initial_state=start), folder=tmp_path) as made:
-            assert (
-                made.disk_cache is not None
-                and (made.disk_cache.find_longest("\0", path + path, 1) is not None) == known
-            )
+def test_the_cache_on_disk_depends_on_the_initial_state(tmp_path: Path) -> None:
+    """A tuned initial state is not part of the identity of the weights."""
+    llm, path = random_llm(), pack_ids(range(40))
+    zero = make_initial_state(llm.model)
+    tuned = type(zero)(**{name: tensor + 1 for name, tensor in zero.tensors().items()})
+    with create_service(replace(llm, initial_state=tuned), folder=tmp_path) as service:
+        assert service.disk_cache is not None
+        service.disk_cache.put("\0", path, Snapshot(tuned, None))
+    for initial_state, is_cached in ((None, False), (zero, False), (tuned, True)):
+        with create_service(replace(llm, initial_state=initial_state), folder=tmp_path) as service:
+            assert service.disk_cache is not None
+            assert (service.disk_cache.find_longest("\0", path + path, 1) is not None) == is_cached
 
 
-def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Path) -> None:
+def test_servers_that_start_concurrently_create_one_private_secret(tmp_path: Path) -> None:
     settings = ServerSettings(shared=tmp_path / "shared")
     with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda _: read_secret(settings), range(8)))
+        secrets = set(pool.map(lambda _: read_secret(settings), range(8)))
     path = tmp_path / "shared" / "secret"
-    assert found == {path.read_bytes()}
+    assert secrets == {path.read_bytes()}
     if os.name == "posix":
         assert path.stat().st_mode & 0o777 == 0o600
     path.write_bytes(b"short")
@@ -82,18 +82,22 @@ def test_servers_that_start_together_sign_alike_and_for_themselves(tmp_path: Pat
         read_secret(settings)
 
 
-def test_the_event_loop_waits_for_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_loaded_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = list[str]()
 
-    def noted(function: Any) -> Any:
-        return lambda *arguments: (threads.append(threading.current_thread().name), function(*arguments))[1]
+    def watch(function: Any) -> Any:
+        def watched(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return function(*arguments)
 
-    with serviced(fake("a"), folder=tmp_path) as made:
-        tenant, state, card = made.keys.authenticate(None), made.initial_state, made.make_metadata(3, None)
-        handle, inline = asyncio.run(made.save_state(tenant, state, card)), made.encode_state(state, card)
-        monkeypatch.setattr(StateStore, "describe", noted(StateStore.describe))
-        monkeypatch.setattr("fledge.server.service.decode_state", noted(decode_state))
+        return watched
+
+    with create_service(scripted_llm("a"), folder=tmp_path) as service:
+        tenant, state, metadata = service.keys.authenticate(None), service.initial_state, service.make_metadata(3, None)
+        handle = asyncio.run(service.save_state(tenant, state, metadata))
+        inline = service.encode_state(state, metadata)
+        monkeypatch.setattr(StateStore, "describe", watch(StateStore.describe))
+        monkeypatch.setattr("fledge.server.service.decode_state", watch(decode_state))
         for text in (handle, inline):
-            found, _ = asyncio.run(made.load_state(tenant, text))
-            assert isinstance(found, State)
-    assert len(threads) == 3 and threading.main_thread().name not in threads
+            assert isinstance(asyncio.run(service.load_state(tenant, text)).state, State)
+    assert len(threads) >= 2 and threading.main_thread().name not in threads

@@ -389,7 +389,11 @@ def test_a_batch_is_cut_with_its_masks() -> None:
     pieces = list(windows(batch, 3))
     assert [piece.idx[0].tolist() for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8]]
     assert sum(piece.targets for piece in pieces) == batch.targets == 12
-    assert [bool(piece.document_start is not None and piece.document_start.any()) for piece in pieces] == [False, True, False]
+    assert [bool(piece.document_start is not None and piece.document_start.any()) for piece in pieces] == [
+        False,
+        True,
+        False,
+    ]
     assert len(list(windows(batch, None))) == len(list(windows(batch, 100))) == 1
 
 
@@ -515,7 +519,9 @@ def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
     head = Linear(4, 9)
     torch.nn.init.normal_(head.weight)
     x = torch.randn(1, 3, 4, requires_grad=True)
-    found = head_loss(head, x, targets=torch.zeros(1, 3, dtype=torch.long), loss_mask=torch.zeros(1, 3, dtype=torch.bool))
+    found = head_loss(
+        head, x, targets=torch.zeros(1, 3, dtype=torch.long), loss_mask=torch.zeros(1, 3, dtype=torch.bool)
+    )
     assert found.item() == 0.0
     assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(found, (x, head.weight)))
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fledge.core.errors import CheckpointError
 
-OURS = "wkvrg"
-THEIRS = "rwkvg"
-TO_THEIRS = [OURS.index(letter) for letter in THEIRS]
-TO_OURS = [THEIRS.index(letter) for letter in OURS]
+OFFICIAL_ORDER = "wkvrg"
+FLA_ORDER = "rwkvg"
+TO_FLA = [OFFICIAL_ORDER.index(letter) for letter in FLA_ORDER]
+TO_OFFICIAL = [FLA_ORDER.index(letter) for letter in OFFICIAL_ORDER]
 
 OUTSIDE = {
     "emb.weight": "model.embeddings.weight",
@@ -63,7 +63,7 @@ def from_fla(tensors: Mapping[str, Tensor]) -> Parts:
 
     Raises CheckpointError for a tensor of impossible shape, and for one that also exists under its official name.
     """
-    outside = {theirs: ours for ours, theirs in OUTSIDE.items()}
+    outside = {fla_name: official_name for official_name, fla_name in OUTSIDE.items()}
     official: Parts = {}
     for name, tensor in tensors.items():
         match = BLOCK.fullmatch(name)
@@ -82,23 +82,23 @@ def from_fla(tensors: Mapping[str, Tensor]) -> Parts:
 
 def to_fla(tensors: Mapping[str, Tensor]) -> Parts:
     """Convert official names and shapes of a Finch to this layout."""
-    theirs = {OUTSIDE[name]: tensor for name, tensor in tensors.items() if name in OUTSIDE}
+    converted = {OUTSIDE[name]: tensor for name, tensor in tensors.items() if name in OUTSIDE}
     layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")})
     for layer in layers:
         prefix = f"blocks.{layer}."
         block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        theirs |= {f"model.layers.{layer}.{name}": tensor for name, tensor in _block_to_fla(block).items()}
-    return theirs
+        converted |= {f"model.layers.{layer}.{name}": tensor for name, tensor in _block_to_fla(block).items()}
+    return converted
 
 
 def _block_to_fla(block: Parts) -> Parts:
-    parts = {theirs: block[ours] for ours, theirs in PLAIN.items() if ours in block}
-    parts |= {theirs: block[ours].reshape(-1) for ours, theirs in VECTORS.items()}
-    parts |= {theirs: block[ours].t().contiguous() for ours, theirs in TRANSPOSED.items()}
+    parts = {fla_name: block[official_name] for official_name, fla_name in PLAIN.items() if official_name in block}
+    parts |= {fla_name: block[official_name].reshape(-1) for official_name, fla_name in VECTORS.items()}
+    parts |= {fla_name: block[official_name].t().contiguous() for official_name, fla_name in TRANSPOSED.items()}
     w1, w2 = block["att.time_maa_w1"], block["att.time_maa_w2"]  # (C, 5 Dm), (5, Dm, C)
-    parts[MIX_IN] = w1.unflatten(1, (5, -1))[:, TO_THEIRS].flatten(1).t().contiguous()  # (5 Dm, C)
-    parts[MIX_OUT] = w2[TO_THEIRS].permute(2, 0, 1).flatten(1).contiguous()  # (C, 5 Dm)
-    static = [block[f"att.time_maa_{letter}"].reshape(-1) for letter in THEIRS]
+    parts[MIX_IN] = w1.unflatten(1, (5, -1))[:, TO_FLA].flatten(1).t().contiguous()  # (5 Dm, C)
+    parts[MIX_OUT] = w2[TO_FLA].permute(2, 0, 1).flatten(1).contiguous()  # (C, 5 Dm)
+    static = [block[f"att.time_maa_{letter}"].reshape(-1) for letter in FLA_ORDER]
     if len({tensor.dtype for tensor in static}) > 1:
         raise CheckpointError("the five att.time_maa_{r,w,k,v,g} have several dtypes; this layout stores them as one")
     parts[MIX_STATIC] = torch.stack(static)  # (5, C)
@@ -106,35 +106,35 @@ def _block_to_fla(block: Parts) -> Parts:
 
 
 def _convert_mix_in(tensor: Tensor) -> Parts:
-    return {"att.time_maa_w1": tensor.t().unflatten(1, (5, -1))[:, TO_OURS].flatten(1).contiguous()}
+    return {"att.time_maa_w1": tensor.t().unflatten(1, (5, -1))[:, TO_OFFICIAL].flatten(1).contiguous()}
 
 
 def _convert_mix_out(tensor: Tensor) -> Parts:
-    return {"att.time_maa_w2": tensor.unflatten(1, (5, -1)).permute(1, 2, 0)[TO_OURS].contiguous()}
+    return {"att.time_maa_w2": tensor.unflatten(1, (5, -1)).permute(1, 2, 0)[TO_OFFICIAL].contiguous()}
 
 
 def _convert_mix_static(tensor: Tensor) -> Parts:
-    if tensor.dim() != 2 or len(tensor) != len(THEIRS):
+    if tensor.dim() != 2 or len(tensor) != len(FLA_ORDER):
         raise IndexError
-    return {f"att.time_maa_{letter}": row.reshape(1, 1, -1) for letter, row in zip(THEIRS, tensor, strict=True)}
+    return {f"att.time_maa_{letter}": row.reshape(1, 1, -1) for letter, row in zip(FLA_ORDER, tensor, strict=True)}
 
 
-def _make_rename(ours: str) -> Callable[[Tensor], Parts]:
-    return lambda tensor: {ours: tensor}
+def _make_rename(official_name: str) -> Callable[[Tensor], Parts]:
+    return lambda tensor: {official_name: tensor}
 
 
-def _make_reshape(ours: str) -> Callable[[Tensor], Parts]:
-    return lambda tensor: {ours: tensor.reshape(1, 1, -1)}
+def _make_reshape(official_name: str) -> Callable[[Tensor], Parts]:
+    return lambda tensor: {official_name: tensor.reshape(1, 1, -1)}
 
 
-def _make_transpose(ours: str) -> Callable[[Tensor], Parts]:
-    return lambda tensor: {ours: tensor.t().contiguous()}
+def _make_transpose(official_name: str) -> Callable[[Tensor], Parts]:
+    return lambda tensor: {official_name: tensor.t().contiguous()}
 
 
 CONVERSIONS: dict[str, Callable[[Tensor], Parts]] = {
-    **{theirs: _make_rename(ours) for ours, theirs in PLAIN.items()},
-    **{theirs: _make_reshape(ours) for ours, theirs in VECTORS.items()},
-    **{theirs: _make_transpose(ours) for ours, theirs in TRANSPOSED.items()},
+    **{fla_name: _make_rename(official_name) for official_name, fla_name in PLAIN.items()},
+    **{fla_name: _make_reshape(official_name) for official_name, fla_name in VECTORS.items()},
+    **{fla_name: _make_transpose(official_name) for official_name, fla_name in TRANSPOSED.items()},
     MIX_IN: _convert_mix_in,
     MIX_OUT: _convert_mix_out,
     MIX_STATIC: _convert_mix_static,

@@ -1,4 +1,4 @@
-"""Adapter files: what they hold, which base they belong to, those of other programs, and merging."""
+"""Adapter files: contents, bases, files of other programs, and merging."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ IDX = torch.tensor([[3, 1, 36, 20, 9]])
 def lora_of(
     path: Path, *, rank: int = 4, alpha: float = 6.0, seed: int = 0, full_parameters: tuple[str, ...] = ()
 ) -> Adapter:
-    """A LoRA with an effect, trained on nothing, for the checkpoint at `path`."""
-    found = read(path)
-    model = assemble(found.config, found.tensors)
+    """Create an untrained LoRA with an effect for the checkpoint at `path`."""
+    loaded = read(path)
+    model = assemble(loaded.config, loaded.tensors)
     assert isinstance(model, BaseModel)
     draw = torch.Generator().manual_seed(seed)
-    factors = fresh_factors(model, target_names(found.tensors), rank, alpha, seed)
+    factors = fresh_factors(model, target_names(loaded.tensors), rank, alpha, seed)
     tensors: dict[str, Tensor] = {}
     for name, one in factors.items():
         tensors |= {f"{name}.lora_A": one.down, f"{name}.lora_B": 0.2 * torch.randn(one.up.shape, generator=draw)}
     for name in full_parameters:
-        tensors[name] = found.tensors[name] + 0.1
-    return Adapter("lora", tensors, alpha, describe_base(found), path.with_name("adapter.safetensors"), {"steps": 20})
+        tensors[name] = loaded.tensors[name] + 0.1
+    return Adapter("lora", tensors, alpha, describe_base(loaded), path.with_name("adapter.safetensors"), {"steps": 20})
 
 
 def state_of(path: Path, seed: int = 0) -> Adapter:
@@ -67,67 +67,73 @@ def base(tmp_path: Path) -> Path:
     return saved(tmp_path, make("6.0"), "base.pth")
 
 
-def test_a_lora_comes_back_with_everything(base: Path, tmp_path: Path) -> None:
+def test_a_lora_is_read_back_completely(base: Path, tmp_path: Path) -> None:
     adapter = lora_of(base, full_parameters=("blocks.1.ln2.weight",))
     assert save_adapter(tmp_path / "a.safetensors", adapter) == ()
-    again = read_adapter(tmp_path / "a.safetensors")
-    assert same(dict(again.tensors), dict(adapter.tensors)) and again.base == adapter.base
-    assert (again.kind, again.alpha, again.rank, again.training) == ("lora", 6.0, 4, {"steps": 20})
-    assert len(again.targets) == 8 and list(again.full_parameters) == ["blocks.1.ln2.weight"] and again.state == {}
-    assert again.factors["blocks.2.ffn.key"].scale == 1.5
-    check_base((again,), read(base))
+    reloaded = read_adapter(tmp_path / "a.safetensors")
+    assert same(dict(reloaded.tensors), dict(adapter.tensors)) and reloaded.base == adapter.base
+    assert (reloaded.kind, reloaded.alpha, reloaded.rank, reloaded.training) == ("lora", 6.0, 4, {"steps": 20})
+    assert (
+        len(reloaded.targets) == 8
+        and list(reloaded.full_parameters) == ["blocks.1.ln2.weight"]
+        and reloaded.state == {}
+    )
+    assert reloaded.factors["blocks.2.ffn.key"].scale == 1.5
+    check_base((reloaded,), read(base))
 
 
-def test_a_state_comes_back_as_any_reader_sees_it(base: Path, tmp_path: Path) -> None:
+def test_a_state_is_read_back_by_every_reader(base: Path, tmp_path: Path) -> None:
     adapter = state_of(base)
     for name in ("state.safetensors", "state.pth"):
         save_adapter(tmp_path / name, adapter)
-        again = read_adapter(tmp_path / name)
-        assert again.kind == "state" and again.alpha is None and again.rank == 0
-        assert same(again.state, dict(adapter.tensors)) and same(load_tuned_state(tmp_path / name), again.state)
+        reloaded = read_adapter(tmp_path / name)
+        assert reloaded.kind == "state" and reloaded.alpha is None and reloaded.rank == 0
+        assert same(reloaded.state, dict(adapter.tensors)) and same(load_tuned_state(tmp_path / name), reloaded.state)
     assert read_adapter(tmp_path / "state.safetensors").base == adapter.base
     assert read_adapter(tmp_path / "state.pth").base is None
 
 
 def test_files_of_rwkv_peft(base: Path, tmp_path: Path) -> None:
-    """Names as inside Lightning, bfloat16, whole parts beside the factors, and no alpha anywhere."""
+    """They have names as in Lightning, bfloat16, full parameters beside the factors, and no alpha."""
     adapter = lora_of(base, full_parameters=("blocks.0.att.time_decay",))
-    theirs = saved(tmp_path, {f"model.{name}": t.bfloat16() for name, t in adapter.tensors.items()}, "rwkv-0.pth")
+    original = saved(tmp_path, {f"model.{name}": t.bfloat16() for name, t in adapter.tensors.items()}, "rwkv-0.pth")
     with pytest.raises(UsageError, match=r"rwkv-0\.pth is a LoRA that does not record its alpha.*--alpha 32"):
-        read_adapter(theirs)
-    found = read_adapter(theirs, alpha=6.0)
-    assert found.tensors.keys() == adapter.tensors.keys() and found.base is None
-    assert list(found.full_parameters) == ["blocks.0.att.time_decay"] and found.factors["blocks.0.att.key"].scale == 1.5
-    notes = save_adapter(tmp_path / "ours.pth", found)
+        read_adapter(original)
+    loaded = read_adapter(original, alpha=6.0)
+    assert loaded.tensors.keys() == adapter.tensors.keys() and loaded.base is None
+    assert (
+        list(loaded.full_parameters) == ["blocks.0.att.time_decay"] and loaded.factors["blocks.0.att.key"].scale == 1.5
+    )
+    notes = save_adapter(tmp_path / "ours.pth", loaded)
     assert "a .pth cannot hold alpha 6" in notes[0]
-    assert same(torch.load(tmp_path / "ours.pth", weights_only=True), dict(found.tensors))
+    assert same(torch.load(tmp_path / "ours.pth", weights_only=True), dict(loaded.tensors))
 
 
-def test_a_file_tells_what_it_is_without_its_weights(base: Path, tmp_path: Path) -> None:
+def test_adapters_are_inspected_without_weights(base: Path, tmp_path: Path) -> None:
     lora, state = lora_of(base, full_parameters=("ln_out.bias",)), state_of(base)
     foreign = {f"model.{name}": tensor for name, tensor in lora.tensors.items()}
     for path in (saved(tmp_path, foreign, "rwkv-0.pth"), tmp_path / "a.pth", tmp_path / "a.safetensors"):
         if path.stem == "a":
             save_adapter(path, lora)
-        told, found = path.suffix == ".safetensors", inspect_adapter(path)
-        assert found is not None and (found.kind, found.rank, list(found.full_parameters)) == (
+        reported, loaded = path.suffix == ".safetensors", inspect_adapter(path)
+        assert loaded is not None and (loaded.kind, loaded.rank, list(loaded.full_parameters)) == (
             "lora",
             4,
             ["ln_out.bias"],
         )
-        assert (found.alpha, found.base) == ((6.0, lora.base) if told else (None, None))
-        assert all(tensor.is_meta for tensor in found.tensors.values()) and found.nbytes == lora.nbytes
+        assert (loaded.alpha, loaded.base) == ((6.0, lora.base) if reported else (None, None))
+        assert all(tensor.is_meta for tensor in loaded.tensors.values()) and loaded.nbytes == lora.nbytes
     for path in (tmp_path / "s.pth", tmp_path / "s.safetensors"):
         save_adapter(path, state)
-        found = inspect_adapter(path)
-        assert found is not None and found.kind == "state" and found.nbytes == state.nbytes
+        loaded = inspect_adapter(path)
+        assert loaded is not None and loaded.kind == "state" and loaded.nbytes == state.nbytes
     tuned = saved(tmp_path, make("6.0 tuned"), "tuned.pth")  # a whole model, though it has a tuned state
     assert inspect_adapter(base) is inspect_adapter(tuned) is None
     with pytest.raises(UnsupportedError, match="DiSHA"):
         inspect_adapter(saved(tmp_path, {"blocks.0.att.key.disha": torch.zeros(4, 24)}, "disha.pth"))
 
 
-def test_the_chat_template_goes_where_the_adapter_goes(base: Path, tmp_path: Path) -> None:
+def test_the_chat_template_is_kept_with_the_adapter(base: Path, tmp_path: Path) -> None:
     qa, untold = replace(lora_of(base), training={"template": "qa"}), state_of(base)
     save_adapter(tmp_path / "a.safetensors", qa)
     assert read_adapter(tmp_path / "a.safetensors").template == "qa" and untold.template is None
@@ -144,18 +150,18 @@ def test_the_chat_template_goes_where_the_adapter_goes(base: Path, tmp_path: Pat
 def test_converting_records_a_base(base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "a.pth", lora_of(base))
     convert_adapter(read_adapter(tmp_path / "a.pth", alpha=6.0), tmp_path / "a.safetensors", base=read(base))
-    again = read_adapter(tmp_path / "a.safetensors")
-    assert again.base == describe_base(read(base)) and again.alpha == 6.0
+    reloaded = read_adapter(tmp_path / "a.safetensors")
+    assert reloaded.base == describe_base(read(base)) and reloaded.alpha == 6.0
     with pytest.raises(CheckpointError, match="exists"):
-        convert_adapter(again, tmp_path / "a.pth")
+        convert_adapter(reloaded, tmp_path / "a.pth")
     with pytest.raises(UsageError, match="not an adapter format"):
-        convert_adapter(again, tmp_path / "a.bin")
+        convert_adapter(reloaded, tmp_path / "a.bin")
     other = saved(tmp_path, make("6.0", seed=1), "other.pth")
     with pytest.raises(CheckpointError, match="was trained on another model"):
-        convert_adapter(again, tmp_path / "b.safetensors", base=read(other))
+        convert_adapter(reloaded, tmp_path / "b.safetensors", base=read(other))
 
 
-def test_a_model_has_one_identity_in_every_form(tmp_path: Path) -> None:
+def test_a_model_has_one_identity_in_every_format(tmp_path: Path) -> None:
     tensors = make("6.0 in bfloat16")
     path = saved(tmp_path, tensors)
     identity = describe_base(read(path)).identity
@@ -172,13 +178,13 @@ def test_a_model_has_one_identity_in_every_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["emb.weight", "blocks.2.att.time_faaaa", "ln_out.bias"])
-def test_one_changed_number_is_another_model(base: Path, tmp_path: Path, name: str) -> None:
+def test_one_changed_number_changes_the_identity(base: Path, tmp_path: Path, name: str) -> None:
     tensors = make("6.0")
     tensors[name].view(-1)[-1] += 1e-3
     assert describe_base(read(saved(tmp_path, tensors, "changed.pth"))).identity != describe_base(read(base)).identity
 
 
-def test_another_base_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     adapter, other = lora_of(base), read(saved(tmp_path, make("6.0", seed=1), "other.pth"))
     with pytest.raises(CheckpointError) as refusal:
         check_base((adapter,), other)
@@ -188,7 +194,7 @@ def test_another_base_is_refused_in_one_line(base: Path, tmp_path: Path) -> None
     check_base((adapter.allow_any_base(),), other)
 
 
-def test_other_sizes_cannot_be_forced(base: Path, tmp_path: Path) -> None:
+def test_other_sizes_are_refused_even_for_any_base(base: Path, tmp_path: Path) -> None:
     for tensors, message in (
         (make("6.0", n_embd=32), r"it is for blocks\.0\.att\.gate of \(24, 24\), here that is \(32, 32\)"),
         (make("6.0", n_layer=2), r"it changes blocks\.2\.att\.gate, which this model does not have"),
@@ -214,14 +220,14 @@ def test_other_sizes_cannot_be_forced(base: Path, tmp_path: Path) -> None:
         ({"model.blocks.0.att.key.lora_A": torch.zeros(4, 24)}, CheckpointError, "twice"),
     ],
 )
-def test_files_that_are_no_adapter(base: Path, tmp_path: Path, change: Any, error: Any, message: str) -> None:
+def test_files_that_are_not_adapters(base: Path, tmp_path: Path, change: Any, error: Any, message: str) -> None:
     tensors = {**lora_of(base).tensors, **change}
     path = saved(tmp_path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, "a.pth")
     with pytest.raises(error, match=message):
         read_adapter(path, alpha=1.0)
 
 
-def test_other_mistakes_with_files(base: Path, tmp_path: Path) -> None:
+def test_other_invalid_files(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not an adapter: looked for"):
         read_adapter(saved(tmp_path, {"a": torch.zeros(2)}, "a.pth"))
     with pytest.raises(CheckpointError, match="is a folder"):
@@ -241,42 +247,42 @@ def test_other_mistakes_with_files(base: Path, tmp_path: Path) -> None:
             read_adapter(tmp_path / "b.safetensors")
 
 
-def test_a_merged_file_predicts_what_base_and_adapter_do(base: Path, tmp_path: Path) -> None:
+def test_a_merged_file_predicts_like_base_and_adapter(base: Path, tmp_path: Path) -> None:
     adapter, state = lora_of(base, full_parameters=("blocks.0.ln1.bias",)), state_of(base)
-    done = merge_to_file(base, [adapter, state], tmp_path / "m.safetensors")
-    assert done.effect > 0.1 > 1e-4 > done.difference and done.notes == ()
-    found, changes = read(base), combine_adapters([adapter, state])
+    merged = merge_to_file(base, [adapter, state], tmp_path / "m.safetensors")
+    assert merged.effect > 0.1 > 1e-4 > merged.difference and merged.notes == ()
+    loaded, changes = read(base), combine_adapters([adapter, state])
     plain = load_model(base).model
     assert isinstance(plain, BaseModel)
     with torch.no_grad():
-        apart = adapted(plain, changes.factors, changes.full_parameters)
-        config, tensors = merge_adapters(found, changes).config, merge_adapters(found, changes).tensors
+        separate = adapted(plain, changes.factors, changes.full_parameters)
+        config, tensors = merge_adapters(loaded, changes).config, merge_adapters(loaded, changes).tensors
         together = load_model(tmp_path / "m.safetensors")
         torch.testing.assert_close(together.model(IDX)[0], assemble(config, tensors)(IDX)[0], rtol=0, atol=0)
-        assert not torch.allclose(apart(IDX)[0], together.model(IDX)[0])  # the state is missing in the first
+        assert not torch.allclose(separate(IDX)[0], together.model(IDX)[0])  # the state is missing in the first
     assert together.config.tuned_state and together.extra["merged"][0]["alpha"] == 6.0
     with pytest.raises(CheckpointError, match="exists"):
         merge_to_file(base, [adapter], tmp_path / "m.safetensors")
     assert merge_to_file(base, [adapter], tmp_path / "m.pth").difference < 1e-4
 
 
-def test_a_merge_that_went_wrong_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_merge_leaves_no_files(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fledge.checkpoint.adapters.merging.merged_weight", lambda weight, *_: weight)
     with pytest.raises(CheckpointError, match=r"does not predict.*m\.safetensors was not written"):
         merge_to_file(base, [lora_of(base)], tmp_path / "m.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["base.pth"]
 
 
-def test_merging_in_bfloat16_rounds_and_says_so(tmp_path: Path) -> None:
+def test_merging_in_bfloat16_rounds_and_adds_a_note(tmp_path: Path) -> None:
     base = saved(tmp_path, make("6.0 in bfloat16"))
-    done = merge_to_file(base, [lora_of(base)], tmp_path / "m.safetensors")
-    assert done.effect > 0.2 and done.difference < 0.1 and done.notes == ()
+    merged = merge_to_file(base, [lora_of(base)], tmp_path / "m.safetensors")
+    assert merged.effect > 0.2 and merged.difference < 0.1 and merged.notes == ()
     weak = lora_of(base)
     weak = replace(weak, alpha=1e-3)
     assert "hides it" in merge_to_file(base, [weak], tmp_path / "n.safetensors").notes[0]
 
 
-def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
+def test_invalid_merges_are_refused(base: Path, tmp_path: Path) -> None:
     wide = saved(tmp_path, make("6.0", n_embd=64), "wide.pth")
     quantize(wide, tmp_path / "small.safetensors", "int8")
     with pytest.raises(CheckpointError, match="is quantized; merge into the dense model"):
@@ -287,7 +293,7 @@ def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
         combine_adapters([state_of(base), replace(state_of(base), path=Path("other.pth"))])
 
 
-def test_a_quantized_base_is_expanded_where_it_is_changed(tmp_path: Path) -> None:
+def test_changed_matrices_of_a_quantized_base_are_expanded(tmp_path: Path) -> None:
     wide = saved(tmp_path, make("6.0", n_embd=64), "wide.pth")
     quantize(wide, tmp_path / "small.safetensors", "int8")
     small = read(tmp_path / "small.safetensors")
@@ -296,15 +302,18 @@ def test_a_quantized_base_is_expanded_where_it_is_changed(tmp_path: Path) -> Non
     check_base((adapter,), small)  # its file says what it was rounded from
     with pytest.raises(CheckpointError, match="was trained on another model"):
         check_base((adapter,), replace(small, extra={}))
-    done = merge_adapters(small, combine_adapters([replace(adapter, tensors=only)]))
-    assert small.quantized.keys() - done.quantized.keys() == {f"blocks.{i}.ffn.key.weight" for i in range(3)}
+    merged = merge_adapters(small, combine_adapters([replace(adapter, tensors=only)]))
+    assert small.quantized.keys() - merged.quantized.keys() == {f"blocks.{i}.ffn.key.weight" for i in range(3)}
     part = {"blocks.0.att.value.weight": read(wide).tensors["blocks.0.att.value.weight"].float() + 1}
-    whole = merge_adapters(small, combine_adapters([replace(adapter, tensors={**only, **part})]))
-    assert small.quantized.keys() - whole.quantized.keys() == {*part, *(f"blocks.{i}.ffn.key.weight" for i in range(3))}
-    assert torch.equal(whole.tensors["blocks.0.att.value.weight"].float(), part["blocks.0.att.value.weight"])
-    apart = assemble(small.config, small.dequantize())
-    assert isinstance(apart, BaseModel)
-    apart = adapted(apart, combine_adapters([replace(adapter, tensors=only)]).factors)
+    complete = merge_adapters(small, combine_adapters([replace(adapter, tensors={**only, **part})]))
+    assert small.quantized.keys() - complete.quantized.keys() == {
+        *part,
+        *(f"blocks.{i}.ffn.key.weight" for i in range(3)),
+    }
+    assert torch.equal(complete.tensors["blocks.0.att.value.weight"].float(), part["blocks.0.att.value.weight"])
+    separate = assemble(small.config, small.dequantize())
+    assert isinstance(separate, BaseModel)
+    separate = adapted(separate, combine_adapters([replace(adapter, tensors=only)]).factors)
     with torch.no_grad():
-        found, wanted = assemble(done.config, done.dequantize())(IDX)[0], apart(IDX)[0]
-    assert_close_relative(found, wanted, MODEL_TOLERANCE, "logits")
+        loaded, expected = assemble(merged.config, merged.dequantize())(IDX)[0], separate(IDX)[0]
+    assert_close_relative(loaded, expected, MODEL_TOLERANCE, "logits")

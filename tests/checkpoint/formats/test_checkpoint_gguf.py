@@ -1,4 +1,4 @@
-"""GGUF files of others: the same tensors as the original's, quantized ones without loss, and what is refused."""
+"""GGUF files of other programs: exact tensors, quantized ones without loss, and refused files."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def is_matrix(name: str) -> bool:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rescale", [0, 1, 2, 6])
-def test_a_converted_file_holds_the_original(rescale: int, fused: bool, tmp_path: Path) -> None:
-    """Divided and multiplied by powers of two, F16 is exact down to 2^-24: these matrices have nothing smaller."""
+def test_a_converted_file_equals_the_original(rescale: int, fused: bool, tmp_path: Path) -> None:
+    """F16 is exact under multiplication by powers of two down to 2^-24; these matrices have no smaller numbers."""
     tensors = finch(n_layer=8)
     for name in filter(is_matrix, tensors):
         tensors[name] = (tensors[name] * 4096).round() / 4096
     halves = {name: t.half() if is_matrix(name) or name == "emb.weight" else t for name, t in tensors.items()}
     arrays = foreign.converted(halves, rescale, fused=fused)
     path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, rescale))
-    config, found = load(path)
-    assert same(halves, found) and list(found) == list(tensors)
+    config, loaded = load(path)
+    assert same(halves, loaded) and list(loaded) == list(tensors)
     assert (config.version, config.n_head, config.mix_rank, config.decay_rank) == ("6.0", 4, 8, 12)
     assert config == load(saved(tmp_path, tensors))[0]
 
@@ -60,8 +60,8 @@ def test_a_converted_file_holds_the_original(rescale: int, fused: bool, tmp_path
 @pytest.mark.parametrize(
     "kind", [TYPE.F32, TYPE.BF16, TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1, TYPE.Q5_0, TYPE.Q5_1, TYPE.Q6_K]
 )
-def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> None:
-    """Against gguf's own unpacking; Q6_K has no packing there, so its bytes are random."""
+def test_every_type_agrees_with_the_package(kind: Any, tmp_path: Path) -> None:
+    """Compare with the gguf package, which cannot pack Q6_K; its bytes are therefore random."""
     tensors = finch(n_layer=2, n_embd=256, dim_ffn=512)
     arrays = foreign.converted(tensors, 1)
     path = tmp_path / "m.gguf"
@@ -69,33 +69,35 @@ def test_every_type_means_what_the_package_says(kind: Any, tmp_path: Path) -> No
         path = foreign.write(path, arrays, foreign.keys_of(tensors, 1), kind=kind)
     else:
         write_k_types(path, arrays, foreign.keys_of(tensors, 1))
-    found, meta = read(path), read(path, weights=False)
-    assert bool(found.quantized) == (kind in (TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1)) and "emb.weight" in found.tensors
-    assert {name: t.dtype for name, t in found.tensors.items()} == {name: t.dtype for name, t in meta.tensors.items()}
-    assert {n: (m.format, m.shape) for n, m in found.quantized.items()} == {
+    loaded, meta = read(path), read(path, weights=False)
+    assert bool(loaded.quantized) == (kind in (TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1)) and "emb.weight" in loaded.tensors
+    assert {name: t.dtype for name, t in loaded.tensors.items()} == {name: t.dtype for name, t in meta.tensors.items()}
+    assert {n: (m.format, m.shape) for n, m in loaded.quantized.items()} == {
         n: (m.format, m.shape) for n, m in meta.quantized.items()
     }
-    dense = found.dequantize()
+    dense = loaded.dequantize()
     for tensor in gguf.GGUFReader(path).tensors:
         name = ours(tensor.name)
         if not is_matrix(name) and name != "emb.weight":
             continue
         factor = 2 if name in ("blocks.1.att.output.weight", "blocks.1.ffn.value.weight") else 1
-        theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type)) * factor
-        exact = name in found.quantized or dense[name].dtype != torch.float16
-        assert torch.equal(dense[name].float(), theirs if exact else theirs.half().float()), name
+        original = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type)) * factor
+        exact = name in loaded.quantized or dense[name].dtype != torch.float16
+        assert torch.equal(dense[name].float(), original if exact else original.half().float()), name
 
 
 def ours(name: str) -> str:
-    """The official name of a matrix, from the test's own table."""
+    """Return the official name of a matrix, from an independent table."""
     if name in foreign.OUTSIDE.values():
-        return next(official for official, theirs in foreign.OUTSIDE.items() if theirs == name)
+        return next(official for official, original in foreign.OUTSIDE.items() if original == name)
     layer, inner = name.removeprefix("blk.").split(".", 1)
-    return next((f"blocks.{layer}.{official}" for official, theirs in foreign.NAMES.items() if theirs == inner), name)
+    return next(
+        (f"blocks.{layer}.{official}" for official, original in foreign.NAMES.items() if original == inner), name
+    )
 
 
 def write_k_types(path: Path, arrays: dict[str, Any], keys: dict[str, Any]) -> None:
-    """Matrices in Q6_K: random integers and scales, small ones, so that none overflows."""
+    """Create matrices in Q6_K with random integers and small scales, so that none overflows."""
     numbers, size = gguf.GGML_QUANT_SIZES[TYPE.Q6_K]
     generator = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "rwkv6")
@@ -114,48 +116,48 @@ def write_k_types(path: Path, arrays: dict[str, Any], keys: dict[str, Any]) -> N
     writer.close()
 
 
-def test_quantized_matrices_that_ours_cannot_hold_become_dense(tmp_path: Path) -> None:
-    """-8 times the scale of a Q4_0 may overflow float16, a Q8_0 of others may hold -128, rescaling may overflow."""
+def test_matrices_without_an_exact_format_become_dense(tmp_path: Path) -> None:
+    """-8 times the scale of a Q4_0 may overflow float16, a foreign Q8_0 may hold -128, and rescaling may overflow."""
     tensors = finch()
     path = foreign_file(tmp_path / "a.gguf", tensors, kind=TYPE.Q4_0)
     change_first_block(path, "blk.0.time_mix_key.weight", np.float16(9000).tobytes())
-    found = read(path)
-    assert "blocks.0.att.key.weight" not in found.quantized and "blocks.1.att.key.weight" in found.quantized
-    key = found.tensors["blocks.0.att.key.weight"]
+    loaded = read(path)
+    assert "blocks.0.att.key.weight" not in loaded.quantized and "blocks.1.att.key.weight" in loaded.quantized
+    key = loaded.tensors["blocks.0.att.key.weight"]
     assert key.dtype == torch.float32 and bool(key.isfinite().all()) and float(key.abs().max()) >= 9000
 
     path = foreign_file(tmp_path / "b.gguf", tensors, 1, kind=TYPE.Q8_0)
     change_first_block(path, "blk.2.time_mix_value.weight", np.float16(2).tobytes() + b"\x80")
     change_first_block(path, "blk.2.time_mix_output.weight", np.float16(60000).tobytes() + b"\x01")
-    found = read(path)
-    assert float(found.tensors["blocks.2.att.value.weight"][0, 0]) == -256
-    assert float(found.tensors["blocks.2.att.output.weight"][0, 0]) == 240000
-    assert "blocks.2.att.gate.weight" in found.quantized
+    loaded = read(path)
+    assert float(loaded.tensors["blocks.2.att.value.weight"][0, 0]) == -256
+    assert float(loaded.tensors["blocks.2.att.output.weight"][0, 0]) == 240000
+    assert "blocks.2.att.gate.weight" in loaded.quantized
 
 
-def test_halves_that_rescaling_overflows_become_float32(tmp_path: Path) -> None:
+def test_float16_that_overflows_in_rescaling_becomes_float32(tmp_path: Path) -> None:
     tensors = finch()
     tensors["blocks.2.att.output.weight"][0, 0] = 100000.0
-    found = load(foreign_file(tmp_path / "m.gguf", tensors, 1))[1]
-    output = found["blocks.2.att.output.weight"]
+    loaded = load(foreign_file(tmp_path / "m.gguf", tensors, 1))[1]
+    output = loaded["blocks.2.att.output.weight"]
     assert output.dtype == torch.float32 and float(output[0, 0]) == pytest.approx(100000, rel=1e-3)
-    assert found["blocks.1.att.output.weight"].dtype == torch.float16
+    assert loaded["blocks.1.att.output.weight"].dtype == torch.float16
 
 
 def change_first_block(path: Path, name: str, start: bytes) -> None:
-    place = read_header(path).locations[name]
+    location = read_header(path).locations[name]
     data = bytearray(path.read_bytes())
-    data[place.begin : place.begin + len(start)] = start
+    data[location.begin : location.begin + len(start)] = start
     path.write_bytes(data)
 
 
-def test_dense_tensors_are_mapped_and_the_file_is_never_written(tmp_path: Path) -> None:
+def test_dense_tensors_are_mapped_and_the_file_is_unchanged(tmp_path: Path) -> None:
     path = foreign_file(tmp_path / "m.gguf", finch())
     before = path.read_bytes()
-    found = load(path)[1]
-    pointers = {found[name].untyped_storage().data_ptr() for name in ("emb.weight", "head.weight", "ln_out.bias")}
+    loaded = load(path)[1]
+    pointers = {loaded[name].untyped_storage().data_ptr() for name in ("emb.weight", "head.weight", "ln_out.bias")}
     assert len(pointers) == 1
-    found["emb.weight"].zero_()
+    loaded["emb.weight"].zero_()
     assert path.read_bytes() == before
 
 
@@ -166,24 +168,24 @@ def test_any_alignment(alignment: int, tmp_path: Path) -> None:
     assert same(tensors, load(path)[1])
 
 
-def test_the_header_is_what_the_package_reads(tmp_path: Path) -> None:
+def test_the_header_agrees_with_the_package(tmp_path: Path) -> None:
     keys = foreign.world_keys(byte_vocabulary().tokens) | {"general.name": "a 名", "x.floats": [0.5, 2.0]}
     path = foreign_file(tmp_path / "m.gguf", finch(vocab_size=256), kind=TYPE.Q4_1, keys=keys)
-    header, theirs = read_header(path), gguf.GGUFReader(path)
-    assert {key for key in theirs.fields if not key.startswith("GGUF.")} == header.values.keys()
+    header, original = read_header(path), gguf.GGUFReader(path)
+    assert {key for key in original.fields if not key.startswith("GGUF.")} == header.values.keys()
     for key, value in header.values.items():
         if isinstance(value, list):
             value = [text.decode() for text in value]
         elif isinstance(value, tuple):
             value = list(value.unpack())
-        assert theirs.fields[key].contents() == value, key
-    assert [tensor.name for tensor in theirs.tensors] == list(header.locations)
-    for tensor, place in zip(theirs.tensors, header.locations.values(), strict=True):
-        assert (tensor.tensor_type, tensor.shape.tolist()[::-1]) == (place.type, list(place.shape))
-        assert (tensor.data_offset, tensor.n_bytes) == (place.begin, place.nbytes)
+        assert original.fields[key].contents() == value, key
+    assert [tensor.name for tensor in original.tensors] == list(header.locations)
+    for tensor, location in zip(original.tensors, header.locations.values(), strict=True):
+        assert (tensor.tensor_type, tensor.shape.tolist()[::-1]) == (location.type, list(location.shape))
+        assert (tensor.data_offset, tensor.n_bytes) == (location.begin, location.nbytes)
 
 
-def test_info_tells_types_and_names(tmp_path: Path) -> None:
+def test_info_shows_types_and_names(tmp_path: Path) -> None:
     keys = {"general.name": "Small Finch", "tokenizer.chat_template": "rwkv-world"}
     info = inspect(foreign_file(tmp_path / "m.gguf", finch(), kind=TYPE.Q8_0, keys=keys))
     assert info.format == "gguf" and info.dtypes[0] == "int8" and "float32" in info.dtypes
@@ -205,7 +207,7 @@ def test_a_quantized_file_runs_and_is_verified(tmp_path: Path) -> None:
         verify(path)
 
 
-def test_a_single_head_whose_axis_ggml_dropped(tmp_path: Path) -> None:
+def test_the_dropped_axis_of_a_single_head_is_restored(tmp_path: Path) -> None:
     tensors = finch(head_size=64)
     arrays = foreign.converted(tensors, 0)
     for name in arrays:
@@ -279,7 +281,7 @@ VOCABULARIES = {
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
-def test_vocabularies_come_back(kind: str) -> None:
+def test_vocabularies_are_read_back(kind: str) -> None:
     vocabulary = VOCABULARIES[kind]
     for keys in (foreign.world_keys(vocabulary.tokens), plain(make_tokenizer_keys(vocabulary, vocabulary.size))):
         if kind == "bytes" and "tokenizer.ggml.eot_token_id" in keys:
@@ -294,20 +296,20 @@ def plain(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_read(keys: dict[str, Any]) -> dict[str, Any]:
-    """Keys as the header gives them."""
+    """Convert keys to the form in which the header returns them."""
     from fledge.checkpoint.formats.gguf.header import NumberArray
 
-    found = dict(keys)
-    found["tokenizer.ggml.tokens"] = [
+    loaded = dict(keys)
+    loaded["tokenizer.ggml.tokens"] = [
         text.encode() if isinstance(text, str) else text for text in keys["tokenizer.ggml.tokens"]
     ]
     if "tokenizer.ggml.token_type" in keys:
         types = np.array(keys["tokenizer.ggml.token_type"], dtype="<i4")
-        found["tokenizer.ggml.token_type"] = NumberArray("i", types.tobytes())
-    return found
+        loaded["tokenizer.ggml.token_type"] = NumberArray("i", types.tobytes())
+    return loaded
 
 
-def test_lists_that_are_no_vocabulary_of_ours() -> None:
+def test_unknown_token_lists() -> None:
     world = world_vocabulary()
     keys = as_read(foreign.world_keys(world.tokens))
     texts = keys["tokenizer.ggml.tokens"]
@@ -320,9 +322,7 @@ def test_lists_that_are_no_vocabulary_of_ours() -> None:
     assert read_tokenizer_spec({"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": shuffled}, 259, "x") is None
 
 
-def test_without_the_package_common_types_are_read_and_others_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_only_common_types_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [foreign_file(tmp_path / f"{kind.name}.gguf", finch(), kind=kind) for kind in (TYPE.Q8_0, TYPE.Q5_1)]
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert read(paths[0]).quantized

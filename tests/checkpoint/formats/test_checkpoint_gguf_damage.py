@@ -1,4 +1,4 @@
-"""Damaged and hostile GGUF files: one line that names the file, or a model; never a crash or a huge allocation."""
+"""Damaged and hostile GGUF files load or raise a one-line error, without a crash or a huge allocation."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def header_end(path: Path) -> int:
-    return min(place.begin for place in read_header(path).locations.values())
+    return min(location.begin for location in read_header(path).locations.values())
 
 
-def outcome(path: Path, data: bytes) -> str:
-    """ "loaded", or the message of the one error that is allowed."""
+def read_outcome(path: Path, data: bytes) -> str:
+    """Return "loaded", or the message of a CheckpointError."""
     path.write_bytes(data)
     texts = []
     for weights in (False, True):
@@ -61,19 +61,19 @@ def outcome(path: Path, data: bytes) -> str:
 def check(path: Path, damaged: list[bytes]) -> list[str]:
     """Read every file; the memory of Python and numpy stays near the size of the file."""
     tracemalloc.start()
-    found = [outcome(path, data) for data in damaged]
+    outcomes = [read_outcome(path, data) for data in damaged]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 << 20, f"{peak} bytes"
-    return found
+    return outcomes
 
 
 def test_truncated_anywhere(whole: Path, tmp_path: Path) -> None:
     data, end = whole.read_bytes(), header_end(whole)
     rng = random.Random(1)
     cuts = [*range(4, 40), *rng.sample(range(40, end), 60), *rng.sample(range(end, len(data)), 20)]
-    found = check(tmp_path / "cut.gguf", [data[:cut] for cut in cuts])
-    assert "loaded" not in found and all("damaged" in text for text in found)
+    outcomes = check(tmp_path / "cut.gguf", [data[:cut] for cut in cuts])
+    assert "loaded" not in outcomes and all("damaged" in text for text in outcomes)
 
 
 def test_changed_bytes(whole: Path, tmp_path: Path) -> None:
@@ -85,37 +85,37 @@ def test_changed_bytes(whole: Path, tmp_path: Path) -> None:
         for _ in range(rng.choice((1, 1, 2, 8))):
             changed[rng.randrange(end)] = rng.randrange(256)
         damaged.append(bytes(changed))
-    found = check(tmp_path / "changed.gguf", damaged)
-    assert 0 < found.count("loaded") < len(found)
+    outcomes = check(tmp_path / "changed.gguf", damaged)
+    assert 0 < outcomes.count("loaded") < len(outcomes)
 
 
-def lengths(path: Path) -> list[tuple[int, str]]:
-    """Where the header's lengths, counts, sizes, types and offsets are, and of what struct code each of them is."""
+def find_lengths(path: Path) -> list[tuple[int, str]]:
+    """List the position and struct code of the lengths, counts, sizes, types and offsets in the header."""
     reader = gguf.GGUFReader(path)
-    found = [(4, "<I"), (8, "<Q"), (16, "<Q")]
+    positions = [(4, "<I"), (8, "<Q"), (16, "<Q")]
     fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
     for field in (*fields, *(tensor.field for tensor in reader.tensors)):
-        at = field.offset
+        offset = field.offset
         for part in field.parts[:9]:
             size = part.dtype.itemsize
             if size in (4, 8):
-                found += [(at + begin, "<I" if size == 4 else "<Q") for begin in range(0, part.nbytes, size)]
-            at += part.nbytes
-    return found
+                positions += [(offset + begin, "<I" if size == 4 else "<Q") for begin in range(0, part.nbytes, size)]
+            offset += part.nbytes
+    return positions
 
 
-def test_lying_lengths(whole: Path, tmp_path: Path) -> None:
+def test_false_lengths(whole: Path, tmp_path: Path) -> None:
     data = whole.read_bytes()
     rng = random.Random(3)
     damaged = []
-    for at, code in rng.choices(lengths(whole), k=250):
-        old = struct.unpack_from(code, data, at)[0]
+    for position, code in rng.choices(find_lengths(whole), k=250):
+        old = struct.unpack_from(code, data, position)[0]
         value = rng.choice((*LARGE, old + 1, old - 1, 2 * old, old + 32)) % 2 ** (8 * struct.calcsize(code))
         changed = bytearray(data)
-        struct.pack_into(code, changed, at, value)
+        struct.pack_into(code, changed, position, value)
         damaged.append(bytes(changed))
-    found = check(tmp_path / "lying.gguf", damaged)
-    assert found.count("loaded") < len(found) // 2
+    outcomes = check(tmp_path / "false.gguf", damaged)
+    assert outcomes.count("loaded") < len(outcomes) // 2
 
 
 def text(value: str) -> bytes:
@@ -127,7 +127,7 @@ def header(keys: bytes = b"", count: int = 0, tensors: bytes = b"", number: int 
 
 
 def array(kind: int, count: int) -> bytes:
-    """A header with one key, an array that claims so many items."""
+    """Create a header with one key, an array that claims this many items."""
     return header(text("a") + struct.pack("<IIQ", 9, kind, count), 1)
 
 
@@ -136,7 +136,7 @@ def tensor(*sizes: int, kind: int = 0, offset: int = 0, name: str = "t") -> byte
 
 
 def of(*tensors: bytes) -> bytes:
-    """A header with these tensors."""
+    """Create a header with these tensors."""
     return header(KIND, 1, b"".join(tensors), len(tensors))
 
 
@@ -184,8 +184,8 @@ def test_hostile_headers(name: str, tmp_path: Path) -> None:
     assert "h.gguf" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_header_without_end(tmp_path: Path) -> None:
-    """A header is given up after a fixed number of bytes."""
+def test_an_endless_header(tmp_path: Path) -> None:
+    """Reading a header stops after a fixed number of bytes."""
     path = tmp_path / "endless.gguf"
     keys = text("a") + struct.pack("<IIQ", 9, 0, 2**30)
     with open(path, "wb") as file:
@@ -209,7 +209,7 @@ def test_tensors_of_other_shapes(part: str, change: Callable[..., object], tmp_p
     except ValueError:
         pytest.skip("the package refuses to write it")
     try:
-        found = read(path)
-        assert torch.equal(found.tensors["head.weight"], tensors["head.weight"])
+        loaded = read(path)
+        assert torch.equal(loaded.tensors["head.weight"], tensors["head.weight"])
     except CheckpointError as error:
         assert "m.gguf" in str(error)

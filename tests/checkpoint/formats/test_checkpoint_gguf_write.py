@@ -1,4 +1,4 @@
-"""GGUF files of ours: types, keys and values, quantized matrices bit for bit, and targets whole or not at all."""
+"""Written GGUF files: types, keys, exact quantized matrices, and atomic writes."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def written(folder: Path, tensors: dict[str, Tensor], kind: str | None = None) -
 
 
 def small(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is F32 in every file."""
+    """Whether a tensor is F32 in every file."""
     return {
         n: t.float() for n, t in tensors.items() if not n.endswith(MATRICES) and n not in ("emb.weight", "head.weight")
     }
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_file_is_what_a_converter_would_write(kind: str, tmp_path: Path) -> None:
-    """Names, shapes, types and bytes, against a writer of the test's own."""
+def test_the_file_agrees_with_an_independent_converter(kind: str, tmp_path: Path) -> None:
+    """Compare names, shapes, types and bytes with an independent writer."""
     tensors = finch()
     wanted = gguf.GGMLQuantizationType[kind.upper()]
     plain = gguf.GGMLQuantizationType.F16 if wanted > 1 and kind != "bf16" else wanted
@@ -59,45 +59,45 @@ def test_the_file_is_what_a_converter_would_write(kind: str, tmp_path: Path) -> 
             kinds={"token_embd.weight": plain},
         )
     )
-    found = gguf.GGUFReader(written(tmp_path, tensors, kind))
-    ours = {tensor.name: tensor for tensor in found.tensors}
+    loaded = gguf.GGUFReader(written(tmp_path, tensors, kind))
+    ours = {tensor.name: tensor for tensor in loaded.tensors}
     assert ours.keys() == {tensor.name for tensor in expected.tensors}
-    for theirs in expected.tensors:
-        mine = ours[theirs.name]
-        assert mine.tensor_type == theirs.tensor_type and mine.shape.tolist() == theirs.shape.tolist(), theirs.name
-        assert np.array_equal(mine.data, theirs.data), theirs.name
+    for original in expected.tensors:
+        own = ours[original.name]
+        assert own.tensor_type == original.tensor_type and own.shape.tolist() == original.shape.tolist(), original.name
+        assert np.array_equal(own.data, original.data), original.name
     quantized = kind not in ("f32", "f16", "bf16")
-    assert ("general.quantization_version" in found.fields) == quantized
+    assert ("general.quantization_version" in loaded.fields) == quantized
     assert (
-        found.fields["general.file_type"].contents()
+        loaded.fields["general.file_type"].contents()
         == gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
     )
     same_keys = foreign.keys_of(tensors, 0) | {"rwkv6.time_mix_extra_dim": 8, "rwkv6.time_decay_extra_dim": 12}
     for key, value in same_keys.items():
         if key not in ("general.file_type", "general.quantization_version"):
-            assert found.fields[key].contents() == pytest.approx(value), key
+            assert loaded.fields[key].contents() == pytest.approx(value), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_type_of_the_source_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = finch(dtype=dtype)
-    config, found = load(written(tmp_path, tensors))
+    config, loaded = load(written(tmp_path, tensors))
     assert config == load(tmp_path / "model.pth")[0]
-    assert same(found, tensors | small(tensors))
+    assert same(loaded, tensors | small(tensors))
 
 
 def matrices(tensors: dict[str, Tensor], form: str) -> dict[str, QuantizedMatrix]:
-    """Random quantized matrices in place of those that a model has."""
+    """Replace the matrices of a model by random quantized ones."""
     generator = torch.Generator().manual_seed(1)
     low, high = (-127, 128) if form == "int8" else (0, 16)
-    found = {}
+    loaded = {}
     for name, tensor in tensors.items():
         if name.endswith(MATRICES) or name == "head.weight":
             rows, columns = tensor.shape
             q = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int8)
             scale, least = torch.randn(2, rows, columns // 32, generator=generator)
-            found[name] = assemble(form, q, scale, least if form == "int4" else None)
-    return found
+            loaded[name] = assemble(form, q, scale, least if form == "int4" else None)
+    return loaded
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
@@ -111,10 +111,10 @@ def test_quantized_matrices_stay_bit_for_bit(form: str, tmp_path: Path) -> None:
     convert(tmp_path / "b.gguf", tmp_path / "c.safetensors")
     convert(tmp_path / "c.safetensors", tmp_path / "d.gguf")
     for name in ("b.gguf", "c.safetensors", "d.gguf"):
-        found = read(tmp_path / name)
-        assert {n: m.format for n, m in found.quantized.items()} == dict.fromkeys(quantized, form)
-        assert all(torch.equal(m.data, quantized[n].data) for n, m in found.quantized.items())
-        assert found.tensors["emb.weight"].dtype == torch.bfloat16
+        loaded = read(tmp_path / name)
+        assert {n: m.format for n, m in loaded.quantized.items()} == dict.fromkeys(quantized, form)
+        assert all(torch.equal(m.data, quantized[n].data) for n, m in loaded.quantized.items())
+        assert loaded.tensors["emb.weight"].dtype == torch.bfloat16
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
     assert kinds == {"F32", "BF16", "Q8_0" if form == "int8" else "Q4_1"}
 
@@ -126,7 +126,7 @@ def test_a_second_conversion_changes_nothing(kind: str, tmp_path: Path) -> None:
     assert same(load(first)[1], load(tmp_path / "again.gguf")[1])
 
 
-def test_quantizing_again_is_said_and_unpacking_is_exact(tmp_path: Path) -> None:
+def test_requantization_is_reported_and_unpacking_is_exact(tmp_path: Path) -> None:
     first = written(tmp_path, finch(), "q8_0")
     assert not any("a second time" in note for note in convert(first, tmp_path / "q.gguf").notes)
     notes = convert(first, tmp_path / "q.gguf", matrix_type="q4_0", force=True).notes
@@ -145,16 +145,16 @@ def test_formats_without_quantized_matrices_get_bfloat16(name: str, to: str | No
     assert same(load(tmp_path / name)[1], expected)
 
 
-def test_short_rows_become_halves(tmp_path: Path) -> None:
+def test_short_rows_become_float16(tmp_path: Path) -> None:
     tensors = finch(n_embd=48, dim_ffn=64)
-    done = convert(saved(tmp_path, tensors), tmp_path / "m.gguf", matrix_type="q8_0")
-    assert any("22 matrices became F16" in note and "multiple of 32" in note for note in done.notes), done.notes
-    found = read(tmp_path / "m.gguf")
-    assert found.quantized.keys() == {f"blocks.{layer}.ffn.value.weight" for layer in range(3)}
-    assert torch.equal(found.tensors["head.weight"], tensors["head.weight"].half())
+    merged = convert(saved(tmp_path, tensors), tmp_path / "m.gguf", matrix_type="q8_0")
+    assert any("22 matrices became F16" in note and "multiple of 32" in note for note in merged.notes), merged.notes
+    loaded = read(tmp_path / "m.gguf")
+    assert loaded.quantized.keys() == {f"blocks.{layer}.ffn.value.weight" for layer in range(3)}
+    assert torch.equal(loaded.tensors["head.weight"], tensors["head.weight"].half())
 
 
-def test_numbers_beyond_a_half(tmp_path: Path) -> None:
+def test_numbers_beyond_float16(tmp_path: Path) -> None:
     tensors = finch()
     tensors["blocks.1.att.key.weight"][2, 3] = 70000.0
     for kind in ("f16", "q8_0", "q5_1"):
@@ -173,8 +173,8 @@ def test_vocabularies_and_notes(tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", config, tensors, tokenizer_spec=vocabulary.to_spec(), extra={"steps": 3})
     notes = convert(tmp_path / "a.safetensors", tmp_path / "m.gguf").notes
     assert [note.split()[0:2] for note in notes] == [["llama.cpp", "always"], ["a", ".gguf"]]
-    found = read(tmp_path / "m.gguf")
-    assert found.tokenizer_spec == vocabulary.to_spec() and found.config.norm_eps == 2e-5
+    loaded = read(tmp_path / "m.gguf")
+    assert loaded.tokenizer_spec == vocabulary.to_spec() and loaded.config.norm_eps == 2e-5
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.eot_token_id"].contents() == vocabulary.tokens.index(b"\n\n") == 257
     assert fields["tokenizer.ggml.tokens"].contents(slice(256, 259)) == [r"\xff", r"\n\n", " A"]
@@ -189,7 +189,7 @@ def test_vocabularies_and_notes(tmp_path: Path) -> None:
     assert read(tmp_path / "n.gguf").tokenizer_spec is None
 
 
-def test_the_name_is_passed_on(tmp_path: Path) -> None:
+def test_the_name_is_kept(tmp_path: Path) -> None:
     keys = foreign.keys_of(finch(), 0) | {"general.name": "Small Finch"}
     source = foreign.write(tmp_path / "theirs.gguf", foreign.converted(finch(), 0), keys)
     assert "extras" not in "".join(convert(source, tmp_path / "ours.gguf").notes)
@@ -205,7 +205,7 @@ def test_the_name_is_passed_on(tmp_path: Path) -> None:
         ("6.0 tuned", "tuned state"),
     ],
 )
-def test_models_that_gguf_has_no_place_for(kind: str, words: str, tmp_path: Path) -> None:
+def test_models_that_gguf_does_not_support(kind: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=rf"model\.pth (is|has).*{words}.*use \.safetensors"):
         convert(saved(tmp_path, make(kind)), tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
@@ -221,14 +221,14 @@ def test_wrong_requests(tmp_path: Path) -> None:
         convert(source, tmp_path / "m.bin", to="gguf")
 
 
-def test_a_file_can_be_converted_onto_itself(tmp_path: Path) -> None:
+def test_a_file_can_be_converted_in_place(tmp_path: Path) -> None:
     path = written(tmp_path, finch(), "q8_0")
     before = {name: tensor.clone() for name, tensor in load(path)[1].items()}
     convert(path, path, force=True)
     assert same(before, load(path)[1])
 
 
-def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, finch())
     before = path.read_bytes()
 
@@ -243,7 +243,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.gguf", "model.pth"]
 
 
-def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
     source = saved(tmp_path, finch())

@@ -1,4 +1,4 @@
-"""The official .pth: what is read, what is mapped, and every bad file with the error it gets."""
+"""The official .pth: reading, mapping, and the error for every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rewritten(
     change: Callable[[str, bytes], bytes],
     method: Callable[[str], int] = lambda name: zipfile.ZIP_STORED,
 ) -> Path:
-    """The same archive with each record passed through `change` and packed by the `method` of its name."""
+    """Rewrite an archive with each record passed through `change` and packed by the `method` of its name."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for record in old.infolist():
             name = record.filename
@@ -35,7 +35,7 @@ def rewritten(
 
 
 class Hostile:
-    """Unpickled, it would create a file."""
+    """An object that creates a file when unpickled."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -51,7 +51,7 @@ def test_a_real_checkpoint_is_mapped_not_copied(shared: Path) -> None:
     assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors.values())
 
 
-def test_writing_and_reading_back(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     tensors = make("6.0 in bfloat16")
     write_pth(tmp_path / "a.pth", tensors)
     back = read_pth(tmp_path / "a.pth")
@@ -61,23 +61,23 @@ def test_writing_and_reading_back(tmp_path: Path) -> None:
 
 
 def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> None:
-    whole = torch.arange(100_000.0)
-    write_pth(tmp_path / "a.pth", {"part": whole[10:16].view(2, 3), "turned": whole[:6].view(2, 3).t()})
+    complete = torch.arange(100_000.0)
+    write_pth(tmp_path / "a.pth", {"part": complete[10:16].view(2, 3), "turned": complete[:6].view(2, 3).t()})
     assert (tmp_path / "a.pth").stat().st_size < 10_000
     back = read_pth(tmp_path / "a.pth")
-    assert torch.equal(back["part"], whole[10:16].view(2, 3))
-    assert torch.equal(back["turned"], whole[:6].view(2, 3).t())
+    assert torch.equal(back["part"], complete[10:16].view(2, 3))
+    assert torch.equal(back["turned"], complete[:6].view(2, 3).t())
 
 
-def test_names_alone_are_read_onto_meta(tmp_path: Path) -> None:
+def test_names_are_read_onto_meta(tmp_path: Path) -> None:
     tensors = make("5.2")
-    found = read_pth(saved(tmp_path, tensors), weights=False)
-    assert {name: (t.shape, t.dtype, t.device.type) for name, t in found.items()} == {
+    loaded = read_pth(saved(tmp_path, tensors), weights=False)
+    assert {name: (t.shape, t.dtype, t.device.type) for name, t in loaded.items()} == {
         name: (t.shape, t.dtype, "meta") for name, t in tensors.items()
     }
 
 
-def test_names_can_be_read_where_the_file_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_read_even_if_the_file_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real = saved(tmp_path, make("5.2")), torch.load
 
     def no_map(*args: Any, mmap: bool, **rest: Any) -> Any:
@@ -93,22 +93,22 @@ def test_names_can_be_read_where_the_file_cannot_be_mapped(tmp_path: Path, monke
 
 def test_deepspeed_prefix_is_stripped(tmp_path: Path) -> None:
     tensors = make("6.0")
-    config, found = load(saved(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}))
-    assert config.version == "6.0" and same(tensors, found)
+    config, loaded = load(saved(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}))
+    assert config.version == "6.0" and same(tensors, loaded)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("harm", [0, 0xFF])
 @pytest.mark.parametrize("part", ["data/0", "data.pkl"])
 def test_compressed_archives_are_refused_unread(part: str, harm: int, method: int, tmp_path: Path) -> None:
-    """A small one can unpack to any size, and each method has its own exception for damage."""
+    """A small archive can unpack to any size, and each method has its own exception for damage."""
     path = saved(tmp_path, {"a": torch.zeros(100_000)})
     packed = rewritten(path, tmp_path / "packed.pth", lambda name, data: data, lambda name: method * (part in name))
     with zipfile.ZipFile(packed) as archive:
         record = next(record for record in archive.infolist() if record.filename.endswith(part))
-    whole = bytearray(packed.read_bytes())
-    whole[record.header_offset + 30 + len(record.filename) + record.compress_size // 2] ^= harm
-    packed.write_bytes(whole)
+    complete = bytearray(packed.read_bytes())
+    complete[record.header_offset + 30 + len(record.filename) + record.compress_size // 2] ^= harm
+    packed.write_bytes(complete)
     for weights in (True, False):
         with pytest.raises(CheckpointError, match=r"packed\.pth is compressed.*refused"):
             read_pth(packed, weights=weights)
@@ -116,14 +116,14 @@ def test_compressed_archives_are_refused_unread(part: str, harm: int, method: in
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_tensors_without_bytes_of_their_own_are_refused(weights: bool, tmp_path: Path) -> None:
-    """Kilobytes of a file that would become gigabytes of model on the first change of dtype."""
+    """A file of kilobytes would become a model of gigabytes on the first change of dtype."""
     one, many = torch.zeros(1).expand(6000, 6000), torch.zeros(100, 100)
     for tensors, needed in (({"a": one}, 144_000_000), ({str(i): many for i in range(100)}, 4_000_000)):
         with pytest.raises(CheckpointError, match=f"tensors share memory: its tensors need {needed} bytes"):
             read_pth(saved(tmp_path, tensors), weights=weights)
 
 
-def test_records_that_lie_on_one_another_count_no_further_than_the_file(tmp_path: Path) -> None:
+def test_overlapping_records_count_only_once(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.zeros(1000).expand(1000, 1000)})
     with zipfile.ZipFile(path, "a") as archive:
         record = archive.getinfo("model/data/0")
@@ -137,7 +137,7 @@ def test_records_that_lie_on_one_another_count_no_further_than_the_file(tmp_path
             read_pth(path, weights=weights)
 
 
-def test_tensors_that_share_memory_are_written_one_by_one(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_written_separately(tmp_path: Path) -> None:
     tensor = torch.arange(6.0)
     write_pth(tmp_path / "a.pth", {"emb": tensor, "head": tensor.view(2, 3)})
     assert same({"emb": tensor, "head": tensor.view(2, 3)}, read_pth(tmp_path / "a.pth"))
@@ -164,28 +164,28 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(zipped: bool, proto
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:
-    whole = saved(tmp_path, make("5.2", n_layer=1)).read_bytes()
+    complete = saved(tmp_path, make("5.2", n_layer=1)).read_bytes()
     path = tmp_path / "cut.pth"
-    for length in (0, 3, 40, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    for length in (0, 3, 40, len(complete) // 2, len(complete) - 1):
+        path.write_bytes(complete[:length])
         with pytest.raises(CheckpointError, match=r"cut\.pth .*(ownload|neither)"):
             load(path)
 
 
-def test_corrupt_list_of_names(tmp_path: Path) -> None:
-    whole = bytearray(saved(tmp_path, make("4", n_layer=1)).read_bytes())
-    whole[whole.index(b"blocks.0.ln1")] ^= 0xFF
+def test_a_damaged_list_of_names(tmp_path: Path) -> None:
+    complete = bytearray(saved(tmp_path, make("4", n_layer=1)).read_bytes())
+    complete[complete.index(b"blocks.0.ln1")] ^= 0xFF
     path = tmp_path / "bad.pth"
-    path.write_bytes(whole)
+    path.write_bytes(complete)
     with pytest.raises(CheckpointError, match=r"bad.pth is truncated or damaged .*SHA-256"):
         load(path)
 
 
 def test_any_flipped_byte_is_an_error_or_harmless_but_never_a_crash(tmp_path: Path) -> None:
-    whole = saved(tmp_path, make("6.0", n_layer=1, n_embd=16)).read_bytes()
+    complete = saved(tmp_path, make("6.0", n_layer=1, n_embd=16)).read_bytes()
     path = tmp_path / "bad.pth"
-    for place in range(0, len(whole), len(whole) // 150):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    for location in range(0, len(complete), len(complete) // 150):
+        path.write_bytes(complete[:location] + bytes([complete[location] ^ 0x55]) + complete[location + 1 :])
         for weights in (True, False):
             try:
                 read_pth(path, weights=weights)
@@ -197,10 +197,10 @@ def test_flipped_weights_are_found_by_verify(tmp_path: Path) -> None:
     tensors = make("5.2")
     path = saved(tmp_path, tensors)
     assert verify(path).config.version == "5.2"
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
+    complete = bytearray(path.read_bytes())
+    complete[complete.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
     bad = tmp_path / "bad.pth"
-    bad.write_bytes(whole)
+    bad.write_bytes(complete)
     load(bad)  # reads no weight, so it cannot tell
     with pytest.raises(CheckpointError, match=r"bad.pth is damaged: Bad CRC-32"):
         verify(bad)
@@ -255,7 +255,7 @@ def test_a_record_shorter_than_its_tensor_is_an_error(tmp_path: Path) -> None:
         (b"just some text", "neither a .pth .* nor a .safetensors"),
     ],
 )
-def test_files_that_are_something_else(content: bytes, message: str, tmp_path: Path) -> None:
+def test_other_types_of_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -263,14 +263,14 @@ def test_files_that_are_something_else(content: bytes, message: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("magic", "message"), [(b"fmgg\0\0\0\0", "an rwkv.cpp")])
-def test_formats_of_others_are_named(magic: bytes, message: str, tmp_path: Path) -> None:
+def test_formats_of_other_programs_are_named(magic: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(magic + bytes(64))
     with pytest.raises(UnsupportedError, match=message):
         load(path)
 
 
-def test_the_old_torch_format_is_recognised(tmp_path: Path) -> None:
+def test_the_old_torch_format_is_recognized(tmp_path: Path) -> None:
     torch.save(make("4"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"bare pickle, the torch format from before 1.6"):
         load(tmp_path / "old.pth")
@@ -298,7 +298,7 @@ def test_zip_archives_of_other_kinds(tmp_path: Path) -> None:
         ({"conv.weight": torch.zeros(2, 2)}, "is not an RWKV checkpoint.*found 'conv.weight'"),
     ],
 )
-def test_contents_that_are_no_model(content: Any, message: str, tmp_path: Path) -> None:
+def test_contents_that_are_not_a_model(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "odd.pth")

@@ -1,4 +1,4 @@
-"""Fledge's safetensors: what it carries, what others read of it, and headers that lie."""
+"""Fledge's safetensors files: contents, compatibility with the library, and hostile headers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def with_header(path: Path, header: object, data: bytes = b"") -> Path:
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """The Fledge record in a file's header."""
+    """Read the Fledge record in the header of a file."""
     return json.loads(read_safetensors(path, weights=False)[1]["fledge"])
 
 
@@ -44,21 +44,21 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     tensors = make(kind)
     config = config_of(tensors)
     save(tmp_path / "m.safetensors", config, tensors)
-    found, back = load(tmp_path / "m.safetensors")
-    assert found == config and same(tensors, back) and list(tensors) == list(back)
+    loaded, back = load(tmp_path / "m.safetensors")
+    assert loaded == config and same(tensors, back) and list(tensors) == list(back)
 
 
-def test_config_tokenizer_and_extras_come_back(tmp_path: Path) -> None:
+def test_config_tokenizer_and_extras_are_read_back(tmp_path: Path) -> None:
     vocabulary = prune(world_vocabulary(), [300, 500, 700], size=272)
     tensors = make("6.0", vocab_size=272)
     config = replace(config_of(tensors), group_norm_eps=1e-5, norm_eps=2e-5)
     spec, extra = vocabulary.to_spec(), {"steps": 7, "loss": 2.5}
     save(tmp_path / "m.safetensors", config, tensors, tokenizer_spec=spec, extra=extra)
-    found = read(tmp_path / "m.safetensors")
-    assert (found.config, found.tokenizer_spec, found.extra, found.format) == (config, spec, extra, "safetensors")
+    loaded = read(tmp_path / "m.safetensors")
+    assert (loaded.config, loaded.tokenizer_spec, loaded.extra, loaded.format) == (config, spec, extra, "safetensors")
 
 
-def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path: Path) -> None:
+def test_files_are_compatible_with_the_library(tmp_path: Path) -> None:
     tensors = make("5.2")
     mixed = tensors | {"emb.weight": tensors["emb.weight"].to(torch.bfloat16)}
     save(tmp_path / "ours.safetensors", config_of(tensors), mixed)
@@ -72,9 +72,9 @@ def test_the_same_model_gives_the_same_bytes_and_aligned_data(tmp_path: Path) ->
     for name in "ab":
         tensors = make("6.0")
         save(tmp_path / f"{name}.safetensors", config_of(tensors), tensors, extra={"y": 1, "x": 2})
-    whole = (tmp_path / "a.safetensors").read_bytes()
-    assert whole == (tmp_path / "b.safetensors").read_bytes()
-    assert (8 + int.from_bytes(whole[:8], "little")) % 64 == 0
+    complete = (tmp_path / "a.safetensors").read_bytes()
+    assert complete == (tmp_path / "b.safetensors").read_bytes()
+    assert (8 + int.from_bytes(complete[:8], "little")) % 64 == 0
 
 
 @pytest.mark.parametrize(("rows", "kind", "needed"), [(37, "bytes", 256), (256, "world", 65536)])
@@ -141,7 +141,7 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(
         load(with_record(tmp_path / "bad.safetensors", tensors, record))
 
 
-def test_a_record_that_is_no_json_is_an_error(tmp_path: Path) -> None:
+def test_a_record_that_is_not_json_is_an_error(tmp_path: Path) -> None:
     for text in ("{", "[" * 100_000):
         with pytest.raises(CheckpointError, match="is not JSON"):
             load(with_record(tmp_path / "bad.safetensors", make("4"), text))
@@ -206,15 +206,15 @@ def test_tensors_that_are_not_floats_are_unsupported(tmp_path: Path) -> None:
 def test_truncated_files_are_errors(tmp_path: Path) -> None:
     tensors = make("4", n_layer=1)
     save(tmp_path / "m.safetensors", config_of(tensors), tensors)
-    whole = (tmp_path / "m.safetensors").read_bytes()
+    complete = (tmp_path / "m.safetensors").read_bytes()
     path = tmp_path / "cut.safetensors"
-    for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    for length in (0, 5, 8, 100, len(complete) // 2, len(complete) - 1):
+        path.write_bytes(complete[:length])
         with pytest.raises(CheckpointError, match=r"cut\.safetensors.*(empty|truncated)"):
             load(path)
 
 
-def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
+def test_the_content_decides_not_the_suffix(tmp_path: Path) -> None:
     tensors = make("4")
     save(tmp_path / "m.safetensors", config_of(tensors), tensors)
     (tmp_path / "m.safetensors").rename(tmp_path / "m.pth")
@@ -227,7 +227,7 @@ def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
         read(tmp_path / "n.safetensors")
 
 
-def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
+def test_save_refuses_unreadable_models(tmp_path: Path) -> None:
     tensors = make("5.2")
     config = config_of(tensors)
     with pytest.raises(CheckpointError, match=r"missing: ln_out\.bias"):

@@ -1,4 +1,4 @@
-"""Hugging Face folders in both layouts, single and sharded, and the ways a folder can be wrong."""
+"""Hugging Face folders in both layouts, with one or several files, and invalid folders."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_hf_names(official: str, theirs: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["4", "5.2", "6.0", "6.0 tuned"])
-def test_every_name_has_a_way_back(kind: str) -> None:
+def test_every_name_is_converted_back(kind: str) -> None:
     names = list(make(kind))
     assert [from_hf(to_hf(name)) for name in names] == names
     assert len({to_hf(name) for name in names}) == len(names)
@@ -75,9 +75,9 @@ def test_every_name_has_a_way_back(kind: str) -> None:
 )
 def test_remote_code_folders(kind: str, settings: dict[str, Any], file: str, tmp_path: Path) -> None:
     tensors = make(kind)
-    found = read(folder(tmp_path / "m", settings, hf(tensors), file))
-    assert found.format == "hf" and found.config.version == kind and same(tensors, found.tensors)
-    assert (found.config.norm_eps, found.config.group_norm_eps) == (1e-5, 64e-5)
+    loaded = read(folder(tmp_path / "m", settings, hf(tensors), file))
+    assert loaded.format == "hf" and loaded.config.version == kind and same(tensors, loaded.tensors)
+    assert (loaded.config.norm_eps, loaded.config.group_norm_eps) == (1e-5, 64e-5)
 
 
 def test_sharded_folders(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_sharded_folders(tmp_path: Path) -> None:
         folder(tmp_path / "m", {"model_type": "rwkv6"}, {name: hf(tensors)[name] for name in part}, file)
     weight_map = {name: file for file, part in shards.items() for name in part}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    found = read(tmp_path / "m")
-    assert same(tensors, found.tensors) and len(found.files) == 2
+    loaded = read(tmp_path / "m")
+    assert same(tensors, loaded.tensors) and len(loaded.files) == 2
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00002\.safetensors, which is not in the folder"):
         load(tmp_path / "m")
@@ -114,12 +114,12 @@ def test_sharded_folders(tmp_path: Path) -> None:
         "x" * 300,
     ],
 )
-def test_an_index_cannot_lead_out_of_its_folder(name: object, tmp_path: Path) -> None:
+def test_an_index_cannot_name_files_outside_its_folder(name: object, tmp_path: Path) -> None:
     torch.save(hf(make("6.0")), tmp_path / "secret.bin")
-    place = folder(tmp_path / "m", {"model_type": "rwkv6"}, {"x": torch.zeros(1)}, "other.bin")
-    (place / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"emb.weight": name}}))
+    path = folder(tmp_path / "m", {"model_type": "rwkv6"}, {"x": torch.zeros(1)}, "other.bin")
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"emb.weight": name}}))
     with pytest.raises(CheckpointError, match="not a plain file name; refused"):
-        load(place)
+        load(path)
 
 
 def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
         load(tmp_path / "m")
 
 
-def test_a_folder_without_config_says_what_is_in_it(tmp_path: Path) -> None:
+def test_a_folder_without_config_lists_its_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json.*; give a \.pth, \.safetensors or \.gguf file"):
         load(tmp_path)
     (tmp_path / "a.pth").touch()
@@ -160,7 +160,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         ('{"model_type": "rwkv6", "head_size_divisor": 1e200}', CheckpointError, "must be a positive number below"),
     ],
 )
-def test_configs_that_are_wrong(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
+def test_invalid_configs(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
     folder(tmp_path / "m", {}, hf(make("6.0")))
     (tmp_path / "m" / "config.json").write_text(text)
     with pytest.raises(kind, match=message):
@@ -174,22 +174,22 @@ def test_epsilons_come_from_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["hf", "fla"])
-def test_an_epsilon_changed_in_a_folder_we_wrote_is_an_error(to: str, tmp_path: Path) -> None:
-    """The header of the weights has the epsilons too, and neither may win in silence."""
+def test_a_changed_epsilon_in_a_written_folder_is_an_error(to: str, tmp_path: Path) -> None:
+    """The header of the weights also has the epsilons; a contradiction is an error."""
     tensors = make("6.0")
     config = replace(load(saved(tmp_path, tensors))[0], norm_eps=2e-5, group_norm_eps=3e-4)
     save(tmp_path / "a.safetensors", config, tensors)
     convert(tmp_path / "a.safetensors", tmp_path / "m", to=to)
-    place = tmp_path / "m" / "config.json"
-    written = json.loads(place.read_text())
+    path = tmp_path / "m" / "config.json"
+    written = json.loads(path.read_text())
     assert load(tmp_path / "m")[0] == config
     eps = "layer_norm_epsilon" if to == "hf" else "norm_eps"
-    place.write_text(json.dumps({name: value for name, value in written.items() if name != eps}))
+    path.write_text(json.dumps({name: value for name, value in written.items() if name != eps}))
     assert load(tmp_path / "m")[0] == config  # says nothing, so contradicts nothing
     changes = {eps: "norm_eps"} | ({"head_size_divisor": "group_norm_eps"} if to == "hf" else {})
-    for name, said in changes.items():
-        place.write_text(json.dumps(written | {name: 8}))
-        with pytest.raises(CheckpointError, match=rf"config\.json has {said} .*, the header of its weights"):
+    for name, message in changes.items():
+        path.write_text(json.dumps(written | {name: 8}))
+        with pytest.raises(CheckpointError, match=rf"config\.json has {message} .*, the header of its weights"):
             load(tmp_path / "m")
 
 
@@ -205,7 +205,7 @@ def test_a_tensor_under_two_names_is_an_error(
                 load(saved(tmp_path, both))
 
 
-def test_missing_tensors_have_their_official_name(tmp_path: Path) -> None:
+def test_missing_tensors_are_reported_by_official_name(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in make("5.2").items() if name != "blocks.1.att.time_mix_g"}
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.att\.time_mix_g \(1, 1, 24\)"):
         load(folder(tmp_path / "m", {"model_type": "rwkv5"}, hf(tensors)))
@@ -229,13 +229,13 @@ FLA = {"model_type": "rwkv6", "num_heads": 3, "expand_k": 1.0, "hidden_size": 24
 
 def test_fla_folders(tmp_path: Path) -> None:
     tensors = make("6.0")
-    found = read(folder(tmp_path / "m", FLA, to_fla(tensors)))
-    assert found.format == "fla" and same(tensors, found.tensors)
-    assert found.config.group_norm_eps == 64e-5  # whatever norm_eps says
+    loaded = read(folder(tmp_path / "m", FLA, to_fla(tensors)))
+    assert loaded.format == "fla" and same(tensors, loaded.tensors)
+    assert loaded.config.group_norm_eps == 64e-5  # whatever norm_eps says
 
 
-def test_fla_is_told_from_the_remote_code_by_its_names(tmp_path: Path) -> None:
-    """Both call themselves rwkv6."""
+def test_fla_is_distinguished_from_the_remote_code_by_names(tmp_path: Path) -> None:
+    """Both have the model type rwkv6."""
     settings = {"model_type": "rwkv6", "architectures": ["Rwkv6ForCausalLM"]}
     assert read(folder(tmp_path / "a", settings, to_fla(make("6.0")))).format == "fla"
     assert read(folder(tmp_path / "b", settings, hf(make("6.0")))).format == "hf"
@@ -244,15 +244,15 @@ def test_fla_is_told_from_the_remote_code_by_its_names(tmp_path: Path) -> None:
 
 
 def test_fla_shapes_and_token_shift() -> None:
-    """The mixes r, w, k, v, g as that library computes them equal those of the official layout (equations 14-16)."""
+    """The mixes r, w, k, v, g that the library computes equal those of the official layout (equations 14-16)."""
     width, rank = 24, 8
     tensors = {name: tensor.double() for name, tensor in make("6.0").items()}
-    theirs = {name.removeprefix("model.layers.1.attn."): tensor for name, tensor in to_fla(tensors).items()}
+    original = {name.removeprefix("model.layers.1.attn."): tensor for name, tensor in to_fla(tensors).items()}
     x, delta = torch.randn(2, 5, width, dtype=torch.double), torch.randn(2, 5, width, dtype=torch.double)
 
-    low = torch.tanh((x + delta * theirs["x_proj.0.mu"]) @ theirs["x_proj.0.linear.weight"].t())
-    up = theirs["x_proj.2.weight"].view(width, 5, rank)
-    mixes = torch.einsum("btnr,hnr->btnh", low.view(2, 5, 5, rank), up) + theirs["x_bias"]
+    low = torch.tanh((x + delta * original["x_proj.0.mu"]) @ original["x_proj.0.linear.weight"].t())
+    up = original["x_proj.2.weight"].view(width, 5, rank)
+    mixes = torch.einsum("btnr,hnr->btnh", low.view(2, 5, 5, rank), up) + original["x_bias"]
     r, w, k, v, g = mixes.unbind(-2)
 
     ours = {name.removeprefix("blocks.1.att."): tensor for name, tensor in tensors.items()}
@@ -261,9 +261,9 @@ def test_fla_shapes_and_token_shift() -> None:
     for letter, part, mix in zip("wkvrg", dynamic, (w, k, v, r, g), strict=True):
         torch.testing.assert_close(mix, ours[f"time_maa_{letter}"] + part)
 
-    lora = torch.tanh(x @ theirs["w_proj.linear.lora.0.weight"].t()) @ theirs["w_proj.linear.lora.2.weight"].t()
+    lora = torch.tanh(x @ original["w_proj.linear.lora.0.weight"].t()) @ original["w_proj.linear.lora.2.weight"].t()
     expected = ours["time_decay"] + torch.tanh(x @ ours["time_decay_w1"]) @ ours["time_decay_w2"]
-    torch.testing.assert_close(lora + theirs["w_proj.linear.lora.2.bias"], expected)
+    torch.testing.assert_close(lora + original["w_proj.linear.lora.2.bias"], expected)
 
 
 def test_fla_tensors_of_impossible_shape_are_named() -> None:

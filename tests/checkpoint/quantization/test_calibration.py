@@ -1,4 +1,4 @@
-"""Calibration: the sums it makes, what they predict, and what it refuses."""
+"""Calibration: the sums, their predictions, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6.0"])
-def test_every_matrix_of_every_version_has_its_numbers(version: str) -> None:
+def test_every_matrix_of_every_version_is_measured(version: str) -> None:
     model = model_of(version)
-    found = measure(model, [[1, 2, 3, 4, 5], [6, 7]])
+    loaded = measure(model, [[1, 2, 3, 4, 5], [6, 7]])
     weights = {name: weight for name, weight in model.named_parameters() if is_quantizable(name)}
-    assert found.keys() == weights.keys()
+    assert loaded.keys() == weights.keys()
     for name, weight in weights.items():
-        assert found[name].outputs.shape == weight.shape[:1] and found[name].inputs.shape == weight.shape[1:]
-        assert bool((found[name].inputs >= 0).all()) and float(found[name].outputs.sum()) > 0, name
+        assert loaded[name].outputs.shape == weight.shape[:1] and loaded[name].inputs.shape == weight.shape[1:]
+        assert bool((loaded[name].inputs >= 0).all()) and float(loaded[name].outputs.sum()) > 0, name
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_sums_are_those_of_the_definition() -> None:
-    """Against the gradients that autograd gives for each token alone, with the tokens drawn in the same order."""
+def test_the_sums_follow_the_definition() -> None:
+    """Compare with the gradients of autograd for each token alone, with tokens sampled in the same order."""
     model, ids = model_of(), [1, 2, 3, 4, 5, 6]
-    found = measure(model, [ids])["head.weight"]
+    loaded = measure(model, [ids])["head.weight"]
     seen: list[Tensor] = []
     hook = model.head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
     with torch.no_grad():
@@ -62,23 +62,23 @@ def test_the_sums_are_those_of_the_definition() -> None:
     p = torch.softmax(logits[0], -1)
     drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
     gradient = p - torch.nn.functional.one_hot(drawn, p.shape[1])  # of the head's own outputs
-    assert_close_relative(found.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
-    assert_close_relative(found.outputs, gradient.square().mean(0), MODEL_TOLERANCE, "outputs")
+    assert_close_relative(loaded.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
+    assert_close_relative(loaded.outputs, gradient.square().mean(0), MODEL_TOLERANCE, "outputs")
 
 
-def test_windows_carry_the_state_on() -> None:
+def test_windows_carry_the_state() -> None:
     model = model_of()
     ids = torch.randint(0, 50, (WINDOW + 20,)).tolist()
-    found = measure(model, [ids])["blocks.1.ffn.value.weight"]
+    loaded = measure(model, [ids])["blocks.1.ffn.value.weight"]
     seen: list[Tensor] = []
     model.blocks[1].ffn.value.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
     with torch.no_grad():
         model(torch.tensor([ids]))
-    assert_close_relative(found.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
+    assert_close_relative(loaded.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
 
 
-def test_the_formula_tells_what_rounding_costs() -> None:
-    """A head rounded to 4 bits: measured KL against the one that was predicted."""
+def test_the_formula_predicts_the_cost_of_rounding() -> None:
+    """Compare measured and predicted KL for a head rounded to 4 bits."""
     model = model_of()
     ids = torch.randint(0, 50, (1, 400), generator=torch.Generator().manual_seed(3))
     importance = measure(model, ids.tolist())
@@ -86,24 +86,24 @@ def test_the_formula_tells_what_rounding_costs() -> None:
         weight = dict(model.named_parameters())[name]
         with torch.no_grad():
             before = torch.log_softmax(model(ids)[0][0], -1)
-            kept = weight.clone()
+            remaining = weight.clone()
             matrix, _ = round_weight(weight, "int4")
             weight.copy_(matrix.dequantize())
             after = torch.log_softmax(model(ids)[0][0], -1)
-            weight.copy_(kept)
+            weight.copy_(remaining)
         kl = float((before.exp() * (before - after)).sum(-1).mean())
         assert 0.6 < compute_cost(weight.detach(), matrix, importance[name]) / kl < 1.6, name
 
 
-def test_a_checkpoint_and_texts_in_importance_out(source: Path) -> None:
+def test_calibrating_a_checkpoint(source: Path) -> None:
     calls: list[tuple[int, int]] = []
-    found = calibrate(source, TEXTS, tokens=300, report=lambda *call: calls.append(call))
-    assert calls[-1] == (300, 300) and "head.weight" in found
-    again = calibrate(source, TEXTS, tokens=300)
-    assert all(torch.equal(found[name].outputs, again[name].outputs) for name in found)
+    loaded = calibrate(source, TEXTS, tokens=300, report=lambda *call: calls.append(call))
+    assert calls[-1] == (300, 300) and "head.weight" in loaded
+    reloaded = calibrate(source, TEXTS, tokens=300)
+    assert all(torch.equal(loaded[name].outputs, reloaded[name].outputs) for name in loaded)
 
 
-def test_what_is_refused(source: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text to calibrate with"):
         calibrate(source, [""])
     quantize(source, tmp_path / "q.safetensors", "int8")
@@ -111,7 +111,7 @@ def test_what_is_refused(source: Path, tmp_path: Path) -> None:
         calibrate(tmp_path / "q.safetensors", TEXTS)
 
 
-def test_hooks_go_even_where_it_fails() -> None:
+def test_hooks_are_removed_after_an_error() -> None:
     model: Any = model_of()
     with pytest.raises(Exception, match="token id 99"):
         measure(model, [[1, 99]])

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what is rounded, what stays, the file that is written, and files that lie."""
+"""Quantized checkpoints: the rounded and the unchanged weights, the written file, and damaged files."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_all_products_and_nothing_else_are_quantized(kind: str, tmp_path: Path) -> None:
+def test_only_matrices_of_products_are_quantized(kind: str, tmp_path: Path) -> None:
     source = saved(tmp_path, make(kind))
-    outcome = quantize(source, tmp_path / "q.safetensors", "int8")
+    report = quantize(source, tmp_path / "q.safetensors", "int8")
     before, after = read(source), read(tmp_path / "q.safetensors")
     products = {name for name, tensor in before.tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
-    assert set(after.quantized) == products - {"emb.weight"} == set(outcome.formats)
+    assert set(after.quantized) == products - {"emb.weight"} == set(report.formats)
     assert same(after.tensors, {name: t for name, t in before.tensors.items() if name not in after.quantized})
-    assert after.config == before.config and set(outcome.formats.values()) == {"int8"}
+    assert after.config == before.config and set(report.formats.values()) == {"int8"}
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
     with torch.no_grad():
         dense, _ = load_model(source).model(ids)
@@ -59,24 +59,24 @@ def test_all_products_and_nothing_else_are_quantized(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_file_holds_exactly_what_was_rounded(scheme: str, source: Path, tmp_path: Path) -> None:
-    outcome = quantize(source, tmp_path / "q.safetensors", scheme)
+def test_the_file_holds_the_rounded_weights(scheme: str, source: Path, tmp_path: Path) -> None:
+    report = quantize(source, tmp_path / "q.safetensors", scheme)
     _, tensors = load(source)
-    rest, matrices = quantize_tensors(tensors, scheme)
-    found = read(tmp_path / "q.safetensors")
-    assert same(found.tensors, rest) and found.quantized.keys() == matrices.keys()
-    for name, matrix in found.quantized.items():
+    others, matrices = quantize_tensors(tensors, scheme)
+    loaded = read(tmp_path / "q.safetensors")
+    assert same(loaded.tensors, others) and loaded.quantized.keys() == matrices.keys()
+    for name, matrix in loaded.quantized.items():
         assert (matrix.format, matrix.shape) == (matrices[name].format, matrices[name].shape)
         assert torch.equal(matrix.data, matrices[name].data)
-    assert found.tokenizer_spec == {"kind": "bytes"}
+    assert loaded.tokenizer_spec == {"kind": "bytes"}
     facts = {"scheme": scheme, "calibrated": False, "base": describe_base(read(source)).identity}
-    assert found.extra == {"steps": 7, "quantised": facts}
-    assert outcome.nbytes == (tmp_path / "q.safetensors").stat().st_size < outcome.nbytes_before
-    assert outcome.bits_per_weight == inspect(tmp_path / "q.safetensors").bits_per_weight
+    assert loaded.extra == {"steps": 7, "quantised": facts}
+    assert report.nbytes == (tmp_path / "q.safetensors").stat().st_size < report.nbytes_before
+    assert report.bits_per_weight == inspect(tmp_path / "q.safetensors").bits_per_weight
     assert all(
-        0 < error < (0.006 if found.quantized[name].format == "int8" else 0.1) for name, error in outcome.errors.items()
+        0 < error < (0.006 if loaded.quantized[name].format == "int8" else 0.1) for name, error in report.errors.items()
     )
-    dense = found.dequantize()
+    dense = loaded.dequantize()
     assert torch.equal(dense["head.weight"], matrices["head.weight"].dequantize())
 
 
@@ -97,10 +97,10 @@ def test_matrices_are_mapped_not_read(source: Path, tmp_path: Path) -> None:
         line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
     ]
     places = [range(int(start, 16), int(end, 16)) for start, end in spans]
-    assert all(any(matrix.data.data_ptr() in place for place in places) for matrix in matrices.values())
+    assert all(any(matrix.data.data_ptr() in location for location in places) for matrix in matrices.values())
 
 
-def test_what_is_quantized_runs_without_a_file_too(source: Path, tmp_path: Path) -> None:
+def test_a_model_can_be_quantized_in_memory(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
     config, tensors = load(source)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
@@ -113,40 +113,40 @@ def test_what_is_quantized_runs_without_a_file_too(source: Path, tmp_path: Path)
 # The policy of "mixed".
 
 
-def test_mixed_keeps_in_int8_what_counts_most_as_a_rule(source: Path, tmp_path: Path) -> None:
-    outcome = quantize(source, tmp_path / "q.safetensors", "mixed")
-    in_int8 = {name for name, format in outcome.formats.items() if format == "int8"}
-    assert 5.0 < outcome.bits_per_weight <= MAX_BITS and in_int8
+def test_mixed_uses_typical_sensitivities(source: Path, tmp_path: Path) -> None:
+    report = quantize(source, tmp_path / "q.safetensors", "mixed")
+    in_int8 = {name for name, format in report.formats.items() if format == "int8"}
+    assert 5.0 < report.bits_per_weight <= MAX_BITS and in_int8
     assert not any(".ffn.receptance." in name for name in in_int8)
 
 
-def test_mixed_keeps_in_int8_what_a_text_says_counts(source: Path, tmp_path: Path) -> None:
+def test_mixed_uses_calibration(source: Path, tmp_path: Path) -> None:
     _, tensors = load(source)
-    wanted = "blocks.1.ffn.receptance.weight"
+    expected = "blocks.1.ffn.receptance.weight"
     importance = {
         name: MatrixImportance(
-            torch.ones(tensor.shape[1]), torch.full((tensor.shape[0],), 1e4 if name == wanted else 1.0)
+            torch.ones(tensor.shape[1]), torch.full((tensor.shape[0],), 1e4 if name == expected else 1.0)
         )
         for name, tensor in tensors.items()
         if is_quantizable(name)
     }
-    outcome = quantize(source, tmp_path / "q.safetensors", "mixed", importance=importance)
-    assert outcome.formats[wanted] == "int8" and outcome.calibrated
+    report = quantize(source, tmp_path / "q.safetensors", "mixed", importance=importance)
+    assert report.formats[expected] == "int8" and report.calibrated
     assert read(tmp_path / "q.safetensors").extra["quantised"]["calibrated"] is True
 
 
-def test_what_no_input_reaches_does_no_harm(source: Path, tmp_path: Path) -> None:
+def test_inputs_of_zero_are_harmless(source: Path, tmp_path: Path) -> None:
     _, tensors = load(source)
     zero = {
         n: MatrixImportance(torch.zeros(t.shape[1]), torch.zeros(t.shape[0]))
         for n, t in tensors.items()
         if is_quantizable(n)
     }
-    outcome = quantize(source, tmp_path / "q.safetensors", "mixed", importance=zero)
-    assert set(outcome.errors.values()) == {0.0} and set(outcome.formats.values()) == {"int4"}
+    report = quantize(source, tmp_path / "q.safetensors", "mixed", importance=zero)
+    assert set(report.errors.values()) == {0.0} and set(report.formats.values()) == {"int4"}
 
 
-def test_cost_is_the_formula() -> None:
+def test_the_cost_follows_the_formula() -> None:
     weight = torch.randn(70, 40)
     importance = MatrixImportance(torch.rand(40), torch.rand(70))
     matrix, _ = round_weight(weight, "int4")
@@ -159,7 +159,7 @@ def test_cost_is_the_formula() -> None:
     assert estimate_cost("head.weight", 10, 0.0) == 0
 
 
-def test_choice_is_the_best_there_is() -> None:
+def test_the_choice_is_optimal() -> None:
     draw = random.Random(1)
     for _ in range(30):
         names = [str(number) for number in range(9)]
@@ -182,7 +182,7 @@ def test_choice_is_the_best_there_is() -> None:
 # What is refused.
 
 
-def test_what_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
+def test_invalid_requests_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantization 'int3' is unknown; choose one of int8, int4, mixed"):
         quantize(source, tmp_path / "q.safetensors", "int3")
     with pytest.raises(UsageError, match=r"q\.pth: quantized models are written as \.safetensors"):
@@ -198,7 +198,7 @@ def test_what_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
     assert quantize(source, tmp_path / "q.safetensors", "int4", force=True).scheme == "int4"
 
 
-def test_a_weight_that_cannot_be_held_is_named(tmp_path: Path) -> None:
+def test_a_weight_out_of_range_is_named(tmp_path: Path) -> None:
     tensors = make("5.2")
     tensors["blocks.1.ffn.key.weight"][3, 4] = float("nan")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight: .*numbers that int4 cannot represent"):
@@ -210,7 +210,7 @@ def test_a_weight_that_cannot_be_held_is_named(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, target: Path, change: Any = lambda record, tensors: None) -> Path:
-    """The same safetensors after `change` has had its record and tensors."""
+    """Rewrite a safetensors file after `change` has modified its record and tensors."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
         tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -287,7 +287,7 @@ def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (_vector, r"ln_out\.bias"),
     ],
 )
-def test_records_that_lie(change: Any, message: str, source: Path, tmp_path: Path) -> None:
+def test_false_records_are_refused(change: Any, message: str, source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
     path = rewritten(tmp_path / "q.safetensors", tmp_path / "bad.safetensors", change)
     for weights in (True, False):
@@ -295,7 +295,7 @@ def test_records_that_lie(change: Any, message: str, source: Path, tmp_path: Pat
             read(path, weights=weights)
 
 
-def test_bytes_in_a_file_of_somebody_else_are_unsupported(source: Path, tmp_path: Path) -> None:
+def test_uint8_tensors_of_other_programs_are_unsupported(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
     with safe_open(tmp_path / "q.safetensors", framework="pt") as file:
         save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "bare.safetensors")  # noqa: SIM118
@@ -305,31 +305,31 @@ def test_bytes_in_a_file_of_somebody_else_are_unsupported(source: Path, tmp_path
 
 def test_truncated_files_are_errors(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
-    whole = (tmp_path / "q.safetensors").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
+    complete = (tmp_path / "q.safetensors").read_bytes()
+    header = 8 + int.from_bytes(complete[:8], "little")
     path = tmp_path / "cut.safetensors"
-    for length in (0, 7, 8, header - 1, header, header + 1280, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    for length in (0, 7, 8, header - 1, header, header + 1280, len(complete) // 2, len(complete) - 1):
+        path.write_bytes(complete[:length])
         for weights in (True, False):
             with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
                 read(path, weights=weights)
 
 
-def test_flipped_bytes_in_the_header_never_break_anything_else(source: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_in_the_header_only_raise_checkpoint_errors(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "mixed")
-    whole = (tmp_path / "q.safetensors").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
+    complete = (tmp_path / "q.safetensors").read_bytes()
+    header = 8 + int.from_bytes(complete[:8], "little")
     path, draw, refused = tmp_path / "flipped.safetensors", random.Random(20), 0
     for number in range(250):
-        damaged = bytearray(whole)
+        damaged = bytearray(complete)
         for _ in range(draw.choice((1, 1, 2, 8))):
             at = draw.randrange(8 if number % 10 == 0 else header)
             damaged[at] = draw.choice((damaged[at] ^ 1 << draw.randrange(8), draw.choice(b'0123456789"[]{},:')))
         path.write_bytes(damaged)
         try:
-            found = read(path)
+            loaded = read(path)
             inspect(path)
-            assemble(found.config, found.dequantize())
+            assemble(loaded.config, loaded.dequantize())
         except FledgeError:
             refused += 1
     assert refused > 150
@@ -337,11 +337,11 @@ def test_flipped_bytes_in_the_header_never_break_anything_else(source: Path, tmp
 
 def test_flipped_bytes_in_the_weights_load(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
-    whole = bytearray((tmp_path / "q.safetensors").read_bytes())
-    header = 8 + int.from_bytes(whole[:8], "little")
+    complete = bytearray((tmp_path / "q.safetensors").read_bytes())
+    header = 8 + int.from_bytes(complete[:8], "little")
     draw = random.Random(21)
     for _ in range(500):
-        whole[draw.randrange(header, len(whole))] ^= 1 << draw.randrange(8)
-    (tmp_path / "q.safetensors").write_bytes(whole)
+        complete[draw.randrange(header, len(complete))] ^= 1 << draw.randrange(8)
+    (tmp_path / "q.safetensors").write_bytes(complete)
     logits, _ = load_model(tmp_path / "q.safetensors", pack=True).model(torch.tensor([[1, 2, 3]]))
     assert logits.shape == (1, 3, 256)

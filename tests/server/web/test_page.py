@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeModel
-from running import CUE, TOKENIZER, Server, random_model, serving
+from live_server import CUE, TOKENIZER, Server, random_llm, serving
 from torch import Tensor
 
 from fledge.engine.llm.llm import LLM
@@ -562,7 +562,7 @@ def test_keyboard_shortcuts(page: Page) -> None:
 @pytest.fixture(scope="module")
 def inspectable_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a real model, which has heads to inspect."""
-    with serving(random_model(), tmp_path_factory.mktemp("inspectable")) as running:
+    with serving(random_llm(), tmp_path_factory.mktemp("inspectable")) as running:
         yield running
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from running import Server, fake, serving
+from live_server import Server, scripted_llm, serving
 from test_repository import REPO, repository_files
 
 PAGE = REPO / "fledge" / "server" / "web"
@@ -104,7 +104,7 @@ def test_files_are_packaged() -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(fake("Yes")) as running:
+    with serving(scripted_llm("Yes")) as running:
         yield running
 
 

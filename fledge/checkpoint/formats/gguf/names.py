@@ -41,8 +41,8 @@ MATRICES = {
     **{f"channel_mix_{name}.weight": f"ffn.{name}.weight" for name in ("key", "receptance", "value")},
 }
 NORMS = {
-    f"{theirs}.{part}": f"{ours}.{part}"
-    for theirs, ours in (("attn_norm", "ln1"), ("attn_norm_2", "ln2"), ("time_mix_ln", "att.ln_x"))
+    f"{gguf_name}.{part}": f"{target}.{part}"
+    for gguf_name, target in (("attn_norm", "ln1"), ("attn_norm_2", "ln2"), ("time_mix_ln", "att.ln_x"))
     for part in ("weight", "bias")
 }
 VECTORS = {
@@ -63,7 +63,7 @@ FUSED = "time_mix_lerp_fused.weight"
 RESCALED = ("att.output.weight", "ffn.value.weight")
 MAX_EXPONENT = 100  # of the power of two of a rescaling; Finch 14B has 10
 BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
-OURS = re.compile(r"blocks\.(\d+)\.(.+)")
+OFFICIAL_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 Parts = dict[str, Tensor]
 
@@ -80,19 +80,19 @@ def to_official_name(name: str) -> str:
     match = BLOCK.fullmatch(name)
     if match is None:
         return OUTSIDE.get(name, name)
-    ours = NORMS.get(match[2]) or MATRICES.get(match[2])
-    return f"blocks.{match[1]}.{ours}" if ours else name
+    target = NORMS.get(match[2]) or MATRICES.get(match[2])
+    return f"blocks.{match[1]}.{target}" if target else name
 
 
 def is_matrix(official: str) -> bool:
     """Whether this is a matrix that may be quantized."""
-    match = OURS.fullmatch(official)
+    match = OFFICIAL_BLOCK.fullmatch(official)
     return official in ("emb.weight", "head.weight") or (match is not None and match[2] in MATRICES.values())
 
 
 def get_rescale_factor(official: str, every: int, source: str) -> float:
     """Return the factor by which a tensor was divided in a file with rescale_every_n_layers `every`."""
-    match = OURS.fullmatch(official)
+    match = OFFICIAL_BLOCK.fullmatch(official)
     if not every or match is None or match[2] not in RESCALED:
         return 1.0
     exponent = int(match[1]) // every
@@ -110,15 +110,15 @@ def from_gguf(name: str, tensor: Tensor, head_size: int) -> Parts:
         if inner == FUSED:
             rows = tensor.reshape(len(LETTERS), 1, 1, -1)
             return {f"{prefix}att.time_maa_{letter}": row for letter, row in zip(LETTERS, rows, strict=True)}
-        if ours := VECTORS.get(inner) or SEPARATE.get(inner):
-            return {prefix + ours: tensor.reshape(1, 1, -1)}
-        if ours := TRANSPOSED.get(inner):
-            return {prefix + ours: tensor.reshape(-1, tensor.shape[-1]).t().contiguous()}
-        if ours := SWAPPED.get(inner):
+        if target := VECTORS.get(inner) or SEPARATE.get(inner):
+            return {prefix + target: tensor.reshape(1, 1, -1)}
+        if target := TRANSPOSED.get(inner):
+            return {prefix + target: tensor.reshape(-1, tensor.shape[-1]).t().contiguous()}
+        if target := SWAPPED.get(inner):
             swapped = tensor.reshape(len(LETTERS), -1, tensor.shape[-1]).transpose(1, 2)
-            return {prefix + ours: swapped.contiguous()}
-        if ours := HEADS.get(inner):
-            return {prefix + ours: tensor.reshape(-1, head_size) if tensor.dim() == 1 and head_size else tensor}
+            return {prefix + target: swapped.contiguous()}
+        if target := HEADS.get(inner):
+            return {prefix + target: tensor.reshape(-1, head_size) if tensor.dim() == 1 and head_size else tensor}
     except RuntimeError as error:
         raise CheckpointError(f"{name!r:.80} has the impossible shape {tuple(tensor.shape)}") from error
     official = to_official_name(name)
@@ -127,17 +127,19 @@ def from_gguf(name: str, tensor: Tensor, head_size: int) -> Parts:
 
 def plan_output_tensors(names: Iterable[str]) -> list[OutputTensor]:
     """List the tensors of a GGUF file for official `names`, in their order."""
-    outside = {ours: theirs for theirs, ours in OUTSIDE.items()}
-    inside = {ours: theirs for theirs, ours in (MATRICES | NORMS | VECTORS | TRANSPOSED | SWAPPED | HEADS).items()}
+    outside = {target: gguf_name for gguf_name, target in OUTSIDE.items()}
+    inside = {
+        target: gguf_name for gguf_name, target in (MATRICES | NORMS | VECTORS | TRANSPOSED | SWAPPED | HEADS).items()
+    }
     outputs = []
     for name in names:
-        match = OURS.fullmatch(name)
+        match = OFFICIAL_BLOCK.fullmatch(name)
         if name in outside or match is None:
             outputs.append(OutputTensor(outside[name], (name,)))
         elif match[2] in inside:
             outputs.append(OutputTensor(f"blk.{match[1]}.{inside[match[2]]}", (name,)))
         elif match[2] == SEPARATE["time_mix_lerp_w.weight"]:
-            sources = tuple(f"blocks.{match[1]}.{ours}" for ours in SEPARATE.values())
+            sources = tuple(f"blocks.{match[1]}.{target}" for target in SEPARATE.values())
             outputs.append(OutputTensor(f"blk.{match[1]}.{FUSED}", sources))
     return outputs
 

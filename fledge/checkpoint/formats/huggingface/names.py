@@ -19,7 +19,7 @@ PREFIXES = (  # (official, Hugging Face) prefixes of names
 )
 SUBMODULES = (("att", "attention"), ("ffn", "feed_forward"), ("ln1", "ln1"), ("ln2", "ln2"))
 TO_HF = dict(SUBMODULES)
-FROM_HF = {theirs: ours for ours, theirs in SUBMODULES}
+FROM_HF = {hf: official for official, hf in SUBMODULES}
 TIME_MIX = re.compile(r"time_mix_(\w+)")
 BLOCK = re.compile(r"(rwkv\.)?blocks\.(\d+)\.(\w+)\.(.+)")
 
@@ -36,9 +36,9 @@ def detect_layout(names: Iterable[str]) -> str:
 
 def to_hf(name: str) -> str:
     """Convert an official name to a Hugging Face name."""
-    for ours, theirs in PREFIXES:
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
+    for official, hf in PREFIXES:
+        if name.startswith(official):
+            return hf + name[len(official) :]
     match = BLOCK.fullmatch(name)
     assert match and match[3] in TO_HF, name
     inner = TIME_MIX.sub(lambda letter: f"time_mix_{LETTERS.get(letter[1], letter[1])}", match[4])
@@ -47,9 +47,9 @@ def to_hf(name: str) -> str:
 
 def from_hf(name: str) -> str:
     """Convert a Hugging Face name to an official name; any other name is returned unchanged."""
-    for ours, theirs in PREFIXES:
-        if name.startswith(theirs):
-            return ours + name[len(theirs) :]
+    for official, hf in PREFIXES:
+        if name.startswith(hf):
+            return official + name[len(hf) :]
     match = BLOCK.fullmatch(name)
     if match is None or not match[1] or match[3] not in FROM_HF:
         return name

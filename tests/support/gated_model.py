@@ -1,4 +1,4 @@
-"""A model with calls that wait for a gate, so that a test controls the order of events."""
+"""A model whose calls wait at a gate, so that a test controls the order of events."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from fakes import FakeModel
-from running import CUE, TOKENIZER
+from live_server import CUE, TOKENIZER
 from torch import Tensor
 
 from fledge.engine.llm.llm import LLM
@@ -14,7 +14,7 @@ from fledge.models.state import State
 
 
 class GatedModel(FakeModel):
-    """Generates the replies of `fakes.FakeModel` once `gate` is open."""
+    """Generates " hello there". Every call waits until `gate` is set."""
 
     def __init__(self) -> None:
         super().__init__([TOKENIZER.encode(" hello there")], CUE, TOKENIZER.vocab_size)
@@ -22,11 +22,11 @@ class GatedModel(FakeModel):
         self.gate.set()
         self.waiting = threading.Event()  # set when a call has reached the gate
 
-    def forward(self, idx: Tensor, state: State | None = None, **more: Any) -> tuple[Tensor, State]:
+    def forward(self, idx: Tensor, state: State | None = None, **options: Any) -> tuple[Tensor, State]:
         self.waiting.set()
         assert self.gate.wait(timeout=30)
-        return super().forward(idx, state, **more)
+        return super().forward(idx, state, **options)
 
     def llm(self) -> LLM:
-        """It, with its tokenizer."""
+        """The model with its tokenizer."""
         return LLM(self, TOKENIZER, "gated")
