@@ -64,8 +64,8 @@ def run(folder: Path, steps: int, total: int = 30, **options: Any) -> tuple[Base
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "carried": {"window": 6},
-    "carried through two": {"window": 6, "through": 2},
-    "recomputed": {"recompute": True},
+    "carried through two": {"window": 6, "tbptt_windows": 2},
+    "recomputed": {"activation_checkpointing": True},
 }
 
 
@@ -166,7 +166,7 @@ def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> No
     settings, rows = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 1, 3)), Windows(TEXT, 16, 3, 0)
     train(fresh(), rows, settings, tmp_path, identity={"data": "a"})
     kept = (tmp_path / "run.json").read_bytes()
-    assert json.loads(kept)["settings"]["schedule"]["peak"] == 5e-3
+    assert json.loads(kept)["settings"]["schedule"]["max_lr"] == 5e-3
     with pytest.raises(CheckpointError, match="of another run: data was 'a' and is 'b' now"):
         train(fresh(), rows, settings, tmp_path, identity={"data": "b"})
     assert (tmp_path / "run.json").read_bytes() == kept
@@ -313,7 +313,9 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="clip is 0"):
         TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), clip=0)
     for peak in (math.inf, math.nan, 11.0, 0.0):
-        with pytest.raises(ConfigError, match=f"learning rate would fall from {peak:g} to .*0 < final <= peak <= 10"):
+        with pytest.raises(
+            ConfigError, match=f"learning rate would fall from {peak:g} to .*0 < min_lr <= max_lr <= 10"
+        ):
             LearningRateSchedule(peak, min(peak, 0.1), 1, 5)
     for name, value in (("eps", 0.0), ("eps", 1e-50), ("eps", math.nan), ("weight_decay", math.inf), ("beta2", 1.5)):
         with pytest.raises(ConfigError, match=f"{name} is {value:g}; it must be"):
@@ -365,10 +367,10 @@ ROWS = torch.randint(1, 40, (4, 24), generator=torch.Generator().manual_seed(3))
 
 def test_windows_through_which_all_gradient_flows_give_the_gradient_of_the_row() -> None:
     loss, expected = gradients_of([Batch(ROWS)])
-    carried, found = gradients_of([Batch(ROWS)], window=7, through=4)
+    carried, found = gradients_of([Batch(ROWS)], window=7, tbptt_windows=4)
     assert carried == pytest.approx(loss, rel=MODEL_TOLERANCE)
     assert_same_gradients(found, expected)
-    cut, other = gradients_of([Batch(ROWS)], window=7, through=1)
+    cut, other = gradients_of([Batch(ROWS)], window=7, tbptt_windows=1)
     assert cut == pytest.approx(loss, rel=MODEL_TOLERANCE)  # the state is carried all the same
     assert relative_error(other["blocks.0.att.key.weight"], expected["blocks.0.att.key.weight"]) > 1e-3
 
@@ -378,7 +380,7 @@ def test_micro_batches_masks_and_recomputing_give_the_gradient_of_one_batch() ->
     begins = torch.rand(4, 23, generator=torch.Generator().manual_seed(2)) < 0.1
     loss, expected = gradients_of([Batch(ROWS, counted, begins)])
     parts = [Batch(ROWS[a:b], counted[a:b], begins[a:b]) for a, b in ((0, 1), (1, 4))]
-    for options in ({}, {"window": 5, "through": 9}, {"recompute": True}):
+    for options in ({}, {"window": 5, "tbptt_windows": 9}, {"activation_checkpointing": True}):
         found_loss, found = gradients_of(parts, **options)
         assert found_loss == pytest.approx(loss, rel=MODEL_TOLERANCE)
         assert_same_gradients(found, expected)
@@ -421,12 +423,12 @@ def test_parameter_groups_are_the_official_ones() -> None:
 
 
 def test_schedule() -> None:
-    schedule = LearningRateSchedule(peak=1.0, final=0.1, warmup=10, steps=110)
+    schedule = LearningRateSchedule(max_lr=1.0, min_lr=0.1, warmup_steps=10, steps=110)
     assert schedule.rate(0) == pytest.approx(0.01)
     assert schedule.rate(10) == pytest.approx(1.0)
     assert schedule.rate(60) == pytest.approx(0.55)
     assert schedule.rate(110) == schedule.rate(10**6) == pytest.approx(0.1)
-    with pytest.raises(ConfigError, match="warmup < steps"):
+    with pytest.raises(ConfigError, match="warmup_steps < steps"):
         LearningRateSchedule(1.0, 0.1, 5, 5)
 
 

@@ -69,7 +69,7 @@ def _run_rows(run: TuningRun) -> list[tuple[str, str]]:
     return [
         ("trained", f"{count:,} of {whole:,} numbers ({settings.mode})"),
         ("steps", f"{run.steps:,} of {settings.accumulate * settings.batch} examples, {run.epochs:.3g} epochs"),
-        ("rate", f"{schedule.peak:g} to {schedule.final:g}, after {schedule.warmup} steps of warm-up"),
+        ("rate", f"{schedule.max_lr:g} to {schedule.min_lr:g}, after {schedule.warmup_steps} steps of warm-up"),
     ]
 
 
