@@ -134,7 +134,7 @@ class Reply:
                     yield self._encode_events(index, first_events)
                     async for events in generation.events:
                         yield self._encode_events(index, events)
-                finally:  # the next prompt can need the session or the place of this one
+                finally:  # the next prompt may need the same session, or the slot of this request in the queue
                     await generation.close()
             if self._include_usage:
                 fields = {"usage": self._usage(), "fledge": self._generations[-1].summarize()}

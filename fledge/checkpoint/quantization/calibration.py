@@ -33,7 +33,7 @@ SEGMENT_LENGTH = 4096  # characters of one document that are read together
 WINDOW = 256  # tokens whose activations are in memory at the same time
 SEED = 0
 
-Report = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with (tokens read, total tokens)."""
 
 
@@ -42,7 +42,7 @@ def calibrate(
     texts: Sequence[str],
     *,
     tokens: int = MAX_TOKENS,
-    report: Report = lambda *_: None,
+    report: ProgressCallback = lambda *_: None,
 ) -> dict[str, MatrixImportance]:
     """The importance of each matrix of the checkpoint `source` that can be quantized, measured on `texts`.
 
@@ -59,18 +59,18 @@ def calibrate(
     dtype, _ = choose_dtype(None, torch.device("cpu"), parameters)
     model = assemble(loaded.config, loaded.tensors, dtype=dtype)
     assert isinstance(model, BaseModel)
-    return measure(model, _segments(tokenizer, texts, tokens), report)
+    return measure(model, _make_segments(tokenizer, texts, tokens), report)
 
 
 def measure(
-    model: BaseModel, segments: Sequence[Sequence[int]], report: Report = lambda *_: None
+    model: BaseModel, segments: Sequence[Sequence[int]], report: ProgressCallback = lambda *_: None
 ) -> dict[str, MatrixImportance]:
     """As `calibrate`, for a plain model and sequences of ids. Sets `requires_grad` of all weights to False."""
     model.requires_grad_(False)
     total = sum(len(segment) for segment in segments)
     if not total:
         raise UsageError("there is no text to calibrate with; give at least some sentences")
-    sums = {name: _SquareSums(linear) for name, linear in _linears(model)}
+    sums = {name: _SquareSums(linear) for name, linear in _iter_linears(model)}
     # The weights are constants here; gradients begin at the embedding.
     embedding = model.emb.register_forward_hook(lambda _module, _inputs, out: out.float().requires_grad_())
     generator = torch.Generator().manual_seed(SEED)
@@ -117,13 +117,13 @@ class _SquareSums:
         self.outputs += gradient.float().flatten(0, -2).square().sum(0)
 
 
-def _linears(model: BaseModel) -> Iterator[tuple[str, Linear]]:
+def _iter_linears(model: BaseModel) -> Iterator[tuple[str, Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear) and is_quantizable(f"{name}.weight"):
             yield f"{name}.weight", module
 
 
-def _segments(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[list[int]]:
+def _make_segments(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[list[int]]:
     """Ids of segments from all texts, at most `tokens` ids, each segment after the end-of-text id."""
     positions = [(number, start) for number, text in enumerate(texts) for start in range(0, len(text), SEGMENT_LENGTH)]
     random.Random(SEED).shuffle(positions)
