@@ -221,7 +221,7 @@ def test_info_tells_of_every_kind_what_its_file_tells(
     assert identity in lora["base"] and identity in state["base"] and identity in full["tuned"]
     assert theirs["base"] == plain["base"] == "not recorded" and "--alpha" in theirs["alpha"] and lora["alpha"] == "32"
     assert lora["rank"] == theirs["rank"] == "16" and not {"rank", "alpha", "lora"} & {*state, *plain, *full}
-    assert (full["steps"], full["epochs"], full["rate"], lora["final"]) == ("1", "1", "1e-05", "rate   2e-05")
+    assert (full["steps"], full["epochs"], full["rate"], lora["final"]) == ("1", "1", "1e-05", "rate    2e-05")
     assert state["state"] == plain["state"] == "2 layers, 2 heads of 8 x 8"
     assert state["parameters"] == plain["parameters"] == "256 in 1,024 bytes"
     record = json.loads(fledge("info", tmp_path / "state" / "state.pth", "--json").text)
