@@ -1,4 +1,4 @@
-"""What every test relies on: the same random numbers each time, one torch thread, and which tests run by default."""
+"""Settings of all tests: fixed random seeds, one torch thread, and the selection of tests that run by default."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from hypothesis import settings
 
 REPO = Path(__file__).resolve().parents[1]
 
-# Unlike the small seeds that tests give to their own generators, whose numbers would otherwise come a second time.
+# Different from the small seeds of the tests' own generators, so that their numbers do not repeat.
 SEED = 20240410
 
-# Same examples in each run; no deadline, because a busy machine is not a failure.
+# The same examples in each run. No deadline, because a busy machine must not make a test fail.
 settings.register_profile("fledge", derandomize=True, deadline=None)
 settings.load_profile("fledge")
 
-# A shell gives what it starts in the background an ear for SIGINT that is closed.
+# A shell starts background processes with SIGINT ignored; some tests need the default handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Test models are tiny: a second thread costs more in waiting than it saves, and sums depend on the number of threads.
+# Test models are tiny: a second thread costs more than it saves, and torch's sums depend on the number of threads.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Start each test from the same random state, whatever ran before it."""
+    """Start each test from the same random state, independent of earlier tests."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -37,7 +37,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of models and data beside the repository; a test that asks for it is skipped where it is absent."""
+    """The folder of models and data beside the repository. If it is absent, tests that need it are skipped."""
     folder = REPO.parent / "shared"
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared beside the repository")
@@ -45,7 +45,7 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out `slow` unless -m chooses for itself; skip `gpu` where there is none."""
+    """Deselect `slow` tests unless -m is given; skip `gpu` tests if there is no GPU."""
     if not config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in left_out]

@@ -1,4 +1,4 @@
-"""What an import may cost: the front door, the tokenizer and the command line start without torch."""
+"""The cost of imports: `fledge`, the tokenizer and the command line start without torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HEAVY = TORCH | {"numpy", "safetensors", "typer", "rich"}
 
 
 def loaded_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after `statement`."""
-    # Modules present before the statement (a site hook's, say) are not its doing.
+    """Top-level modules that `statement` loads in a new interpreter."""
+    # Modules that are loaded before the statement, such as those of site hooks, do not count.
     code = (
         f"import json, sys; before = set(sys.modules)\n{statement}\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"

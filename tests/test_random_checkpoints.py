@@ -1,4 +1,5 @@
-"""The random checkpoints are worth comparing logits of: each of their tensors has a visible part in the logits."""
+"""The random checkpoints are suitable for comparing logits: each of their tensors has a visible effect on the
+logits."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def test_every_tensor_matters(version: str) -> None:
     )
     plain = logits(config, tensors)
     assert 0.5 < plain.std() < 2
-    # Noise, not another scale: a norm undoes the scale of what comes before it.
+    # Noise, not another scale: a norm cancels the scale of its inputs.
     effects = {
         name: float((logits(config, tensors | {name: tensor + 0.1 * torch.randn_like(tensor)}) - plain).abs().max())
         for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""The repository as a whole: nothing in it points at one machine or package host, and its documents name real files."""
+"""The repository as a whole: no file names a machine or a package host, and documents refer only to existing files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE_HOST = re.compile(
 
 
 def repository_files() -> list[Path]:
-    """Every file that is, or by the next commit could be, in the repository; skips where git cannot tell."""
+    """Every file that is tracked or could be committed. Skips the test if git is not available."""
     git = shutil.which("git")
     if git is None or not (REPO / ".git").exists():
         pytest.skip("needs git and a checkout")
@@ -29,13 +29,13 @@ def repository_files() -> list[Path]:
 
 
 def text_of(path: Path) -> str | None:
-    """The text of a file, or None where it is binary."""
+    """The text of a file, or None if it is binary."""
     data = path.read_bytes()
     return None if b"\0" in data[:8192] else data.decode("utf-8", errors="replace")
 
 
 def leaks(text: str) -> list[str]:
-    """The lines of `text` that name a place on one machine or a package host."""
+    """The lines of `text` that contain a path on one machine or a package host."""
     return [line.strip() for line in text.splitlines() if MACHINE_PATH.search(line) or PACKAGE_HOST.search(line)]
 
 
@@ -65,7 +65,7 @@ def fenced_blocks(markdown: str) -> list[list[str]]:
 
 
 def tree_paths(lines: list[str]) -> list[str]:
-    """The paths a drawn file tree names; empty where the block is something else (its first line is no folder)."""
+    """The paths in a drawn file tree; empty if the block is something else (its first line is not a folder)."""
     entries = [line.split("#")[0].rstrip() for line in lines if line.strip()]
     if not entries or not re.match(r"[\w.-]+/(\s|$)", entries[0]):
         return []

@@ -27,7 +27,7 @@ from fledge.checkpoint.shapes import Shape, get_expected_shapes
 from fledge.checkpoint.unsupported import check_supported
 from fledge.core.errors import CheckpointError, ConfigError, UnsupportedError
 from fledge.kernels.quantized import QuantizedMatrix
-from fledge.models.config import UNTOLD, ModelConfig
+from fledge.models.config import NOT_IN_SHAPES, ModelConfig
 from fledge.models.native_model import MATRICES
 
 StrPath = str | os.PathLike[str]
@@ -167,7 +167,7 @@ def _merge_configs(detected: ModelConfig, stored: ModelConfig, source: str) -> M
     epsilons = (stored.norm_eps, stored.group_norm_eps)
     if not all(0 < eps < MAX_NUMBER for eps in epsilons):
         raise CheckpointError(f"{source}: the config in its header has impossible epsilons {epsilons}")
-    unshaped = {name: getattr(stored, name) for name in UNTOLD}
+    unshaped = {name: getattr(stored, name) for name in NOT_IN_SHAPES}
     try:
         merged = replace(detected, **unshaped)
     except ConfigError as error:

@@ -13,18 +13,20 @@ class Batch:
     """Rows of one length."""
 
     idx: Tensor  # (B, T + 1) int64: inputs idx[:, :-1], targets idx[:, 1:]
-    counted: Tensor | None = None  # (B, T) bool: which targets count in the loss; None: all
-    fresh: Tensor | None = None  # (B, T) bool: inputs at which a document begins (state starts anew)
+    loss_mask: Tensor | None = None  # (B, T) bool: which targets count in the loss; None: all
+    document_start: Tensor | None = None  # (B, T) bool: inputs at which a document begins (state starts anew)
 
     def rows(self, part: slice) -> Batch:
         """Some of the rows."""
-        counted, fresh = (None if mask is None else mask[part] for mask in (self.counted, self.fresh))
-        return Batch(self.idx[part], counted, fresh)
+        loss_mask, document_start = (
+            None if mask is None else mask[part] for mask in (self.loss_mask, self.document_start)
+        )
+        return Batch(self.idx[part], loss_mask, document_start)
 
     @property
     def targets(self) -> int:
         """How many targets count."""
-        return self.idx[:, 1:].numel() if self.counted is None else int(self.counted.sum())
+        return self.idx[:, 1:].numel() if self.loss_mask is None else int(self.loss_mask.sum())
 
 
 class Batches(Protocol):

@@ -46,7 +46,7 @@ class Example:
     """One row: ids, and for each whether predicting it counts (never the first, which nothing precedes)."""
 
     ids: npt.NDArray[np.int32]
-    counted: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
     line: int  # of the file, from 1
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Examples:
     @property
     def counted_tokens(self) -> int:
         """The ids that are to be learnt."""
-        return sum(int(example.counted.sum()) for example in self.items)
+        return sum(int(example.loss_mask.sum()) for example in self.items)
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", length: int = 1024) -> Examples:
@@ -95,8 +95,8 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, template: str = "world", 
         if len(whole) > length + 1:
             cut.append(number)
             cut_tokens += len(whole) - length - 1
-        example = Example(whole.ids[: length + 1], whole.counted[: length + 1], number)
-        if not example.counted.any():
+        example = Example(whole.ids[: length + 1], whole.loss_mask[: length + 1], number)
+        if not example.loss_mask.any():
             dropped.append(number)
             continue
         items.append(example)
@@ -152,9 +152,9 @@ def _example(
     except TokenizerError as error:
         raise UsageError(f"{where}: {error}") from None
     ids = np.array([token for piece, _ in pieces for token in piece], dtype=np.int32)
-    counted = np.array([counts for piece, counts in pieces for _ in piece], dtype=np.bool_)
-    counted[:1] = False
-    return Example(ids, counted, number), messages
+    loss_mask = np.array([counts for piece, counts in pieces for _ in piece], dtype=np.bool_)
+    loss_mask[:1] = False
+    return Example(ids, loss_mask, number), messages
 
 
 def _keys(record: Any) -> str:
@@ -274,11 +274,11 @@ def padded(rows: Sequence[Example]) -> Batch:
     """Rows as one batch."""
     width = _width(max(len(row) for row in rows))
     idx = torch.full((len(rows), width), PAD, dtype=torch.long)
-    counted = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    loss_mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
     for at, row in enumerate(rows):
         idx[at, : len(row)] = torch.from_numpy(row.ids.astype(np.int64))
-        counted[at, : len(row) - 1] = torch.from_numpy(row.counted[1:])
-    return Batch(idx, counted)
+        loss_mask[at, : len(row) - 1] = torch.from_numpy(row.loss_mask[1:])
+    return Batch(idx, loss_mask)
 
 
 def _width(longest: int) -> int:
@@ -289,9 +289,9 @@ def _width(longest: int) -> int:
 def marked_text(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The text of an example in runs that count, and runs that do not; the end-of-text id shows as `<end>`."""
     runs: list[tuple[str, bool]] = []
-    edges = [0, *(np.flatnonzero(np.diff(example.counted)) + 1).tolist(), len(example)]
+    edges = [0, *(np.flatnonzero(np.diff(example.loss_mask)) + 1).tolist(), len(example)]
     for start, end in pairwise(edges):
         ids = example.ids[start:end].tolist()
         ended = tokenizer.eos_id != NO_EOS and ids[-1] == tokenizer.eos_id
-        runs.append((tokenizer.decode(ids) + ("<end>" if ended else ""), bool(example.counted[start])))
+        runs.append((tokenizer.decode(ids) + ("<end>" if ended else ""), bool(example.loss_mask[start])))
     return runs

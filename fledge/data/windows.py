@@ -19,12 +19,18 @@ class Windows:
     """Windows of `length` + 1 ids at shuffled, non-overlapping places, none visited twice in an epoch.
 
     Batch number n is a pure function of (seed, n). Every epoch cuts the text at other places, and leaves out less than
-    one batch and two windows of it. borders: mark where documents begin (`Batch.fresh`), so that a model sees nothing
-    across a border; a document begins by reading the separator behind the one before.
+    one batch and two windows of it. reset_at_document: mark where documents begin (`Batch.document_start`), so that a
+    model sees nothing across a border; a document begins by reading the separator behind the one before.
     """
 
-    def __init__(self, tokens: Tokens, length: int, batch: int, seed: int, *, borders: bool = False) -> None:
-        self.tokens, self.length, self.batch, self.seed, self.borders = tokens, length, batch, seed, borders
+    def __init__(self, tokens: Tokens, length: int, batch: int, seed: int, *, reset_at_document: bool = False) -> None:
+        self.tokens, self.length, self.batch, self.seed, self.reset_at_document = (
+            tokens,
+            length,
+            batch,
+            seed,
+            reset_at_document,
+        )
         self.slots = (len(tokens) - 1) // length - 1  # one less leaves room for the random phase of an epoch
         if self.slots < batch:
             raise _too_few(len(tokens), batch, length)
@@ -39,7 +45,7 @@ class Windows:
             rng = np.random.default_rng((self.seed, epoch))
             self._epoch, self._starts = epoch, rng.permutation(self.slots) * self.length + rng.integers(self.length)
         starts = self._starts[step * self.batch : (step + 1) * self.batch]
-        return _cut(self.tokens, starts, self.length, self.borders)
+        return _cut(self.tokens, starts, self.length, self.reset_at_document)
 
 
 class OfficialWindows:
@@ -49,8 +55,8 @@ class OfficialWindows:
     are numbered as one process with this batch numbers them.
     """
 
-    def __init__(self, tokens: Tokens, length: int, batch: int, *, borders: bool = False) -> None:
-        self.tokens, self.length, self.batch, self.borders = tokens, length, batch, borders
+    def __init__(self, tokens: Tokens, length: int, batch: int, *, reset_at_document: bool = False) -> None:
+        self.tokens, self.length, self.batch, self.reset_at_document = tokens, length, batch, reset_at_document
         self.prime = magic_prime(len(tokens) // length)
         self._factor = int(self.prime * (math.sqrt(5) - 1) / 2)
         self.per_epoch = self.prime // batch
@@ -61,7 +67,7 @@ class OfficialWindows:
         """Batch `number` (0, 1, 2, ...)."""
         samples = range(1 + number * self.batch, 1 + (number + 1) * self.batch)
         slots = [self._factor * sample**3 % self.prime for sample in samples]
-        return _cut(self.tokens, np.array(slots) * self.length, self.length, self.borders)
+        return _cut(self.tokens, np.array(slots) * self.length, self.length, self.reset_at_document)
 
 
 def _too_few(tokens: int, batch: int, length: int) -> UsageError:
@@ -76,7 +82,7 @@ def magic_prime(slots: int) -> int:
     raise UsageError(f"{slots} windows are too few for the official order, which needs at least 3")
 
 
-def _cut(tokens: Tokens, starts: npt.NDArray[np.int64], length: int, borders: bool) -> Batch:
+def _cut(tokens: Tokens, starts: npt.NDArray[np.int64], length: int, reset_at_document: bool) -> Batch:
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     idx = torch.from_numpy(rows)
-    return Batch(idx, fresh=idx[:, :-1] == SEPARATOR if borders else None)
+    return Batch(idx, document_start=idx[:, :-1] == SEPARATOR if reset_at_document else None)

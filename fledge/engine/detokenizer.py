@@ -197,7 +197,7 @@ class StateHistory:
         self._length += len(data)
         self.commit(self._committed)
         if len(self._entries) > 1 and self._entries[-2].before.state.batch > 1:
-            self._entries[-2] = self._entries[-2]._replace(before=StateSlice(self._entries[-2].before.alone()))
+            self._entries[-2] = self._entries[-2]._replace(before=StateSlice(self._entries[-2].before.extract()))
 
     def append_end(self, state: StateSlice) -> None:
         """Record the state after all tokens so far."""

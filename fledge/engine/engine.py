@@ -290,7 +290,7 @@ class Engine:
         """Store the state after the computed part of the prompt in the prefix cache."""
         request = request_state.request
         assert self.cache is not None and request.cache_namespace is not None
-        state = request_state.state_slice.alone()
+        state = request_state.state_slice.extract()
         request_state.state_slice = StateSlice(state)
         prefix = request.ids[: request_state.computed_tokens]
         self.cache.put(request.cache_namespace, prefix, state, None if logits is None else logits.clone())

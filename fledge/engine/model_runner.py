@@ -44,5 +44,5 @@ def run_with_all_logits(model: nn.Module, ids: Sequence[int], state: StateSlice)
     """Read `ids` of one sequence: the logits (T, V) after each id, on the model's device, and the state after them."""
     idx = torch.tensor([list(ids)], dtype=torch.long, device=get_device(model))  # (1, T)
     with torch.no_grad():
-        logits, after = model(idx, state.alone())
+        logits, after = model(idx, state.extract())
     return logits[0], StateSlice(after)

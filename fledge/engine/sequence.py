@@ -66,9 +66,9 @@ class RequestState:
 
     def detach_state(self) -> None:
         """Copy the states out of their batches, so that a waiting request does not keep whole batches in memory."""
-        self.state_slice = StateSlice(self.state_slice.alone())
+        self.state_slice = StateSlice(self.state_slice.extract())
         for sequence in self.sequences:
-            sequence.state_slice = StateSlice(sequence.state_slice.alone())
+            sequence.state_slice = StateSlice(sequence.state_slice.extract())
 
 
 class PendingSample(NamedTuple):

@@ -71,7 +71,7 @@ class TextEngine:
     def _deliver(self, output: TokenOutput) -> None:
         """Turn an output of the engine into events."""
         if output.request_id in self._final_reads:
-            self._emit_final_state(*self._final_reads[output.request_id], output.state_before.alone())
+            self._emit_final_state(*self._final_reads[output.request_id], output.state_before.extract())
             # Only now, when nothing can fail any more: `fail_all` fails the requests that are still in here.
             del self._final_reads[output.request_id]
             return
@@ -124,10 +124,10 @@ class TextEngine:
         if not needs_state or completion.prompt_incomplete:
             return
         if remaining:
-            final_read = Request(remaining, start=point.state.alone(), n=0, priority=request.request.priority)
+            final_read = Request(remaining, start=point.state.extract(), n=0, priority=request.request.priority)
             self._final_reads[self.engine.add(final_read, bypass_limit=True)] = (request, end)
         else:
-            self._emit_final_state(request, end, point.state.alone())
+            self._emit_final_state(request, end, point.state.extract())
 
     def _emit_final_state(self, request: TextRequest, end: FinishEvent, state: State) -> None:
         """Store and emit the state that has read the whole text."""

@@ -1,7 +1,8 @@
-"""L2: the models, one file a family, and the state as a value. No files, no training.
+"""L2: the models, one file for each family, and the state as a value. This package contains no file formats and no
+training.
 
-`build(config)` makes an empty model whose parameters have the official names and shapes; a loader or `init_weights`
-fills it.
+`build(config)` makes an empty model with parameters of the official names and shapes. A loader or `init_weights` sets
+their values.
 """
 
 from __future__ import annotations
@@ -37,5 +38,6 @@ __all__ = [
 
 
 def build(config: ModelConfig, device: torch.device | str = "cpu") -> BaseModel:
-    """An uninitialised model of these sizes on `device`; "meta" takes no memory until weights are assigned."""
+    """An uninitialized model of these sizes on `device`. The device "meta" needs no memory until weights are
+    assigned."""
     return FAMILIES[config.generation](config, device)

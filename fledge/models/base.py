@@ -1,10 +1,10 @@
-"""What surrounds the blocks, the same in every family: embedding, the walk through the layers, the head.
+"""The parts around the blocks, the same in every family: embedding, the loop over the layers, the head.
 
-Also the one place that deals with ragged batches and with borders between documents, so that no kernel needs to know.
-Rows are padded on the right and `lengths` says how many tokens of each row are real. Padding must not touch any state,
-exactly: a padded token gets k = 0 (it writes nothing) and log decay 0 (it forgets nothing), and the shifts are taken
-from the last real token. `fresh` marks tokens at which a document begins. Such a token sees nothing of what was before
-it, exactly: its decay forgets all, its own output is its bonus alone, and it finds zeros in place of the token before.
+This module also handles padding and document boundaries, so that kernels need not. Rows are padded on the right, and
+`lengths` is the number of real tokens of each row. Padding leaves every state exactly unchanged: a padded token gets
+k = 0 (it writes nothing) and log decay 0 (it forgets nothing), and the shifts are those of the last real token.
+`document_start` marks tokens at which a document begins. They are exactly independent of all earlier tokens: the decay
+forgets everything, the output is the bonus alone, and the token shift reads zeros.
 """
 
 from __future__ import annotations
@@ -24,66 +24,68 @@ from fledge.models.state import State, tuned_state, zero_state
 Readout = Callable[[Linear, Tensor], Tensor]
 
 FORGET = -1e30
-"""A log decay after which nothing is left, and which is still a number to add to."""
+"""A log decay that forgets everything but is finite, so that sums with it are finite too."""
 
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Which tokens of a batch are real, and at which a document begins. Without either, every method is free."""
+    """Which tokens of a batch are real, and at which a document begins. Without both, every method costs nothing."""
 
     lengths: Tensor | None = None  # (B,) int64
-    real: Tensor | None = None  # (B, T, 1) bool
-    fresh: Tensor | None = None  # (B, T, 1) bool
+    is_real: Tensor | None = None  # (B, T, 1) bool
+    document_start: Tensor | None = None  # (B, T, 1) bool
 
     @staticmethod
-    def of(lengths: Tensor | None, fresh: Tensor | None, idx: Tensor) -> TokenMask:
-        """Check both against idx (B, T) and build the masks."""
+    def create(lengths: Tensor | None, document_start: Tensor | None, idx: Tensor) -> TokenMask:
+        """Check both against idx (B, T) and build the masks. Raises UsageError if they do not fit."""
         B, T = idx.shape
-        if fresh is not None:
-            if fresh.shape != (B, T) or fresh.dtype != torch.bool:
-                raise UsageError(f"fresh is {fresh.dtype} of shape {tuple(fresh.shape)}; it must be bool of {(B, T)}")
-            fresh = fresh.to(idx.device)[:, :, None]
+        if document_start is not None:
+            if document_start.shape != (B, T) or document_start.dtype != torch.bool:
+                have = f"{document_start.dtype} of shape {tuple(document_start.shape)}"
+                raise UsageError(f"document_start is {have}; it must be bool of {(B, T)}")
+            document_start = document_start.to(idx.device)[:, :, None]
         if lengths is None:
-            return TokenMask(fresh=fresh)
+            return TokenMask(document_start=document_start)
         if lengths.shape != (B,) or (B and (int(lengths.min()) < 0 or int(lengths.max()) > T)):
             raise UsageError(f"lengths must hold {B} numbers between 0 and {T}, not {lengths.tolist()}")
         lengths = lengths.to(device=idx.device, dtype=torch.long)
-        real = (torch.arange(T, device=idx.device) < lengths[:, None])[:, :, None]
-        return TokenMask(lengths, real, None if fresh is None else fresh & real)
+        is_real = (torch.arange(T, device=idx.device) < lengths[:, None])[:, :, None]
+        return TokenMask(lengths, is_real, None if document_start is None else document_start & is_real)
 
-    def zero(self, x: Tensor) -> Tensor:
+    def zero_padding(self, x: Tensor) -> Tensor:
         """x (B, T, N) with padded tokens set to zero."""
-        return self.fill(x, 0.0)
+        return self.fill_padding(x, 0.0)
 
-    def fill(self, x: Tensor, value: float) -> Tensor:
+    def fill_padding(self, x: Tensor, value: float) -> Tensor:
         """x (B, T, N) with padded tokens set to `value`."""
-        return x if self.real is None else x.masked_fill(~self.real, value)
+        return x if self.is_real is None else x.masked_fill(~self.is_real, value)
 
-    def decay(self, w: Tensor) -> Tensor:
-        """The log decay w (B, T, N): padded tokens forget nothing, those at which a document begins everything."""
-        w = self.zero(w)
-        return w if self.fresh is None else w.masked_fill(self.fresh, FORGET)
+    def mask_decay(self, w: Tensor) -> Tensor:
+        """The log decay w (B, T, N): padded tokens forget nothing, tokens that start a document forget everything."""
+        w = self.zero_padding(w)
+        return w if self.document_start is None else w.masked_fill(self.document_start, FORGET)
 
-    def shifted(self, x: Tensor, previous: Tensor) -> Tensor:
-        """The input one token earlier: x (B, T, C) and the last token before it (B, C) -> (B, T, C)."""
-        before = token_shift(x, previous)
-        return before if self.fresh is None else before.masked_fill(self.fresh, 0.0)
+    def shift(self, x: Tensor, previous: Tensor) -> Tensor:
+        """The token shift: x (B, T, C) and the last input before it (B, C) -> the previous inputs (B, T, C)."""
+        shifted = token_shift(x, previous)
+        return shifted if self.document_start is None else shifted.masked_fill(self.document_start, 0.0)
 
-    def last(self, x: Tensor, previous: Tensor) -> Tensor:
-        """What the next call's `shifted` needs as `previous`, (B, C)."""
+    def last_input(self, x: Tensor, previous: Tensor) -> Tensor:
+        """The `previous` of the next call's `shift`, (B, C)."""
         return last_token(x, previous, self.lengths)
 
-    def alone(self, y: Tensor, own: Callable[[], Tensor]) -> Tensor:
-        """y (B, T, ...), with `own()`, what a token says without a past, where a document begins."""
-        if self.fresh is None:
+    def replace_starts(self, y: Tensor, compute_own: Callable[[], Tensor]) -> Tensor:
+        """y (B, T, ...), with `compute_own()`, the output without earlier tokens, where a document begins."""
+        if self.document_start is None:
             return y
-        return torch.where(self.fresh if y.dim() == 3 else self.fresh[..., None], own(), y)
+        starts = self.document_start if y.dim() == 3 else self.document_start[..., None]
+        return torch.where(starts, compute_own(), y)
 
 
 class BaseModel(nn.Module):
-    """Embedding, blocks, norm, head. A family names its `block_class` and `state_class`.
+    """Embedding, blocks, norm, head. A family sets `block_class` and `state_class`.
 
-    One forward serves training, prefill and decoding: `logits, state = model(idx, state)`.
+    Training, prefill and decode use the same call: `logits, state = model(idx, state)`.
     """
 
     block_class: Callable[..., nn.Module]
@@ -92,7 +94,7 @@ class BaseModel(nn.Module):
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        # Given its weight, because drawing one costs time, and on "meta" seconds of imports.
+        # An explicit weight, because random initialization costs time, and on "meta" seconds of imports.
         rows = torch.empty(config.vocab_size, config.n_embd, device=device)
         self.emb = nn.Embedding(config.vocab_size, config.n_embd, _weight=rows)
         self.blocks = nn.ModuleList(self.block_class(config, layer, device) for layer in range(config.n_layer))
@@ -100,7 +102,7 @@ class BaseModel(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, device)
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token: zeros, or the tuned state the checkpoint came with."""
+        """The state before the first token: zeros, or the tuned state of the checkpoint."""
         device = self.emb.weight.device
         if not self.config.tuned_state:
             return zero_state(self.config, batch, device)
@@ -113,44 +115,47 @@ class BaseModel(nn.Module):
         *,
         lengths: Tensor | None = None,
         last: bool = False,
-        fresh: Tensor | None = None,
+        document_start: Tensor | None = None,
         readout: Readout | None = None,
     ) -> tuple[Tensor, State]:
-        """Read tokens: logits for what follows each of them, and the state after them.
+        """Read tokens. Returns the logits after each token and the state after the last one.
 
-        idx: (B, T) int64, T >= 0. state: of B rows, never changed; None begins anew. lengths: (B,) real tokens a row
-        for right-padded batches; logits at padded places mean nothing. fresh: (B, T) bool, True for tokens at which a
-        document begins, with a state of zeros (a tuned initial state counts for a row's first token only). readout:
-        what is to be done with the head and its input (B, T, C), whose answer then comes in place of logits. Returns
-        float32 logits (B, T, vocab_size), or with `last=True` only those after each row's last real token,
-        (B, 1, vocab_size), which spares the head's product for all others. Raises TokenizerError for an id outside the
-        vocabulary and StateError for a state of another model.
+        idx: (B, T) int64, T >= 0.
+        state: a state of B sequences, never changed; None: the initial state.
+        lengths: (B,) number of real tokens of each row of a right-padded batch; logits of padding are undefined.
+        document_start: (B, T) bool, True at the first token of a document, which then starts from a state of zeros (a
+        tuned initial state applies to the first token of a row only).
+        readout: called with the head and its input (B, T, C); its result replaces the logits.
+
+        Returns float32 logits (B, T, vocab_size), or with `last=True` only those after the last real token of each row,
+        (B, 1, vocab_size), without computing the others. Raises TokenizerError for an id outside the vocabulary and
+        StateError for a state of another model.
         """
         self._check(idx, state, last)
-        layout = TokenMask.of(lengths, fresh, idx)
+        mask = TokenMask.create(lengths, document_start, idx)
         before = self.initial_state(idx.shape[0]) if state is None else state
         x = cast(Any, self.blocks[0]).ln0(self.emb(idx).float())  # (B, T, C)
         layers: list[dict[str, Tensor]] = []
-        for number, block in enumerate(self.blocks):
-            x, after = block(x, before, number, layout)
+        for layer, block in enumerate(self.blocks):
+            x, after = block(x, before, layer, mask)
             layers.append(after)
         new_state = self.state_class(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
-        return self._read_out(x, layout, last, readout), new_state
+        return self._compute_logits(x, mask, last, readout), new_state
 
-    def _read_out(self, x: Tensor, layout: TokenMask, last: bool, readout: Readout | None) -> Tensor:
-        """What `forward` answers of the last block's output x (B, T, C)."""
+    def _compute_logits(self, x: Tensor, mask: TokenMask, last: bool, readout: Readout | None) -> Tensor:
+        """The first result of `forward`, from the last block's output x (B, T, C)."""
         if last:
-            x = self._last(x, layout)
+            x = self._select_last(x, mask)
         x = self.ln_out(x)
         logits: Tensor = self.head(x) if readout is None else readout(self.head, x)
         return logits
 
-    def _last(self, x: Tensor, layout: TokenMask) -> Tensor:
-        if layout.lengths is None:
+    def _select_last(self, x: Tensor, mask: TokenMask) -> Tensor:
+        if mask.lengths is None:
             return x[:, -1:]
-        if bool((layout.lengths < 1).any()):
+        if bool((mask.lengths < 1).any()):
             raise UsageError("last=True needs at least one token in every row")
-        return x[torch.arange(x.shape[0], device=x.device), layout.lengths - 1][:, None]
+        return x[torch.arange(x.shape[0], device=x.device), mask.lengths - 1][:, None]
 
     def _check(self, idx: Tensor, state: State | None, last: bool) -> None:
         if idx.dim() != 2:

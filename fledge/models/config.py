@@ -1,4 +1,5 @@
-"""What a model is: its version and its sizes. All but `UNTOLD` can be read off the names and shapes of its tensors."""
+"""The version and sizes of a model. All of them except `NOT_IN_SHAPES` follow from the names and shapes of its
+tensors."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0", "llama")
 FAMILY_NAMES = {"4": "RWKV-4", "5": "RWKV-5 Eagle", "6": "RWKV-6 Finch", "llama": "Transformer"}
 
 
-UNTOLD = ("scaled_keys", "norm_eps", "group_norm_eps")
-"""What no tensor's name or shape tells."""
+NOT_IN_SHAPES = ("scaled_keys", "norm_eps", "group_norm_eps")
+"""Fields that do not follow from the name or shape of any tensor."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one model. Raises ConfigError where they contradict each other.
+    """Sizes of one model. Raises ConfigError if they contradict each other.
 
     Official checkpoints have dim_att = n_embd and head_size = 64; dim_ffn is 4 C for RWKV-4 and 5.0, and 3.5 C
     rounded down to a multiple of 32 from 5.1 on.
     """
 
-    version: str  # one of VERSIONS; "5.2" is the paper's Eagle, "6.0" its Finch, "llama" the transformer beside them
+    version: str  # one of VERSIONS; "5.2" is the paper's Eagle, "6.0" its Finch, "llama" the transformer baseline
     vocab_size: int
     n_layer: int
     n_embd: int  # C
@@ -32,8 +33,8 @@ class ModelConfig:
     n_head: int = 0  # H; 0 for RWKV-4, which has no heads
     mix_rank: int = 0  # rank of the token-shift LoRA (6.0)
     decay_rank: int = 0  # rank of the decay LoRA (6.0)
-    bonus: str = "time_faaaa"  # how u is stored in 5.x: "time_faaaa" as it is, "time_first" as its logarithm (old 5.0)
-    tuned_state: bool = False  # the checkpoint carries a trained initial state, blocks.i.att.time_state
+    bonus: str = "time_faaaa"  # how u is stored in 5.x: "time_faaaa" directly, "time_first" as its logarithm (old 5.0)
+    tuned_state: bool = False  # the checkpoint has a trained initial state, blocks.i.att.time_state
     scaled_keys: bool = False  # 6.0: k times exp(min(d, 0)), d the raw decay (RWKV-LM's README, against loss spikes)
     norm_eps: float = 1e-5  # every LayerNorm, the transformer's RMSNorm
     group_norm_eps: float = 64e-5  # the per-head norm; 1e-5 reproduces rwkv.cpp's RWKV-5
@@ -137,21 +138,22 @@ class ModelConfig:
 
     @classmethod
     def transformer(cls, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> ModelConfig:
-        """A Llama-shaped transformer with as many parameters as the Finch of these sizes, as nearly as widths allow."""
+        """A Llama-shaped transformer with the number of parameters of the Finch of these sizes, as closely as
+        possible."""
         return cls.finch(n_layer, n_embd, vocab_size, head_size).as_transformer()
 
     def as_transformer(self) -> ModelConfig:
-        """The transformer of the same depth, width, heads and vocabulary, its dim_ffn such that parameters agree."""
+        """The transformer of the same depth, width, heads and vocabulary; dim_ffn makes the parameter counts agree."""
         C, A = self.n_embd, self.dim_att
-        step = 32 if C >= 256 else 8  # of widths that matrix products like; smaller where it would be seen in the sum
-        left = _block_numbers(self) - 4 * C * A - 2 * C
+        step = 32 if C >= 256 else 8  # matrix products prefer multiples of 32; for small models this is too coarse
+        ffn_parameters = _count_block_parameters(self) - 4 * C * A - 2 * C
         return ModelConfig(
             version="llama",
             vocab_size=self.vocab_size,
             n_layer=self.n_layer,
             n_embd=C,
             dim_att=A,
-            dim_ffn=max(step, round(left / (3 * C * step)) * step),
+            dim_ffn=max(step, round(ffn_parameters / (3 * C * step)) * step),
             n_head=self.n_head,
             norm_eps=self.norm_eps,
         )
@@ -163,10 +165,10 @@ def _heads(n_embd: int, head_size: int) -> int:
     return n_embd // head_size
 
 
-def _block_numbers(config: ModelConfig) -> int:
-    """Parameters of one block of an Eagle (5.2) or Finch."""
+def _count_block_parameters(config: ModelConfig) -> int:
+    """Number of parameters of one block of an Eagle (5.2) or Finch."""
     if config.version not in ("5.2", "6.0"):
-        raise ConfigError(f"version is {config.version}; a transformer of equal size is made for 5.2 and 6.0 only")
+        raise ConfigError(f"version is {config.version}; a transformer of equal size exists for 5.2 and 6.0 only")
     C, A, F = config.n_embd, config.dim_att, config.dim_ffn
     matrices = 5 * C * A + 2 * C * F + C * C
     vectors = 4 * C + 2 * A + 2 * A  # two norms, the head norm, decay and bonus

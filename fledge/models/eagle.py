@@ -61,23 +61,23 @@ class TimeMix(nn.Module):
             w, u = (x[:, None].expand(-1, self.head_size) for x in (w, u))
         return w, u
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        previous = layout.shifted(x, shift)
+        previous = mask.shift(x, shift)
         delta = x - previous
         r = self.receptance(previous + delta * self.time_mix_r.float()).view(heads)  # (B, T, H, K)
-        k = layout.zero(self.key(previous + delta * self.time_mix_k.float())).view(heads)
+        k = mask.zero_padding(self.key(previous + delta * self.time_mix_k.float())).view(heads)
         v = self.value(previous + delta * self.time_mix_v.float()).view(heads)  # (B, T, H, V)
         w, u = self.decay_and_bonus()
-        w = layout.decay(w.reshape(1, 1, -1).expand(B, T, -1)).unflatten(-1, heads[2:])  # (B, T, H, K)
+        w = mask.mask_decay(w.reshape(1, 1, -1).expand(B, T, -1)).unflatten(-1, heads[2:])  # (B, T, H, K)
         y, state = wkv(r, k, v, w, u, state)
-        y = layout.alone(y, lambda: own_value(r, k, v, u))
+        y = mask.replace_starts(y, lambda: own_value(r, k, v, u))
         y = self.ln_x(y)  # (B, T, A)
         if self.has_gate:
             y = y * nn.functional.silu(self.gate(previous + delta * self.time_mix_g.float()))
-        return self.output(y), layout.last(x, shift), state
+        return self.output(y), mask.last_input(x, shift), state
 
 
 class ChannelMix(nn.Module):
@@ -92,13 +92,13 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        previous = layout.shifted(x, shift)
+        previous = mask.shift(x, shift)
         delta = x - previous
         xk, xr = previous + delta * self.time_mix_k.float(), previous + delta * self.time_mix_r.float()
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
-        return out, layout.last(x, shift)
+        return out, mask.last_input(x, shift)
 
 
 class Block(nn.Module):
@@ -113,11 +113,11 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: WkvState, layer: int, layout: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: WkvState, layer: int, mask: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
-        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], layout)
+        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], mask)
         x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], layout)
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], mask)
         return x + out, {"att_shift": att_shift, "wkv": wkv_state, "ffn_shift": ffn_shift}
 
 

@@ -63,24 +63,24 @@ class TimeMix(nn.Module):
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return torch.addcmul(x, delta, mix + torch.stack(static).float()).unbind(0)
 
-    def forward(self, x: Tensor, shift: Tensor, state: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, state: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        xw, xk, xv, xr, xg = self.mixed_inputs(x, layout.shifted(x, shift) - x)
+        xw, xk, xv, xr, xg = self.mixed_inputs(x, mask.shift(x, shift) - x)
         r = self.receptance(xr).view(heads)  # (B, T, H, K)
-        k = layout.zero(self.key(xk)).view(heads)
+        k = mask.zero_padding(self.key(xk)).view(heads)
         v = self.value(xv).view(heads)  # (B, T, H, V)
         g = nn.functional.silu(self.gate(xg))  # (B, T, A)
         low = torch.tanh(xw @ self.time_decay_w1.float())  # (B, T, Dd)
         decay = self.time_decay.float() + low @ self.time_decay_w2.float()  # (B, T, A)
-        w = layout.decay(-torch.exp(decay)).view(heads)
-        if self.scaled_keys:  # what decays slowly is written faintly
+        w = mask.mask_decay(-torch.exp(decay)).view(heads)
+        if self.scaled_keys:  # channels that decay slowly get smaller keys
             k = k * torch.exp(decay.clamp(max=0.0)).view(heads)
         u = self.time_faaaa.float()
         y, state = wkv(r, k, v, w, u, state)
-        y = layout.alone(y, lambda: own_value(r, k, v, u))
-        return self.output(self.ln_x(y) * g), layout.last(x, shift), state
+        y = mask.replace_starts(y, lambda: own_value(r, k, v, u))
+        return self.output(self.ln_x(y) * g), mask.last_input(x, shift), state
 
 
 class ChannelMix(nn.Module):
@@ -95,12 +95,12 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        delta = layout.shifted(x, shift) - x
+        delta = mask.shift(x, shift) - x
         xk, xr = torch.addcmul(x, delta, self.time_maa_k.float()), torch.addcmul(x, delta, self.time_maa_r.float())
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
-        return out, layout.last(x, shift)
+        return out, mask.last_input(x, shift)
 
 
 class Block(nn.Module):
@@ -115,11 +115,11 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: WkvState, layer: int, layout: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: WkvState, layer: int, mask: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
-        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], layout)
+        out, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift[layer], state.wkv[layer], mask)
         x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], layout)
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], mask)
         return x + out, {"att_shift": att_shift, "wkv": wkv_state, "ffn_shift": ffn_shift}
 
 

@@ -1,8 +1,8 @@
-"""The parts every family shares, with the precision policy in one place.
+"""Layers that all families share, with the precision policy in one place.
 
-The residual stream, norms, mixes, decay and state are float32, whatever the dtype of the matrices. A `Linear` casts its
-input to its weight's dtype (or to `compute_dtype`, which training in bf16 sets while the weights stay float32) and
-gives float32 back. For inference on a CPU its weight can be packed (`pack_linears`).
+The residual stream, norms, mixes, decay and state are float32, for any dtype of the matrices. A `Linear` casts its
+input to the dtype of its weight (or to `compute_dtype`, which training in bf16 sets while the weights stay float32) and
+returns float32. For inference on a CPU its weight can be packed (`pack_linears`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in, device=device))
         self.compute_dtype: torch.dtype | None = None
-        self.packed: Tensor | None = None  # takes the place of `weight` after `pack`
+        self.packed: Tensor | None = None  # replaces `weight` after `pack`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
@@ -34,26 +34,26 @@ class Linear(nn.Module):
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype)).float()
 
     def pack(self) -> None:
-        """Exchange the weight for a copy in the CPU's best layout, for inference only: no gradient, no state_dict."""
+        """Replace the weight by a copy in oneDNN's layout, for inference only: no gradient, not in the state_dict."""
         self.packed = pack(self.weight)
         self.register_parameter("weight", None)
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """The dtype of all matrix products of a model, whatever its weights are kept in; None: that of the weights."""
+    """Set the dtype of all matrix products of a model, independent of its weights; None: the dtype of the weights."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.compute_dtype = dtype
 
 
-# Entries. A smaller matrix stays in the cache, and a packed product's longer call costs more than it saves.
+# Entries. A smaller matrix fits in the processor's cache, and the overhead of a packed product exceeds its gain.
 WORTH_PACKING = 1 << 18
 
 
 def pack_linears(model: nn.Module, release: Callable[[Tensor], None] | None = None) -> str | None:
-    """Pack the large matrices of a model for inference on a CPU. Returns None, or the reason why it was left as it is.
+    """Pack the large matrices of a model for inference on a CPU. Returns None, or the reason why it did not.
 
-    release: called with each plain weight once its packed copy is there, so that memory can be given back at once.
+    release: called with each plain weight after packing, so that its memory can be freed immediately.
     """
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.packed is None]
     linears = [linear for linear in linears if linear.weight.numel() >= WORTH_PACKING]
@@ -85,9 +85,10 @@ class LayerNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """GroupNorm with one group a head: (B, T, H, V) -> (B, T, H V), in float32.
+    """GroupNorm with one group for each head: (B, T, H, V) -> (B, T, H V), in float32.
 
-    The official eps is 64e-5: training divides by 8 before a norm with 1e-5, which is the same function.
+    The official eps is 64e-5. The official training code divides by 8 before a norm with 1e-5, which is the same
+    function.
     """
 
     def __init__(self, n_head: int, width: int, eps: float, device: torch.device | str | None = None) -> None:
@@ -116,7 +117,7 @@ def token_shift(x: Tensor, previous: Tensor) -> Tensor:
 
 
 def last_token(x: Tensor, previous: Tensor, lengths: Tensor | None) -> Tensor:
-    """What the next call's token shift needs: token lengths[b] - 1 of each row of x (B, T, C), or `previous`."""
+    """The input for the next call's token shift: token lengths[b] - 1 of each row of x (B, T, C), or `previous`."""
     if lengths is None:
         return x[:, -1] if x.shape[1] else previous
     seen = torch.cat((previous[:, None], x), dim=1)  # (B, T + 1, C)
@@ -124,7 +125,7 @@ def last_token(x: Tensor, previous: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def own_value(r: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-    """What the recurrence gives for a token with nothing before it: (r . (u * k)) v, (B, T, H, V)."""
+    """The output of the recurrence for a token without earlier tokens: (r . (u * k)) v, (B, T, H, V)."""
     return (r * u * k).sum(-1, keepdim=True) * v
 
 

@@ -20,8 +20,8 @@ from fledge.models.config import ModelConfig
 from fledge.models.layers import LayerNorm, Linear, channel_mix, vector
 from fledge.models.state import Rwkv4State
 
-# The key of a padded token: its weight exp(k) is zero whatever else is in the state.
-SILENT = -1e38
+# The key of a padded token: its weight exp(k) is zero for any state.
+PADDING_KEY = -1e38
 
 
 class TimeMix(nn.Module):
@@ -41,18 +41,18 @@ class TimeMix(nn.Module):
         self.output = Linear(A, C, device)
 
     def forward(
-        self, x: Tensor, shift: Tensor, state: tuple[Tensor, Tensor, Tensor], layout: TokenMask
+        self, x: Tensor, shift: Tensor, state: tuple[Tensor, Tensor, Tensor], mask: TokenMask
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x (B, T, C), shift (B, C), state aa, bb, pp (B, A) -> output (B, T, C), new shift, new state."""
-        previous = layout.shifted(x, shift)
+        previous = mask.shift(x, shift)
         delta = x - previous
         r = torch.sigmoid(self.receptance(previous + delta * self.time_mix_r.float()))  # (B, T, A)
-        k = layout.fill(self.key(previous + delta * self.time_mix_k.float()), SILENT)
+        k = mask.fill_padding(self.key(previous + delta * self.time_mix_k.float()), PADDING_KEY)
         v = self.value(previous + delta * self.time_mix_v.float())
-        w = layout.decay(-torch.exp(self.time_decay.float()).expand_as(k))
+        w = mask.mask_decay(-torch.exp(self.time_decay.float()).expand_as(k))
         y, state = wkv4(k, v, w, self.time_first.float(), state)
-        y = layout.alone(y, lambda: v)
-        return self.output(r * y), layout.last(x, shift), state
+        y = mask.replace_starts(y, lambda: v)
+        return self.output(r * y), mask.last_input(x, shift), state
 
 
 class ChannelMix(nn.Module):
@@ -67,13 +67,13 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C, device)
         self.value = Linear(F, C, device)
 
-    def forward(self, x: Tensor, shift: Tensor, layout: TokenMask) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        previous = layout.shifted(x, shift)
+        previous = mask.shift(x, shift)
         delta = x - previous
         xk, xr = previous + delta * self.time_mix_k.float(), previous + delta * self.time_mix_r.float()
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
-        return out, layout.last(x, shift)
+        return out, mask.last_input(x, shift)
 
 
 class Block(nn.Module):
@@ -88,12 +88,12 @@ class Block(nn.Module):
         self.att = TimeMix(config, device)
         self.ffn = ChannelMix(config, device)
 
-    def forward(self, x: Tensor, state: Rwkv4State, layer: int, layout: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, state: Rwkv4State, layer: int, mask: TokenMask) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) and the whole model's state -> x after this block, and this layer's new state tensors."""
         sums = (state.aa[layer], state.bb[layer], state.pp[layer])
-        out, att_shift, (aa, bb, pp) = self.att(self.ln1(x), state.att_shift[layer], sums, layout)
+        out, att_shift, (aa, bb, pp) = self.att(self.ln1(x), state.att_shift[layer], sums, mask)
         x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], layout)
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift[layer], mask)
         return x + out, {"att_shift": att_shift, "aa": aa, "bb": bb, "pp": pp, "ffn_shift": ffn_shift}
 
 

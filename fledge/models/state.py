@@ -1,6 +1,6 @@
-"""The state as a value: everything a model remembers of what it has read, of fixed size (but for a transformer).
+"""The state as a value: everything that a model remembers, of fixed size (except for a transformer).
 
-One frozen dataclass a family, all with the same methods. The layout is stated here and nowhere else:
+Each family has a frozen dataclass; all have the same methods. This docstring is the definition of the layout:
 
     layer axis first, batch axis second, in every tensor
     RWKV-5 Eagle, RWKV-6 Finch   att_shift (L, B, C)   wkv (L, B, H, K, V)   ffn_shift (L, B, C)
@@ -8,9 +8,10 @@ One frozen dataclass a family, all with the same methods. The layout is stated h
     transformer                  keys, values (L, B, S, H, N)   begin, end (1, B): one layer, as all have the same
 
 All tensors are float32 (begin and end are int64: they count tokens). The rows of a wkv matrix are key channels (the
-axis that r contracts and w decays), its columns value channels; files of other tools in (V, K) order are converted at
-the border. A shift holds the last *normalised* input of its sub-layer. A model never writes into a state it was given:
-it returns a new one.
+axis that r contracts and w decays), its columns are value channels. Files of other tools in (V, K) order are converted
+on import and export. A shift contains the last *normalized* input of its sub-layer. A model never changes the state
+that it
+receives: it returns a new one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fledge.models.config import ModelConfig
 S = TypeVar("S", bound="State")
 
 KIND = "fledge_state"
-"""The key of a state file's metadata under which its class is named."""
+"""The metadata key of a state file with the name of the state class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,22 +43,22 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Field name -> tensor, in the order of declaration."""
-        # dataclasses.fields would make a new tuple of them every time, and an engine asks at every token.
+        # dataclasses.fields would build a new tuple in every call, and the engine calls this for every token.
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def batch(self) -> int:
-        """B: how many sequences this state holds."""
+        """B: the number of sequences in this state."""
         return int(getattr(self, next(iter(self.__dataclass_fields__))).shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Size of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @property
-    def places(self) -> int:
-        """S: the tokens there is room for, in a state that grows with the text; 0 where its size is fixed."""
+    def capacity(self) -> int:
+        """S: the number of tokens that fit into a state that grows with the text; 0 if its size is fixed."""
         return 0
 
     def _map(self: S, function: Any) -> S:
@@ -68,38 +69,39 @@ class State:
         return self._map(lambda tensor: tensor.clone())
 
     def detach(self: S) -> S:
-        """The same values, cut off from the graph that computed them."""
+        """The same values, detached from the autograd graph."""
         return self._map(lambda tensor: tensor.detach())
 
     def to(self: S, device: torch.device | str) -> S:
-        """The same values on another device. The dtype stays float32: a state in less precision is another state."""
+        """The same values on another device. The dtype stays float32: rounding would make another state."""
         return self._map(lambda tensor: tensor.to(device))
 
     def rows(self: S, index: int | slice | Sequence[int]) -> S:
-        """The state of some sequences of the batch; an int gives a batch of one."""
+        """The state of some sequences of the batch; an int gives a batch of one. Raises StateError for a wrong
+        index."""
         if isinstance(index, slice):
             return self._map(lambda tensor: tensor[:, index])
-        places = [index] if isinstance(index, int) else [int(place) for place in index]
-        if any(not 0 <= place < self.batch for place in places):
-            raise StateError(f"rows {places} do not all lie in a state of {self.batch} sequences (0 is the first)")
-        chosen = torch.as_tensor(places, dtype=torch.long)
-        return self._map(lambda tensor: tensor.index_select(1, chosen.to(tensor.device)))
+        indices = [index] if isinstance(index, int) else [int(i) for i in index]
+        if any(not 0 <= i < self.batch for i in indices):
+            raise StateError(f"rows {indices} are not all in a state of {self.batch} sequences (0 is the first)")
+        selection = torch.as_tensor(indices, dtype=torch.long)
+        return self._map(lambda tensor: tensor.index_select(1, selection.to(tensor.device)))
 
     @classmethod
     def stack(cls: type[S], states: Sequence[S]) -> S:
-        """Several states side by side as one batch (the batches add up)."""
+        """Several states as one batch: their sequences in order."""
         if not states:
             raise StateError("cannot stack an empty list of states")
         kind = type(states[0])
         if any(type(state) is not kind for state in states):
             names = sorted({type(state).__name__ for state in states})
             raise StateError(f"cannot stack states of different families: {', '.join(names)}")
-        parts = [state.tensors() for state in kind._aligned(states)]
+        parts = [state.tensors() for state in kind._align(states)]
         return kind(**{name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
 
     @classmethod
-    def _aligned(cls: type[S], states: Sequence[S]) -> Sequence[S]:
-        """The same states with tensors that differ in nothing but the batch axis."""
+    def _align(cls: type[S], states: Sequence[S]) -> Sequence[S]:
+        """The same states with tensors whose shapes differ only in the batch axis."""
         return states
 
     def encode(self, metadata: Mapping[str, str] | None = None, tensors: Mapping[str, Tensor] | None = None) -> bytes:
@@ -119,13 +121,14 @@ class State:
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str = "cpu") -> State:
-        """The state that `save` wrote. Raises StateError for any other file; `check` tells whether it fits a model."""
+        """The state in a file of `save`. Raises StateError for any other file. `check` tests whether it fits a
+        model."""
         try:
             with safe_open(path, framework="pt", device=device) as file:
                 kind = KINDS[(file.metadata() or {})[KIND]]
                 names = [field.name for field in dataclasses.fields(kind)]
                 if sorted(file.keys()) != sorted(names):
-                    raise StateError(f"{path}: holds {', '.join(sorted(file.keys()))}, not {', '.join(names)}")
+                    raise StateError(f"{path}: contains {', '.join(sorted(file.keys()))}, not {', '.join(names)}")
                 tensors = {name: file.get_tensor(name) for name in names}
                 return kind(**{name: x.long() if name in COUNTS else x.float() for name, x in tensors.items()})
         except KeyError:
@@ -138,11 +141,11 @@ class State:
         if type(self) is not state_class(config):
             raise StateError(f"a {type(self).__name__} does not fit a {config.family} model")
         if self.batch != batch:
-            raise StateError(f"the state holds {self.batch} sequences, the input {batch}")
-        for name, want in state_shapes(config, batch, self.places).items():
-            have = tuple(getattr(self, name).shape)
-            if have != want:
-                raise StateError(f"state.{name} has shape {have}, but this model needs {want}")
+            raise StateError(f"the state has {self.batch} sequences, the input {batch}")
+        for name, expected in state_shapes(config, batch, self.capacity).items():
+            shape = tuple(getattr(self, name).shape)
+            if shape != expected:
+                raise StateError(f"state.{name} has shape {shape}, but this model needs {expected}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,16 +169,16 @@ class Rwkv4State(State):
 
     @property
     def mean(self) -> Tensor:
-        """(L, B, A): the weighted mean of values; 0 where nothing has been read."""
+        """(L, B, A): the weighted mean of values; 0 before the first token."""
         return self.aa / self.bb.clamp_min(1e-30)
 
 
 @dataclass(frozen=True, eq=False)
 class KvState(State):
-    """The state of the transformer: the keys, rotated to their positions, and values of all it has read.
+    """The KV cache of the transformer: the rotated keys, and the values, of all tokens read.
 
-    Row b holds `end[b]` tokens at the places 0 to end[b] - 1; what lies behind them is padding and never seen. Tokens
-    before `begin[b]` belong to earlier documents and are not seen either. The position of the next token is `end[b]`.
+    Sequence b has `end[b]` tokens at the positions 0 to end[b] - 1. The rest is padding and is masked. Tokens before
+    `begin[b]` belong to earlier documents and are masked too. The position of the next token is `end[b]`.
     """
 
     keys: Tensor  # (L, B, S, H, N) float32
@@ -184,38 +187,39 @@ class KvState(State):
     end: Tensor  # (1, B) int64
 
     @property
-    def places(self) -> int:
-        """S: the tokens there is room for."""
+    def capacity(self) -> int:
+        """S: the number of tokens that fit."""
         return self.keys.shape[2] if self.keys.dim() == 5 else 0
 
     def rows(self, index: int | slice | Sequence[int]) -> KvState:
-        """As in every state; room that none of the chosen rows needs is left out."""
-        chosen = super().rows(index)
-        longest = int(chosen.end.max()) if chosen.batch else 0
-        return KvState(chosen.keys[:, :, :longest], chosen.values[:, :, :longest], chosen.begin, chosen.end)
+        """As in every state, without capacity that these sequences do not need."""
+        selected = super().rows(index)
+        longest = int(selected.end.max()) if selected.batch else 0
+        return KvState(selected.keys[:, :, :longest], selected.values[:, :, :longest], selected.begin, selected.end)
 
     @classmethod
-    def _aligned(cls, states: Sequence[KvState]) -> Sequence[KvState]:
-        """All with the room of the largest: zeros behind what the others hold."""
-        places = max(state.places for state in states)
+    def _align(cls, states: Sequence[KvState]) -> Sequence[KvState]:
+        """All states padded with zeros to the capacity of the largest."""
+        capacity = max(state.capacity for state in states)
 
-        def grown(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, places - x.shape[2]))
+        def pad(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, capacity - x.shape[2]))
 
-        return [KvState(grown(state.keys), grown(state.values), state.begin, state.end) for state in states]
+        return [KvState(pad(state.keys), pad(state.values), state.begin, state.end) for state in states]
 
     def check(self, config: ModelConfig, batch: int) -> None:
-        """As in every state, and `begin` and `end` must count tokens that are there."""
+        """As in every state; also checks that `begin` and `end` are within the capacity."""
         super().check(config, batch)
-        counts = torch.cat((torch.zeros_like(self.begin), self.begin, self.end, torch.full_like(self.end, self.places)))
+        limits = torch.zeros_like(self.begin), torch.full_like(self.end, self.capacity)
+        counts = torch.cat((limits[0], self.begin, self.end, limits[1]))
         if counts.is_floating_point() or bool((counts.diff(dim=0) < 0).any()):
-            raise StateError(f"the state counts tokens from begin to end that its {self.places} places cannot hold")
+            raise StateError(f"begin and end of the state do not fit its capacity of {self.capacity} tokens")
 
 
 KINDS: dict[str, type[State]] = {"WkvState": WkvState, "Rwkv4State": Rwkv4State, "KvState": KvState}
 
 COUNTS = ("begin", "end")
-"""Fields that are int64, in whatever class."""
+"""The int64 fields of all classes."""
 
 
 def state_class(config: ModelConfig) -> type[State]:
@@ -225,14 +229,14 @@ def state_class(config: ModelConfig) -> type[State]:
     return Rwkv4State if config.version == "4" else WkvState
 
 
-def state_shapes(config: ModelConfig, batch: int, places: int = 0) -> dict[str, tuple[int, ...]]:
-    """Field name -> shape, for `batch` sequences: the layout at the top of this file in numbers.
+def state_shapes(config: ModelConfig, batch: int, capacity: int = 0) -> dict[str, tuple[int, ...]]:
+    """Field name -> shape, for `batch` sequences, in the layout of the module's docstring.
 
-    places: room for tokens in a transformer's state.
+    capacity: number of tokens that fit into a transformer's state.
     """
     L, H, N = config.n_layer, config.n_head, config.head_size
     if config.version == "llama":
-        tokens = (L, batch, places, H, N)
+        tokens = (L, batch, capacity, H, N)
         return {"keys": tokens, "values": tokens, "begin": (1, batch), "end": (1, batch)}
     shift = (L, batch, config.n_embd)
     if config.version == "4":
@@ -242,20 +246,20 @@ def state_shapes(config: ModelConfig, batch: int, places: int = 0) -> dict[str, 
 
 
 def tuned_state(config: ModelConfig, layers: Sequence[Tensor], batch: int, device: torch.device | str = "cpu") -> State:
-    """The state of `batch` sequences that begin as tuned: time_state (H, V, K) of each layer -> wkv (L, B, H, K, V).
+    """The tuned initial state of `batch` sequences: time_state (H, V, K) of each layer -> wkv (L, B, H, K, V).
 
-    Files and parameters have the value channels first. A gradient flows back to them.
+    Files and parameters have the value channels first. Gradients flow back to the parameters.
     """
     wkv = torch.stack(list(layers)).float().transpose(-1, -2)[:, None].expand(-1, batch, -1, -1, -1)
     return state_class(config)(**{**zero_state(config, batch, device).tensors(), "wkv": wkv.contiguous()})
 
 
 def zero_state(config: ModelConfig, batch: int, device: torch.device | str = "cpu") -> State:
-    """The state of `batch` sequences of which nothing has been read."""
+    """The state of `batch` sequences before the first token."""
     tensors = {
         name: torch.zeros(shape, device=device, dtype=torch.long if name in COUNTS else torch.float32)
         for name, shape in state_shapes(config, batch).items()
     }
     if "pp" in tensors:
-        tensors["pp"].fill_(-1e30)  # no exponent has been seen yet
+        tensors["pp"].fill_(-1e30)  # no exponent so far
     return state_class(config)(**tensors)

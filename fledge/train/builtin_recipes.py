@@ -1,21 +1,25 @@
-"""Recipes that come with Fledge, one function each; a start for your own."""
+"""The recipes that ship with Fledge, one function each, and the lookup of a recipe by name."""
 
 from __future__ import annotations
 
+import runpy
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from fledge.core.errors import FledgeError, UsageError
 from fledge.train.recipe import Recipe
 
 
 def tiny() -> Recipe:
     """A Finch that a laptop trains in an hour or two."""
-    return Recipe(n_layer=6, n_embd=192, peak=2e-3, final=1e-4, warmup=60, steps=1350)
+    return Recipe(n_layer=6, n_embd=192, max_lr=2e-3, min_lr=1e-4, warmup_steps=60, steps=1350)
 
 
 def small() -> Recipe:
     """L6 D256: most of what 25 MB of int8 can hold beside a vocabulary of 16,384."""
-    return Recipe(n_layer=6, n_embd=256, peak=1.5e-3, final=1e-4, warmup=100, steps=5000)
+    return Recipe(n_layer=6, n_embd=256, max_lr=1.5e-3, min_lr=1e-4, warmup_steps=100, steps=5000)
 
 
 def minipile() -> Recipe:
@@ -25,25 +29,30 @@ def minipile() -> Recipe:
         n_embd=768,
         length=512,
         batch=16,
-        micro=16,
+        micro_batch_size=16,
         order="official",
         steps=180_000,
-        peak=6e-4,
-        final=6e-5,
-        warmup=10,
+        max_lr=6e-4,
+        min_lr=6e-5,
+        warmup_steps=10,
         weight_decay=0.001,
     )
 
 
 def long() -> Recipe:
     """Rows of 65,536 tokens, read by windows of 1024 with the gradient through two: memory as for 2048 tokens."""
-    return Recipe(length=65_536, batch=1, micro=1, window=1024, through=2)
+    return Recipe(length=65_536, batch=1, micro_batch_size=1, window=1024, tbptt_windows=2)
 
 
 def against_spikes(recipe: Recipe) -> Recipe:
     """The published remedies for Finch's loss spikes: tiny eps, shorter memory of squares, slow warm-up, more decay."""
     return replace(
-        recipe, eps=1e-18, beta2=0.95, warmup=max(recipe.warmup, 20), weight_decay=0.1, final=recipe.peak / 100
+        recipe,
+        eps=1e-18,
+        beta2=0.95,
+        warmup_steps=max(recipe.warmup_steps, 20),
+        weight_decay=0.1,
+        min_lr=recipe.max_lr / 100,
     )
 
 
@@ -54,3 +63,30 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "long": long,
     "careful": lambda: against_spikes(small()),
 }
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name, or of `file.py:function`, which is executed. Raises UsageError if there is none."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    file, colon, function = name.rpartition(":")
+    if not colon or not Path(file).is_file():
+        raise UsageError(f"there is no recipe {name!r}; choose from {', '.join(RECIPES)}, or give file.py:function")
+    try:
+        make_recipe = runpy.run_path(file).get(function)
+        recipe = make_recipe() if callable(make_recipe) else None
+    except (Exception, SystemExit) as error:
+        raise _describe_failure(file, error) from error
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"{file} has no function {function} that returns a Recipe")
+    return recipe
+
+
+def _describe_failure(file: str, error: BaseException) -> UsageError:
+    """The error of a recipe file with its line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    where = f"{file}, line {lines[-1]}" if lines else file
+    what = str(error) if isinstance(error, FledgeError) else f"{type(error).__name__}: {error}"
+    return UsageError(f"{where}: the recipe failed: {what}")

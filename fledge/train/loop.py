@@ -1,9 +1,9 @@
 """The training loop, to be read from top to bottom: rows, windows with carried state, accumulation, update, metrics.
 
 A step's loss is the mean over all its counted targets, whatever rows, windows and processes they came in. With `window`
-a row is read in pieces whose state is carried on: the gradient flows back through the state for `through` pieces and
-is cut there, so memory does not depend on the length of the rows. Everything is a function of the step's number, and a
-checkpoint holds all the rest: a run that was killed goes on with the bits it would have had.
+a row is read in pieces whose state is carried on: the gradient flows back through the state for `tbptt_windows` pieces
+and is cut there, so memory does not depend on the length of the rows. Everything is a function of the step's number,
+and a checkpoint holds all the rest: a run that was killed goes on with the bits it would have had.
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ class TrainSettings:
     clip: float = 1.0
     compute_dtype: torch.dtype | None = None  # dtype of the matrix products; None is the weights' own float32
     window: int | None = None  # tokens that are read at once, the state being carried on; None: whole rows
-    through: int = 1  # windows that a gradient flows back through
-    recompute: bool = False  # forget what is inside the blocks and compute it again for the gradient: less memory
+    tbptt_windows: int = 1  # windows that a gradient flows back through
+    activation_checkpointing: bool = (
+        False  # forget what is inside the blocks and compute it again for the gradient: less memory
+    )
     compile: bool = False  # the two halves of each block, by torch.compile; needs a C++ compiler or a GPU with triton
     log_every: int = 10  # steps
     save_every: int = 100  # steps
     validate_every: int = 200  # steps
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "window", "through", "log_every", "save_every", "validate_every"):
+        for name in ("accumulate", "window", "tbptt_windows", "log_every", "save_every", "validate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -221,7 +223,7 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
             # Not the block, whose number would make a program of its own for each.
             block.att.compile(dynamic=False)
             block.ffn.compile(dynamic=False)
-        if settings.recompute and not isinstance(block.forward, partial):
+        if settings.activation_checkpointing and not isinstance(block.forward, partial):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
 
@@ -251,8 +253,8 @@ def backward(
     pieces = list(windows(batch, settings.window))
     for number, piece in enumerate(pieces):
         ends = number == len(pieces) - 1
-        cut = ends or (number + 1) % settings.through == 0
-        with team.quietly(called, quiet=not (last and number >= _last_group(len(pieces), settings.through))):
+        cut = ends or (number + 1) % settings.tbptt_windows == 0
+        with team.quietly(called, quiet=not (last and number >= _last_group(len(pieces), settings.tbptt_windows))):
             loss, state = batch_loss(called, piece, state)
             pending = loss * weight if pending is None else pending + loss * weight
             if cut:
@@ -265,7 +267,7 @@ def backward(
 def _passes(batch: Batch, settings: TrainSettings) -> int:
     """The backward passes that a micro-batch takes."""
     length = batch.idx.shape[1] - 1
-    return 1 if settings.window is None else -(-length // (settings.window * settings.through))
+    return 1 if settings.window is None else -(-length // (settings.window * settings.tbptt_windows))
 
 
 def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
@@ -274,8 +276,10 @@ def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
     step = length if window is None else window
     for start in range(0, length, step):
         end = min(start + step, length)
-        counted, fresh = (None if mask is None else mask[:, start:end] for mask in (batch.counted, batch.fresh))
-        yield Batch(batch.idx[:, start : end + 1], counted, fresh)
+        loss_mask, document_start = (
+            None if mask is None else mask[:, start:end] for mask in (batch.loss_mask, batch.document_start)
+        )
+        yield Batch(batch.idx[:, start : end + 1], loss_mask, document_start)
 
 
 def _last_group(pieces: int, through: int) -> int:

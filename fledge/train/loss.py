@@ -27,32 +27,32 @@ FEWEST = 256  # tokens of a piece, so that a large vocabulary's weight is not re
 
 class _L2Wrap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, logits: Tensor, counted: Tensor | None) -> Tensor:
-        ctx.save_for_backward(logits, counted)
+    def forward(ctx: Any, loss: Tensor, logits: Tensor, loss_mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits, loss_mask)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        logits, counted = ctx.saved_tensors
+        logits, loss_mask = ctx.saved_tensors
         largest, where = logits.max(-1, keepdim=True)
-        if counted is not None:
-            largest = largest * counted[..., None]
+        if loss_mask is not None:
+            largest = largest * loss_mask[..., None]
         pull = torch.zeros_like(logits).scatter_(-1, where, largest * (PULL * gradients[0]))
         return gradients[0], pull, None
 
 
-def summed_loss(logits: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+def summed_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """The sum of the cross-entropies in nats. logits: (B, T, vocab) float32; targets: (B, T) int64, the id that follows
-    each token; counted: (B, T) bool, which of them count, None for all.
+    each token; loss_mask: (B, T) bool, which of them count, None for all.
 
     A sum, because a step's mean is over all its rows, windows and processes: who knows the number of targets divides.
     The pull scales with the incoming gradient, so that it is divided as well.
     """
-    if counted is not None:
-        targets = targets.masked_fill(~counted, -100)  # the number that torch leaves out
+    if loss_mask is not None:
+        targets = targets.masked_fill(~loss_mask, -100)  # the number that torch leaves out
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    wrapped: Tensor = _L2Wrap.apply(loss, logits, counted)
+    wrapped: Tensor = _L2Wrap.apply(loss, logits, loss_mask)
     return wrapped
 
 
@@ -61,13 +61,13 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return summed_loss(logits, targets) / targets.numel()
 
 
-def head_loss(head: Linear, x: Tensor, *, targets: Tensor, counted: Tensor | None = None) -> Tensor:
-    """`summed_loss(head(x), targets, counted)` without the logits of all tokens; x: (B, T, C) float32.
+def head_loss(head: Linear, x: Tensor, *, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+    """`summed_loss(head(x), targets, loss_mask)` without the logits of all tokens; x: (B, T, C) float32.
 
     The gradients are computed at once with the loss, in one walk over pieces of the tokens.
     """
-    if counted is not None:
-        x, targets = x[counted], targets[counted]
+    if loss_mask is not None:
+        x, targets = x[loss_mask], targets[loss_mask]
     dtype = head.compute_dtype or head.weight.dtype
     loss: Tensor = _HeadLoss.apply(x.flatten(0, -2), head.weight, targets.flatten(), dtype)
     return loss
@@ -77,9 +77,11 @@ def batch_loss(model: nn.Module, batch: Batch, state: State | None = None) -> tu
     """The sum over a batch's targets that count, read after `state`, on the model's device; and the state after it."""
     device = next(model.parameters()).device
     idx = batch.idx.to(device)
-    counted, fresh = (None if mask is None else mask.to(device) for mask in (batch.counted, batch.fresh))
-    readout = partial(head_loss, targets=idx[:, 1:], counted=counted)
-    loss, after = model(idx[:, :-1], state, fresh=fresh, readout=readout)
+    loss_mask, document_start = (
+        None if mask is None else mask.to(device) for mask in (batch.loss_mask, batch.document_start)
+    )
+    readout = partial(head_loss, targets=idx[:, 1:], loss_mask=loss_mask)
+    loss, after = model(idx[:, :-1], state, document_start=document_start, readout=readout)
     return loss, after
 
 

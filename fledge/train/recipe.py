@@ -7,18 +7,15 @@ A recipe is a function without arguments that returns a `Recipe`; those of `reci
 from __future__ import annotations
 
 import dataclasses
-import runpy
-import traceback
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fledge.core.config import check_keys, parse_text
-from fledge.core.errors import ConfigError, FledgeError, UsageError
+from fledge.core.errors import ConfigError
 from fledge.data.batches import Batches
 from fledge.data.windows import OfficialWindows, Tokens, Windows
 from fledge.models import ModelConfig
@@ -34,7 +31,17 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
 }
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 ORDERS = ("shuffled", "official")
-SIZES = ("n_layer", "n_embd", "head_size", "vocab_size", "length", "batch", "micro", "steps", "validate_bytes")
+SIZES = (
+    "n_layer",
+    "n_embd",
+    "head_size",
+    "vocab_size",
+    "length",
+    "batch",
+    "micro_batch_size",
+    "steps",
+    "validate_bytes",
+)
 LARGEST = {"seed": 2**63 - 1, **dict.fromkeys(SIZES, 2**31 - 1), "n_layer": 1000, "n_embd": 2**16, "vocab_size": 2**20}
 """What no run can mean: a slip of the finger, caught before it asks for all memory."""
 
@@ -52,17 +59,17 @@ class Recipe:
 
     length: int = 512  # tokens of a row
     batch: int = 16  # rows of a step, over all processes
-    micro: int = 8  # rows read at once, over all processes; divides batch
+    micro_batch_size: int = 8  # rows read at once, over all processes; divides batch
     order: str = "shuffled"  # of the rows, or "official", RWKV-LM's
-    borders: bool = False  # start from an empty state at every document, not only at every row
+    reset_at_document: bool = False  # start from an empty state at every document, not only at every row
     window: int | None = None  # tokens read at once, the state being carried along the row; None: the whole row
-    through: int = 1  # windows that a gradient flows back through
+    tbptt_windows: int = 1  # windows that a gradient flows back through
     seed: int = 1
 
     steps: int = 1000
-    peak: float = 1e-3  # learning rate
-    final: float = 1e-4
-    warmup: int = 50  # steps
+    max_lr: float = 1e-3  # learning rate
+    min_lr: float = 1e-4
+    warmup_steps: int = 50  # steps
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-18
@@ -70,7 +77,7 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient at most
 
     dtype: str = "bfloat16"  # of the matrix products; the weights, the state and everything else are float32
-    recompute: bool = False  # compute blocks again for the gradient: less memory, a third more time
+    activation_checkpointing: bool = False  # compute blocks again for the gradient: less memory, a third more time
     compile: bool = False
 
     log_every: int = 10  # steps
@@ -86,8 +93,8 @@ class Recipe:
             least = 0 if name in ("seed", "vocab_size") else 1
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
-        if self.batch % self.micro:
-            raise ConfigError(f"micro is {self.micro}; it must divide batch = {self.batch}")
+        if self.batch % self.micro_batch_size:
+            raise ConfigError(f"micro_batch_size is {self.micro_batch_size}; it must divide batch = {self.batch}")
         self.settings()
 
     def model(self, vocab_size: int) -> ModelConfig:
@@ -101,15 +108,15 @@ class Recipe:
     def batches(self, tokens: Tokens) -> Batches:
         """The rows, in order."""
         if self.order == "official":
-            return OfficialWindows(tokens, self.length, self.micro, borders=self.borders)
-        return Windows(tokens, self.length, self.micro, self.seed, borders=self.borders)
+            return OfficialWindows(tokens, self.length, self.micro_batch_size, reset_at_document=self.reset_at_document)
+        return Windows(tokens, self.length, self.micro_batch_size, self.seed, reset_at_document=self.reset_at_document)
 
     def settings(self) -> TrainSettings:
         """What the loop needs."""
         return TrainSettings(
-            schedule=LearningRateSchedule(self.peak, self.final, self.warmup, self.steps),
+            schedule=LearningRateSchedule(self.max_lr, self.min_lr, self.warmup_steps, self.steps),
             adam=AdamSettings(self.beta1, self.beta2, self.eps, self.weight_decay),
-            accumulate=self.batch // self.micro,
+            accumulate=self.batch // self.micro_batch_size,
             compute_dtype=DTYPES[self.dtype],
             **{name: getattr(self, name) for name in SHARED},
         )
@@ -127,11 +134,20 @@ class Recipe:
         return dataclasses.replace(self, **values)
 
 
-SHARED = ("clip", "window", "through", "recompute", "compile", "log_every", "save_every", "validate_every")
+SHARED = (
+    "clip",
+    "window",
+    "tbptt_windows",
+    "activation_checkpointing",
+    "compile",
+    "log_every",
+    "save_every",
+    "validate_every",
+)
 """Settings that the loop has under the same name."""
 
-HOW = ("recompute", "compile", "save_every")
-RATES = ("peak", "final", "warmup", "beta1", "beta2", "eps", "weight_decay", "clip")
+HOW = ("activation_checkpointing", "compile", "save_every")
+RATES = ("max_lr", "min_lr", "warmup_steps", "beta1", "beta2", "eps", "weight_decay", "clip")
 """With these a run may go on that are not those it began with: to be helped over a bad place."""
 
 IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in HOW + RATES)
@@ -144,32 +160,3 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
     if config.n_head:
         sizes["head_size"] = config.head_size
     return {"family": families.get(config.version), **sizes, "scaled_keys": config.scaled_keys}
-
-
-def find_recipe(name: str) -> Recipe:
-    """The recipe of this name, or of `file.py:function`, whose file is run. Raises UsageError where there is none."""
-    from fledge.train.builtin_recipes import RECIPES
-
-    if name in RECIPES:
-        return RECIPES[name]()
-    file, colon, function = name.rpartition(":")
-    if not colon or not Path(file).is_file():
-        raise UsageError(f"there is no recipe {name!r}; choose from {', '.join(RECIPES)}, or give file.py:function")
-    try:
-        found = runpy.run_path(file).get(function)
-        recipe = found() if callable(found) else None
-    except (Exception, SystemExit) as error:
-        raise _failed(file, error) from error
-    if not isinstance(recipe, Recipe):
-        raise UsageError(f"{file} has no function {function} that returns a Recipe")
-    return recipe
-
-
-def _failed(file: str, error: BaseException) -> UsageError:
-    """What went wrong in a recipe's file, and on which of its lines."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        lines = [error.lineno]
-    where = f"{file}, line {lines[-1]}" if lines else file
-    what = str(error) if isinstance(error, FledgeError) else f"{type(error).__name__}: {error}"
-    return UsageError(f"{where}: the recipe failed: {what}")

@@ -48,9 +48,9 @@ def run(
     start: a checkpoint to begin from in place of fresh weights. Raises FledgeError's kinds as its parts do.
     """
     keep_freed_memory()
-    if recipe.micro % team.world:
+    if recipe.micro_batch_size % team.world:
         raise ConfigError(
-            f"micro is {recipe.micro}, the rows that all {team.world} processes read at once; take a multiple of "
+            f"micro_batch_size is {recipe.micro_batch_size}, but {team.world} processes share it; use a multiple of "
             f"{team.world} that divides batch = {recipe.batch}"
         )
     store = open_store(Path(data)).with_rows(recipe.vocab_size)
@@ -144,7 +144,8 @@ class _Checked:
             self.batches = recipe.batches(store.tokens("train"))
         except UsageError as error:
             raise UsageError(
-                f"{name}: {error}; take a smaller length (now {recipe.length}) or micro (now {recipe.micro}), or more "
+                f"{name}: {error}; use a smaller length (now {recipe.length}) or micro_batch_size "
+                f"(now {recipe.micro_batch_size}), or more "
                 "text"
             ) from None
 

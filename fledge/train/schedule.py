@@ -12,26 +12,28 @@ HIGHEST = 10.0
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Warm up from 1 % of `peak` over `warmup` steps, then fall to `final` along a cosine by step `steps`."""
+    """Warm up from 1 % of `max_lr` over `warmup_steps` steps, then fall to `min_lr` along a cosine by step `steps`."""
 
-    peak: float
-    final: float
-    warmup: int
+    max_lr: float
+    min_lr: float
+    warmup_steps: int
     steps: int
 
     def __post_init__(self) -> None:
         # Adam moves each number by about the rate: even a state, which holds tens, can learn nothing at a higher one.
-        if not 0 < self.final <= self.peak <= HIGHEST:
+        if not 0 < self.min_lr <= self.max_lr <= HIGHEST:
             raise ConfigError(
-                f"the learning rate would fall from {self.peak:g} to {self.final:g}; it needs 0 < final <= peak <= "
-                f"{HIGHEST:g}"
+                f"the learning rate would fall from {self.max_lr:g} to {self.min_lr:g}; "
+                f"it needs 0 < min_lr <= max_lr <= {HIGHEST:g}"
             )
-        if not 0 <= self.warmup < self.steps:
-            raise ConfigError(f"warmup is {self.warmup} and steps {self.steps}; a run needs 0 <= warmup < steps")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ConfigError(
+                f"warmup_steps is {self.warmup_steps} and steps {self.steps}; a run needs 0 <= warmup_steps < steps"
+            )
 
     def rate(self, step: int) -> float:
-        """The learning rate of step number `step` (from 0); `final` from step `steps` on."""
-        if step < self.warmup:
-            return self.peak * (0.01 + 0.99 * step / self.warmup)
-        share = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
-        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * share))
+        """The learning rate of step number `step` (from 0); `min_lr` from step `steps` on."""
+        if step < self.warmup_steps:
+            return self.max_lr * (0.01 + 0.99 * step / self.warmup_steps)
+        share = min(1.0, (step - self.warmup_steps) / (self.steps - self.warmup_steps))
+        return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))

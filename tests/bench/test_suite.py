@@ -14,7 +14,7 @@ from fledge.core.errors import FledgeError, UsageError
 
 @dataclass(frozen=True)
 class FakeBenchmark(Benchmark):
-    """Two programs, one of which may fail at its second run."""
+    """Two programs. One of them may fail in its second run."""
 
     kind: ClassVar[str] = "fake"
 

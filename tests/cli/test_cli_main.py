@@ -56,7 +56,7 @@ def test_the_module_is_the_command() -> None:
     ("arguments", "words"),
     [
         (["gnerate"], ["No such command 'gnerate'", "see fledge --help"]),
-        (["--colour"], ["No such option", "see fledge --help"]),
+        (["--unknown"], ["No such option", "see fledge --help"]),
         (["generate", "--top-k", "x"], ["--top-k", "see fledge generate --help"]),
         (["generate", "one", "two"], ["two", "see fledge generate --help"]),
         (["convert", "only-one"], ["see fledge convert --help"]),

@@ -91,7 +91,7 @@ def test_templates(tmp_path: Path) -> None:
 def test_of_a_text_everything_counts_but_its_first_token(tmp_path: Path) -> None:
     example = only(tmp_path, {"text": "The sea was calm."})
     assert example.ids.tolist() == [*load_world().encode("The sea was calm."), 0]
-    assert example.counted.tolist() == [False] + [True] * (len(example) - 1)
+    assert example.loss_mask.tolist() == [False] + [True] * (len(example) - 1)
     assert marked_text(example, load_world())[-1] == (" sea was calm.<end>", True)
     tokenizer = tokenizer_for(byte_vocabulary())
     (example,) = read_examples(written(tmp_path, {"text": "abc"}), tokenizer).items
@@ -202,11 +202,11 @@ def test_every_example_comes_once_an_epoch_in_an_order_of_its_own() -> None:
 
 def test_rows_are_padded_where_nothing_counts() -> None:
     batch = padded(numbered([3, STEP + 2]))
-    assert batch.idx.shape == (2, 2 * STEP + 1) and batch.fresh is None
-    assert batch.counted is not None and batch.counted.shape == (2, 2 * STEP)
+    assert batch.idx.shape == (2, 2 * STEP + 1) and batch.document_start is None
+    assert batch.loss_mask is not None and batch.loss_mask.shape == (2, 2 * STEP)
     assert batch.idx[0].tolist() == [1, 1, 1] + [0] * (2 * STEP - 2)
-    assert batch.counted[0].tolist() == [True, True] + [False] * (2 * STEP - 2)
-    assert batch.counted[1].sum() == 9 and not batch.counted[1, STEP + 1 :].any()
+    assert batch.loss_mask[0].tolist() == [True, True] + [False] * (2 * STEP - 2)
+    assert batch.loss_mask[1].sum() == 9 and not batch.loss_mask[1, STEP + 1 :].any()
     assert padded(numbered([STEP + 1])).idx.shape == (1, STEP + 1)
 
 

@@ -34,10 +34,10 @@ def test_too_few_tokens() -> None:
 def test_borders_are_where_a_separator_is_read() -> None:
     tokens = np.arange(1, 201, dtype=np.uint16)
     tokens[::7] = 0
-    assert Windows(tokens, 10, 2, seed=0)[0].fresh is None
-    batch = Windows(tokens, 10, 2, seed=0, borders=True)[3]
-    assert batch.fresh is not None and batch.fresh.any()
-    assert torch.equal(batch.fresh, batch.idx[:, :-1] == 0)
+    assert Windows(tokens, 10, 2, seed=0)[0].document_start is None
+    batch = Windows(tokens, 10, 2, seed=0, reset_at_document=True)[3]
+    assert batch.document_start is not None and batch.document_start.any()
+    assert torch.equal(batch.document_start, batch.idx[:, :-1] == 0)
     assert batch.targets == 20 and batch.rows(slice(0, 1)).targets == 10
 
 

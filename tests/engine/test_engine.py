@@ -58,7 +58,7 @@ def test_requests_in_a_batch_match_the_reference_bit_for_bit(version: str, seed:
             outputs, expected = outputs_by_id[request_id, choice], reference_tokens(model, request, choice)
             assert tokens_of(outputs) == [token for token, _ in expected]
             for output, (_, before) in zip(outputs, expected, strict=True):
-                assert equal_states(output.state_before.alone(), before)
+                assert equal_states(output.state_before.extract(), before)
             assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
             assert outputs[-1].finish_reason == ("eos" if outputs[-1].token == EOS else "length")
 
@@ -83,7 +83,7 @@ def test_a_request_without_completions_returns_logits_and_state() -> None:
     assert (output.finish_reason, output.token) == ("read", None)
     assert output.logits is not None
     assert_close_relative(output.logits, expected.logits, MODEL_TOLERANCE, "logits")
-    for name, tensor in output.state_before.alone().tensors().items():
+    for name, tensor in output.state_before.extract().tensors().items():
         assert_close_relative(tensor, expected.state.tensors()[name], MODEL_TOLERANCE, name)
 
 

@@ -1,4 +1,4 @@
-"""Products of the native library against torch in float64, on every instruction set that this processor has."""
+"""Products of the native library, compared with torch in float64 on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = needs_native
 # (rows, columns) of weights: one entry, whole panels and groups, and neither, a panel's edge on both sides.
 SHAPES = [(1, 1), (64, 32), (131, 70), (63, 257), (65, 96)]
 ROWS = (0, 1, 2, 3, 5, 6, 7, 13, 40)
-# Largest error relative to the largest output. A quantised product rounds its inputs to 16 bits, 2e-5 of a group's
+# Largest error relative to the largest output. A quantized product rounds its inputs to 16 bits, 2e-5 of a group's
 # largest; the others only differ in the order of float32 sums, whose bound is terms * 2**-24 (see closeness.py): 1.9e-6
 # for the shortest sums here, of 32 terms. The largest errors measured are 3.7e-5 and 2.1e-7.
 TOLERANCE = dict.fromkeys(FORMATS, 1.5e-6) | {"int8": 1e-4, "int4": 1e-4}
 
 
 def packed_and_dense(format: str, rows: int, columns: int) -> tuple[PackedMatrix, Tensor]:
-    """A weight in this format, and the numbers it stands for."""
+    """A weight in this format, and the numbers that it represents."""
     weight = torch.randn(rows, columns)
     if format in ("int8", "int4"):
         matrix, _ = quantize(weight, format)
@@ -84,7 +84,7 @@ def test_skipping_zeros_changes_no_bit(instruction_set: str, format: str) -> Non
 @every_instruction_set
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_does_not_vanish(instruction_set: str, format: str, bad: float) -> None:
+def test_non_finite_inputs_give_non_finite_outputs(instruction_set: str, format: str, bad: float) -> None:
     matrix, _ = packed_and_dense(format, 70, 64)
     x = torch.randn(3, 64)
     x[1, 5] = bad
@@ -107,7 +107,7 @@ def test_inputs_of_any_size(format: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_the_readable_twin_is_the_same_function(format: str) -> None:
+def test_products_equal_the_reference(format: str) -> None:
     matrix, _ = quantize(torch.randn(67, 45), format)
     x = torch.randn(5, 45)
     assert_close_relative(

@@ -1,4 +1,4 @@
-"""The native recurrences against the plain loops in float64, on every instruction set that this processor has."""
+"""The native recurrences, compared with the plain loops in float64 on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_decay_of_exactly_zero_and_one(instruction_set: str) -> None:
 
 
 @every_instruction_set
-def test_any_cut_gives_the_same_bits(instruction_set: str) -> None:
+def test_any_split_gives_the_same_bits(instruction_set: str) -> None:
     r, k, v, w, u, state = (x.float() for x in inputs(20, DECAYS["trained"]))
     with forced(instruction_set):
         whole, final = wkv(r, k, v, w, u, state, backend="native")
@@ -69,20 +69,20 @@ def test_any_cut_gives_the_same_bits(instruction_set: str) -> None:
             assert torch.equal(torch.cat((y1, y2), 1), whole) and torch.equal(end, final)
 
 
-def test_the_given_state_is_left_alone_and_strides_do_not_matter() -> None:
+def test_the_input_state_is_not_changed_and_strides_do_not_matter() -> None:
     r, k, v, w, u, state = (x.float() for x in inputs(6, DECAYS["trained"]))
     before = state.clone()
     y, after = wkv(r, k, v, w, u, state, backend="native")
     assert torch.equal(state, before) and after.data_ptr() != state.data_ptr()
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (r, k, v, w)]
     assert torch.equal(wkv(*turned, u, state, backend="native")[0], y)
-    static = w[:1, :1].expand_as(w)  # Eagle's decay comes expanded
+    static = w[:1, :1].expand_as(w)  # Eagle passes its decay expanded
     assert torch.equal(
         wkv(r, k, v, static, u, backend="native")[0], wkv(r, k, v, static.clone(), u, backend="native")[0]
     )
 
 
-def test_a_state_that_fades_away_stays_fast_and_exact() -> None:
+def test_a_state_that_decays_to_zero_stays_fast_and_exact() -> None:
     """Subnormal numbers would make this hundreds of times as slow; they become zero."""
     r, k, v, w, u, state = (x.float() for x in inputs(400, DECAYS["slow"]))
     k[:, 1:] = 0
@@ -110,7 +110,7 @@ def test_wkv4_equals_the_reference(instruction_set: str, width: int, fresh: bool
 
 
 def gradients(given: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """Of a fixed random projection of y and the state, with respect to all six inputs."""
+    """Gradients of a fixed random projection of y and the state, with respect to all six inputs."""
     leaves = [x.to(dtype).requires_grad_() for x in given]
     outputs = wkv(*leaves, backend=backend)
     draw = torch.Generator().manual_seed(1)
@@ -183,7 +183,7 @@ def test_a_backend_can_be_preferred() -> None:
         prefer(None)
 
 
-def test_what_it_cannot_do_is_refused_and_never_chosen() -> None:
+def test_unsupported_inputs_are_rejected_and_never_dispatched_here() -> None:
     r, k, v, w, u, state = (x.float() for x in inputs(5, DECAYS["trained"]))
     with pytest.raises(BackendError, match="without gradients"):
         wkv_native(r.requires_grad_(), k, v, w, u, state)
@@ -193,8 +193,8 @@ def test_what_it_cannot_do_is_refused_and_never_chosen() -> None:
         wkv(*(x.detach().double() for x in (r, k, v, w, u, state)), backend="native")
 
 
-def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
-    """The library reads and writes as many numbers as it is told."""
+def test_wrong_shapes_and_dtypes_are_rejected() -> None:
+    """The library does not check sizes: it would read and write past the end."""
     r, k, v, w, u, state = (x.float() for x in inputs(5, DECAYS["trained"]))
     for bad in (
         (r, k, v, w, u, state[:1]),
@@ -209,7 +209,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         wkv_native(*(x.bfloat16() for x in (r, k, v, w, u, state)))
 
 
-def test_a_transposed_state_of_rwkv4_is_read_as_it_stands() -> None:
+def test_a_transposed_state_of_rwkv4_is_read_correctly() -> None:
     k, v = torch.randn(2, 3, 5, 16)
     w, u = -torch.rand(3, 5, 16), torch.randn(16)
     state = tuple(torch.rand(16, 3).T for _ in range(3))
@@ -222,7 +222,7 @@ def test_a_transposed_state_of_rwkv4_is_read_as_it_stands() -> None:
 
 @pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=str)
 def test_a_default_dtype_changes_nothing(default: torch.dtype) -> None:
-    """The library writes float32, whatever torch would make of a tensor without a dtype."""
+    """The library writes float32, independent of torch's default dtype."""
     tensors = [x.float().requires_grad_() for x in inputs(20, DECAYS["trained"])]
 
     def gradients() -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Products with packed weights against torch's own, for every number of rows and both dtypes."""
+"""Products with packed weights, compared with torch's own, for several numbers of rows and both dtypes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_packed_equals_linear(dtype: torch.dtype, rows: tuple[int, ...], shape: 
     assert_close_relative(found, expected, tolerance + (UNIT_ROUNDOFF[dtype] if dtype == torch.bfloat16 else 0))
 
 
-def test_a_transposed_weight_is_packed_as_it_reads() -> None:
+def test_a_transposed_weight_is_packed_correctly() -> None:
     if reason := why_not_packable(torch.float32):
         pytest.skip(reason)
     weight = torch.randn(20, 30).T
@@ -38,7 +38,7 @@ def test_a_transposed_weight_is_packed_as_it_reads() -> None:
     assert_close_relative(packed_linear(x, pack(weight)), x.double() @ weight.double().T, 1e-6)
 
 
-def test_other_dtypes_are_refused_with_a_reason() -> None:
+def test_other_dtypes_are_rejected_with_a_reason() -> None:
     assert "float16" in str(why_not_packable(torch.float16))
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a quantised matrix: every number at its documented place, padding, and shapes that do not fit."""
+"""The bytes of a quantized matrix: every number at its documented position, padding, and wrong shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = [(1, 1), (64, 32), (65, 33), (130, 97), (7, 160)]
 
 
 def random_parts(format: str, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q of every level, and scales and minima that float16 holds."""
+    """q of every level, and scales and minima that float16 represents exactly."""
     low, high = LEVELS[format]
     groups = -(-columns // GROUP)
     q = torch.randint(low, high + 1, (rows, columns), dtype=torch.int8)
@@ -48,7 +48,7 @@ def test_groups_are_the_inverse_of_assemble(format: str, shape: tuple[int, int])
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_fills_a_block_up_is_zero(format: str) -> None:
+def test_padding_of_a_block_is_zero(format: str) -> None:
     data = assemble(format, *random_parts(format, 65, 33)).data
     whole = assemble(format, *(torch.ones_like(part) for part in random_parts(format, 128, 64))).data
     assert data.shape == whole.shape
@@ -57,7 +57,7 @@ def test_what_fills_a_block_up_is_zero(format: str) -> None:
     assert not q[65:].any() and not q[:, 33:].any() and not scale[65:].any() and not least[65:].any()
 
 
-def test_int8_bytes_lie_as_the_documentation_says() -> None:
+def test_int8_bytes_have_the_documented_layout() -> None:
     q, scale, _ = random_parts("int8", 70, 40)
     data = assemble("int8", q, scale).data
     row, column = 67, 35  # panel 1, row 3 of it; group 1, odd input of pair 1
@@ -66,7 +66,7 @@ def test_int8_bytes_lie_as_the_documentation_says() -> None:
     assert block[2 * PANEL + (1 * PANEL + 3) * 2 + 1].view(torch.int8).item() == q[row, column]
 
 
-def test_int4_bytes_lie_as_the_documentation_says() -> None:
+def test_int4_bytes_have_the_documented_layout() -> None:
     q, scale, least = random_parts("int4", 70, 40)
     data = assemble("int4", q, scale, least).data
     for row, column in ((67, 35), (20, 6), (32, 7), (63, 39)):
@@ -81,7 +81,7 @@ def test_int4_bytes_lie_as_the_documentation_says() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_twin_of_the_products(format: str) -> None:
+def test_the_reference_product(format: str) -> None:
     matrix = assemble(format, *random_parts(format, 65, 33))
     x = torch.randn(2, 3, 33)
     found = quantized_linear(x, matrix)
@@ -99,7 +99,7 @@ def test_the_twin_of_the_products(format: str) -> None:
         (torch.zeros(5120, dtype=torch.uint8), r"not uint8 \(5120,\)"),
     ],
 )
-def test_bytes_that_do_not_fit_are_an_error(data: Tensor, message: str) -> None:
+def test_data_of_a_wrong_shape_is_an_error(data: Tensor, message: str) -> None:
     assert QuantizedMatrix("int4", 70, 40, torch.zeros(2, 2, 1280, dtype=torch.uint8)).shape == (70, 40)
     with pytest.raises(CheckpointError, match=message):
         QuantizedMatrix("int4", 70, 40, data)

@@ -1,4 +1,4 @@
-"""Rounding: the native fit against its torch twin, and both against what a good fit must do."""
+"""Rounding: the native fit compared with its torch reference, and properties of a good fit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def squared_error(weight: Tensor, matrix: QuantizedMatrix, importance: Tensor | 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("name", list(WEIGHTS))
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_native_fit_equals_its_twin(format: str, name: str, weighted: bool) -> None:
+def test_the_native_fit_equals_the_reference(format: str, name: str, weighted: bool) -> None:
     weight = WEIGHTS[name]()
     importance = torch.rand(weight.shape[1]) ** 4 if weighted else None
     native, twin = quantize_native(weight, format, importance), quantize_reference(weight, format, importance)
@@ -68,13 +68,13 @@ def test_the_native_fit_equals_its_twin(format: str, name: str, weighted: bool) 
         assert torch.equal(native[0].data, twin[0].data)
     small = 1e-4 * twin[1] + 1e-12 * float(weight.float().square().sum())
     assert abs(native[1] - twin[1]) <= small
-    if weighted or weight.shape[1] % GROUP == 0:  # else the zeros that fill the last group up count too
+    if weighted or weight.shape[1] % GROUP == 0:  # else the padding of the last group counts too
         assert abs(squared_error(weight, native[0], importance) - twin[1]) <= 10 * small
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_cannot_be_held_is_an_error(format: str, value: float) -> None:
+def test_unrepresentable_numbers_are_an_error(format: str, value: float) -> None:
     weight = torch.randn(70, 75)
     weight[69, 74] = value
     assert quantize_reference(weight, format) is None
@@ -89,7 +89,7 @@ def test_int8_is_off_by_half_a_step_at_most(name: str) -> None:
     _, scale, _ = matrix.groups()
     step = scale.repeat_interleave(GROUP, dim=1)[:, : weight.shape[1]]
     off = (weight - matrix.dequantize()).abs()
-    # The scale is rounded to float16, by 1/2048 or 3e-8, so the largest number may lie a little beyond 127 steps.
+    # The scale is rounded to float16, by 1/2048 or 3e-8, so the largest number may be slightly above 127 steps.
     in_float32 = UNIT_ROUNDOFF[torch.float32] * weight.abs()
     assert bool((off <= 0.5 * step + 127 * (step / 2048 + 3e-8) + in_float32).all())
     # A sum of float32 squares. No absolute tolerance: the error of the tiny weights is 1e-13 and less.
@@ -112,7 +112,7 @@ def test_constant_groups_are_exact_in_int4() -> None:
 
 
 @pytest.mark.parametrize("run", [quantize_reference, quantize], ids=["torch", "chosen"])
-def test_importance_moves_the_error_to_where_it_counts_less(run: object) -> None:
+def test_importance_moves_the_error_to_less_important_inputs(run: object) -> None:
     weight, importance = torch.randn(64, 96), torch.ones(96)
     importance[::4] = 100
     assert callable(run)
@@ -122,7 +122,7 @@ def test_importance_moves_the_error_to_where_it_counts_less(run: object) -> None
     assert squared_error(weight, weighted) > squared_error(weight, plain)
 
 
-def test_columns_that_no_input_reaches_cost_nothing() -> None:
+def test_columns_without_inputs_cost_nothing() -> None:
     weight, importance = torch.randn(5, 64), torch.zeros(64)
     importance[0] = 1
     for format in FORMATS:

@@ -272,7 +272,7 @@ def test_wrong_arguments_are_named() -> None:
         model(torch.tensor([[-1]]))
     with pytest.raises(StateError, match="Rwkv4State does not fit"):
         model(tokens(1, 2), zero_state(CONFIGS["4"], 1))
-    with pytest.raises(StateError, match="holds 2 sequences, the input 1"):
+    with pytest.raises(StateError, match="has 2 sequences, the input 1"):
         model(tokens(1, 2), zero_state(CONFIGS["6.0"], 2))
     with pytest.raises(StateError, match=r"state\.att_shift has shape \(1, 1, 24\).*\(2, 1, 24\)"):
         model(
@@ -322,7 +322,7 @@ def test_other_files_are_no_states(tmp_path: Path) -> None:
     (tmp_path / "z").write_bytes(b"junk")
     for file, message in (
         ("x", "not a state"),
-        ("y", "holds x, not att_shift"),
+        ("y", "contains x, not att_shift"),
         ("z", "cannot be"),
         ("q", "cannot be"),
     ):

@@ -18,7 +18,7 @@ from fledge.checkpoint import ModelWeights, assemble, detect
 from fledge.checkpoint.quantization.quantizer import quantize_tensors
 from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
 from fledge.models import BaseModel
-from fledge.models.buffer_pool import KEPT, BufferPool
+from fledge.models.buffer_pool import MAX_FREE_BLOCKS, BufferPool
 from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 
@@ -289,9 +289,9 @@ def test_unused_memory_is_bounded_and_lies_on_cache_lines() -> None:
     memory = BufferPool()
     for rows in range(300_000, 300_020):
         assert memory.empty((rows,)).data_ptr() % 64 == 0
-    assert len(memory._free) == KEPT
+    assert len(memory._free) == MAX_FREE_BLOCKS
     again = memory.empty((300_019,))
-    assert again.data_ptr() % 64 == 0 and len(memory._free) == KEPT - 1
+    assert again.data_ptr() % 64 == 0 and len(memory._free) == MAX_FREE_BLOCKS - 1
 
 
 def test_weights_that_do_not_fit_the_config_are_refused() -> None:

@@ -40,14 +40,14 @@ def test_a_piece_beside_others_has_the_bits_of_one_alone(version: str) -> None:
     model = model_of(version, pack=True)
     assert isinstance(model, NativeModel)
     rows = some_states(model)
-    kept = [row.alone().clone() for row in rows]
+    kept = [row.extract().clone() for row in rows]
     logits, after = model.read(PIECES, rows)
     assert logits.shape == (4, VOCAB) and after.batch == 4
     for place, (piece, row) in enumerate(zip(PIECES, rows, strict=True)):
-        alone, state = model(torch.tensor([piece]), row.alone(), last=True)
+        alone, state = model(torch.tensor([piece]), row.extract(), last=True)
         assert torch.equal(logits[place], alone[0, 0])
         assert equal(after.rows(place), state)
-    assert all(equal(row.alone(), before) for row, before in zip(rows, kept, strict=True))
+    assert all(equal(row.extract(), before) for row, before in zip(rows, kept, strict=True))
 
 
 @needs_native
@@ -66,11 +66,11 @@ def test_gathering_copies_only_what_is_not_together_yet() -> None:
     three = rows[0].state
     assert gather_states([StateSlice(three, 0), StateSlice(three, 1), StateSlice(three, 2)]) is three
     assert equal(gather_states([StateSlice(three, 2), StateSlice(three, 0)]), three.rows([2, 0]))
-    assert equal(gather_states(rows), State.stack([row.alone() for row in rows]))
-    assert rows[3].alone() is rows[3].state
+    assert equal(gather_states(rows), State.stack([row.extract() for row in rows]))
+    assert rows[3].extract() is rows[3].state
 
 
 def test_a_row_alone_keeps_nothing_else_in_memory() -> None:
     row = some_states(model_of("6.0", pack=False))[0]
-    for name, tensor in row.alone().tensors().items():
+    for name, tensor in row.extract().tensors().items():
         assert tensor.untyped_storage().nbytes() == tensor.numel() * 4, name

@@ -110,7 +110,7 @@ def test_one_by_one_equals_the_whole() -> None:
         logits, state = run(token.view(1, 1), state)
         steps.append(logits)
     assert_close(torch.cat(steps, 1), whole)
-    assert state is not None and state.places == 30 and state.end.tolist() == [[30]]
+    assert state is not None and state.capacity == 30 and state.end.tolist() == [[30]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -141,7 +141,7 @@ def test_what_is_in_the_padding_changes_no_bit(carried: bool) -> None:
     for field, tensor in after.tensors().items():
         assert torch.equal(tensor, other_after.tensors()[field]), field
     longest = int(after.end.max())
-    assert after.places == longest
+    assert after.capacity == longest
     for row, end in enumerate(after.end[0].tolist()):
         assert after.keys[:, row, end:].abs().sum() == after.values[:, row, end:].abs().sum() == 0
         assert (after.keys[:, row, :end].abs().sum((0, 2, 3)) > 0).all()
@@ -162,15 +162,15 @@ def test_padding_that_was_carried_is_never_seen() -> None:
 
 def documents(lengths: list[int]) -> Tensor:
     """(1, T) bool: True at the first token of each."""
-    fresh = torch.zeros(1, sum(lengths), dtype=torch.bool)
-    fresh[0, [sum(lengths[:at]) for at in range(len(lengths))]] = True
-    return fresh
+    document_start = torch.zeros(1, sum(lengths), dtype=torch.bool)
+    document_start[0, [sum(lengths[:at]) for at in range(len(lengths))]] = True
+    return document_start
 
 
 def test_documents_in_one_row_do_not_see_each_other() -> None:
     lengths = [4, 1, 6]
     idx = tokens(1, 11)
-    logits, after = run(idx, fresh=documents(lengths))
+    logits, after = run(idx, document_start=documents(lengths))
     start = 0
     for length in lengths:
         alone, _ = run(idx[:, start : start + length])
@@ -184,24 +184,24 @@ def test_documents_in_one_row_do_not_see_each_other() -> None:
 
 
 def test_documents_may_be_cut_anywhere() -> None:
-    idx, fresh = tokens(2, 9), torch.zeros(2, 9, dtype=torch.bool)
-    fresh[0, [3, 4]], fresh[1, 8] = True, True
-    whole, end = run(idx, fresh=fresh)
+    idx, document_start = tokens(2, 9), torch.zeros(2, 9, dtype=torch.bool)
+    document_start[0, [3, 4]], document_start[1, 8] = True, True
+    whole, end = run(idx, document_start=document_start)
     for cut in range(10):
-        first, middle = run(idx[:, :cut], fresh=fresh[:, :cut])
-        second, after = run(idx[:, cut:], middle, fresh=fresh[:, cut:])
+        first, middle = run(idx[:, :cut], document_start=document_start[:, :cut])
+        second, after = run(idx[:, cut:], middle, document_start=document_start[:, cut:])
         assert_close(torch.cat((first, second), 1), whole)
         assert_same_state(after, end)
 
 
 def test_a_document_that_begins_in_the_padding_is_none() -> None:
-    idx, fresh = tokens(2, 6), torch.zeros(2, 6, dtype=torch.bool)
-    fresh[0, 4], fresh[1, 2] = True, True
-    logits, after = run(idx, fresh=fresh, lengths=torch.tensor([3, 5]))
+    idx, document_start = tokens(2, 6), torch.zeros(2, 6, dtype=torch.bool)
+    document_start[0, 4], document_start[1, 2] = True, True
+    logits, after = run(idx, document_start=document_start, lengths=torch.tensor([3, 5]))
     assert after.begin.tolist() == [[0, 2]]
     assert_close(logits[:1, :3], run(idx[:1, :3])[0])
     assert_close(logits[1:, 2:5], run(idx[1:, 2:5])[0])
-    nothing, _ = run(idx, fresh=torch.zeros_like(fresh))
+    nothing, _ = run(idx, document_start=torch.zeros_like(document_start))
     assert torch.equal(nothing, run(idx)[0])
 
 
@@ -216,8 +216,8 @@ def test_states_of_different_lengths_are_stacked() -> None:
         assert_close(logits[row : row + 1], alone)
         assert_same_state(after.rows(row), alone_after)
     pair = stacked.rows([1, 0])
-    assert pair.places == 5 and torch.equal(pair.keys[:, 1:], states[0].keys)
-    assert stacked.rows(slice(1, 2)).places == 0
+    assert pair.capacity == 5 and torch.equal(pair.keys[:, 1:], states[0].keys)
+    assert stacked.rows(slice(1, 2)).capacity == 0
     with pytest.raises(StateError, match="different families"):
         State.stack([stacked, zero_state(ModelConfig.finch(1, 32, head_size=8), 1)])
 
@@ -232,7 +232,7 @@ def test_state_values(tmp_path: Path) -> None:
         assert type(other) is KvState and other.end.dtype == torch.int64
         assert all(torch.equal(tensor, other.tensors()[field]) for field, tensor in state.tensors().items())
     run(tokens(2, 1), state)
-    run(tokens(2, 9), state, lengths=torch.tensor([9, 3]), fresh=torch.ones(2, 9, dtype=torch.bool))
+    run(tokens(2, 9), state, lengths=torch.tensor([9, 3]), document_start=torch.ones(2, 9, dtype=torch.bool))
     assert all(torch.equal(tensor, copy.tensors()[field]) for field, tensor in state.tensors().items())
     empty = model().initial_state(3)
     empty.save(tmp_path / "e")
@@ -243,27 +243,27 @@ def test_impossible_states_are_refused() -> None:
     _, state = run(tokens(1, 4))
     with pytest.raises(StateError, match="WkvState does not fit a Transformer model"):
         run(tokens(1, 2), zero_state(ModelConfig.finch(1, 32, head_size=8), 1))
-    with pytest.raises(StateError, match="holds 1 sequences, the input 2"):
+    with pytest.raises(StateError, match="has 1 sequences, the input 2"):
         run(tokens(2, 2), state)
     with pytest.raises(StateError, match=r"state\.values has shape \(2, 1, 3, 3, 10\), .* needs \(2, 1, 4, 3, 10\)"):
         run(tokens(1, 2), KvState(state.keys, state.values[:, :, :3], state.begin, state.end))
     for begin, end in ((0, 5), (3, 2), (-1, 4)):
         spoiled = KvState(state.keys, state.values, torch.tensor([[begin]]), torch.tensor([[end]]))
-        with pytest.raises(StateError, match="its 4 places cannot hold"):
+        with pytest.raises(StateError, match="its capacity of 4 tokens"):
             run(tokens(1, 2), spoiled)
     with pytest.raises(StateError, match="KvState does not fit"):
         state.check(ModelConfig.finch(1, 32, head_size=8), 1)
-    with pytest.raises(UsageError, match=r"fresh is torch\.bool of shape \(1, 3\)"):
-        run(tokens(1, 2), fresh=torch.zeros(1, 3, dtype=torch.bool))
+    with pytest.raises(UsageError, match=r"document_start is torch\.bool of shape \(1, 3\)"):
+        run(tokens(1, 2), document_start=torch.zeros(1, 3, dtype=torch.bool))
     assert not isinstance(state, WkvState)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 0), (0, 1), (0, 9), (2, 0)])
 def test_nothing_to_read(batch: int, length: int) -> None:
     logits, state = run(tokens(batch, length))
-    assert logits.shape == (batch, length, VOCAB) and state.batch == batch and state.places == length
+    assert logits.shape == (batch, length, VOCAB) and state.batch == batch and state.capacity == length
     _, again = run(tokens(batch, length), state, lengths=torch.zeros(batch, dtype=torch.long))
-    assert again.places == 0 and again.end.tolist() == [[0] * batch]
+    assert again.capacity == 0 and again.end.tolist() == [[0] * batch]
 
 
 def test_last_is_the_last_row_of_all() -> None:
@@ -350,6 +350,6 @@ def test_impossible_sizes_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             ModelConfig("llama", **sizes, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"version is 4; .* made for 5\.2 and 6\.0 only"):
+    with pytest.raises(ConfigError, match=r"version is 4; .* exists for 5\.2 and 6\.0 only"):
         ModelConfig.rwkv4(1, 32).as_transformer()
     assert isinstance(model(), Transformer) and CONFIG.family == "Transformer"

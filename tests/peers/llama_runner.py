@@ -3,9 +3,9 @@
 A program of its own: llama.cpp aborts the process where something is wrong, prints as it loads, and keeps threads. It
 takes one argument, a JSON file:
 
-    [{"file": "a.gguf", "pieces": [[1, 2], [3]], "results": "a.npz", "quantise": 7, "from": "b.gguf"}, ...]
+    [{"file": "a.gguf", "pieces": [[1, 2], [3]], "results": "a.npz", "quantize": 7, "from": "b.gguf"}, ...]
 
-With `quantise`, a number of llama.cpp's enum of file types, `file` is first made by llama.cpp's quantiser. The pieces
+With `quantize`, a number of llama.cpp's enum of file types, `file` is first made by llama.cpp's quantizer. The pieces
 are fed one after another as token ids, the state carried on: a long piece is llama.cpp's prefill, a short one its
 decode. A results file holds `logits` (all tokens, vocab) and what the vocabulary says: `ids` of the text TEXT,
 `prompt`, the chat of CHAT as bytes, and `end`, the id that ends a turn. This file imports nothing of fledge.
@@ -52,7 +52,7 @@ def answers(file: str, pieces: list[list[int]]) -> dict[str, Any]:
     return {"logits": np.stack(logits), **vocabulary_answers(api, model, vocabulary)}
 
 
-def quantise(source: str, target: str, kind: int) -> None:
+def quantize(source: str, target: str, kind: int) -> None:
     """Have llama.cpp make a file of another type."""
     import llama_cpp.llama_cpp as api
 
@@ -82,8 +82,8 @@ def vocabulary_answers(api: Any, model: Any, vocabulary: Any) -> dict[str, Any]:
 def main(jobs_file: str) -> None:
     """Do the jobs of a file."""
     for job in json.loads(Path(jobs_file).read_text(encoding="utf-8")):
-        if "quantise" in job:
-            quantise(job["from"], job["file"], job["quantise"])
+        if "quantize" in job:
+            quantize(job["from"], job["file"], job["quantize"])
         np.savez(job["results"], **answers(job["file"], job["pieces"]))
 
 

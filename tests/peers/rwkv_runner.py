@@ -50,7 +50,7 @@ def answers(checkpoint: str, runs: dict[str, list[list[int]]], state_file: str |
         for piece in pieces:
             out, state = model.forward(list(piece), state, full_output=True)
             logits.append(out.reshape(len(piece), -1))
-            states.append([tensor.clone() for tensor in state])  # the package goes on writing into its list
+            states.append([tensor.clone() for tensor in state])  # the package overwrites the tensors of its list
         results[name] = {"logits": torch.cat(logits), "states": states}
     return results
 

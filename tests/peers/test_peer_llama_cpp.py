@@ -1,7 +1,7 @@
 """Fledge against llama.cpp: GGUF files of ours run there, and give the logits that Fledge gives.
 
 llama.cpp rounds the inputs of a product to the type of its matrix: with F32 matrices the two differ by the order of
-sums alone, with F16 ones by 11 bits, with quantised ones by the 8 bits that it gives to activations.
+sums alone, with F16 ones by 11 bits, with quantized ones by the 8 bits that it gives to activations.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ def test_the_original_gives_the_same_logits(folder: Path) -> None:
         assert_close_relative(our_logits(folder / f"{name}.pth"), theirs, TOLERANCES["f32"][0], name)
 
 
-def test_files_that_llama_cpp_quantised(tmp_path: Path) -> None:
+def test_files_that_llama_cpp_quantized(tmp_path: Path) -> None:
     """Its own mixtures of types, and its way to store a tensor whose slowest axis has length 1."""
     kinds = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q2_K": 10}
     tensors = random_checkpoint("6.0", n_layer=2, n_embd=256, head_size=256, dim_ffn=512, vocab_size=256)
     torch.save(tensors, tmp_path / "m.pth")
     convert(tmp_path / "m.pth", tmp_path / "m.gguf")
     jobs: list[dict[str, Any]] = [
-        {"file": str(tmp_path / f"{kind}.gguf"), "quantise": number, "from": str(tmp_path / "m.gguf"),
+        {"file": str(tmp_path / f"{kind}.gguf"), "quantize": number, "from": str(tmp_path / "m.gguf"),
          "pieces": pieces(256), "results": str(tmp_path / f"{kind}.npz")}
         for kind, number in kinds.items()
     ]  # fmt: skip

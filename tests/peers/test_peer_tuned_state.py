@@ -1,7 +1,7 @@
-"""A state that Fledge has tuned, in the PyPI package `rwkv`: merged into the base's dict, and given beside it.
+"""A tuned state of Fledge in the PyPI package `rwkv`: merged into the base's dict, and passed separately.
 
-A state's file has the value channels first and both programs' states the key channels first; whoever forgets to turn it
-gets other logits, which the last test shows.
+The file has the value channels first, and the states of both programs have the key channels first. Without the
+transpose the logits differ, as the last test shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Made-up corpora: texts of invented words, in which every copy and near copy is known."""
+"""Synthetic corpora: texts of invented words with known exact and near duplicates."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def text(seed: int, count: int = 60) -> str:
-    """A text of so many words in lines, the same for the same seed."""
+    """A text of `count` words in lines. The same seed gives the same text."""
     rng = random.Random(f"text {seed}")
     line = words(rng, count)
     return "\n".join(" ".join(line[start : start + 9]) for start in range(0, count, 9))
 
 
 def nearly(original: str, seed: int, changes: int = 1) -> str:
-    """A near copy: some words are others."""
+    """A near duplicate: `changes` words are replaced."""
     rng = random.Random(f"change {seed}")
     found = original.split(" ")
     for at in rng.sample(range(len(found)), changes):
@@ -55,7 +55,8 @@ def nearly(original: str, seed: int, changes: int = 1) -> str:
 
 
 def corpus(count: int = 120) -> list[dict[str, str]]:
-    """Documents in three languages and two sources; every tenth is a copy, every twelfth a near copy of one before."""
+    """Documents in three languages and two sources. Every tenth duplicates an earlier one, every twelfth nearly
+    does."""
     rows: list[dict[str, str]] = []
     for number in range(count):
         language = ("en", "de", "code:python")[number % 3]
@@ -69,14 +70,14 @@ def corpus(count: int = 120) -> list[dict[str, str]]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def config(**settings: Any) -> BuildConfig:
-    """A config of small pieces that reads corpus*.jsonl; `settings` as TOML would have them."""
+    """A config with small pieces that reads corpus*.jsonl; `settings` are values as in TOML."""
     values: dict[str, Any] = {
         "sources": [{"path": "corpus*.jsonl"}],
         "piece_bytes": 9000,

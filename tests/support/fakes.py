@@ -1,4 +1,4 @@
-"""Stand-ins that honour the seams: a tokenizer with chosen tokens, and a model that says what it is told to.
+"""Fakes with the real interfaces: a tokenizer with chosen tokens, and a model that generates given replies.
 
 `FakeModel` obeys the contract of a model (state in, state out, chunks equal one call, states never written to), and
 its state records what it has read, so that two states are equal exactly when the same tokens led to them.
@@ -21,7 +21,7 @@ PRIME = 16_777_213  # below 2**24, so that every remainder is a whole float32
 
 
 class ByteTokenizer:
-    """Id 0 ends a text, ids 1 to 256 are the bytes, then come the given longer tokens; the longest match wins."""
+    """Id 0 ends a text, ids 1 to 256 are the bytes, higher ids are the given longer tokens; the longest match wins."""
 
     def __init__(self, *longer: bytes | str) -> None:
         extra = [token.encode() if isinstance(token, str) else token for token in longer]
@@ -51,9 +51,9 @@ class ByteTokenizer:
 
 
 class FakeModel(nn.Module):
-    """Expects, after each `cue` it reads, the tokens of the next of `replies`, one after the other, then the eos id.
+    """After each `cue` it reads, it generates the tokens of the next of `replies`, then the eos id.
 
-    The last reply is repeated for ever. The state holds: tokens read, a hash of them, which reply, the place in it.
+    The last reply repeats forever. The state contains: tokens read, a hash of them, the reply, the position in it.
     `sharpness` is the logit of the expected token; all others have 0.
     """
 
@@ -63,7 +63,7 @@ class FakeModel(nn.Module):
         self.replies, self.cue, self.sharpness = [list(reply) for reply in replies], cue, sharpness
         self.weight = nn.Parameter(torch.zeros(1))
         self.calls: list[int] = []  # tokens of each call
-        self.fail_after: int | None = None  # calls that still go well before KeyboardInterrupt
+        self.fail_after: int | None = None  # number of calls before KeyboardInterrupt
 
     def initial_state(self, batch: int) -> State:
         return zero_state(self.config, batch)
@@ -115,6 +115,6 @@ def random_finch(vocab_size: int = 257, tuned_state: bool = False) -> nn.Module:
 
 
 def equal_states(one: State, other: State) -> bool:
-    """Whether two states hold the same numbers."""
+    """Whether two states contain the same numbers."""
     mine, theirs = one.tensors(), other.tensors()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -1,4 +1,4 @@
-"""GGUF files of a Finch as llama.cpp's converter writes them, made with the `gguf` package and nothing of fledge."""
+"""GGUF files of a Finch as llama.cpp's converter writes them, made with the `gguf` package and without fledge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-# Official name in a block -> GGUF name, for what is neither stacked nor left out.
+# Official name in a block -> GGUF name, for tensors that are neither stacked nor omitted.
 NAMES = {
     "ln1.weight": "attn_norm.weight",
     "ln1.bias": "attn_norm.bias",
@@ -52,7 +52,7 @@ Array = np.ndarray[Any, Any]
 
 
 def converted(tensors: Mapping[str, Tensor], rescale: int, *, fused: bool = True) -> dict[str, Array]:
-    """GGUF name -> float32 array, with everything stacked, transposed and divided as llama.cpp wants it."""
+    """GGUF name -> float32 array, stacked, transposed and divided as llama.cpp expects."""
     found = {}
     for name, tensor in tensors.items():
         array = tensor.float().numpy()
@@ -80,7 +80,7 @@ def converted(tensors: Mapping[str, Tensor], rescale: int, *, fused: bool = True
 
 
 def keys_of(tensors: Mapping[str, Tensor], rescale: int) -> dict[str, Any]:
-    """The keys of a converted file, but for the tokenizer."""
+    """The keys of a converted file, without those of the tokenizer."""
     heads, head_size = tensors["blocks.0.att.time_faaaa"].shape
     hidden, width = tensors["blocks.0.ffn.key.weight"].shape
     assert heads * head_size == width

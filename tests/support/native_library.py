@@ -1,4 +1,4 @@
-"""What the tests of the native library share: the instruction sets to force, and the reason to skip."""
+"""Shared by the tests of the native library: the instruction sets to test, and the reason to skip."""
 
 from __future__ import annotations
 

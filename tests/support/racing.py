@@ -1,4 +1,4 @@
-"""Processes that all begin at the same moment."""
+"""Processes that all start at the same moment."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def race(code: str, *arguments: str, count: int, **options: Any) -> list[str]:
-    """What `count` processes print after they were let go, each running `code`.
+    """Run `code` in `count` processes and return their output.
 
-    Once it is ready for that, the code prints "ready" and reads a line. options: of Popen.
+    When it is ready, the code prints "ready" and reads a line; all lines are sent together. options: those of Popen.
     """
     command, pipes = [sys.executable, "-c", code, *arguments], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     runners = [subprocess.Popen(command, text=True, **pipes, **options) for _ in range(count)]

@@ -15,7 +15,7 @@ VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0")
 
 
 class _Draw:
-    """A seeded source of tensors of the few kinds a checkpoint is made of."""
+    """A seeded source of the kinds of tensors in a checkpoint."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def random_checkpoint(  # noqa: PLR0913 - one argument for each size that a chec
     dtype: torch.dtype = torch.float32,
     tuned_state: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors of one model, in the order in which the official trainer writes them.
+    """The tensors of one model, in the order of the official trainer.
 
     `version` is one of VERSIONS. `head_size` must divide `n_embd` and is ignored for "4". `dim_ffn` is by default the
     official width. `mix_rank` and `decay_rank` count for "6.0" only. `bonus` names the tensor of the current token's

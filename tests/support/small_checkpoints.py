@@ -1,4 +1,4 @@
-"""Small checkpoints of every kind, and the sameness every round trip is held to."""
+"""Small checkpoints of every kind, and the comparison for round trips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from random_checkpoints import random_checkpoint
 from torch import Tensor
 
-# One of each kind of file there is.
+# One of each kind of file.
 KINDS: dict[str, dict[str, Any]] = {
     "4": {"version": "4"},
     "5.0 with time_first": {"version": "5.0", "bonus": "time_first"},
@@ -25,18 +25,18 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make(kind: str, **sizes: Any) -> dict[str, Tensor]:
-    """The tensors of one of KINDS; every size is another number, unless `sizes` says otherwise."""
+    """The tensors of one of KINDS. All sizes are different, unless `sizes` sets them."""
     return random_checkpoint(**{"n_layer": 3, "n_embd": 24, "head_size": 8, "vocab_size": 37} | KINDS[kind] | sizes)
 
 
 def saved(folder: Path, tensors: Mapping[str, Any], name: str = "model.pth") -> Path:
-    """The path of a new file that torch.save made of `tensors`."""
+    """Save `tensors` with torch.save and return the path."""
     torch.save(dict(tensors), folder / name)
     return folder / name
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two dicts hold the same names, shapes, dtypes and bits."""
+    """Whether two dicts have the same names, shapes, dtypes and bits."""
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )

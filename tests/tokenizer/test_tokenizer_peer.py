@@ -21,7 +21,7 @@ SHARE = 6_000  # characters of each group
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The peer's tokenizer on the peer's own vocabulary file."""
+    """The tokenizer of `rwkv` with its own vocabulary file."""
     module = pytest.importorskip("rwkv.rwkv_tokenizer")
     return module.TRIE_TOKENIZER(str(Path(module.__file__).parent / "rwkv_vocab_v20230424.txt"))
 

@@ -28,10 +28,10 @@ BASE = Recipe(
     head_size=8,
     length=16,
     batch=8,
-    micro=4,
+    micro_batch_size=4,
     steps=12,
-    warmup=2,
-    peak=5e-3,
+    warmup_steps=2,
+    max_lr=5e-3,
     dtype="float32",
     log_every=1,
     save_every=3,
@@ -43,7 +43,7 @@ class Stopped(LearningRateSchedule):
     """The rates of another schedule, but fewer steps."""
 
     def __init__(self, whole: LearningRateSchedule, steps: int) -> None:
-        super().__init__(whole.peak, whole.final, whole.warmup, steps)
+        super().__init__(whole.max_lr, whole.min_lr, whole.warmup_steps, steps)
         object.__setattr__(self, "whole", whole)
 
     def rate(self, step: int) -> float:

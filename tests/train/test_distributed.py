@@ -17,7 +17,7 @@ from fledge.train.recipe import Recipe
 from fledge.train.run import run
 
 # With a tiny eps, Adam makes a whole step out of the rounding of a gradient that is almost zero.
-SETTINGS: dict[str, Any] = {"window": 8, "through": 1, "eps": 1e-6}
+SETTINGS: dict[str, Any] = {"window": 8, "tbptt_windows": 1, "eps": 1e-6}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_two_processes_give_the_losses_of_one_and_go_on_where_they_stopped(
 
 
 def test_rows_go_round() -> None:
-    batch = Batch(torch.arange(12).view(6, 2), counted=torch.arange(6).view(6, 1) > 2)
+    batch = Batch(torch.arange(12).view(6, 2), loss_mask=torch.arange(6).view(6, 1) > 2)
     first, second = (Distributed(rank, 2, "ddp").share(batch) for rank in (0, 1))
     assert first.idx[:, 0].tolist() == [0, 4, 8] and second.idx[:, 0].tolist() == [2, 6, 10]
     assert (first.targets, second.targets) == (1, 2)
@@ -62,9 +62,9 @@ def test_rows_go_round() -> None:
 
 
 def test_micro_must_be_a_multiple_of_the_processes(tmp_path: Path) -> None:
-    words = "micro is 3, the rows that all 2 processes read at once; take a multiple of 2 that divides batch = 6"
+    words = "micro_batch_size is 3, but 2 processes share it; use a multiple of 2 that divides batch = 6"
     with pytest.raises(ConfigError, match=words):
-        run(Recipe(batch=6, micro=3), "no store", tmp_path, team=Distributed(0, 2, "ddp"))
+        run(Recipe(batch=6, micro_batch_size=3), "no store", tmp_path, team=Distributed(0, 2, "ddp"))
 
 
 def test_a_team_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

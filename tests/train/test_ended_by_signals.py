@@ -17,7 +17,15 @@ from processes import ENVIRONMENT
 
 from fledge.data.binidx import writing
 
-SETTINGS = {"vocab_size": 40, "n_layer": 1, "n_embd": 64, "length": 16, "batch": 4, "micro": 2, "dtype": "float32"}
+SETTINGS = {
+    "vocab_size": 40,
+    "n_layer": 1,
+    "n_embd": 64,
+    "length": 16,
+    "batch": 4,
+    "micro_batch_size": 2,
+    "dtype": "float32",
+}
 ENDLESS = {"steps": 1_000_000, "save_every": 1_000_000, "validate_every": 1_000_000, "log_every": 1}
 
 

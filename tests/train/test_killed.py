@@ -42,7 +42,15 @@ def steps_written(folder: Path) -> int:
 
 
 def test_memory_does_not_depend_on_the_length_of_a_row(tmp_path: Path) -> None:
-    shared = {"batch": 1, "micro": 1, "steps": 2, "warmup": 1, "window": 512, "through": 2, "n_embd": 64}
+    shared = {
+        "batch": 1,
+        "micro_batch_size": 1,
+        "steps": 2,
+        "warmup_steps": 1,
+        "window": 512,
+        "tbptt_windows": 2,
+        "n_embd": 64,
+    }
     short = finish(tmp_path / "short", length=2048, **shared)
     long = finish(tmp_path / "long", length=32_768, **shared)
     assert long < 1.1 * short

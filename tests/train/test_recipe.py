@@ -9,8 +9,8 @@ import torch
 
 from fledge.core.errors import ConfigError, UsageError
 from fledge.models import build
-from fledge.train.builtin_recipes import RECIPES
-from fledge.train.recipe import Recipe, find_recipe
+from fledge.train.builtin_recipes import RECIPES, find_recipe
+from fledge.train.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -22,9 +22,22 @@ def test_a_built_in_recipe_makes_a_model_and_settings(name: str) -> None:
 
 def test_changes_are_read_by_the_type_of_the_setting() -> None:
     recipe = Recipe().changed(
-        {"steps": "2_000", "peak": "3e-4", "borders": "true", "window": "none", "family": "eagle", "through": "3"}
+        {
+            "steps": "2_000",
+            "max_lr": "3e-4",
+            "reset_at_document": "true",
+            "window": "none",
+            "family": "eagle",
+            "tbptt_windows": "3",
+        }
     )
-    assert (recipe.steps, recipe.peak, recipe.borders, recipe.window, recipe.through) == (2000, 3e-4, True, None, 3)
+    assert (recipe.steps, recipe.max_lr, recipe.reset_at_document, recipe.window, recipe.tbptt_windows) == (
+        2000,
+        3e-4,
+        True,
+        None,
+        3,
+    )
     assert recipe.model(50).version == "5.2" and Recipe().changed({"window": "64"}).window == 64
     assert Recipe(dtype="bfloat16").settings().compute_dtype == torch.bfloat16
     assert recipe.identity != Recipe().identity and "save_every" not in recipe.identity
@@ -36,16 +49,16 @@ def test_changes_are_read_by_the_type_of_the_setting() -> None:
         ({"step": "5"}, "did you mean 'steps'"),
         ({"steps": "many"}, "steps is 'many'; it must be int"),
         ({"window": "x"}, "window is 'x'; it must be int or none"),
-        ({"borders": "yes"}, "borders is 'yes'"),
+        ({"reset_at_document": "yes"}, "reset_at_document is 'yes'"),
         ({"family": "llama3"}, "choose from finch, eagle, rwkv4, transformer"),
-        ({"micro": "5"}, "micro is 5; it must divide batch = 16"),
-        ({"warmup": "1000"}, "warmup < steps"),
+        ({"micro_batch_size": "5"}, "micro_batch_size is 5; it must divide batch = 16"),
+        ({"warmup_steps": "1000"}, "warmup_steps < steps"),
         ({"length": "0"}, "length is 0"),
         ({"seed": "99999999999999999999"}, "seed is 99999999999999999999; it must be from 0 to"),
         ({"seed": "-1"}, "seed is -1; it must be from 0 to"),
         ({"vocab_size": "1000000000"}, "vocab_size is 1000000000; it must be from 0 to 1048576"),
         ({"n_embd": "100000000"}, "n_embd is 100000000; it must be from 1 to 65536"),
-        ({"peak": "inf"}, "learning rate would fall from inf to 0.0001; it needs 0 < final <= peak <= 10"),
+        ({"max_lr": "inf"}, "learning rate would fall from inf to 0.0001; it needs 0 < min_lr <= max_lr <= 10"),
         ({"eps": "0"}, "eps is 0; it must be at least 1e-30"),
     ],
 )
@@ -77,7 +90,7 @@ def unknown():
     return Recipe(n_layr=3)
 def rate():
     return Recipe(
-        peak=3e9)
+        max_lr=3e9)
 def out():
     raise SystemExit("no")
 def helper():

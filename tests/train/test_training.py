@@ -64,8 +64,8 @@ def run(folder: Path, steps: int, total: int = 30, **options: Any) -> tuple[Base
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "carried": {"window": 6},
-    "carried through two": {"window": 6, "through": 2},
-    "recomputed": {"recompute": True},
+    "carried through two": {"window": 6, "tbptt_windows": 2},
+    "recomputed": {"activation_checkpointing": True},
 }
 
 
@@ -166,7 +166,7 @@ def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> No
     settings, rows = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 1, 3)), Windows(TEXT, 16, 3, 0)
     train(fresh(), rows, settings, tmp_path, identity={"data": "a"})
     kept = (tmp_path / "run.json").read_bytes()
-    assert json.loads(kept)["settings"]["schedule"]["peak"] == 5e-3
+    assert json.loads(kept)["settings"]["schedule"]["max_lr"] == 5e-3
     with pytest.raises(CheckpointError, match="of another run: data was 'a' and is 'b' now"):
         train(fresh(), rows, settings, tmp_path, identity={"data": "b"})
     assert (tmp_path / "run.json").read_bytes() == kept
@@ -313,7 +313,9 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="clip is 0"):
         TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), clip=0)
     for peak in (math.inf, math.nan, 11.0, 0.0):
-        with pytest.raises(ConfigError, match=f"learning rate would fall from {peak:g} to .*0 < final <= peak <= 10"):
+        with pytest.raises(
+            ConfigError, match=f"learning rate would fall from {peak:g} to .*0 < min_lr <= max_lr <= 10"
+        ):
             LearningRateSchedule(peak, min(peak, 0.1), 1, 5)
     for name, value in (("eps", 0.0), ("eps", 1e-50), ("eps", math.nan), ("weight_decay", math.inf), ("beta2", 1.5)):
         with pytest.raises(ConfigError, match=f"{name} is {value:g}; it must be"):
@@ -365,10 +367,10 @@ ROWS = torch.randint(1, 40, (4, 24), generator=torch.Generator().manual_seed(3))
 
 def test_windows_through_which_all_gradient_flows_give_the_gradient_of_the_row() -> None:
     loss, expected = gradients_of([Batch(ROWS)])
-    carried, found = gradients_of([Batch(ROWS)], window=7, through=4)
+    carried, found = gradients_of([Batch(ROWS)], window=7, tbptt_windows=4)
     assert carried == pytest.approx(loss, rel=MODEL_TOLERANCE)
     assert_same_gradients(found, expected)
-    cut, other = gradients_of([Batch(ROWS)], window=7, through=1)
+    cut, other = gradients_of([Batch(ROWS)], window=7, tbptt_windows=1)
     assert cut == pytest.approx(loss, rel=MODEL_TOLERANCE)  # the state is carried all the same
     assert relative_error(other["blocks.0.att.key.weight"], expected["blocks.0.att.key.weight"]) > 1e-3
 
@@ -378,7 +380,7 @@ def test_micro_batches_masks_and_recomputing_give_the_gradient_of_one_batch() ->
     begins = torch.rand(4, 23, generator=torch.Generator().manual_seed(2)) < 0.1
     loss, expected = gradients_of([Batch(ROWS, counted, begins)])
     parts = [Batch(ROWS[a:b], counted[a:b], begins[a:b]) for a, b in ((0, 1), (1, 4))]
-    for options in ({}, {"window": 5, "through": 9}, {"recompute": True}):
+    for options in ({}, {"window": 5, "tbptt_windows": 9}, {"activation_checkpointing": True}):
         found_loss, found = gradients_of(parts, **options)
         assert found_loss == pytest.approx(loss, rel=MODEL_TOLERANCE)
         assert_same_gradients(found, expected)
@@ -389,7 +391,11 @@ def test_a_batch_is_cut_with_its_masks() -> None:
     pieces = list(windows(batch, 3))
     assert [piece.idx[0].tolist() for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8]]
     assert sum(piece.targets for piece in pieces) == batch.targets == 12
-    assert [bool(piece.fresh is not None and piece.fresh.any()) for piece in pieces] == [False, True, False]
+    assert [bool(piece.document_start is not None and piece.document_start.any()) for piece in pieces] == [
+        False,
+        True,
+        False,
+    ]
     assert len(list(windows(batch, None))) == len(list(windows(batch, 100))) == 1
 
 
@@ -417,12 +423,12 @@ def test_parameter_groups_are_the_official_ones() -> None:
 
 
 def test_schedule() -> None:
-    schedule = LearningRateSchedule(peak=1.0, final=0.1, warmup=10, steps=110)
+    schedule = LearningRateSchedule(max_lr=1.0, min_lr=0.1, warmup_steps=10, steps=110)
     assert schedule.rate(0) == pytest.approx(0.01)
     assert schedule.rate(10) == pytest.approx(1.0)
     assert schedule.rate(60) == pytest.approx(0.55)
     assert schedule.rate(110) == schedule.rate(10**6) == pytest.approx(0.1)
-    with pytest.raises(ConfigError, match="warmup < steps"):
+    with pytest.raises(ConfigError, match="warmup_steps < steps"):
         LearningRateSchedule(1.0, 0.1, 5, 5)
 
 
@@ -498,7 +504,7 @@ def test_the_loss_in_pieces_is_that_of_the_logits(
     targets = torch.randint(0, 37, (2, 11))
     counted = torch.rand(2, 11) < 0.6 if masked else None
     expected = summed_loss(head(x), targets, counted)
-    found = head_loss(head, x, targets=targets, counted=counted)
+    found = head_loss(head, x, targets=targets, loss_mask=counted)
     # Sums of at most 37 terms in float32: the bound is 37 * 2**-24 = 2.2e-6 on each side. The gradients of a bfloat16
     # product are rounded to bfloat16, by 3.9e-3 of each number, and then added up in another order.
     assert_close_relative(found, expected, 2e-6, "loss")
@@ -508,14 +514,16 @@ def test_the_loss_in_pieces_is_that_of_the_logits(
     for a, b in zip(ours, theirs, strict=True):
         assert_close_relative(a, b, tolerance, "gradient")
     with torch.no_grad():
-        assert_close_relative(head_loss(head, x, targets=targets, counted=counted), found, 2e-6, "loss")
+        assert_close_relative(head_loss(head, x, targets=targets, loss_mask=counted), found, 2e-6, "loss")
 
 
 def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
     head = Linear(4, 9)
     torch.nn.init.normal_(head.weight)
     x = torch.randn(1, 3, 4, requires_grad=True)
-    found = head_loss(head, x, targets=torch.zeros(1, 3, dtype=torch.long), counted=torch.zeros(1, 3, dtype=torch.bool))
+    found = head_loss(
+        head, x, targets=torch.zeros(1, 3, dtype=torch.long), loss_mask=torch.zeros(1, 3, dtype=torch.bool)
+    )
     assert found.item() == 0.0
     assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(found, (x, head.weight)))
 

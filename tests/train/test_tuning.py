@@ -192,7 +192,7 @@ def test_parts_are_trained_whole_beside_a_lora(base: Path, data: Path, tmp_path:
     run = prepared(base, data, settings)
     done, _ = trained(run, tmp_path / "run")
     assert done is not None
-    parts = read_adapter(done.path).parts
+    parts = read_adapter(done.path).full_parameters
     assert {"blocks.1.att.time_maa_w2", "ln_out.bias", "blocks.0.ln0.weight", "blocks.1.att.ln_x.bias"} <= parts.keys()
     assert not any(name.endswith("key.weight") for name in parts)
     assert not torch.equal(parts["ln_out.bias"], read(base).tensors["ln_out.bias"])
@@ -227,8 +227,8 @@ def test_steps_and_rates() -> None:
     settings = TuneSettings("state", batch=4, accumulate=2, epochs=3)
     assert settings.count_steps(10) == 15 and replace(settings, steps=7).count_steps(10) == 7
     schedule = settings.schedule(200)
-    assert (schedule.peak, schedule.final, schedule.warmup) == (1.0, 0.01, 10)
-    assert replace(settings, rate=0.5).schedule(5).final == 0.005 and settings.schedule(5).warmup == 0
+    assert (schedule.max_lr, schedule.min_lr, schedule.warmup_steps) == (1.0, 0.01, 10)
+    assert replace(settings, rate=0.5).schedule(5).min_lr == 0.005 and settings.schedule(5).warmup_steps == 0
     full = TuneSettings("full").schedule(100)
     assert full.rate(50) == full.rate(99) == 1e-5
     assert train_settings(settings, 200).adam.weight_decay == 0.0
@@ -288,7 +288,7 @@ def test_validation_is_the_mean_over_all_that_counts(base: Path, data: Path, tmp
             logits, _ = run.model(torch.from_numpy(example.ids[None, :-1].astype(np.int64)))
             wanted = torch.from_numpy(example.ids[1:].astype(np.int64))
             each = torch.nn.functional.cross_entropy(logits[0], wanted, reduction="none")
-            losses.append(each[torch.from_numpy(example.counted[1:])])
+            losses.append(each[torch.from_numpy(example.loss_mask[1:])])
     assert mean_loss(run.model, run.examples.items, 3) == pytest.approx(
         float(torch.cat(losses).mean()), rel=MODEL_TOLERANCE
     )

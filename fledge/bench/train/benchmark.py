@@ -34,7 +34,7 @@ PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 KERNEL_LENGTH = 1024  # tokens
 KERNEL_ROWS = (1, 8)
 KERNEL_CALLS = 3  # per worker
-PASSING = {"window": 1024, "through": 2, "steps": 2}
+PASSING = {"window": 1024, "tbptt_windows": 2, "steps": 2}
 WORKER = "fledge.bench.train.worker"
 
 
@@ -73,7 +73,7 @@ class TrainBenchmark(Benchmark):
         if not self.dtypes or set(self.dtypes) - set(DTYPES):
             raise UsageError(f"dtypes is {','.join(self.dtypes)!r}; choose from {','.join(DTYPES)}")
         self.require_at_least(1, "vocab", "tokens", "steps", "repeats", "threads")
-        shortest = PASSING["window"] * PASSING["through"]
+        shortest = PASSING["window"] * PASSING["tbptt_windows"]
         if self.passing and self.passing <= shortest:
             raise UsageError(
                 f"passing is {self.passing}; it must be above the {shortest} tokens of the short row, or 0"
@@ -85,7 +85,7 @@ class TrainBenchmark(Benchmark):
     @property
     def passing_lengths(self) -> tuple[int, ...]:
         """The tokens of the short row and of the long row."""
-        return (PASSING["window"] * PASSING["through"], self.passing) if self.passing else ()
+        return (PASSING["window"] * PASSING["tbptt_windows"], self.passing) if self.passing else ()
 
     @property
     def configs(self) -> dict[str, ModelConfig]:

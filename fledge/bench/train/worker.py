@@ -3,7 +3,7 @@
 There are four kinds of job. All have "kind", "threads" and "device":
 
     step      training steps of one program: "program", "config", "dtype", "length", "rows", "steps"
-    passing   one row trained by windows with state passing: "config", "length", "window", "through", "steps"
+    passing   one row trained by windows with state passing: "config", "length", "window", "tbptt_windows", "steps"
     kernel    the recurrence alone, forward and backward: "backend", "shape" (B, T, H, N), "repeats"
     product   torch's product of two large matrices: "dtype", "size"
 """
@@ -149,7 +149,7 @@ def measure_passing(job: dict[str, Any]) -> JobResult:
     optimizer = build_optimizer(model, AdamSettings())
     set_learning_rate(optimizer, LEARNING_RATE)
     schedule = LearningRateSchedule(LEARNING_RATE, LEARNING_RATE, 0, job["steps"])
-    settings = TrainSettings(schedule, window=job["window"], through=job["through"])
+    settings = TrainSettings(schedule, window=job["window"], tbptt_windows=job["tbptt_windows"])
     batch = Batch(torch.randint(config.vocab_size, (1, job["length"] + 1)).to(device))
     losses = []
     for _ in range(job["steps"]):

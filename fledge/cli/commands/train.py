@@ -54,7 +54,7 @@ def train(
     Ctrl-C (also SIGTERM) ends the run after the present step, which is saved. With several processes:
     torchrun --nproc-per-node 2 -m fledge train ...
     """
-    from fledge.train.recipe import find_recipe
+    from fledge.train.builtin_recipes import find_recipe
 
     chosen = find_recipe(recipe).changed(dict(_pair(text) for text in options.set or ()))
     if show:

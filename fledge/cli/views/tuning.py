@@ -69,7 +69,7 @@ def _run_rows(run: TuningRun) -> list[tuple[str, str]]:
     return [
         ("trained", f"{count:,} of {whole:,} numbers ({settings.mode})"),
         ("steps", f"{run.steps:,} of {settings.accumulate * settings.batch} examples, {run.epochs:.3g} epochs"),
-        ("rate", f"{schedule.peak:g} to {schedule.final:g}, after {schedule.warmup} steps of warm-up"),
+        ("rate", f"{schedule.max_lr:g} to {schedule.min_lr:g}, after {schedule.warmup_steps} steps of warm-up"),
     ]
 
 
@@ -99,7 +99,7 @@ def show_examples(run: TuningRun) -> None:
     """The first examples, exactly as they are read; what is learnt is coloured, or between brackets in a pipe."""
     for example in run.examples.items[:SHOWN]:
         print()
-        print_heading(f"line {example.line}, {len(example):,} tokens, {int(example.counted.sum()):,} to be learnt")
+        print_heading(f"line {example.line}, {len(example):,} tokens, {int(example.loss_mask.sum()):,} to be learnt")
         _show_example(example, run)
 
 

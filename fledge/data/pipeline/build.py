@@ -37,7 +37,6 @@ from fledge.data.pipeline.counts import Count, merged
 from fledge.data.pipeline.dedup.duplicates import find_copies, find_near_copies, partitions
 from fledge.data.pipeline.dedup.minhash import MinHasher, rows_per_band
 from fledge.data.pipeline.mixture.plan import MixturePlan, make_plan
-from fledge.data.pipeline.mixture.validation_split import limits
 from fledge.data.pipeline.ray_workers import RayWorkers
 from fledge.data.pipeline.report import REPORT, write_report
 from fledge.data.pipeline.shards import shards
@@ -45,6 +44,7 @@ from fledge.data.pipeline.sources.inputs import InputFile, InputSlice, survey
 from fledge.data.pipeline.sources.reader import hash_input, input_record, read_slice
 from fledge.data.pipeline.stage_outputs import StageContext, discard, sweep
 from fledge.data.pipeline.tokenize import ShardPortion, count_tokens, fixed_spec, most_used, tokenise
+from fledge.data.pipeline.validation_split import limits
 from fledge.data.pipeline.workers import Function, InlineWorkers, ProcessWorkers, Workers
 from fledge.data.store import MANIFEST, PARTS, SPANS, TOKENIZER, TokenStore, open_store, type_for
 from fledge.tokenizer import Vocabulary

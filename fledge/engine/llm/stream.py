@@ -140,7 +140,7 @@ class Stream(Iterator[str]):
             self._prompt_output = start
         elif first.logits is not None:
             self._report(first.state_before, total)
-            self._prompt_output = ModelOutput(first.logits, first.state_before.alone())
+            self._prompt_output = ModelOutput(first.logits, first.state_before.extract())
         self._prefill_s = time.perf_counter() - began
         return engine
 
@@ -180,7 +180,7 @@ class Stream(Iterator[str]):
                 stop=outcome.stop,
                 prompt_tokens=self._detokenizer.prompt_tokens,
                 seed=self._seed,
-                state=advance_state(self._model, remaining, point.state.alone()),
+                state=advance_state(self._model, remaining, point.state.extract()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
             if self._on_end is not None:

@@ -97,7 +97,7 @@ class TuningRun:
     def _chosen(self) -> dict[str, float]:
         """What settings may leave to the mode and the data, as it was."""
         schedule = self.settings.schedule(self.steps)
-        rates = {"rate": schedule.peak, "final_rate": schedule.final, "warmup": schedule.warmup}
+        rates = {"rate": schedule.max_lr, "final_rate": schedule.min_lr, "warmup_steps": schedule.warmup_steps}
         return {"steps": self.steps, "epochs": self.epochs, **rates}
 
     def _validate(self, model: BaseModel) -> dict[str, float]:

@@ -64,7 +64,7 @@ class TuneSettings:
     steps: int | None = None  # in place of epochs
     rate: float | None = None  # None: the mode's own
     final_rate: float | None = None
-    warmup: int = 10  # steps
+    warmup_steps: int = 10  # steps
     seed: int = 0
     template: str = "world"
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -93,7 +93,7 @@ class TuneSettings:
         rate = RATES[self.mode][0] if self.rate is None else self.rate
         usual = RATES[self.mode][1] * rate / RATES[self.mode][0]  # the mode's own ratio
         final = usual if self.final_rate is None else self.final_rate
-        return LearningRateSchedule(rate, final, min(self.warmup, steps // 10), steps)
+        return LearningRateSchedule(rate, final, min(self.warmup_steps, steps // 10), steps)
 
 
 def tunable(

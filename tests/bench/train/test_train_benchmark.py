@@ -196,7 +196,13 @@ def test_memory_of_state_passing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_is_trained_by_windows() -> None:
-    job = {"kind": "passing", "config": asdict(config_of_shape("L2-D64", 50)), "length": 21, "window": 4, "through": 2}
+    job = {
+        "kind": "passing",
+        "config": asdict(config_of_shape("L2-D64", 50)),
+        "length": 21,
+        "window": 4,
+        "tbptt_windows": 2,
+    }
     result = worker.measure({**job, "steps": 2, "threads": torch.get_num_threads(), "device": "cpu"})
     assert 0 < result["loss"] < 4.3 and result["peak_bytes"] > 0
 

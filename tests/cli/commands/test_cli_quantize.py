@@ -17,7 +17,7 @@ TEXT = "It was a dark night, and the ship had lost its way. " * 8
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Finch whose tokens are bytes, wide enough for quantisation to save something."""
+    """A random Finch whose tokens are bytes, wide enough for quantization to save something."""
     path = tmp_path_factory.mktemp("models") / "bytes.pth"
     torch.save(random_checkpoint("6.0", n_layer=2, n_embd=64, vocab_size=256), path)
     return path
@@ -104,7 +104,7 @@ def test_mistakes(fledge: Any, model: Path, tmp_path: Path, arguments: list[str]
     assert not (tmp_path / "small.safetensors").exists()
 
 
-def test_what_is_quantised_already(fledge: Any, model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_rejected(fledge: Any, model: Path, text: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.safetensors"
     fledge("quantize", model, small, "--to", "int8")
     for more in ([], ["--calibrate", text]):

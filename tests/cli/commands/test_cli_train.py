@@ -19,7 +19,16 @@ from fledge.data.pipeline.build import build
 from fledge.data.pipeline.config import read_config
 from fledge.tokenizer import prune, world_vocabulary
 
-SMALL = {"steps": 4, "warmup": 1, "n_layer": 1, "n_embd": 64, "length": 16, "batch": 4, "micro": 2, "log_every": 2}
+SMALL = {
+    "steps": 4,
+    "warmup_steps": 1,
+    "n_layer": 1,
+    "n_embd": 64,
+    "length": 16,
+    "batch": 4,
+    "micro_batch_size": 2,
+    "log_every": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +139,10 @@ def test_without_tensorboard(fledge: Any, store: Path, tmp_path: Path, monkeypat
 
 
 def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Path) -> None:
-    result = fledge("train", "tiny", "--data", "none", "--to", tmp_path / "x", "--set", "peak=3e-4", "--show")
+    result = fledge("train", "tiny", "--data", "none", "--to", tmp_path / "x", "--set", "max_lr=3e-4", "--show")
     assert result.code == 0 and not (tmp_path / "x").exists()
     rows = dict(line.split(maxsplit=1) for line in result.text.splitlines())
-    assert rows["peak"] == "0.0003" and rows["window"] == "None"
+    assert rows["max_lr"] == "0.0003" and rows["window"] == "None"
 
 
 @pytest.mark.parametrize(
@@ -146,10 +155,10 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
             2,
             [
                 "store: ",
-                "are too few for batches of 2 windows of 5000 tokens; take a smaller length (now 5000) or micro",
+                "are too few for batches of 2 windows of 5000 tokens; use a smaller length (now 5000) or micro",
             ],
         ),
-        (["--set", "peak=inf"], 1, ["the learning rate would fall from inf"]),
+        (["--set", "max_lr=inf"], 1, ["the learning rate would fall from inf"]),
         (["--set", "n_embd=65536"], 1, ["more memory than is available"]),
         (["--parallel", "both"], 1, ["choose from ddp, fsdp"]),
         (["--set", "vocab_size=10"], 1, ["vocab_size is 10, but the data has ids up to 299"]),

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.data.pipeline.dedup.minhash import U64, Signatures, similarity
-from fledge.data.pipeline.mixture.validation_split import candidates, ranks
 from fledge.data.pipeline.shards import Shard, shards
 from fledge.data.pipeline.stage_outputs import StageContext, load_array, save_array
+from fledge.data.pipeline.validation_split import candidates, ranks
 
 RECORDS = 1_000_000  # in one partition: some 100 MB of memory
 PAIRS = 8192  # of signatures that are compared at a time

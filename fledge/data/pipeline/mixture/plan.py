@@ -22,9 +22,9 @@ from fledge.data.pipeline.config import MixtureConfig, MixtureGroup
 from fledge.data.pipeline.dedup.duplicates import dropped
 from fledge.data.pipeline.dedup.minhash import mixed
 from fledge.data.pipeline.mixture.groups import Kind, group_of, remarks
-from fledge.data.pipeline.mixture.validation_split import candidates, most_aside, order
 from fledge.data.pipeline.shards import Shard, shards
 from fledge.data.pipeline.stage_outputs import StageContext
+from fledge.data.pipeline.validation_split import candidates, most_aside, order
 
 BUCKET_BITS = 14
 BUCKETS = 1 << BUCKET_BITS

@@ -1,4 +1,4 @@
-"""Every fast form of wkv against the float64 loop: outputs, final state and all gradients."""
+"""Every fast form of wkv, compared with the float64 loop: outputs, final state and all gradients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ DECAYS = {
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("length", [0, 1, 15, 64, 257])
 @pytest.mark.parametrize("backend", TWINS)
-def test_float32_twin_equals_float64_reference(backend: str, length: int, decay: str) -> None:
+def test_float32_backend_equals_float64_reference(backend: str, length: int, decay: str) -> None:
     arguments = inputs(length, DECAYS[decay])
     expected = run("reference", arguments, torch.float64)
     found = run(backend, arguments, torch.float32)
@@ -70,7 +70,7 @@ def test_float32_twin_equals_float64_reference(backend: str, length: int, decay:
 
 
 @pytest.mark.parametrize("backend", TWINS)
-def test_float64_twin_is_exact(backend: str) -> None:
+def test_float64_backend_is_exact(backend: str) -> None:
     arguments = inputs(70, DECAYS["everything"])
     expected, found = run("reference", arguments, torch.float64), run(backend, arguments, torch.float64)
     assert_close_relative(found[0], expected[0], EXACT, "y")
@@ -79,7 +79,7 @@ def test_float64_twin_is_exact(backend: str) -> None:
         assert_close_relative(ours, theirs, EXACT, f"gradient of {name}")
 
 
-def test_second_derivatives_are_refused_not_wrong() -> None:
+def test_second_derivatives_raise_an_error() -> None:
     leaves = [x.requires_grad_() for x in inputs(9, DECAYS["trained"])]
     y, _ = wkv(*leaves, backend="chunked")
     (first,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
@@ -89,7 +89,7 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
 
 @pytest.mark.parametrize("backend", list(WKV_BACKENDS))
 def test_decay_of_exactly_zero_and_one(backend: str) -> None:
-    """w = -inf erases the state, w = 0 keeps all of it; neither may produce a nan."""
+    """w = -inf erases the state, w = 0 keeps all of it; neither may give nan."""
     arguments = inputs(33, DECAYS["trained"])
     arguments[3][:, ::3] = 0.0
     arguments[3][:, 1::3] = -float("inf")
@@ -125,7 +125,7 @@ def test_split_anywhere(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", list(WKV_BACKENDS))
-def test_static_decay_comes_expanded_and_low_precision_is_computed_in_float32(backend: str) -> None:
+def test_an_expanded_static_decay_and_low_precision_inputs(backend: str) -> None:
     r, k, v, _, u, state = inputs(9, DECAYS["trained"])
     w = torch.linspace(-3, -0.01, H * K).view(1, 1, H, K).expand(B, 9, H, K)
     r, k, v = (x.bfloat16() for x in (r, k, v))
@@ -135,7 +135,7 @@ def test_static_decay_comes_expanded_and_low_precision_is_computed_in_float32(ba
     assert_close_relative(y, expected, 1e-6, "y")  # 9 tokens: the bound is (2 * 9 + 5) * 2**-24 = 1.4e-6
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_not_changed() -> None:
     arguments = inputs(8, DECAYS["trained"])
     before = [x.clone() for x in arguments]
     for backend in WKV_BACKENDS:

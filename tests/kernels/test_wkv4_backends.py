@@ -1,4 +1,4 @@
-"""The chunked form of RWKV-4's recurrence against the float64 loop."""
+"""The chunked form of RWKV-4's recurrence, compared with the float64 loop."""
 
 from __future__ import annotations
 
