@@ -23,7 +23,7 @@ from fledge.engine.generation import ModelOutput
 from fledge.engine.llm.batch import make_completion
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.prompts import Prompt, Prompts, split_prompts
-from fledge.engine.llm.scoring import ScoredText, scoring_request
+from fledge.engine.llm.scoring import ScoredText, make_scoring_request
 from fledge.engine.llm.stream import Completion, Timings
 from fledge.engine.sampling import SamplingParams
 from fledge.models.state import State
@@ -132,7 +132,7 @@ class AsyncLLM:
     async def _score(self, ids: Sequence[int], start: ModelOutput) -> ScoredText:
         logprobs = list[float]()
         if ids:
-            async for event in self.run(TextRequest(scoring_request(ids, start))):
+            async for event in self.run(TextRequest(make_scoring_request(ids, start))):
                 if isinstance(event, PromptLogprobsEvent):
                     logprobs += [token.logprob.logprob for token in event.tokens if token.logprob is not None]
         return ScoredText.from_logprobs(self.llm.tokenizer, ids, logprobs)

@@ -51,16 +51,16 @@ class ScoredText(list[ScoredToken]):
         return -self.total / math.log(2) / length
 
 
-def scoring_request(ids: Sequence[int], start: ModelOutput) -> Request:
+def make_scoring_request(ids: Sequence[int], start: ModelOutput) -> Request:
     """The request for the log probabilities of `ids` (at least one), which follow the text that led to `start`."""
     return Request(tuple(ids), start=start, n=0, prompt_logprobs=0)
 
 
 def score_texts(model: nn.Module, start: ModelOutput, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Natural log probabilities of the tokens of each text, each of which follows the text that led to `start`."""
+    """Natural log probabilities of the tokens of each text. Each text follows the text that led to `start`."""
     engine, logprobs = Engine(model), [list[float]() for _ in texts]
     indices = {
-        engine.add(scoring_request(ids, start), bypass_limit=True): index for index, ids in enumerate(texts) if ids
+        engine.add(make_scoring_request(ids, start), bypass_limit=True): index for index, ids in enumerate(texts) if ids
     }
     while engine.busy:
         for output in engine.step():

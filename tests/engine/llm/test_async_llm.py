@@ -77,19 +77,23 @@ def test_logprobs_are_those_of_the_llm() -> None:
     assert one == llm.logprobs("hello") and several == llm.logprobs(["hello", "", "lo"], context="a")
 
 
-def test_stopped_stream_frees_the_engine() -> None:
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "garbage collected"])
+def test_stopped_stream_frees_the_engine(is_closed: bool) -> None:
     async def program(async_llm: AsyncLLM) -> Any:
         stream = async_llm.stream("say:", temperature=0.0, max_tokens=100_000)
         async for _ in stream:
             break
-        await stream.aclose()
+        if is_closed:
+            await stream.aclose()
+        completion = stream.completion
+        del stream
         task = asyncio.ensure_future(async_llm.generate("say:", temperature=0.0, max_tokens=100_000))
         await asyncio.sleep(0.02)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         while async_llm._engine.num_requests:
             await asyncio.sleep(0.01)
-        return stream.completion
+        return completion
 
     assert run(fake_llm("lo" * 200_000), program) is None
 
