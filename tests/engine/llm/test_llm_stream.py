@@ -167,7 +167,7 @@ def test_an_interrupt_at_any_line_leaves_text_ids_and_state_in_agreement() -> No
 
 @contextlib.contextmanager
 def interrupt_after(lines: int) -> Iterator[None]:
-    """Raise KeyboardInterrupt at the line of fledge.engine that comes after so many."""
+    """Raise KeyboardInterrupt at the line of fledge.engine that comes after this number of lines."""
     left, before = lines, sys.gettrace()
 
     def trace(frame: FrameType, event: str, _: object) -> object:

@@ -26,7 +26,7 @@ CARD = StateMetadata("0" * 64, "model", 3, "world", created="2026-01-01T00:00:00
 
 
 def number(value: int) -> State:
-    """A state that tells which one it is (and is finite, unlike those of the cache's tests)."""
+    """A state with recognizable values (and is finite, unlike those of the cache's tests)."""
     state = state_of([value])
     assert isinstance(state, WkvState)
     return WkvState(state.att_shift, state.wkv.nan_to_num(), state.ffn_shift)
