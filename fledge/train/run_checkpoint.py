@@ -26,6 +26,17 @@ from fledge.train.distributed import Distributed, own_part
 FILE, FOLDER, WHOLE = "last.pt", "last", "whole"
 ADVICE = "move it away to start again"
 
+RENAMED_SETTINGS = {
+    "through": "tbptt_windows",
+    "peak": "max_lr",
+    "final": "min_lr",
+    "micro": "micro_batch_size",
+    "borders": "reset_at_document",
+    "recompute": "activation_checkpointing",
+    "warmup": "warmup_steps",
+}
+"""Names of settings in checkpoints of earlier versions, which can still be resumed."""
+
 
 class SaveError(TrainingError):
     """A checkpoint cannot be written, or must not be. The one before is as it was."""
@@ -171,7 +182,7 @@ class RunCheckpoint:
             )
 
     def _check(self, path: Path, saved: Mapping[str, Any]) -> None:
-        before = saved["identity"]
+        before = {RENAMED_SETTINGS.get(key, key): value for key, value in saved["identity"].items()}
         for key in sorted({*self.identity, *before}):
             if before.get(key) != self.identity.get(key):
                 raise CheckpointError(

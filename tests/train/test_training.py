@@ -530,3 +530,10 @@ def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
 
 def test_keep_freed_memory_answers() -> None:
     assert keep_freed_memory() == return_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_a_checkpoint_with_earlier_names_of_settings_can_be_resumed(tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(tmp_path, Distributed(), {"max_lr": 1e-3, "warmup_steps": 10})
+    checkpoint._check(tmp_path, {"identity": {"peak": 1e-3, "warmup": 10}})
+    with pytest.raises(CheckpointError, match="max_lr was 0.002 and is 0.001 now"):
+        checkpoint._check(tmp_path, {"identity": {"peak": 2e-3, "warmup": 10}})
