@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fledge.core.errors import FledgeError
     from fledge.engine import (
         LLM,
+        AsyncLLM,
         Chat,
         Completion,
         LoadedState,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "FledgeError": "core.errors",
+    "AsyncLLM": "engine",
     "LLM": "engine",
     "Chat": "engine",
     "Completion": "engine",
@@ -47,6 +49,7 @@ _MODULES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Chat",
     "Completion",
     "FledgeError",

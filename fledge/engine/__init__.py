@@ -5,7 +5,8 @@ A module imports only from its own sub-package and from those before it:
     structured      constraints on generated text: grammars, JSON schemas, tool calls
     prefix_cache    the states after prompt prefixes, in memory and on disk
     (this folder)   sampling and model calls (generation, model_runner), continuous batching (request, sequence,
-                    scheduler, engine), and text from the engine (detokenizer, events, async_engine)
+                    scheduler, engine), and text from the engine (detokenizer, events, text_engine,
+                    async_engine)
     states          states as files, stores of states, documents that are read once
     llm             the `LLM` class: text in, text out; chats, streams, adapters
 
@@ -13,6 +14,8 @@ HTTP is in fledge.server, checkpoint formats are in fledge.checkpoint, and the m
 """
 
 from fledge.engine.generation import ModelOutput, SampledToken, generate_tokens, prefill
+from fledge.engine.llm.async_llm import AsyncLLM
+from fledge.engine.llm.batch import BatchStream
 from fledge.engine.llm.chat import Chat, ChatTurn
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
@@ -23,6 +26,8 @@ from fledge.engine.states.state_file import LoadedState, StateMetadata, read_sta
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BatchStream",
     "Chat",
     "ChatTurn",
     "Completion",

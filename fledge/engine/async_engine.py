@@ -23,18 +23,14 @@ from fledge.core.errors import FledgeError
 from fledge.engine.engine import Engine
 from fledge.engine.events import (
     FLUSH_INTERVAL,
-    CompletionState,
     ErrorEvent,
     Event,
     EventBuffer,
     EventCallback,
-    FinishEvent,
-    PromptLogprobsEvent,
     TextRequest,
-    TextToken,
 )
-from fledge.engine.request import QueueFull, Request, TokenOutput
-from fledge.models.state import State
+from fledge.engine.request import QueueFull
+from fledge.engine.text_engine import TextEngine
 from fledge.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -58,13 +54,10 @@ class AsyncEngine:
         """on_events: called in the engine's thread when events are ready. flush_interval: see EventBuffer."""
         self.engine, self.tokenizer = engine, tokenizer
         self._events = EventBuffer(on_events, flush_interval)
+        self._text_engine = TextEngine(engine, tokenizer, self._events.put)
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
-        self._requests: dict[int, TextRequest] = {}  # by request id
-        self._admitted = set[TextRequest]()  # those and the ones that are still in `_commands`
-        # Completions that have ended and whose state still has to read the end of the text, by request id.
-        self._final_reads: dict[int, tuple[TextRequest, FinishEvent]] = {}
         self._thread = threading.Thread(target=self._run, name="fledge-engine", daemon=True)
         self._shutdown_deadline: float | None = None  # when requests that still run are failed
         self._is_stopped = False
@@ -79,9 +72,9 @@ class AsyncEngine:
         with self._wake:
             if self._shutdown_deadline is not None or self._is_stopped:
                 raise QueueFull(SHUTTING_DOWN)
-            if len(self._admitted) >= self.engine.max_requests:
+            if len(self._text_engine.admitted) >= self.engine.max_requests:
                 raise QueueFull(f"{self.engine.max_requests} requests are queued or running; try again later")
-            self._admitted.add(request)
+            self._text_engine.admitted.add(request)
             self._post(lambda: self._admit(request))
 
     def cancel(self, request: TextRequest) -> None:
@@ -126,7 +119,7 @@ class AsyncEngine:
     @property
     def num_requests(self) -> int:
         """Requests that were accepted and have not ended."""
-        return len(self._admitted)
+        return len(self._text_engine.admitted)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:  # reentrant
@@ -159,8 +152,7 @@ class AsyncEngine:
             self._commands.popleft()()
         if self._calls:
             _run_call(*self._calls.popleft())
-        for output in self.engine.step():
-            self._deliver(output)
+        self._text_engine.step()
 
     def _wait_for_work(self) -> bool:
         """Wait until there is work. Returns False when the thread should stop."""
@@ -177,109 +169,17 @@ class AsyncEngine:
             return
         try:
             # `submit` has checked the limit; the engine's own count may include completions that have ended.
-            self._requests[self.engine.add(request.request, bypass_limit=True)] = request
+            self._text_engine.add(request)
         except Exception as error:  # only this request fails, for example because the device is out of memory
-            self._admitted.discard(request)
+            self._text_engine.admitted.discard(request)
             self._events.put(request, ErrorEvent(0, _as_fledge_error(error)))
 
     def _remove(self, request: TextRequest) -> None:
-        self._admitted.discard(request)
         self._events.discard(request)
-        for request_id in [key for key, each in self._requests.items() if each is request]:
-            self.engine.abort(request_id)
-            del self._requests[request_id]
-        for request_id in [key for key, (each, _) in self._final_reads.items() if each is request]:
-            self.engine.abort(request_id)
-            del self._final_reads[request_id]
-
-    def _deliver(self, output: TokenOutput) -> None:
-        """Turn an output of the engine into events."""
-        if output.request_id in self._final_reads:
-            self._emit_final_state(*self._final_reads[output.request_id], output.state_before.extract())
-            # Only now, when nothing can fail any more: `_fail_all` fails the requests that are still in here.
-            del self._final_reads[output.request_id]
-            return
-        request = self._requests.get(output.request_id)
-        if request is None:
-            return
-        if output.prompt_logprobs is not None:
-            ids, logprobs, computed = output.prompt_logprobs
-            tokens = tuple(map(TextToken, ids, logprobs))
-            self._events.put(request, PromptLogprobsEvent(output.choice, tokens, computed))
-            return
-        if output.finish_reason == "failed":
-            assert output.error is not None
-            self._events.put(request, ErrorEvent(-1 if output.prompt_incomplete else output.choice, output.error))
-            if output.prompt_incomplete:
-                self._remove(request)
-            else:
-                self._release_choice(request, output.request_id)
-            return
-        completion = request.choices.get(output.choice)
-        if completion is None:
-            completion = request.choices[output.choice] = CompletionState(request, self.tokenizer, output)
-        event = completion.process(output)
-        if event is not None:
-            self._events.put(request, event)
-        if completion.detokenizer.outcome is not None:
-            self.engine.abort_choice(output.request_id, output.choice)
-            self._finish(request, completion)
-            self._release_choice(request, output.request_id)
-
-    def _finish(self, request: TextRequest, completion: CompletionState) -> None:
-        """Emit the FinishEvent: now, or after the state has read the whole text if the request wants the state."""
-        outcome = completion.detokenizer.outcome
-        assert outcome is not None
-        cut = completion.detokenizer.rewind_point()
-        rest = (*completion.detokenizer.remaining_ids(cut), *request.suffix_ids)
-        end = FinishEvent(
-            completion.index,
-            outcome.reason,
-            outcome.stop,
-            (*cut.ids, *rest),
-            completion.sampled_tokens,
-            completion.seed,
-            completion.cached_tokens,
-        )
-        has_cache = self.engine.cache is not None and request.request.cache_namespace is not None
-        needs_state = request.should_return_state or (request.should_cache_state and has_cache)
-        if not request.should_return_state or completion.prompt_incomplete:
-            self._events.put(request, end)
-        if not needs_state or completion.prompt_incomplete:
-            return
-        if rest:
-            final_read = Request(rest, start=cut.state.extract(), n=0, priority=request.request.priority)
-            self._final_reads[self.engine.add(final_read, bypass_limit=True)] = (request, end)
-        else:
-            self._emit_final_state(request, end, cut.state.extract())
-
-    def _emit_final_state(self, request: TextRequest, end: FinishEvent, state: State) -> None:
-        """Store and emit the state that has read the whole text."""
-        namespace = request.request.cache_namespace
-        if request.should_cache_state and self.engine.cache is not None and namespace is not None:
-            self.engine.cache.put(namespace, (*request.request.ids, *end.ids), state)
-        if request.should_return_state:
-            self._events.put(request, end._replace(state=state))
-
-    def _release_choice(self, request: TextRequest, request_id: int) -> None:
-        """Count a completion that has ended, and remove the request after its last one."""
-        request.open_choices -= 1
-        if not request.open_choices:
-            self._requests.pop(request_id, None)
-            self._admitted.discard(request)
+        self._text_engine.remove(request)
 
     def _fail_all(self, error: Exception) -> None:
-        failure = _as_fledge_error(error)
-        for request_id, request in self._requests.items():
-            self.engine.abort(request_id)
-            self._events.put(request, ErrorEvent(-1, failure))
-        for request_id, (request, end) in self._final_reads.items():
-            self.engine.abort(request_id)
-            if request.should_return_state:
-                self._events.put(request, ErrorEvent(end.choice, failure))
-        self._requests.clear()
-        self._admitted.clear()
-        self._final_reads.clear()
+        self._text_engine.fail_all(_as_fledge_error(error))
 
 
 def _run_call(future: Future[Any], function: Callable[[], Any]) -> None:

@@ -126,6 +126,13 @@ class Engine:
             if not request_state.sequences:
                 del self._request_states[request_id]
 
+    def get_prompt_progress(self, request_id: int) -> tuple[StateSlice, int] | None:
+        """The state after the part of a prompt that has been read, and its number of tokens; None after the prompt."""
+        request_state = self._request_states.get(request_id)
+        if request_state is None or not request_state.is_prefilling:
+            return None
+        return request_state.state_slice, request_state.computed_tokens
+
     def step(self) -> list[TokenOutput]:
         """Run one batch, and one chunk of prompt log probabilities if requested. Returns the new outputs."""
         outputs = list[TokenOutput]()
@@ -329,6 +336,8 @@ class Engine:
                 outputs.append(self._finish(output._replace(error=token), sequence, "failed"))
                 self.abort_choice(request_state.request_id, sequence.choice)
                 continue
+            if request_state.request.should_return_logits and sequence.last_token < 0:
+                output = output._replace(logits=logits.clone())
             sequence.last_token, sequence.remaining_tokens = token, sequence.remaining_tokens - 1
             self.stats.sampled_tokens += 1
             top = request_state.request.logprobs

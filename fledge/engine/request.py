@@ -48,6 +48,7 @@ class Request:
     constraint: Constraint | None = None
     logprobs: int | None = None  # alternatives to report with each sampled token; None: no log probabilities
     prompt_logprobs: int | None = None  # as `logprobs`, for the prompt
+    should_return_logits: bool = False  # the first token of each completion comes with the logits it was sampled from
 
 
 class TokenLogprob(NamedTuple):
@@ -76,7 +77,7 @@ class TokenOutput(NamedTuple):
     seed: int = 0  # reproduces this completion
     cached_tokens: int = 0  # tokens of the prompt that came from the prefix cache
     logprob: TokenLogprob | None = None  # of `token`
-    logits: Tensor | None = None  # (V,), with "read": of the token after the prompt
+    logits: Tensor | None = None  # (V,) after the prompt; with "read", or if the request asks for them
     error: FledgeError | None = None  # with "failed"
     prompt_incomplete: bool = False  # with "deadline" or "failed": `state_before` has not read the whole prompt
     prompt_logprobs: PromptLogprobs | None = None

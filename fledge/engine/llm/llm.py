@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from fledge import checkpoint
 from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.engine.events import TextRequest
 from fledge.engine.generation import (
+    ModelOutput,
     ProgressCallback,
     check_token_ids,
     get_config,
@@ -25,10 +27,13 @@ from fledge.engine.generation import (
     prefill,
 )
 from fledge.engine.llm.adapters import AdapterSources, adapt_model, hash_changes, read_adapters
+from fledge.engine.llm.batch import BatchStream
 from fledge.engine.llm.chat import Chat
 from fledge.engine.llm.embedding import embed_state
-from fledge.engine.llm.scoring import ScoredText, ScoredToken, score_tokens
+from fledge.engine.llm.prompts import Prompt, Prompts, split_prompts
+from fledge.engine.llm.scoring import ScoredText, score_texts
 from fledge.engine.llm.stream import Completion, Stream
+from fledge.engine.request import Request
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.states.read_document import ReadResult, read_document
 from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state, write_state
@@ -37,9 +42,6 @@ from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 from fledge.models.state import State
 from fledge.tokenizer import NO_EOS, Tokenizer
-
-Prompt = str | bytes | Sequence[int]
-"""Text, its bytes, or token ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,16 +111,57 @@ class LLM:
         base = checkpoint.compute_identity(weights)
         return hashlib.sha256(f"{base}\n{self.weight_changes}".encode()).hexdigest() if self.weight_changes else base
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt. Raises UsageError or TokenizerError for anything that is not a prompt."""
+        if isinstance(prompt, str | bytes):
+            return self.tokenizer.encode(prompt)
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UsageError(f"a prompt is text, bytes or token ids, not {prompt!r:.60}") from None
+        check_token_ids(ids, self.config.vocab_size)
+        return ids
+
+    @overload
     def generate(
         self, prompt: Prompt, *, state: State | None = None, params: SamplingParams | None = None, **overrides: Any
-    ) -> Completion:
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        state: State | Sequence[State] | None = None,
+        params: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        state: State | Sequence[State] | None = None,
+        params: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> Completion | list[Completion]:
         """Continue `prompt`, which follows the text that `state` has read.
 
+        A list of prompts gives a list of completions, which are generated in one batch. Each is the completion that the
+        prompt would give alone. `state` is then one state for all prompts, or a list with one for each.
         overrides: fields of SamplingParams that replace those of `params`.
         Raises UsageError for an empty prompt or an invalid setting, TokenizerError for an id outside the vocabulary,
         StateError for a state of another model.
         """
-        stream = self.stream(prompt, state=state, params=params, **overrides)
+        prompts, is_batch = split_prompts(prompt)
+        if is_batch:
+            batch = self._stream_batch(prompts, state, params, overrides)
+            for _ in batch:
+                pass
+            return [completion for completion in batch.completions if completion is not None]
+        if isinstance(state, Sequence):
+            raise UsageError("a list of states needs a list of prompts")
+        stream = self.stream(prompts[0], state=state, params=params, **overrides)
         for _ in stream:
             pass
         return stream.completion
@@ -141,9 +184,48 @@ class LLM:
         ids = self._prompt_ids(prompt, state)
         return Stream(self.model, self.tokenizer, ids, self._start(state), settings, progress=progress)
 
+    def stream_many(
+        self,
+        prompts: Prompts,
+        *,
+        state: State | Sequence[State] | None = None,
+        params: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> BatchStream:
+        """As `generate` for a list of prompts, but returns (index of the prompt, next piece of its text) as generated.
+
+        Raises the same errors, before the first piece. `completions` of the result has the completion of each prompt.
+        """
+        return self._stream_batch(list(prompts), state, params, overrides)
+
+    def make_requests(
+        self, prompts: Sequence[Prompt], state: State | Sequence[State] | None, params: SamplingParams
+    ) -> list[TextRequest]:
+        """One request for each prompt, for a `TextEngine` or an `AsyncEngine`. Raises the errors of `generate`."""
+        states = [state] * len(prompts) if state is None or isinstance(state, State) else list(state)
+        if len(states) != len(prompts):
+            raise UsageError(
+                f"there are {len(prompts)} prompts and {len(states)} states; give one state for each prompt"
+            )
+        requests = [
+            Request(tuple(self._prompt_ids(each, after)), params, self._start(after))
+            for each, after in zip(prompts, states, strict=True)
+        ]
+        return [TextRequest(request, should_return_state=True) for request in requests]
+
+    def _stream_batch(
+        self,
+        prompts: list[Prompt],
+        state: State | Sequence[State] | None,
+        params: SamplingParams | None,
+        overrides: dict[str, Any],
+    ) -> BatchStream:
+        settings = (params or SamplingParams()).with_overrides(overrides)
+        return BatchStream(self.model, self.tokenizer, self.make_requests(prompts, state, settings))
+
     def read(self, text: Prompt, state: State | None = None, progress: ProgressCallback | None = None) -> State:
         """The state after `text`, which follows the text that `state` has read."""
-        ids, start = self._ids(text), self._start(state)
+        ids, start = self.encode(text), self._start(state)
         return prefill(self.model, ids, start, progress=progress).state if ids else start
 
     def read_document(
@@ -164,7 +246,7 @@ class LLM:
         """
         return read_document(
             self.model,
-            self._ids(text),
+            self.encode(text),
             Path(path),
             start=self._start(None),
             metadata=self.state_metadata(0, template=template, title=title),
@@ -207,28 +289,46 @@ class LLM:
 
     def embed(self, text: Prompt) -> Tensor:
         """(A,) float32 of length one: an embedding of `text`. `fledge bench embeddings` measures its quality."""
-        ids = self._ids(text)
+        ids = self.encode(text)
         if not ids:
             raise UsageError("the text is empty; an embedding needs at least one token")
         return embed_state(self.read(ids))
 
-    def logprobs(self, text: Prompt, state: State | None = None, context: Prompt | None = None) -> ScoredText:
+    # A str is a Sequence[str] too, but the first signature takes precedence.
+    @overload
+    def logprobs(  # type: ignore[overload-overlap]
+        self, text: Prompt, state: State | None = None, context: Prompt | None = None
+    ) -> ScoredText: ...
+
+    @overload
+    def logprobs(
+        self, text: Prompts, state: State | None = None, context: Prompt | None = None
+    ) -> list[ScoredText]: ...
+
+    def logprobs(
+        self, text: Prompt | Prompts, state: State | None = None, context: Prompt | None = None
+    ) -> ScoredText | list[ScoredText]:
         """Log probability of each token of `text` after `context`, which follows the text that `state` has read.
 
-        Without a state, `context` defaults to the end-of-text id: the start of a document. With a state, `context` must
-        have at least one token, because a state does not include the logits of the next token.
+        A list of texts gives a list of results; each text follows the same context. Without a state, `context` defaults
+        to the end-of-text id: the start of a document. With a state, `context` must have at least one token, because a
+        state does not include the logits of the next token.
         """
-        ids, start = self._ids(text), self._start(state)
+        prompts, is_batch = split_prompts(text)
+        texts = [self.encode(each) for each in prompts]
+        logprobs = score_texts(self.model, self.read_context(state, context), texts)
+        scored = [ScoredText.from_logprobs(self.tokenizer, *each) for each in zip(texts, logprobs, strict=True)]
+        return scored if is_batch else scored[0]
+
+    def read_context(self, state: State | None, context: Prompt | None) -> ModelOutput:
+        """Logits and state after `context`, with the defaults and errors of `logprobs`."""
+        start = self._start(state)
         if context is None and state is None and self.tokenizer.eos_id != NO_EOS:
             context = [self.tokenizer.eos_id]
-        before = [] if context is None else self._ids(context)
-        if not before:
+        ids = [] if context is None else self.encode(context)
+        if not ids:
             raise UsageError("context is empty; give at least one token between the state and the text to be scored")
-        logprobs = score_tokens(self.model, prefill(self.model, before, start), ids)
-        return ScoredText(
-            ScoredToken(token, self.tokenizer.decode_bytes([token]), logprob)
-            for token, logprob in zip(ids, logprobs, strict=True)
-        )
+        return prefill(self.model, ids, start)
 
     def chat(
         self,
@@ -280,7 +380,7 @@ class LLM:
 
     def _prompt_ids(self, prompt: Prompt, state: State | None) -> list[int]:
         """The ids of a prompt. Raises UsageError if there are none."""
-        ids = self._ids(prompt)
+        ids = self.encode(prompt)
         if ids:
             return ids
         if state is not None:
@@ -290,13 +390,3 @@ class LLM:
         else:
             advice = f"give some text, or pass ids [{self.tokenizer.eos_id}] to start a new document"
         raise UsageError(f"the prompt is empty; {advice}")
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str | bytes):
-            return self.tokenizer.encode(prompt)
-        try:
-            ids = [operator.index(token) for token in prompt]
-        except TypeError:
-            raise UsageError(f"a prompt is text, bytes or token ids, not {prompt!r:.60}") from None
-        check_token_ids(ids, self.config.vocab_size)
-        return ids

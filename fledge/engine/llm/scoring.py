@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from fledge.core.errors import UsageError
-from fledge.engine.generation import ModelOutput, get_device
-
-CHUNK = 128
-"""Tokens scored in one call. All their logits exist at the same time: 33 MB for a vocabulary of 65,536 tokens."""
+from fledge.engine.engine import Engine
+from fledge.engine.generation import ModelOutput
+from fledge.engine.request import Request
+from fledge.tokenizer import Tokenizer
 
 
 class ScoredToken(NamedTuple):
@@ -26,6 +25,14 @@ class ScoredToken(NamedTuple):
 
 class ScoredText(list[ScoredToken]):
     """The scored tokens of a text, in order."""
+
+    @classmethod
+    def from_logprobs(cls, tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[float]) -> ScoredText:
+        """The scored text with these ids and log probabilities."""
+        return cls(
+            ScoredToken(token, tokenizer.decode_bytes([token]), logprob)
+            for token, logprob in zip(ids, logprobs, strict=True)
+        )
 
     @property
     def total(self) -> float:
@@ -44,15 +51,22 @@ class ScoredText(list[ScoredToken]):
         return -self.total / math.log(2) / length
 
 
-def score_tokens(model: nn.Module, start: ModelOutput, ids: Sequence[int], chunk: int = CHUNK) -> list[float]:
-    """Natural log probability of each of `ids`, which follow the text that led to `start`."""
-    logits_before, logprobs = start.logits, list[float]()
-    state = start.state
-    for begin in range(0, len(ids), chunk):
-        targets = torch.tensor(list(ids[begin : begin + chunk]), device=get_device(model))  # (T,)
-        with torch.no_grad():
-            logits, state = model(targets[None], state)  # (1, T, V)
-            shifted = torch.cat([logits_before[None], logits[0, :-1]])  # (T, V): the prediction before each token
-            logprobs += (-torch.nn.functional.cross_entropy(shifted, targets, reduction="none")).tolist()
-            logits_before = logits[0, -1]
+def scoring_request(ids: Sequence[int], start: ModelOutput) -> Request:
+    """The request for the log probabilities of `ids` (at least one), which follow the text that led to `start`."""
+    return Request(tuple(ids), start=start, n=0, prompt_logprobs=0)
+
+
+def score_texts(model: nn.Module, start: ModelOutput, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Natural log probabilities of the tokens of each text, each of which follows the text that led to `start`."""
+    engine, logprobs = Engine(model), [list[float]() for _ in texts]
+    indices = {
+        engine.add(scoring_request(ids, start), bypass_limit=True): index for index, ids in enumerate(texts) if ids
+    }
+    while engine.busy:
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            if output.prompt_logprobs is not None:
+                scores = output.prompt_logprobs.logprobs
+                logprobs[indices[output.request_id]] += [score.logprob for score in scores if score is not None]
     return logprobs

@@ -1,26 +1,22 @@
 """Streaming generation of one text.
 
-`Stream` combines the token loop and the detokenizer. However it ends, the final state has read exactly the text that
+`Stream` combines the engine and the detokenizer. However it ends, the final state has read exactly the text that
 was returned.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from fledge.engine.detokenizer import Detokenizer, FinishReason
-from fledge.engine.generation import (
-    ModelOutput,
-    ProgressCallback,
-    SampledToken,
-    advance_state,
-    generate_tokens,
-    prefill_chunks,
-)
+from fledge.engine.engine import Engine
+from fledge.engine.generation import ModelOutput, ProgressCallback, advance_state
+from fledge.engine.request import Request, TokenOutput
 from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.models.state import State
 from fledge.models.state_slice import StateSlice
@@ -80,14 +76,15 @@ class Stream(Iterator[str]):
         assert (len(prompt) == 0) == isinstance(start, ModelOutput)
         self.params = params
         self._model, self._tokenizer = model, tokenizer
-        self._prompt, self._progress = prompt, progress
-        self._on_end = on_end
-        self._sampler = Sampler(params)
+        self._progress, self._on_end = progress, on_end
+        self._seed = Sampler(params).seed
+        self._request = Request(tuple(prompt), replace(params, seed=self._seed), start, should_return_logits=True)
         self._prompt_output: ModelOutput | None = None
         initial = StateSlice(start.state if isinstance(start, ModelOutput) else start)
         self._detokenizer = Detokenizer(tokenizer, params.stop, initial, show_held=show_held)
-        self._start = start
-        self._tokens: Iterator[SampledToken] | None = None
+        self._engine: Engine | None = None
+        self._request_id = 0
+        self._outputs = deque[TokenOutput]()  # of the last step of the engine
         self._completion: Completion | None = None
         self._prefill_s = self._decode_s = 0.0
 
@@ -112,40 +109,58 @@ class Stream(Iterator[str]):
 
     @property
     def prompt_output(self) -> ModelOutput | None:
-        """Logits and state after the prompt, from which another text can be sampled. None before the first piece."""
+        """Logits and state after the prompt, from which another text can be sampled. None until it has been read."""
         return self._prompt_output
 
     def _advance(self) -> str:
         """The next piece of text, or "" once the outcome is known."""
         try:
-            if self._tokens is None:
-                self._tokens = self._prefill()
+            if self._engine is None:
+                self._engine = self._prefill()
             began = time.perf_counter()
-            piece = self._decode(self._tokens)
+            piece = self._decode(self._engine)
             self._decode_s += time.perf_counter() - began
             return piece
         except BaseException:
             self._detokenizer.interrupt()
             raise
 
-    def _prefill(self) -> Iterator[SampledToken]:
-        """Read the prompt."""
+    def _prefill(self) -> Engine:
+        """Read the prompt and sample the first token."""
         began = time.perf_counter()
-        if isinstance(self._start, ModelOutput):
-            output = self._start
-        else:
-            for done, output in prefill_chunks(self._model, self._prompt, self._start):
-                self._detokenizer.set_prompt_state(StateSlice(output.state), done)
-                if self._progress is not None:
-                    self._progress(done, len(self._prompt))
-        self._prompt_output = output
+        engine, total = Engine(self._model, eos_id=self._tokenizer.eos_id), len(self._request.ids)
+        self._request_id = engine.add(self._request)
+        while not self._outputs:
+            self._outputs.extend(engine.step())
+            progress = engine.get_prompt_progress(self._request_id) if not self._outputs else None
+            if progress is not None:
+                self._report(*progress)
+        first, start = self._outputs[0], self._request.start
+        if isinstance(start, ModelOutput):
+            self._prompt_output = start
+        elif first.logits is not None:
+            self._report(first.state_before, total)
+            self._prompt_output = ModelOutput(first.logits, first.state_before.extract())
         self._prefill_s = time.perf_counter() - began
-        return generate_tokens(self._model, *output, self._sampler, self.params.max_tokens)
+        return engine
 
-    def _decode(self, steps: Iterator[SampledToken]) -> str:
+    def _report(self, state: StateSlice, tokens: int) -> None:
+        """Record how much of the prompt has been read."""
+        self._detokenizer.set_prompt_state(state, tokens)
+        if self._progress is not None:
+            self._progress(tokens, len(self._request.ids))
+
+    def _decode(self, engine: Engine) -> str:
         """Sample tokens until there is text to emit."""
-        for step in steps:
-            piece = self._detokenizer.add_token(step.id, StateSlice(step.state_before))
+        while self._outputs or engine.busy:
+            if not self._outputs:
+                self._outputs.extend(engine.step())
+                continue
+            output = self._outputs.popleft()
+            if output.error is not None:
+                raise output.error
+            assert output.token is not None
+            piece = self._detokenizer.add_token(output.token, output.state_before)
             if piece or self._detokenizer.outcome is not None:
                 return piece
         return self._detokenizer.finish("length")
@@ -164,7 +179,7 @@ class Stream(Iterator[str]):
                 finish_reason=outcome.reason,
                 stop=outcome.stop,
                 prompt_tokens=self._detokenizer.prompt_tokens,
-                seed=self._sampler.seed,
+                seed=self._seed,
                 state=advance_state(self._model, remaining, point.state.extract()),
                 timings=Timings(self._prefill_s, self._decode_s + time.perf_counter() - began),
             )
@@ -172,4 +187,6 @@ class Stream(Iterator[str]):
                 self._on_end(completion)
             self._completion = completion
             self._on_end = None  # it may refer to this stream, and would keep all its states in memory
+            self._engine = None
+            self._outputs.clear()
         return self._completion

@@ -1,4 +1,4 @@
-"""Texts as vectors."""
+"""Text embeddings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fledge.engine.llm.embedding import embed_state
 from fledge.models import ModelConfig, WkvState, build, init_weights
 
 
-def test_by_hand() -> None:
+def test_embedding_matches_hand_computed_values() -> None:
     wkv = torch.zeros(2, 1, 2, 2, 2)  # (L, B, H, K, V)
     wkv[0, 0, 0] = torch.tensor([[1.0, 0.0], [2.0, 4.0]])  # sums to (3, 4): (0.6, 0.8)
     wkv[0, 0, 1] = torch.tensor([[0.0, 5.0], [0.0, -3.0]])  # (0, 2): (0, 1)
-    wkv[1, 0, 0] = torch.tensor([[2.0, 0.0], [0.0, 0.0]])  # (1, 0); the other head holds nothing
+    wkv[1, 0, 0] = torch.tensor([[2.0, 0.0], [0.0, 0.0]])  # (1, 0); the other head is empty
     state = WkvState(torch.zeros(2, 1, 4), wkv, torch.zeros(2, 1, 4))
     expected = torch.tensor([1.6, 0.8, 0.0, 1.0])
     assert torch.allclose(embed_state(state), expected / expected.norm())
@@ -33,7 +33,7 @@ def model_of(version: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("version", [*VERSIONS, "llama"])
-def test_every_family(version: str) -> None:
+def test_embedding_of_every_model_family(version: str) -> None:
     model = model_of(version)
     one, same, other = (
         embed_state(advance_state(model, ids, make_initial_state(model)))

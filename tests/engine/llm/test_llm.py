@@ -1,4 +1,4 @@
-"""The facade: what goes in, what comes out, and what it refuses."""
+"""The `LLM` class: inputs, results and errors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def random_llm() -> LLM:
 
 
 @pytest.mark.parametrize("prompt", ["say:", b"say:", TOKENIZER.encode("say:"), tuple(TOKENIZER.encode("say:"))])
-def test_prompts_as_text_bytes_or_ids_are_the_same(prompt: Any) -> None:
+def test_prompt_as_text_bytes_or_ids_gives_the_same_text(prompt: Any) -> None:
     done = fake_llm().generate(prompt, temperature=0.0)
     assert (done.text, done.finish_reason, done.prompt_tokens) == ("hello", "eos", 4)
 
 
-def test_pieces_join_to_the_text_of_generate_with_the_same_seed() -> None:
+def test_stream_and_generate_give_the_same_text() -> None:
     llm, params = random_llm(), SamplingParams(top_p=1.0, max_tokens=30, ban=(0,))
     done = llm.generate("Once", params=params)
     stream = llm.stream("Once", params=params, seed=done.seed)
@@ -43,17 +43,17 @@ def test_pieces_join_to_the_text_of_generate_with_the_same_seed() -> None:
     assert len(done.ids) == 30 and done.finish_reason == "length"
 
 
-def test_going_on_from_a_state_equals_going_on_from_its_text() -> None:
+def test_continuing_a_state_equals_continuing_its_text() -> None:
     llm = random_llm()
     whole = llm.generate("A long text, and a question?", seed=3, max_tokens=12)
     state = llm.read("A long text,")
     part = llm.generate(" and a question?", state=state, seed=3, max_tokens=12)
     assert part.text == whole.text
     again = llm.generate(" and a question?", state=state, seed=3, max_tokens=12)
-    assert again.ids == part.ids and equal_states(again.state, part.state), "the state was written to"
+    assert again.ids == part.ids and equal_states(again.state, part.state), "the state has changed"
 
 
-def test_read_goes_on_and_reads_nothing_as_nothing() -> None:
+def test_read_continues_a_state_and_accepts_an_empty_text() -> None:
     llm = fake_llm()
     assert equal_states(llm.read("abc"), llm.read("c", llm.read("ab")))
     assert equal_states(llm.read(""), llm.read([]))
@@ -64,7 +64,7 @@ def test_read_goes_on_and_reads_nothing_as_nothing() -> None:
     assert seen == [(512, 600), (600, 600)]
 
 
-def test_overrides_are_taken_instead_of_params() -> None:
+def test_overrides_replace_params() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=2)
     assert fake_llm().generate("say:", params=params).text == "he"
     assert fake_llm().generate("say:", params=params, max_tokens=3).text == "hel"
@@ -95,7 +95,7 @@ def test_states_and_scores_leave_the_model_ready_for_training() -> None:
     llm.model(torch.tensor([[5]]), done.state)[0].sum().backward()
 
 
-def test_logprobs_after_a_state_need_a_context() -> None:
+def test_logprobs_after_a_state_require_a_context() -> None:
     llm = random_llm()
     cold = llm.logprobs("answer", context="text question: ")
     warm = llm.logprobs("answer", llm.read("text "), "question: ")
@@ -110,7 +110,7 @@ def test_logprobs_after_a_state_need_a_context() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", b"", []])
-def test_an_empty_prompt_is_refused_with_advice(prompt: Any) -> None:
+def test_empty_prompt_is_rejected_with_advice(prompt: Any) -> None:
     llm = fake_llm()
     with pytest.raises(UsageError, match=r"the prompt is empty; .*pass ids \[0\]"):
         llm.stream(prompt)
@@ -119,18 +119,18 @@ def test_an_empty_prompt_is_refused_with_advice(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 257])
-def test_ids_out_of_range_are_named(token: int) -> None:
+def test_error_names_the_id_outside_the_vocabulary(token: int) -> None:
     with pytest.raises(TokenizerError, match=f"token id {token} is outside"):
         fake_llm().generate([1, token])
 
 
-@pytest.mark.parametrize("prompt", [None, 5, ["a"], [1.5]])
-def test_other_prompts_are_refused(prompt: Any) -> None:
+@pytest.mark.parametrize("prompt", [None, 5, [None], [1.5]])
+def test_prompts_of_other_types_are_rejected(prompt: Any) -> None:
     with pytest.raises(UsageError, match="a prompt is text, bytes or token ids"):
         fake_llm().generate(prompt)
 
 
-def test_a_state_of_another_model_is_refused() -> None:
+def test_state_of_another_model_is_rejected() -> None:
     llm = random_llm()
     with pytest.raises(StateError, match="shape"):
         llm.generate("a", state=zero_state(ModelConfig.finch(3, 32, head_size=8), 1))
@@ -138,13 +138,13 @@ def test_a_state_of_another_model_is_refused() -> None:
         llm.read("a", zero_state(llm.config, 2))
 
 
-def test_a_tokenizer_of_another_size_is_refused() -> None:
+def test_tokenizer_of_another_size_is_rejected() -> None:
     with pytest.raises(TokenizerError, match="300 token rows, but the tokenizer has 257"):
         LLM(random_finch(300), TOKENIZER)
 
 
-def test_a_tokenizer_without_an_end_of_text() -> None:
-    """The byte vocabulary of the tiny test models: 0 is an ordinary byte."""
+def test_tokenizer_without_end_of_text_id() -> None:
+    """The byte vocabulary of the tiny test models: id 0 is an ordinary byte."""
     model = build(ModelConfig.eagle(2, 32, vocab_size=256, head_size=8))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,7 +158,7 @@ def test_a_tokenizer_without_an_end_of_text() -> None:
         llm.logprobs("abc")
 
 
-def test_threads_share_a_model_without_disturbing_each_other() -> None:
+def test_threads_may_share_an_llm() -> None:
     llm = random_llm()
     state = llm.read("Shared beginning.")
     prompts = [f"question {number}" for number in range(6)]

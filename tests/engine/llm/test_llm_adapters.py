@@ -1,4 +1,4 @@
-"""Adapters on a loaded model: natively merged, apart elsewhere, switched on one base, and states to begin from."""
+"""Adapters of a loaded model: merged for the native library, separate elsewhere, shared bases, and tuned states."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def write_state(base: Path, name: str, seed: int = 0) -> Path:
 
 
 def logprobs(llm: LLM) -> Tensor:
-    """What a text is given that begins at the model's own start."""
+    """The log probabilities of a text after the model's initial state."""
     return torch.tensor([score.logprob for score in llm.logprobs(TEXT[1:], context=TEXT[:1])])
 
 
-def test_native_and_torch_do_the_same_with_an_adapter(base: Path) -> None:
+def test_native_and_torch_agree_with_an_adapter(base: Path) -> None:
     lora = write_lora(base, "lora", parts=("blocks.0.ln1.bias", "blocks.1.att.time_decay"))
     state = write_state(base, "state")
     plain = fledge.load(base, device="cpu")
@@ -71,7 +71,7 @@ def test_native_and_torch_do_the_same_with_an_adapter(base: Path) -> None:
         assert isinstance(fast.model, NativeModel) == (library() is not None)
 
 
-def test_a_merged_checkpoint_is_the_same_model(base: Path, tmp_path: Path) -> None:
+def test_merged_checkpoint_agrees_with_the_adapters(base: Path, tmp_path: Path) -> None:
     files = [write_lora(base, "lora"), write_state(base, "state")]
     checkpoint.merge_to_file(base, [checkpoint.read_adapter(file) for file in files], tmp_path / "m.safetensors")
     together = fledge.load(tmp_path / "m.safetensors", device="cpu")
@@ -79,7 +79,7 @@ def test_a_merged_checkpoint_is_the_same_model(base: Path, tmp_path: Path) -> No
     assert_close_relative(logprobs(together), logprobs(apart), MODEL_TOLERANCE, "logprobs")
 
 
-def test_adapters_are_switched_on_one_base(base: Path) -> None:
+def test_several_adapters_share_the_weights_of_one_base(base: Path) -> None:
     llm = fledge.load(base, device="cpu", pack=False)
     before = logprobs(llm)
     poet, coder = llm.with_adapter(write_lora(base, "poet")), llm.with_adapter(write_lora(base, "coder", seed=1))
@@ -94,7 +94,7 @@ def test_adapters_are_switched_on_one_base(base: Path) -> None:
     assert not torch.allclose(logprobs(poet.with_adapter(write_lora(base, "coder", seed=1))), logprobs(poet))
 
 
-def test_a_tuned_state_is_what_every_text_begins_from(base: Path) -> None:
+def test_tuned_state_is_the_initial_state_of_every_text(base: Path) -> None:
     llm = fledge.load(base, device="cpu")
     calm = llm.with_adapter(write_state(base, "calm"))
     assert calm.model is llm.model and calm.initial_state is not None
@@ -102,7 +102,7 @@ def test_a_tuned_state_is_what_every_text_begins_from(base: Path) -> None:
     assert equal_states(chat.state, calm.initial_state) and equal_states(calm.read(""), calm.initial_state)
     other = calm.with_adapter(write_state(base, "other", seed=1))
     assert other.initial_state is not None and not equal_states(other.initial_state, calm.initial_state)
-    after = llm.read(TEXT)  # a state of one's own comes first
+    after = llm.read(TEXT)  # a state argument takes precedence
     assert (
         calm.generate("x", state=after, max_tokens=3, seed=1).ids
         == llm.generate("x", state=after, max_tokens=3, seed=1).ids
@@ -110,18 +110,18 @@ def test_a_tuned_state_is_what_every_text_begins_from(base: Path) -> None:
 
 
 @pytest.mark.skipif(library() is None, reason="needs the native library")
-def test_a_native_model_takes_a_lora_only_while_loading(base: Path) -> None:
+def test_native_model_accepts_a_lora_only_while_loading(base: Path) -> None:
     with pytest.raises(UsageError, match=r"base uses the native library.*pack=False"):
         fledge.load(base, device="cpu").with_adapter(write_lora(base, "lora"))
 
 
-def test_quantising_a_model_with_an_adapter(base: Path) -> None:
+def test_quantize_while_loading_with_an_adapter(base: Path) -> None:
     lora = write_lora(base, "lora")
     exact, rounded = (fledge.load(base, device="cpu", adapter=lora, quant=quant) for quant in (None, "int8"))
     assert 0 < (logprobs(exact) - logprobs(rounded)).abs().max() < 0.2
 
 
-def test_another_base_is_refused_and_can_be_forced(base: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_base_is_rejected_unless_forced(base: Path, tmp_path: Path) -> None:
     lora = write_lora(base, "lora")
     other = tmp_path / "other.pth"
     torch.save(random_checkpoint("6.0", n_layer=2, n_embd=32, vocab_size=VOCAB, seed=1), other)
@@ -132,13 +132,13 @@ def test_another_base_is_refused_and_can_be_forced(base: Path, tmp_path: Path) -
     fledge.load(other, device="cpu", adapter=checkpoint.read_adapter(lora).allow_any_base())
 
 
-def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) -> None:
+def test_chat_uses_the_template_of_the_adapter(base: Path, tmp_path: Path) -> None:
     state = checkpoint.read_adapter(write_state(base, "state"))
     qa, instruct = (replace(state, training={"template": name}) for name in ("qa", "instruct"))
     plain = fledge.load(base, device="cpu")
     assert plain.template is None and plain.chat().template.name == "world"
     assert plain.with_adapter(qa).chat().template.name == fledge.load(base, device="cpu", adapter=qa).template == "qa"
-    assert plain.with_adapter(qa).with_adapter(state).template == "qa"  # the second does not tell
+    assert plain.with_adapter(qa).with_adapter(state).template == "qa"  # the second adapter records no template
     assert plain.with_adapter(qa).with_adapter(instruct).chat().template.name == "instruct"
     assert plain.with_adapter(qa).chat(template="world").template.name == "world"
     checkpoint.merge_to_file(base, [qa], tmp_path / "m.safetensors")
@@ -149,12 +149,12 @@ def test_chats_are_written_as_the_model_was_tuned(base: Path, tmp_path: Path) ->
     )
 
 
-def test_two_states_at_once_are_refused(base: Path) -> None:
+def test_two_tuned_states_are_rejected(base: Path) -> None:
     with pytest.raises(UsageError, match="both contain a tuned state"):
         fledge.load(base, device="cpu", adapter=[write_state(base, "one"), write_state(base, "two")])
 
 
-def test_an_llm_of_unknown_origin_is_judged_by_its_weights(base: Path) -> None:
+def test_adapter_is_checked_against_the_weights_in_memory(base: Path) -> None:
     llm = replace(fledge.load(base, device="cpu", pack=False), source="")
     assert not torch.allclose(logprobs(llm.with_adapter(write_lora(base, "lora"))), logprobs(llm))
     llm.model.get_parameter("emb.weight").data[0, 0] += 1

@@ -1,4 +1,4 @@
-"""Conversations: what is read, what is never read again, and the tree of turns."""
+"""Chats: which ids are read, and the tree of turns."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def fake_chat(*replies: str, system: str | None = None) -> tuple[FakeModel, Chat]:
-    """A chat whose n-th question is answered by the n-th reply. Only `Assistant:` is followed by a bare colon."""
+    """A chat that answers the n-th question with the n-th reply. The bare colon token occurs only after `Assistant`."""
     model = FakeModel([TOKENIZER.encode(reply) for reply in replies], COLON, TOKENIZER.vocab_size)
     return model, LLM(model, TOKENIZER).chat(system, params=GREEDY)
 
 
 def check_state(model: FakeModel, chat: Chat) -> None:
-    """The state is that of reading the transcript's ids from the beginning, in one go."""
+    """Check that the state is that of reading all ids of the transcript in one call."""
     fresh = FakeModel(model.replies, model.cue, TOKENIZER.vocab_size)
     assert equal_states(chat.state, LLM(fresh, TOKENIZER).read(chat.ids))
 
 
-def test_three_turns_read_exactly_the_template() -> None:
+def test_chat_reads_exactly_the_template() -> None:
     model, chat = fake_chat(" Hi.", " Fine.\n\nUser: more", " Bye\n", system="Be kind.")
     messages = [("system", "Be kind.")]
     for question, answer in (("hello", "Hi."), ("how are\n\nyou?", "Fine."), ("bye", "Bye")):
@@ -45,14 +45,14 @@ def test_three_turns_read_exactly_the_template() -> None:
     assert chat.turns[2].parent is chat.turns[1]
 
 
-def test_without_a_system_text_nothing_is_read_before_the_first_question() -> None:
+def test_chat_without_system_text_reads_nothing_before_the_first_question() -> None:
     model, chat = fake_chat(" Hi.")
     assert (model.calls, chat.ids, chat.transcript, chat.turns) == ([], (), "", ())
     list(chat.say("hello"))
     assert chat.transcript == "User: hello\n\nAssistant: Hi.\n\n"
 
 
-def test_old_text_is_never_read_again() -> None:
+def test_turn_reads_only_new_text() -> None:
     model, chat = fake_chat(" One.", " Two.", " Three.")
     list(chat.say("first " * 50))
     model.calls.clear()
@@ -61,7 +61,7 @@ def test_old_text_is_never_read_again() -> None:
     assert model.calls[0] == question and all(call == 1 for call in model.calls[1:])
 
 
-def test_a_full_length_answer_is_closed_like_any_other() -> None:
+def test_answer_of_full_length_is_closed() -> None:
     model, chat = fake_chat(" A long answer.\n", " Next.")
     list(chat.say("hello", max_tokens=6))
     assert chat.turns[-1].answer == " A lon" and chat.transcript.endswith("Assistant: A lon\n\n")
@@ -69,7 +69,7 @@ def test_a_full_length_answer_is_closed_like_any_other() -> None:
     check_state(model, chat)
 
 
-def test_undo_goes_back_and_retry_answers_again_without_reading() -> None:
+def test_undo_and_retry_do_not_read_the_question_again() -> None:
     model, chat = fake_chat(" One.", " Two.", " Three.")
     list(chat.say("a"))
     before = chat.state
@@ -77,7 +77,7 @@ def test_undo_goes_back_and_retry_answers_again_without_reading() -> None:
     model.calls.clear()
     model.replies[1] = TOKENIZER.encode(" 2!")
     assert "".join(chat.retry()) == " 2!"
-    assert all(call == 1 for call in model.calls), "the question was read again"
+    assert all(call == 1 for call in model.calls), "the question was read a second time"
     assert [turn.answer for turn in chat.turns] == [" One.", " 2!"]
     check_state(model, chat)
     assert chat.undo().user == "b"
@@ -89,7 +89,7 @@ def test_undo_goes_back_and_retry_answers_again_without_reading() -> None:
         chat.retry()
 
 
-def test_retry_takes_the_next_seed_unless_told() -> None:
+def test_retry_uses_the_next_seed_by_default() -> None:
     llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
     chat = llm.chat(params=SamplingParams(top_p=1.0, seed=7, max_tokens=8))
     first = "".join(chat.say("hello"))
@@ -100,7 +100,7 @@ def test_retry_takes_the_next_seed_unless_told() -> None:
     assert "".join(chat.retry(seed=seed)) == first
 
 
-def test_every_turn_has_its_own_seed_and_the_whole_chat_repeats() -> None:
+def test_each_turn_has_its_own_seed_and_the_chat_is_reproducible() -> None:
     llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
 
     def talk() -> tuple[list[int], list[str]]:
@@ -114,11 +114,11 @@ def test_every_turn_has_its_own_seed_and_the_whole_chat_repeats() -> None:
     seeds, answers = talk()
     assert seeds == [turn_seed(7, 0), turn_seed(7, 1), turn_seed(7, 2) + 1, 7] and len(set(seeds)) == 4
     assert talk() == (seeds, answers)
-    # As documented, so that other programs can repeat a chat.
+    # As documented, so that other programs can reproduce a chat.
     assert turn_seed(7, 1) == int.from_bytes(hashlib.sha256(b"7 1").digest()[:4], "little")
 
 
-def test_a_finished_answer_is_let_go_of_without_the_garbage_collector() -> None:
+def test_finished_answer_is_freed_without_the_garbage_collector() -> None:
     llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
     chat = llm.chat(params=SamplingParams(seed=7, max_tokens=4))
     gc.collect()
@@ -133,7 +133,7 @@ def test_a_finished_answer_is_let_go_of_without_the_garbage_collector() -> None:
         gc.enable()
 
 
-def test_branches_share_the_past_and_nothing_else() -> None:
+def test_branches_share_only_earlier_turns() -> None:
     model, chat = fake_chat(" One.", " Two.", " Three.")
     list(chat.say("a"))
     chat.branch("other")
@@ -153,7 +153,7 @@ def test_branches_share_the_past_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
-def test_an_answer_broken_off_stays_as_far_as_it_was_shown(taken: int) -> None:
+def test_stopped_answer_keeps_the_emitted_text(taken: int) -> None:
     model, chat = fake_chat(" Hello there.", " Good.")
     pieces = []
     for piece in chat.say("hi"):
@@ -166,7 +166,7 @@ def test_an_answer_broken_off_stays_as_far_as_it_was_shown(taken: int) -> None:
     check_state(model, chat)
 
 
-def test_an_interrupt_in_any_call_leaves_a_chat_that_goes_on() -> None:
+def test_chat_continues_after_an_interrupt_in_any_model_call() -> None:
     replies, asked = (" Hi.\n\nUser: x", " Good."), set[int]()
     for calls in range(9):
         model, chat = fake_chat(*replies)
@@ -183,10 +183,10 @@ def test_an_interrupt_in_any_call_leaves_a_chat_that_goes_on() -> None:
         if len(chat.turns) == 2:
             assert chat.turns[0].answer == "".join(pieces)
         check_state(model, chat)
-    assert asked == {1, 2}, "only a question that was not read to its end is forgotten"
+    assert asked == {1, 2}, "only a question that was not read completely is dropped"
 
 
-def test_a_stream_that_is_never_taken_changes_nothing() -> None:
+def test_unused_stream_changes_nothing() -> None:
     _, chat = fake_chat(" One.", " Two.")
     list(chat.say("a"))
     chat.retry()
@@ -195,14 +195,14 @@ def test_a_stream_that_is_never_taken_changes_nothing() -> None:
     assert [(turn.user, turn.answer) for turn in chat.turns] == [("a", " One.")]
 
 
-def test_further_stop_texts_join_the_blank_line() -> None:
+def test_stop_strings_are_added_to_those_of_the_template() -> None:
     _, chat = fake_chat(" One. Two.\n\nUser:", " One. Two.\n\nUser:")
     assert "".join(chat.say("a", stop=" Two")) == " One."
     assert "".join(chat.say("b")) == " One. Two."
     assert chat.params.stop == ("\n\n",)
 
 
-def test_other_templates_and_what_they_refuse() -> None:
+def test_other_templates_and_their_errors() -> None:
     llm = LLM(FakeModel([TOKENIZER.encode(" 42")], COLON, TOKENIZER.vocab_size), TOKENIZER)
     chat = llm.chat(template="qa", params=GREEDY)
     assert "".join(chat.say("How many?")) == " 42"
@@ -215,7 +215,7 @@ def test_other_templates_and_what_they_refuse() -> None:
         chat.say(" \n")
 
 
-def test_a_chat_may_follow_a_state() -> None:
+def test_chat_after_a_state() -> None:
     model, _ = fake_chat(" Yes.")
     llm = LLM(model, TOKENIZER)
     chat = llm.chat(state=llm.read("A document.\n\n"), params=GREEDY)
@@ -223,7 +223,7 @@ def test_a_chat_may_follow_a_state() -> None:
     assert equal_states(chat.state, llm.read((*TOKENIZER.encode("A document.\n\n"), *chat.ids)))
 
 
-def test_a_real_model_is_where_reading_the_transcript_would_bring_it() -> None:
+def test_state_of_a_real_model_is_that_of_reading_the_transcript() -> None:
     llm = LLM(random_finch(TOKENIZER.vocab_size), TOKENIZER)
     chat = llm.chat("Be kind.", params=SamplingParams(top_p=1.0, seed=1, max_tokens=10))
     for question in ("hello", "how are you?", "bye"):

@@ -1,4 +1,4 @@
-"""Streams: text and state agree however the text ends, at every token, interrupt and cut."""
+"""Streams: text and state agree after every kind of end: tokens, interrupts and cuts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLON = TOKENIZER.id_of(":")
 
 
 def fake(*reply: str | bytes) -> FakeModel:
-    """A model that answers with these pieces, each encoded on its own, and then the eos id."""
+    """A model that generates these pieces, each encoded separately, and then the eos id."""
     return FakeModel([[token for piece in reply for token in TOKENIZER.encode(piece)]], COLON, TOKENIZER.vocab_size)
 
 
@@ -38,7 +38,7 @@ def read(model: FakeModel, ids: list[int]) -> State:
 
 
 def check(model: FakeModel, done: Completion, pieces: list[str], prompt: list[int] = PROMPT) -> None:
-    """What holds for every completion: pieces, text, ids and state are the same thing."""
+    """Check that pieces, text, ids and state of a completion agree."""
     model.fail_after = None
     assert "".join(pieces) == done.text
     assert TOKENIZER.decode(done.ids) == done.text
@@ -46,7 +46,7 @@ def check(model: FakeModel, done: Completion, pieces: list[str], prompt: list[in
     assert done.timings.prefill_s >= 0 and done.timings.decode_s >= 0
 
 
-def test_a_text_that_ends_by_itself() -> None:
+def test_text_that_ends_with_the_eos_id() -> None:
     model = fake("hello")
     stream = stream_of(model)
     assert list(stream) == ["h", "e", "l", "lo"]
@@ -55,7 +55,7 @@ def test_a_text_that_ends_by_itself() -> None:
     assert next(stream, None) is None
 
 
-def test_nothing_at_all() -> None:
+def test_empty_text() -> None:
     model = fake()
     stream = stream_of(model)
     assert list(stream) == []
@@ -63,7 +63,7 @@ def test_nothing_at_all() -> None:
     assert stream.completion.finish_reason == "eos" and stream.completion.ids == ()
 
 
-def test_the_last_token_of_a_full_length_is_read_too() -> None:
+def test_state_has_read_the_last_token_at_max_tokens() -> None:
     model = fake("hello")
     stream = stream_of(model, max_tokens=3)
     pieces = list(stream)
@@ -71,7 +71,7 @@ def test_the_last_token_of_a_full_length_is_read_too() -> None:
     check(model, stream.completion, pieces)
 
 
-def test_a_stop_text_across_tokens_is_neither_shown_nor_read() -> None:
+def test_stop_string_across_tokens_is_neither_emitted_nor_read() -> None:
     model = fake("he", "lo", "\n", "\nUs", "ser:", "more")
     stream = stream_of(model, stop=("\n\nUs", "never"))
     pieces = list(stream)
@@ -81,7 +81,7 @@ def test_a_stop_text_across_tokens_is_neither_shown_nor_read() -> None:
     assert stream.completion.ids == tuple(TOKENIZER.encode("helo"))
 
 
-def test_a_cut_inside_a_token_keeps_its_first_part() -> None:
+def test_cut_inside_a_token_keeps_its_first_part() -> None:
     model = fake("\u597d", "\u3002\n", "\n")
     stream = stream_of(model, stop="\n\n")
     pieces = list(stream)
@@ -90,7 +90,7 @@ def test_a_cut_inside_a_token_keeps_its_first_part() -> None:
     check(model, stream.completion, pieces)
 
 
-def test_a_stop_text_in_the_first_token() -> None:
+def test_stop_string_in_the_first_token() -> None:
     model = fake("\n\n", "more")
     stream = stream_of(model, stop="\n\n")
     assert list(stream) == []
@@ -98,7 +98,7 @@ def test_a_stop_text_in_the_first_token() -> None:
     assert stream.completion.finish_reason == "stop" and stream.completion.ids == ()
 
 
-def test_text_held_back_is_shown_at_the_end_or_dropped_and_unread() -> None:
+def test_held_text_is_emitted_or_dropped_at_the_end() -> None:
     for show_held, text in ((True, "no\n"), (False, "no")):
         model = fake("no", "\n")
         stream = stream_of(model, stop="\n\n", show_held=show_held)
@@ -107,14 +107,14 @@ def test_text_held_back_is_shown_at_the_end_or_dropped_and_unread() -> None:
         check(model, stream.completion, pieces)
 
 
-def test_characters_wait_for_their_last_byte_and_broken_ones_are_replaced() -> None:
+def test_incomplete_characters_wait_and_invalid_bytes_are_replaced() -> None:
     model = fake(b"\xe5\xa5", b"\xbd", b"\xff", "a", b"\xe5")
     stream = stream_of(model)
     assert list(stream) == ["\u597d", "\ufffd", "a", "\ufffd"]
     check(model, stream.completion, ["\u597d\ufffda\ufffd"])
 
 
-def test_breaking_off_anywhere_leaves_what_was_shown() -> None:
+def test_stopping_at_any_piece_keeps_the_emitted_text() -> None:
     reply = ("h\u597d", b"\xe5\xa5", b"\xbd", "\u3002\n", "User:", "lo")
     total = len(list(stream_of(fake(*reply), stop="\nUse!")))
     for taken in range(total):
@@ -127,7 +127,7 @@ def test_breaking_off_anywhere_leaves_what_was_shown() -> None:
         assert stream.completion is done
 
 
-def test_an_interrupt_in_any_call_of_the_model_leaves_what_was_shown() -> None:
+def test_interrupt_in_any_model_call_keeps_the_emitted_text() -> None:
     reply = ("h\u597d", b"\xe5\xa5", b"\xbd", "\u3002\n", "\n", "lo")
     calls, reached = 0, set[str]()
     while True:
@@ -144,11 +144,11 @@ def test_an_interrupt_in_any_call_of_the_model_leaves_what_was_shown() -> None:
         else:
             break
         calls += 1
-    assert calls == 8 and reached == {"interrupted", "stop"}, "the last interrupt falls after the text has ended"
+    assert calls == 8 and reached == {"interrupted", "stop"}, "the last interrupt comes after the end of the text"
 
 
-def test_an_interrupt_at_any_line_leaves_text_ids_and_state_in_agreement() -> None:
-    """Ctrl-C does not wait for a good moment. Here it falls on the n-th line the engine executes, for every n."""
+def test_interrupt_at_any_line_keeps_text_ids_and_state_consistent() -> None:
+    """Ctrl-C may come at any time. Here it comes at the n-th line that the engine executes, for every n."""
     reply = ("h\u597d", b"\xe5\xa5", b"\xbd", "\u3002\n", "\n", "lo")
     lines, ended = 0, False
     while not ended:
@@ -167,7 +167,7 @@ def test_an_interrupt_at_any_line_leaves_text_ids_and_state_in_agreement() -> No
 
 @contextlib.contextmanager
 def interrupt_after(lines: int) -> Iterator[None]:
-    """Raise KeyboardInterrupt at the line of fledge.engine that comes after this number of lines."""
+    """Raise KeyboardInterrupt after this many lines of fledge.engine."""
     left, before = lines, sys.gettrace()
 
     def trace(frame: FrameType, event: str, _: object) -> object:
@@ -186,10 +186,10 @@ def interrupt_after(lines: int) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-        torch.set_grad_enabled(True)  # an interrupt in the moment before torch.no_grad ends leaves gradients off
+        torch.set_grad_enabled(True)  # an interrupt just before torch.no_grad ends leaves gradients disabled
 
 
-def test_an_interrupt_while_the_prompt_is_read_keeps_the_part_that_was_read() -> None:
+def test_interrupt_while_reading_the_prompt_keeps_the_part_read() -> None:
     model, prompt = fake("hello"), TOKENIZER.encode("x" * 1200 + ":")
 
     def stop_after_two(done: int, total: int) -> None:
@@ -208,14 +208,14 @@ def test_an_interrupt_while_the_prompt_is_read_keeps_the_part_that_was_read() ->
     assert "".join(rest) == "hello"
 
 
-def test_a_stream_that_was_never_begun_has_read_nothing() -> None:
+def test_unused_stream_has_read_nothing() -> None:
     model = fake("hello")
     done = stream_of(model).completion
     assert (done.finish_reason, done.prompt_tokens, model.calls) == ("interrupted", 0, [])
     check(model, done, [])
 
 
-def test_only_the_states_still_needed_are_kept() -> None:
+def test_only_necessary_states_are_kept() -> None:
     model = fake("abc" * 200)
     stream = stream_of(model, stop="abcd", max_tokens=600)
     for _ in range(100):
@@ -238,7 +238,7 @@ def test_text_ids_and_state_agree_for_any_reply(words: list[str], stops: list[st
     assert not any(stop in stream.completion.text for stop in stops)
 
 
-def test_a_real_model_agrees_with_reading_its_own_text() -> None:
+def test_state_of_a_real_model_is_that_of_reading_its_text() -> None:
     model = random_finch(TOKENIZER.vocab_size)
     start = model.initial_state(1)
     for seed in range(2):

@@ -1,4 +1,4 @@
-"""Who gives way: the one who holds most, and nobody for an owner who has their share."""
+"""Eviction: the owner with the most bytes loses states first, and no owner exceeds their share."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from fledge.core.errors import FledgeError
 from fledge.engine.states.eviction import select_evictions
 
 
-class Room:
-    """Owners with items of chosen sizes, the oldest first; capital letters stay."""
+class FakeStore:
+    """Owners with items of size 10, oldest first. Items in capital letters cannot be evicted."""
 
     def __init__(self, limit: int, share: float = 1.0, **owners: str) -> None:
         self.limit, self.share, self.owners = limit, share, owners
 
     def put(self, owner: str, name: str) -> str:
-        """Put an item of size 10; whose went."""
-        held = {who: 10 * len(names) for who, names in self.owners.items()}
-        gone = select_evictions(owner, 10, held, self.free, self.limit, self.share)
-        for who, item, _ in gone:
-            self.owners[who] = self.owners[who].replace(item, "", 1)
+        """Store an item, and return the evicted items with their owners."""
+        used = {each: 10 * len(names) for each, names in self.owners.items()}
+        evictions = select_evictions(owner, 10, used, self.evictable, self.limit, self.share)
+        for evicted, item, _ in evictions:
+            self.owners[evicted] = self.owners[evicted].replace(item, "", 1)
         self.owners[owner] = self.owners.get(owner, "") + name
-        return "".join(f"{who}{item}" for who, item, _ in gone)
+        return "".join(f"{evicted}{item}" for evicted, item, _ in evictions)
 
-    def free(self, who: str) -> Iterator[tuple[str, int]]:
-        return ((name, 10) for name in self.owners.get(who, "") if name.islower())
-
-
-def test_who_keeps_on_putting_replaces_their_own() -> None:
-    room = Room(60, a="klm")
-    assert [room.put("b", name) for name in "uvwxyz"] == ["", "", "", "bu", "bv", "bw"]
-    assert room.owners == {"a": "klm", "b": "xyz"}
+    def evictable(self, owner: str) -> Iterator[tuple[str, int]]:
+        return ((name, 10) for name in self.owners.get(owner, "") if name.islower())
 
 
-def test_a_newcomer_gets_an_equal_part_of_what_is_taken() -> None:
-    room = Room(60, a="klm", b="xyz")
-    assert [room.put("c", name) for name in "pqrs"] == ["ak", "bx", "cp", "cq"]
-    assert room.owners == {"a": "lm", "b": "yz", "c": "rs"}
-    room = Room(60, a="KLM", b="Xyz")
-    assert [room.put("c", name) for name in "pqrs"] == ["by", "cp", "cq", "cr"], "what stays counts as well"
+def test_owner_who_keeps_storing_replaces_their_own_states() -> None:
+    store = FakeStore(60, a="klm")
+    assert [store.put("b", name) for name in "uvwxyz"] == ["", "", "", "bu", "bv", "bw"]
+    assert store.owners == {"a": "klm", "b": "xyz"}
 
 
-def test_nobody_has_more_than_a_share() -> None:
-    room = Room(60, 0.5, a="klm")
-    assert room.put("a", "n") == "ak"
+def test_new_owner_gets_an_equal_part() -> None:
+    store = FakeStore(60, a="klm", b="xyz")
+    assert [store.put("c", name) for name in "pqrs"] == ["ak", "bx", "cp", "cq"]
+    assert store.owners == {"a": "lm", "b": "yz", "c": "rs"}
+    store = FakeStore(60, a="KLM", b="Xyz")
+    assert [store.put("c", name) for name in "pqrs"] == ["by", "cp", "cq", "cr"], (
+        "states that cannot be evicted count too"
+    )
+
+
+def test_owner_cannot_exceed_their_share() -> None:
+    store = FakeStore(60, 0.5, a="klm")
+    assert store.put("a", "n") == "ak"
     for name in "RST":
-        room.put("a", name)
+        store.put("a", name)
     with pytest.raises(FledgeError, match=r"your limit of .* MB of states is reached: states with a name"):
-        room.put("a", "n")
-    assert [room.put("b", name) for name in "XYZ"] == [""] * 3, "and others go on"
+        store.put("a", "n")
+    assert [store.put("b", name) for name in "XYZ"] == [""] * 3, "other owners are not affected"
     with pytest.raises(FledgeError, match="the state store is full"):
-        room.put("c", "p")
+        store.put("c", "p")
 
 
-def test_what_can_have_no_room_drives_nothing_out() -> None:
-    room = Room(30, a="kL", b="X")
+def test_state_that_cannot_fit_evicts_nothing() -> None:
+    store = FakeStore(30, a="kL", b="X")
     with pytest.raises(FledgeError, match="the state store is full"):
-        select_evictions("a", 20, {"a": 20, "b": 10}, room.free, 30)
+        select_evictions("a", 20, {"a": 20, "b": 10}, store.evictable, 30)
     with pytest.raises(FledgeError, match="the state store is full"):
-        select_evictions("c", 31, {}, room.free, 30)
+        select_evictions("c", 31, {}, store.evictable, 30)

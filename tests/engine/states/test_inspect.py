@@ -1,4 +1,4 @@
-"""What is shown of a state: numbers that follow from the weights and the state."""
+"""Inspection of states: half-lives, norms, changes and distances."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def model_of(version: str, pack: bool = False) -> torch.nn.Module:
 
 @needs_native
 @pytest.mark.parametrize("version", VERSIONS)
-def test_half_lives_are_the_same_in_both_forms(version: str) -> None:
+def test_half_lives_of_torch_and_native_models_agree(version: str) -> None:
     table, native = half_lives(model_of(version)), half_lives(model_of(version, pack=True))
     assert table is not None and table.shape == (3, 1 if version == "4" else 5)
     assert native is not None and np.allclose(table, native, rtol=1e-6) and (table > 0).all()
 
 
-def test_a_half_life_is_when_half_is_left() -> None:
+def test_half_life_definition() -> None:
     model = model_of("5.2")
     table = half_lives(model)
     decay = torch.exp(-torch.exp(model.blocks[1].att.time_decay.detach().double()))  # (H, N)
@@ -39,13 +39,13 @@ def test_a_half_life_is_when_half_is_left() -> None:
 
 
 @pytest.mark.parametrize("version", ["4", "6.0"])
-def test_changes_are_told_head_by_head(version: str) -> None:
+def test_relative_changes_of_each_head(version: str) -> None:
     model = model_of(version)
     begin = make_initial_state(model)
     middle = advance_state(model, [5, 6, 7], begin)
     first, second = relative_changes(begin, middle), relative_changes(middle, advance_state(model, [8], middle))
     heads = 1 if version == "4" else 5
-    assert first is not None and first.shape == (3, heads) and (first == 1).all(), "all is new at the beginning"
+    assert first is not None and first.shape == (3, heads) and (first == 1).all(), "everything is new at first"
     assert second is not None and (second > 0).all()
     if version == "6.0":
         before, after = (
@@ -58,7 +58,7 @@ def test_changes_are_told_head_by_head(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["4", "5.2"])
-def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) -> None:
+def test_distance_is_zero_for_equal_states_and_one_for_an_empty_state(version: str) -> None:
     model = model_of(version)
     state, other = (advance_state(model, ids, make_initial_state(model)) for ids in ([5, 6, 7], [5, 6, 8]))
     same, apart, whole = (layer_distances(state, each) for each in (state, other, make_initial_state(model)))
@@ -68,7 +68,7 @@ def test_a_distance_is_nothing_for_the_same_and_one_for_nothing(version: str) ->
     assert all(np.allclose(table, 1) for table in whole.values())
 
 
-def test_what_has_nothing_in_common_has_no_distance() -> None:
+def test_states_of_different_models_cannot_be_compared() -> None:
     state = make_initial_state(model_of("5.2"))
     with pytest.raises(StateError, match="different sizes"):
         layer_distances(state, WkvState(state.att_shift[:2], state.wkv[:2], state.ffn_shift[:2]))

@@ -1,4 +1,4 @@
-"""A text read once: known afterwards, to the bit, whatever cut the reading off, and never mistaken for another."""
+"""Documents that are read once: exact states after any interruption, and no mix-up with other texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def interrupt(_done: int, _total: int) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_a_text_is_known_when_it_is_asked_for_again(llm: LLM, tmp_path: Path) -> None:
+def test_second_read_of_a_text_uses_the_file(llm: LLM, tmp_path: Path) -> None:
     first = llm.read_document(IDS, tmp_path / "a.state", title="book")
     again = llm.read_document(IDS, tmp_path / "a.state", title="book")
     assert (first.new_tokens, again.new_tokens) == (len(IDS), 0) and first.metadata == again.metadata
@@ -43,13 +43,13 @@ def test_a_text_is_known_when_it_is_asked_for_again(llm: LLM, tmp_path: Path) ->
     assert other.new_tokens == 0 and read_state(tmp_path / "a.state")[1] == replace(card, template="qa")
 
 
-def test_what_follows_a_known_text_is_all_that_is_read(llm: LLM, tmp_path: Path) -> None:
+def test_longer_text_reads_only_the_rest(llm: LLM, tmp_path: Path) -> None:
     llm.read_document(IDS[:PREFILL_CHUNK], tmp_path / "a.state")
     longer = llm.read_document(IDS, tmp_path / "a.state")
     assert longer.new_tokens == len(IDS) - PREFILL_CHUNK and equal_states(longer.state, llm.read(IDS))
 
 
-def test_an_interrupted_reading_goes_on_where_it_was(llm: LLM, tmp_path: Path) -> None:
+def test_interrupted_read_continues(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     for times in (1, 2):
         with pytest.raises(Interrupted, match=f"{times * PREFILL_CHUNK:,} of {len(IDS):,} tokens"):
@@ -60,9 +60,7 @@ def test_an_interrupted_reading_goes_on_where_it_was(llm: LLM, tmp_path: Path) -
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.state"]
 
 
-def test_a_reading_that_was_killed_has_left_its_parts(
-    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_read_has_saved_a_part(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -76,13 +74,13 @@ def test_a_reading_that_was_killed_has_left_its_parts(
     assert llm.read_document(IDS, tmp_path / "a.state").new_tokens == len(IDS) - PREFILL_CHUNK
 
 
-def test_another_text_model_or_beginning_is_never_taken_for_this_one(llm: LLM, tmp_path: Path) -> None:
+def test_file_of_another_text_model_or_initial_state_is_not_used(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     llm.read_document(IDS, path)
     changed = [*IDS[:-1], IDS[-1] % 256 + 1]
     assert llm.read_document(changed, path).new_tokens == len(changed)
     llm.read_document(IDS, path)
-    begun = replace(llm, initial_state=llm.read("in another mood"))
+    begun = replace(llm, initial_state=llm.read("some other text"))
     assert begun.identity == llm.identity and source_hash(begun.read([]), IDS) != source_hash(llm.read([]), IDS)
     assert begun.read_document(IDS, path).new_tokens == len(IDS)
     llm.read_document(IDS, path)
@@ -93,16 +91,16 @@ def test_another_text_model_or_beginning_is_never_taken_for_this_one(llm: LLM, t
         llm.read_document([], path)
 
 
-def test_a_disk_that_fails_costs_the_file_and_not_the_state(llm: LLM, tmp_path: Path) -> None:
+def test_write_error_does_not_lose_the_state(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    told: list[OSError] = []
-    done = llm.read_document(IDS[:5], tmp_path / "file" / "a.state", on_write_error=told.append)
-    assert equal_states(done.state, llm.read(IDS[:5])) and len(told) == 1
+    errors: list[OSError] = []
+    done = llm.read_document(IDS[:5], tmp_path / "file" / "a.state", on_write_error=errors.append)
+    assert equal_states(done.state, llm.read(IDS[:5])) and len(errors) == 1
     with pytest.raises(OSError):
         llm.read_document(IDS[:5], tmp_path / "file" / "a.state")
 
 
-def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
+def test_least_recently_used_files_are_evicted(tmp_path: Path) -> None:
     for age, name in enumerate(("old.state", f"older.state{PARTIAL}", "oldest.state", "ancient.text")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))

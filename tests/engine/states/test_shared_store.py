@@ -1,4 +1,4 @@
-"""A shelf in a folder that several servers see: each answers for the other, and takes only what was signed."""
+"""`SharedStateStore`: servers that share a folder accept only states that one of them signed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prefixes import equal_bits
 from racing import race
-from test_state_store import AMPLE, CARD, SIZE, number
+from stored_states import METADATA, SECRET, SIZE, make_state, open_shared_store
 
 from fledge.core.errors import FledgeError, StateError
 from fledge.engine.states.shared_store import SharedStateStore
@@ -18,19 +18,13 @@ from fledge.engine.states.store import SessionConflict
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
 
-SECRET = b"s" * 32
 
-
-def commons(folder: Path, limit: int = AMPLE) -> SharedStateStore:
-    return SharedStateStore(folder, CARD.identity, SECRET, limit_bytes=limit)
-
-
-def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
-    one, two = commons(tmp_path), commons(tmp_path)
-    mine, theirs = one.put("me", number(1), CARD, "first"), one.put("you", number(2), CARD)
-    again = two.put("me", number(3), CARD)
-    state, card = two.get("me", mine)
-    assert equal_bits(state, number(1)) and (card.tokens, card.title) == (CARD.tokens, "first")
+def test_one_server_stores_and_another_reads(tmp_path: Path) -> None:
+    one, two = open_shared_store(tmp_path), open_shared_store(tmp_path)
+    mine, theirs = one.put("me", make_state(1), METADATA, "first"), one.put("you", make_state(2), METADATA)
+    again = two.put("me", make_state(3), METADATA)
+    state, metadata = two.get("me", mine)
+    assert equal_bits(state, make_state(1)) and (metadata.tokens, metadata.title) == (METADATA.tokens, "first")
     assert {entry.id for entry in two.list("me")} == {mine, again} and two.totals().states == 3
     assert two.describe("me", mine).name == "first" and two.totals().nbytes >= 3 * SIZE - 100
     for foreign in (theirs, "st_nonsense", "../../x", "st_" + "/" * 22):
@@ -48,33 +42,33 @@ def test_one_keeps_and_the_other_answers(tmp_path: Path) -> None:
         one.get("me", mine)
 
 
-def test_a_state_that_goes_while_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another server deletes it between the listing and the look at the file."""
-    shelf = commons(tmp_path)
-    gone, stays = shelf.put("me", number(1), CARD), shelf.put("you", number(2), CARD)
+def test_state_deleted_while_files_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server deletes the file after it was listed."""
+    store = open_shared_store(tmp_path)
+    gone, stays = store.put("me", make_state(1), METADATA), store.put("you", make_state(2), METADATA)
     listing = Path.glob
 
     def late(self: Path, pattern: str) -> Iterator[Path]:
         found = list(listing(self, pattern))
-        commons(tmp_path)._file("me", gone).unlink(missing_ok=True)
+        open_shared_store(tmp_path)._file("me", gone).unlink(missing_ok=True)
         yield from found
 
     monkeypatch.setattr(Path, "glob", late)
-    assert shelf.totals() == (1, shelf.describe("you", stays).nbytes) and shelf.list("me") == []
+    assert store.totals() == (1, store.describe("you", stays).nbytes) and store.list("me") == []
 
 
 MOVER = """
 import sys
 sys.path[:0] = {tests!r}
 from pathlib import Path
-from test_shared_store import commons
+from stored_states import open_shared_store
 from fledge.engine.states.store import SessionConflict
-shelf, won = commons(Path(sys.argv[1])), 0
+store, won = open_shared_store(Path(sys.argv[1])), 0
 print("ready", flush=True)
 sys.stdin.readline()
-while (head := shelf.current_state("me", "chat")) != sys.argv[-1]:
+while (current := store.current_state("me", "chat")) != sys.argv[-1]:
     try:
-        shelf.compare_and_set("me", "chat", sys.argv[sys.argv.index(head) + 1], expected=head)
+        store.compare_and_set("me", "chat", sys.argv[sys.argv.index(current) + 1], expected=current)
         won += 1
     except SessionConflict:
         pass
@@ -82,27 +76,28 @@ print(won)
 """
 
 
-def test_a_step_of_a_conversation_is_taken_by_one_server(tmp_path: Path) -> None:
-    """Three processes walk one conversation from state to state, each as it finds it."""
-    shelf = commons(tmp_path)
-    ids = [shelf.put("me", number(value), CARD) for value in range(20)]
-    shelf.compare_and_set("me", "chat", ids[0], expected=None)
-    here = Path(__file__).parent
-    won = race(MOVER.format(tests=[str(here), str(SUPPORT)]), str(tmp_path), *ids, count=3)
-    assert sum(map(int, won)) == len(ids) - 1 and shelf.current_state("me", "chat") == ids[-1]
+def test_only_one_server_advances_a_conversation(tmp_path: Path) -> None:
+    """Three processes advance one conversation from state to state."""
+    store = open_shared_store(tmp_path)
+    ids = [store.put("me", make_state(value), METADATA) for value in range(20)]
+    store.compare_and_set("me", "chat", ids[0], expected=None)
+    won = race(MOVER.format(tests=[str(SUPPORT)]), str(tmp_path), *ids, count=3)
+    assert sum(map(int, won)) == len(ids) - 1 and store.current_state("me", "chat") == ids[-1]
 
 
-def test_a_step_is_not_lost_to_who_forgets_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another server moves the conversation while this one is about to forget it with its state."""
-    shelf, told, unlink = commons(tmp_path), list[type[Exception]](), Path.unlink
-    one, two = shelf.put("me", number(1), CARD), shelf.put("me", number(2), CARD)
-    shelf.compare_and_set("me", "chat", one, expected=None)
+def test_deleting_a_state_does_not_delete_a_later_conversation_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server advances the conversation while this one deletes it with its state."""
+    store, errors, unlink = open_shared_store(tmp_path), list[type[Exception]](), Path.unlink
+    one, two = store.put("me", make_state(1), METADATA), store.put("me", make_state(2), METADATA)
+    store.compare_and_set("me", "chat", one, expected=None)
 
     def move() -> None:
         try:
-            commons(tmp_path).compare_and_set("me", "chat", two, expected=one)
+            open_shared_store(tmp_path).compare_and_set("me", "chat", two, expected=one)
         except SessionConflict as error:
-            told.append(type(error))
+            errors.append(type(error))
 
     other = threading.Thread(target=move)
 
@@ -113,46 +108,46 @@ def test_a_step_is_not_lost_to_who_forgets_the_state_before(tmp_path: Path, monk
         unlink(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", late)
-    shelf.delete("me", one)
+    store.delete("me", one)
     other.join()
-    assert shelf.current_state("me", "chat") is None and told == [SessionConflict]
+    assert store.current_state("me", "chat") is None and errors == [SessionConflict]
 
 
-def test_what_was_not_signed_is_not_handed_out(tmp_path: Path) -> None:
-    shelf = commons(tmp_path)
-    id = shelf.put("me", number(1), CARD)
+def test_unsigned_state_is_rejected(tmp_path: Path) -> None:
+    store = open_shared_store(tmp_path)
+    id = store.put("me", make_state(1), METADATA)
     (file,) = tmp_path.glob("*/states/*.state")
-    file.write_bytes(encode_state(number(2), CARD))
+    file.write_bytes(encode_state(make_state(2), METADATA))
     with pytest.raises(StateError, match="damaged: it was not signed with"):
-        shelf.get("me", id)
+        store.get("me", id)
     file.write_bytes(b"")
     with pytest.raises(StateError, match="damaged"):
-        shelf.get("me", id)
-    assert shelf.list("me") == []
+        store.get("me", id)
+    assert store.list("me") == []
 
 
-def test_room_is_made_by_what_nobody_named(tmp_path: Path) -> None:
-    shelf = commons(tmp_path, limit=int(3.5 * SIZE))
+def test_only_states_without_name_and_conversation_are_evicted(tmp_path: Path) -> None:
+    store = open_shared_store(tmp_path, limit=int(3.5 * SIZE))
     named, standing, loose = (
-        shelf.put("me", number(1), CARD, "keep"),
-        *(shelf.put("me", number(n), CARD) for n in (2, 3)),
+        store.put("me", make_state(1), METADATA, "keep"),
+        *(store.put("me", make_state(n), METADATA) for n in (2, 3)),
     )
-    shelf.compare_and_set("me", "chat", standing, expected=None)
-    newer = shelf.put("me", number(4), CARD, "too")
-    assert {entry.id for entry in shelf.list("me")} == {named, standing, newer} and loose not in (named, standing)
+    store.compare_and_set("me", "chat", standing, expected=None)
+    newer = store.put("me", make_state(4), METADATA, "too")
+    assert {entry.id for entry in store.list("me")} == {named, standing, newer} and loose not in (named, standing)
     with pytest.raises(FledgeError, match="the state store is full"):
-        shelf.put("me", number(5), CARD)
+        store.put("me", make_state(5), METADATA)
 
 
-def test_nobody_drives_out_what_others_keep(tmp_path: Path) -> None:
-    shelf = SharedStateStore(tmp_path, CARD.identity, SECRET, limit_bytes=int(6.5 * SIZE + 600), owner_share=0.5)
-    mine = {shelf.put("me", number(value), CARD) for value in range(2)}
-    yours = [shelf.put("you", number(value), CARD) for value in range(6)]
-    assert {entry.id for entry in shelf.list("me")} == mine, "a loop of handles"
-    assert {entry.id for entry in shelf.list("you")} == {*yours[3:]}
+def test_owner_does_not_evict_states_of_others(tmp_path: Path) -> None:
+    store = SharedStateStore(tmp_path, METADATA.identity, SECRET, limit_bytes=int(6.5 * SIZE + 600), owner_share=0.5)
+    mine = {store.put("me", make_state(value), METADATA) for value in range(2)}
+    yours = [store.put("you", make_state(value), METADATA) for value in range(6)]
+    assert {entry.id for entry in store.list("me")} == mine, "a loop that stores states"
+    assert {entry.id for entry in store.list("you")} == {*yours[3:]}
     with pytest.raises(FledgeError, match=r"your limit of .* MB of states is reached"):
         for value in range(6):
-            shelf.put("you", number(value), CARD, "named")
-    assert [entry.name for entry in shelf.list("you")] == ["named"] * 3
-    shelf.put("me", number(2), CARD, "me too")
-    assert shelf.totals().states == 6
+            store.put("you", make_state(value), METADATA, "named")
+    assert [entry.name for entry in store.list("you")] == ["named"] * 3
+    store.put("me", make_state(2), METADATA, "me too")
+    assert store.totals().states == 6

@@ -1,4 +1,4 @@
-"""State files: the same bits back, and nothing that is not sound, signed here, or of these weights."""
+"""State files: exact round trips, and errors for invalid files, wrong signatures and other weights."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def made(llm: LLM) -> tuple[State, StateMetadata]:
     return state, StateMetadata.create(llm.identity, llm.name, llm.config, 3, template="world", title="\u597d")
 
 
-def test_a_state_comes_back_with_its_card(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
+def test_state_and_metadata_round_trip(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
     write_state(tmp_path / "a.state", *made)
-    state, card = read_state(tmp_path / "a.state")
-    assert equal_states(state, made[0]) and card == made[1]
+    state, metadata = read_state(tmp_path / "a.state")
+    assert equal_states(state, made[0]) and metadata == made[1]
     assert equal_states(State.load(tmp_path / "a.state"), made[0])
 
 
-def test_only_the_same_weights_go_on(llm: LLM, made: tuple[State, StateMetadata]) -> None:
+def test_state_of_other_weights_is_rejected(llm: LLM, made: tuple[State, StateMetadata]) -> None:
     made[1].check(llm.identity, llm.name)
     model = random_finch(llm.tokenizer.vocab_size)
     with torch.no_grad():
@@ -59,11 +59,11 @@ def test_only_the_same_weights_go_on(llm: LLM, made: tuple[State, StateMetadata]
     other = LLM(model, llm.tokenizer, "other")
     with pytest.raises(StateError, match=r"made by mine \([0-9a-f]{12}\), not by other"):
         made[1].check(other.identity, other.name)
-    assert replace(llm, weight_changes="00").identity != llm.identity, "adapters make other weights"
+    assert replace(llm, weight_changes="00").identity != llm.identity, "adapters change the weights"
 
 
 @needs_native
-def test_rounding_while_loading_makes_other_weights(tmp_path: Path) -> None:
+def test_rounding_while_loading_changes_the_identity(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     torch.save(random_checkpoint("6.0", n_layer=1, n_embd=64, head_size=32, vocab_size=256, dim_ffn=96), path)
     plain, packed, rounded = load(path, pack=False), load(path), load(path, quant="int8")
@@ -73,25 +73,25 @@ def test_rounding_while_loading_makes_other_weights(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="m was made in memory and does not keep its original weights"):
         _ = replace(packed, source="").identity
     path.unlink()
-    assert packed.identity == plain.identity, "it is computed once"
+    assert packed.identity == plain.identity, "the identity is computed once"
 
 
-def test_a_signed_state_is_taken_only_as_it_was(made: tuple[State, StateMetadata]) -> None:
+def test_changed_signed_state_is_rejected(made: tuple[State, StateMetadata]) -> None:
     data = encode_state(*made, SECRET)
     assert decode_state(data, SECRET)[1] == made[1]
     assert decode_state(data)[1] == made[1]
     for forged in (encode_state(*made), encode_state(*made, b"y" * 32), data[:-1] + bytes([data[-1] ^ 1])):
         with pytest.raises(StateError, match=r"not signed with|finite"):
             decode_state(forged, SECRET)
-    card = replace(made[1], tokens=4)
+    metadata = replace(made[1], tokens=4)
     with pytest.raises(StateError, match="not signed with"):
         signature = safetensors_metadata(data)["fledge_signature"]
-        decode_state(rewritten(made[0], {**card_metadata(card), "fledge_signature": signature}), SECRET)
+        decode_state(rewritten(made[0], {**header_of(metadata), "fledge_signature": signature}), SECRET)
 
 
-def test_what_is_not_sound_is_refused_before_its_signature_is_asked_for(made: tuple[State, StateMetadata]) -> None:
-    tensors, good = made[0].tensors(), card_metadata(made[1])
-    shape = [0, 1 << 62, 1 << 62]  # no numbers, and more of them than torch can count
+def test_invalid_state_is_rejected_before_its_signature_is_checked(made: tuple[State, StateMetadata]) -> None:
+    tensors, good = made[0].tensors(), header_of(made[1])
+    shape = [0, 1 << 62, 1 << 62]  # no data, and more elements than torch can count
     header = json.dumps(
         {"__metadata__": good, "wkv": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
     ).encode()
@@ -114,12 +114,12 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
     return found
 
 
-def card_metadata(card: StateMetadata) -> dict[str, str]:
-    return {KIND: "WkvState", METADATA: json.dumps(vars(card))}
+def header_of(metadata: StateMetadata) -> dict[str, str]:
+    return {KIND: "WkvState", METADATA: json.dumps(vars(metadata))}
 
 
 def twice(data: bytes) -> bytes:
-    """The same file with two metadata in its header."""
+    """The same file with two metadata entries in its header."""
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].rstrip()[:-1] + b', "__metadata__": {}}'
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
@@ -129,10 +129,10 @@ def rewritten(state: State, metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(state.tensors(), metadata)
 
 
-def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
-    state, card = made
-    data, tensors = encode_state(state, card), state.tensors()
-    good = card_metadata(card)
+def test_error_for_an_invalid_file_is_one_line(made: tuple[State, StateMetadata], tmp_path: Path) -> None:
+    state, metadata = made
+    data, tensors = encode_state(state, metadata), state.tensors()
+    good = header_of(metadata)
     infinite = {**tensors, "wkv": torch.full_like(tensors["wkv"], float("inf"))}
     hostile = {
         "nothing": b"",
@@ -144,13 +144,15 @@ def test_what_is_not_sound_is_refused_in_one_line(made: tuple[State, StateMetada
         "no card": safetensors.torch.save(tensors),
         "no json": safetensors.torch.save(tensors, {**good, METADATA: "{"}),
         "other keys": safetensors.torch.save(tensors, {**good, METADATA: '{"identity": "x", "exec": 1}'}),
-        "other kinds": safetensors.torch.save(tensors, {**good, METADATA: json.dumps({**vars(card), "tokens": "3"})}),
+        "other kinds": safetensors.torch.save(
+            tensors, {**good, METADATA: json.dumps({**vars(metadata), "tokens": "3"})}
+        ),
         "a name twice": safetensors.torch.save(tensors, {**good, METADATA: '{"tokens": 1, ' + good[METADATA][1:]}),
         "half a character": safetensors.torch.save(
-            tensors, {**good, METADATA: json.dumps({**vars(card), "title": "\ud800"})}
+            tensors, {**good, METADATA: json.dumps({**vars(metadata), "title": "\ud800"})}
         ),
         "a huge count": safetensors.torch.save(
-            tensors, {**good, METADATA: json.dumps({**vars(card), "tokens": 10**99})}
+            tensors, {**good, METADATA: json.dumps({**vars(metadata), "tokens": 10**99})}
         ),
         "header keys": safetensors.torch.save(tensors, {**good, "more": ""}),
         "header twice": twice(data),
