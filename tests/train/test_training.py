@@ -535,5 +535,5 @@ def test_keep_freed_memory_answers() -> None:
 def test_a_checkpoint_with_earlier_names_of_settings_can_be_resumed(tmp_path: Path) -> None:
     checkpoint = RunCheckpoint(tmp_path, Distributed(), {"max_lr": 1e-3, "warmup_steps": 10})
     checkpoint._check(tmp_path, {"identity": {"peak": 1e-3, "warmup": 10}})
-    with pytest.raises(CheckpointError, match="max_lr was 0.002 and is 0.001 now"):
+    with pytest.raises(CheckpointError, match=r"max_lr was 0\.002 and is 0\.001 now"):
         checkpoint._check(tmp_path, {"identity": {"peak": 2e-3, "warmup": 10}})

@@ -57,7 +57,7 @@ def scoring_request(ids: Sequence[int], start: ModelOutput) -> Request:
 
 
 def score_texts(model: nn.Module, start: ModelOutput, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Natural log probabilities of the tokens of each text, each of which follows the text that led to `start`."""
+    """Natural log probabilities of the tokens of each text. Each text follows the state `start`."""
     engine, logprobs = Engine(model), [list[float]() for _ in texts]
     indices = {
         engine.add(scoring_request(ids, start), bypass_limit=True): index for index, ids in enumerate(texts) if ids
