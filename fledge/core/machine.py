@@ -35,7 +35,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_features": cpu_features(),
         "cores": os.cpu_count(),
-        "count_usable_cores": count_usable_cores(),
+        "usable_cores": count_usable_cores(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -14,7 +14,7 @@ class Batch:
 
     idx: Tensor  # (B, T + 1) int64: inputs idx[:, :-1], targets idx[:, 1:]
     loss_mask: Tensor | None = None  # (B, T) bool: which targets count in the loss; None: all
-    document_start: Tensor | None = None  # (B, T) bool: inputs at which a document begins (state starts anew)
+    document_start: Tensor | None = None  # (B, T) bool: inputs at which a document begins (state starts again)
 
     def rows(self, part: slice) -> Batch:
         """Some of the rows."""

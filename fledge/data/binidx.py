@@ -1,4 +1,5 @@
-"""binidx: token ids in X.bin, and where each document lies in X.idx. What RWKV-LM trains from and Megatron has made.
+"""binidx: token ids in X.bin, and the position of each document in X.idx. What RWKV-LM trains from and Megatron has
+made.
 
 X.bin is nothing but ids. X.idx is, little-endian:
 
@@ -96,7 +97,7 @@ class BinIdx:
         return np.dtype(TYPES[code]), count, boundaries
 
     def _check(self) -> None:
-        """Every document lies within the file, and the boundaries rise from 0 to the number of documents."""
+        """Every document is within the file, and the boundaries increase from 0 to the number of documents."""
         size, width = self.bin.stat().st_size, self.dtype.itemsize
         if size % width:
             raise DataError(f"{self.bin}: {size} bytes are no whole number of {self.dtype.name} ids")
@@ -109,7 +110,7 @@ class BinIdx:
                 at = int(np.argmax(wrong))
                 raise DataError(
                     f"{self.idx}: document {start + at} has {sizes[at]} ids from byte {pointers[at]} on, which do not "
-                    f"lie in {self.bin.name} of {size} bytes; is one of the files cut off, or of another pair?"
+                    f"fit in {self.bin.name} of {size} bytes; is one of the files cut off, or of another pair?"
                 )
         ends = self.boundaries
         if len(ends) and (ends[0] != 0 or ends[-1] != len(self) or (len(ends) > 1 and (np.diff(ends) < 0).any())):

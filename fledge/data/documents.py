@@ -65,7 +65,7 @@ def base_language(code: str) -> str:
 
 
 def parse_lines(lines: Iterable[bytes], fields: RecordFields, bad: Bad, first: int = 1) -> Iterator[Document]:
-    """The documents of JSON lines, the first of which has the number `first`. Blank lines are left out."""
+    """The documents of JSON lines. The first line has the number `first`. Blank lines are skipped."""
     for number, line in enumerate(lines, first):
         if line.isspace():
             continue

@@ -61,7 +61,7 @@ class Examples:
     items: tuple[Example, ...]
     cut: tuple[int, ...] = ()  # numbers of the lines that were too long and lost their end
     cut_tokens: int = 0
-    dropped: tuple[int, ...] = ()  # numbers of the lines of which nothing that counts was left
+    dropped: tuple[int, ...] = ()  # numbers of the lines without any target after truncation
     conversations: int = 0  # among `items`
     joined: tuple[int, ...] = ()  # for each message with blank lines, which no turn can hold, the number of its line
 
@@ -220,7 +220,7 @@ def _chat_pieces(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, form
 class ExampleBatches:
     """Padded batches of `batch` examples each, every example once an epoch, in an order drawn from the seed.
 
-    Batch number n is a pure function of (seed, n), so a run can stop anywhere and go on with the same data. The last
+    Batch number n is a pure function of (seed, n), so a run can stop anywhere and continue with the same data. The last
     batch of an epoch may be smaller.
     """
 
@@ -282,7 +282,7 @@ def padded(rows: Sequence[Example]) -> Batch:
 
 
 def _width(longest: int) -> int:
-    """Places of a row where the longest example has so many ids: its inputs are a multiple of STEP."""
+    """Width of a row for a longest example of this length: its inputs are a multiple of STEP."""
     return -(-(longest - 1) // STEP) * STEP + 1
 
 

@@ -1,4 +1,4 @@
-"""A token store: what training reads, whoever made it.
+"""A token store: what training reads, for stores of any origin.
 
 A folder of `fledge data build` holds
 
@@ -88,7 +88,7 @@ class TokenStore:
         return possible if dtype.kind == "u" and possible < rows else self.largest
 
     def with_rows(self, rows: int) -> TokenStore:
-        """This store for a model of so many rows; 0: as many as the vocabulary has.
+        """This store for a model with this number of rows; 0: the size of the vocabulary.
 
         What a pair of files does not say, its user can: without a recorded vocabulary, any number above all ids will
         do, and unless that is World's, the store has no vocabulary then. Raises ConfigError for what cannot be.
@@ -130,7 +130,7 @@ class TokenStore:
         return self.index(part).tokens
 
     def documents(self) -> Iterator[ValidationDocument]:
-        """The documents of the validation part, in order; the others, of which less is known, are in index()."""
+        """The documents of the validation part, in order; index() has the others, with fewer facts."""
         index = self.index("validation")
         place = self._prefixes["validation"].with_name(SPANS)
         lines = _lines(place)
@@ -151,7 +151,7 @@ class TokenStore:
 def open_store(path: str | Path) -> TokenStore:
     """The store in a folder of `fledge data build`, or of a pair X.bin, X.idx: X, X.bin or X.idx.
 
-    The ids of a pair are taken for World's, unless it lies in such a folder, which has their vocabulary.
+    The ids of a pair are taken for World's, unless the pair is in such a folder, which has the vocabulary.
     Raises UsageError where there is none, DataError for files that are damaged or do not fit each other.
     """
     path = Path(path)
@@ -199,7 +199,7 @@ def _spec_beside(prefix: Path) -> dict[str, Any] | None:
 def damaged(path: Path, step: Callable[[int, int], None]) -> Iterator[str]:
     """Names of the files in a store's folder whose content is not what the build wrote. Raises as `open_store` does.
 
-    step: is told how many bytes are read, of how many.
+    step: called with the number of bytes read and the total.
     """
     outputs = open_store(path).manifest["outputs"]
     done, total = 0, sum(one["bytes"] for one in outputs.values())

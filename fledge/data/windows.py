@@ -35,7 +35,7 @@ class Windows:
         if self.slots < batch:
             raise _too_few(len(tokens), batch, length)
         self.per_epoch = self.slots // batch
-        self._epoch = -1  # of which `_starts` holds the shuffled places
+        self._epoch = -1  # the epoch of the shuffled positions in `_starts`
         self._starts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Batch:

@@ -56,7 +56,7 @@ class Diagnosis:
             ("python", machine["python"]),
             ("torch", f"{machine['torch']}, {self.threads} threads"),
             ("system", machine["system"]),
-            ("cpu", f"{machine['cpu']}, {machine['count_usable_cores']} of {machine['cores']} cores usable"),
+            ("cpu", f"{machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores usable"),
             ("cpu features", ", ".join(machine["cpu_features"])),
             ("memory", memory + (f", {free / 2**30:.1f} GiB free" if free else "")),
             ("gpu", "; ".join(machine["gpus"]) or "none"),

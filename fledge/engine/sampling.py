@@ -250,7 +250,7 @@ def compute_distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor
     """The tokens that can be sampled and their weights: softmax, top-p, top-k, then p^(1/T).
 
     logits: (V,) float32 on the CPU, with bans and penalties. Returns ids (n,) int64, ascending, and weights (n,)
-    float64, the largest of which is 1 (divide them by their sum to get probabilities).
+    float64, with a largest value of 1 (divide them by their sum to get probabilities).
     """
     scores = logits.numpy()
     highest = float(scores.max())

@@ -45,7 +45,7 @@ class LoraFactors(NamedTuple):
 class LoraLinear(Linear):
     """A Linear that shares its weight with the one it was made of, and adds a product of low rank.
 
-    The factors are float32, or `compute_dtype` as the weight where that is set; the sum is float32.
+    The factors are float32, or `compute_dtype` as for the weight, if it is set; the sum is float32.
     """
 
     def __init__(self, linear: Linear, factors: LoraFactors) -> None:

@@ -1,4 +1,4 @@
-"""The official initialisation for training from scratch, one function a family.
+"""The official initialization for training from scratch, one function a family.
 
 rho = l / (L - 1) and q = 1 - l / L for layer l, c_n = n / C for channel n (a model of one layer has rho = 0).
 
@@ -51,7 +51,7 @@ def init_weights(model: BaseModel, seed: int | None = None) -> None:
     before.
     """
     if model.config.version not in ("4", "5.2", "6.0", "llama"):
-        raise ConfigError(f"there is no initialisation for version {model.config.version}; train 4, 5.2, 6.0 or llama")
+        raise ConfigError(f"there is no initialization for version {model.config.version}; train 4, 5.2, 6.0 or llama")
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     if isinstance(model, Transformer):
         _init_transformer(model, generator)

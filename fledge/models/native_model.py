@@ -62,8 +62,8 @@ class NativeModel(nn.Module):
     """Weights in official names and shapes -> a model for inference. The tensors given are packed, not kept, but for
     the embedding, which is used where it lies.
 
-    tensors: all that are not quantised. matrix_dtype: float32 or bfloat16, for the matrices among them; None: their
-    own (float16 is multiplied in float32). release: called with each tensor that is not needed any more.
+    tensors: all tensors that are not quantized. matrix_dtype: float32 or bfloat16, for the matrices among them; None:
+    their own (float16 is multiplied in float32). release: called with each tensor that is not needed any more.
     """
 
     embedding: Tensor
@@ -80,7 +80,7 @@ class NativeModel(nn.Module):
         super().__init__()
         self.config = config
         self.matrices: dict[str, PackedMatrix] = {}
-        self.time_decays: list[Tensor] = []  # of each layer, as the checkpoint has them: for whoever wants to see them
+        self.time_decays: list[Tensor] = []  # of each layer, as the checkpoint has them: for inspection
         self._matrix_dtype = matrix_dtype
         self._memory = BufferPool()
         self._release = release or (lambda tensor: None)
@@ -116,13 +116,13 @@ class NativeModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products with matrices that are not quantised (float32 where all are)."""
+        """The dtype of the products with matrices that are not quantized (float32 if all are)."""
         formats = {matrix.format for matrix in self.matrices.values()}
         return torch.bfloat16 if "bfloat16" in formats else torch.float32
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """The formats of the matrices that are quantised: "int4", "int8" or both; empty where none is."""
+        """The formats of the quantized matrices: "int4", "int8" or both; empty if there are none."""
         return tuple(sorted({matrix.format for matrix in self.matrices.values()} & {"int4", "int8"}))
 
     @property

@@ -1,4 +1,4 @@
-"""L4: training, in one readable loop with the official optimiser groups, schedule and loss.
+"""L4: training, in one readable loop with the official optimizer groups, schedule and loss.
 
 From scratch: `recipe` is a whole run as a value, `run` brings it together with a token store, `loop` trains, `team` is
 about several processes, `checkpoint` saves and resumes, `meter` writes what happens, `score` measures bits per byte.

@@ -2,9 +2,9 @@
 
     single   one process
     ddp      every process holds the whole model and the gradients are averaged (DistributedDataParallel)
-    fsdp     every process holds a part of each parameter, its gradient and its optimiser state (FSDP2, by blocks)
+    fsdp     every process holds a part of each parameter, its gradient and its optimizer state (FSDP2, by blocks)
 
-`torchrun` starts the processes and tells them of each other. Rows go round in turn, so that n processes see in a step
+`torchrun` starts the processes and connects them. Rows go round in turn, so that n processes see in a step
 exactly the rows that one would see.
 """
 
@@ -125,7 +125,7 @@ def join(mode: str = "ddp", device: str | None = None) -> Iterator[Distributed]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which fsdp holds parts, put together; any other as it is."""
+    """A tensor that fsdp has sharded, gathered; any other tensor unchanged."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 

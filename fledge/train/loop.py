@@ -3,7 +3,7 @@
 A step's loss is the mean over all its counted targets, whatever rows, windows and processes they came in. With `window`
 a row is read in pieces whose state is carried on: the gradient flows back through the state for `tbptt_windows` pieces
 and is cut there, so memory does not depend on the length of the rows. Everything is a function of the step's number,
-and a checkpoint holds all the rest: a run that was killed goes on with the bits it would have had.
+and a checkpoint holds all the rest: a run that was killed continues with the bits it would have had.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def train(
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
 
-    Goes on from the checkpoint in `folder` if there is one. Every line of folder/metrics.jsonl is also given to
+    Continues from the checkpoint in `folder` if there is one. Every line of folder/metrics.jsonl is also given to
     `report`, by the process that leads; before them, where a run goes on, a line of nothing but the step. identity:
-    plain values that must be the same when a run goes on; folder/run.json tells them, and the settings.
+    plain values that must be the same when a run continues; folder/run.json contains them and the settings.
 
     SIGINT and SIGTERM end the run after the present step, which is saved, and raise Interrupted; a process that is
     alone gives the step up at the second signal. Any other end saves the last whole step first, except where one
@@ -182,7 +182,7 @@ class _Progress:
 def _kept(step: int) -> str:
     if not step:
         return "stopped before the first step was done; nothing is saved"
-    return f"saved at step {step}; the same command goes on from there"
+    return f"saved at step {step}; the same command continues from there"
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
@@ -230,8 +230,8 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
 
 def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, team: Distributed) -> tuple[float, int]:
     """Forward and backward over a step's rows. Returns the mean loss and the number of targets, over all processes."""
-    # Where several backward passes add up, gradients keep their places: made anew in the middle of a step they lie in
-    # the gaps between activations, and the next pass needs more room (5 % in all, at rows of 65,536 tokens).
+    # If several backward passes add up, gradients keep their memory. Allocated in the middle of a step, they would
+    # fill the gaps between activations, and the next pass would need more (5 % at rows of 65,536 tokens).
     adds_up = len(micro) > 1 or any(_passes(batch, settings) > 1 for batch in micro)
     called.zero_grad(set_to_none=not adds_up)
     targets = team.total(float(sum(batch.targets for batch in micro)))
@@ -294,7 +294,7 @@ def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
     if not math.isfinite(norm):
         raise NotFinite(
             f"step {step}: the gradient is not finite (loss {loss:.3g}); the last good weights are saved. "
-            "Go on from them with the same command and a lower learning rate, or see the published remedies for loss "
-            "spikes (docs/guides/training.md)"
+            "Continue from them with the same command and a lower learning rate, or see the published remedies for "
+            "loss spikes (docs/guides/training.md)"
         )
     return norm

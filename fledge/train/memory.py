@@ -4,7 +4,7 @@ Every step frees and asks for the same tensors. By default glibc hands large blo
 faulting the pages in again took about a quarter of a step's time where this was measured. Elsewhere than on glibc
 nothing happens.
 
-Validation reads texts of every length, and what it frees lies between blocks that no step asks for again: kept, it
+Validation reads texts of every length, and the memory it frees is between blocks that no step uses again: kept, it
 would let a long run grow by gigabytes. So after it everything free goes back, once.
 """
 

@@ -24,7 +24,7 @@ SMALLEST = 1e-30
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Settings of the optimiser. eps 1e-18 is the published remedy for RWKV-6's loss spikes."""
+    """Settings of the optimizer. eps 1e-18 is the published remedy for RWKV-6's loss spikes."""
 
     beta1: float = 0.9
     beta2: float = 0.99

@@ -98,7 +98,7 @@ class Recipe:
         self.settings()
 
     def model(self, vocab_size: int) -> ModelConfig:
-        """The model for data of so many token ids."""
+        """The model for data with this vocabulary size."""
         if self.vocab_size and self.vocab_size < vocab_size:
             raise ConfigError(f"vocab_size is {self.vocab_size}, but the data has ids up to {vocab_size - 1}")
         sizes = {} if self.family == "rwkv4" else {"head_size": self.head_size}
@@ -123,7 +123,7 @@ class Recipe:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on."""
+        """What must not change when a run continues."""
         return {name: getattr(self, name) for name in IDENTITY}
 
     def changed(self, settings: Mapping[str, str]) -> Recipe:

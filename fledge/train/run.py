@@ -2,7 +2,7 @@
 
 folder/run.json          every setting, and the data's identity
 folder/metrics.jsonl     losses, speed, validation
-folder/last.pt           the checkpoint to go on from
+folder/last.pt           the checkpoint to continue from
 folder/model.safetensors the result, with its vocabulary and where it comes from
 """
 
@@ -30,7 +30,7 @@ from fledge.train.metrics import Report
 from fledge.train.recipe import Recipe, settings_of
 
 RESULT = "model.safetensors"
-FINAL_BYTES = 1_000_000  # a language, of which the finished model is asked
+FINAL_BYTES = 1_000_000  # of each language, for the evaluation of the finished model
 
 
 def run(

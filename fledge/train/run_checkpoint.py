@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: weights, optimiser, step and what the next line of metrics needs.
+"""Checkpoints of a training run: weights, optimizer, step and what the next line of metrics needs.
 
     last.pt            one process, or ddp: one file that is replaced whole, never edited
     last/step-000120   fsdp: a folder of torch.distributed.checkpoint with a part from every process; the older one goes
@@ -24,7 +24,18 @@ from fledge.core.files import add_path_to_errors, atomic_path, describe_disk_err
 from fledge.train.distributed import Distributed, own_part
 
 FILE, FOLDER, WHOLE = "last.pt", "last", "whole"
-ADVICE = "move it away to start anew"
+ADVICE = "move it away to start again"
+
+RENAMED_SETTINGS = {
+    "through": "tbptt_windows",
+    "peak": "max_lr",
+    "final": "min_lr",
+    "micro": "micro_batch_size",
+    "borders": "reset_at_document",
+    "recompute": "activation_checkpointing",
+    "warmup": "warmup_steps",
+}
+"""Names of settings in checkpoints of earlier versions, which can still be resumed."""
 
 
 class SaveError(TrainingError):
@@ -45,14 +56,16 @@ class RunCheckpoint:
                 left.unlink()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
-        """Write everything the run needs to go on after `step` steps, unless that is there. All processes call it.
+        """Write everything the run needs to continue after `step` steps, unless that is there. All processes call it.
 
         Raises SaveError where the weights are not finite, and where they cannot be written; what was there stays.
         """
         if step == self.written:
             return
         if not self._finite(model):
-            then = f"go on from step {self.written}, the last good one: give" if self.written else "begin again: give"
+            then = (
+                f"continue from step {self.written}, the last good one: give" if self.written else "begin again: give"
+            )
             raise SaveError(
                 f"after step {step} the weights are not finite, so they are not saved; {then} the same command with a "
                 "lower learning rate, or see the published remedies for loss spikes (docs/guides/training.md)"
@@ -72,7 +85,7 @@ class RunCheckpoint:
         self.written = step
 
     def _unwritten(self, trouble: OSError | None) -> SaveError:
-        kept = f"the run goes on from the checkpoint before, of step {self.written}" if self.written else ""
+        kept = f"the run continues from the checkpoint before, of step {self.written}" if self.written else ""
         why = "see the other processes" if trouble is None else describe_disk_error(trouble, self.folder, kept)
         return SaveError(f"the checkpoint in {self.folder} cannot be written: {why}")
 
@@ -165,11 +178,11 @@ class RunCheckpoint:
     def _refuse(self, path: Path, why: str) -> None:
         if path.exists():
             raise CheckpointError(
-                f"{path} {why}, and this run is of mode {self.team.mode}; go on as it was, or {ADVICE}"
+                f"{path} {why}, and this run is of mode {self.team.mode}; continue as it was, or {ADVICE}"
             )
 
     def _check(self, path: Path, saved: Mapping[str, Any]) -> None:
-        before = saved["identity"]
+        before = {RENAMED_SETTINGS.get(key, key): value for key, value in saved["identity"].items()}
         for key in sorted({*self.identity, *before}):
             if before.get(key) != self.identity.get(key):
                 raise CheckpointError(
@@ -179,7 +192,7 @@ class RunCheckpoint:
 
 
 def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged, so the run cannot go on from it; {ADVICE}")
+    return CheckpointError(f"{path} is damaged, so the run cannot continue from it; {ADVICE}")
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -201,7 +214,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def kept_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While an optimiser loads its state: the settings this run asks for stay, not those the file was written with."""
+    """While an optimizer loads its state: the settings this run asks for stay, not those the file was written with."""
     asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     yield
     for group, settings in zip(optimizer.param_groups, asked, strict=True):

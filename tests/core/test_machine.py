@@ -14,9 +14,7 @@ from fledge.core.machine import machine_facts, package_version, peak_memory, res
 def test_facts_are_plain_json() -> None:
     facts = machine_facts()
     assert json.loads(json.dumps(facts)) == facts
-    assert (
-        facts["cpu"] and 1 <= facts["count_usable_cores"] <= facts["cores"] and facts["torch"] and facts["cpu_features"]
-    )
+    assert facts["cpu"] and 1 <= facts["usable_cores"] <= facts["cores"] and facts["torch"] and facts["cpu_features"]
 
 
 def test_missing_facts_are_no_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

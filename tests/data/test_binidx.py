@@ -114,7 +114,7 @@ N = len(DOCUMENTS)
         (IDS, damaged(INDEX, 34 + 12 * N, struct.pack("<q", 1)), "boundaries do not rise"),
         (IDS, damaged(INDEX, 34 + 12 * N + 8, struct.pack("<q", 3)), "boundaries do not rise"),
         (IDS, damaged(INDEX, 17, b"\4"), r"document 0 has 3 ids from byte 0|document 1 has 1 ids from byte 6"),
-        (IDS[:-2], INDEX, r"document 2 has 4 ids from byte 8 on, which do not lie in x\.bin of 14 bytes"),
+        (IDS[:-2], INDEX, r"document 2 has 4 ids from byte 8 on, which do not fit in x\.bin of 14 bytes"),
         (IDS[:-1], INDEX, r"x\.bin: 15 bytes are no whole number of uint16"),
         (b"", INDEX, "document 0 has 3 ids"),
         (None, INDEX, r"x\.bin: there is no such file"),
@@ -138,7 +138,7 @@ def test_damage_is_named(tmp_path: Path, ids: bytes | None, index: bytes | None,
 def test_no_damage_leads_outside_the_file(
     tmp_path_factory: pytest.TempPathFactory, place: int, junk: bytes, cut: int, ids: int
 ) -> None:
-    """Whatever is in the index, opening gives an error of ours or documents that lie in the file."""
+    """Whatever is in the index, opening gives an error of ours or documents within the file."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "x.bin").write_bytes(IDS[:ids])
     for index in (damaged(INDEX, place, junk), INDEX[:cut], damaged(INDEX, place, junk)[: len(INDEX)]):

@@ -196,7 +196,7 @@ def test_tuned_state_is_value_major_on_disk_and_key_major_here() -> None:
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6.0"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_official_initialisation_starts_at_the_uniform_loss_and_is_repeatable(version: str, layers: int) -> None:
+def test_official_initialization_starts_at_the_uniform_loss_and_is_repeatable(version: str, layers: int) -> None:
     heads = {} if version == "4" else {"head_size": 16}
     make = {"4": ModelConfig.rwkv4, "5.2": ModelConfig.eagle, "6.0": ModelConfig.finch}[version]
     config = make(layers, 64, vocab_size=50, **heads)
@@ -285,7 +285,7 @@ def test_wrong_arguments_are_named() -> None:
         model(tokens(1, 0), last=True)
     with pytest.raises(UsageError, match=r"\(3,\)"):
         model(torch.tensor([1, 2, 3]))
-    with pytest.raises(ConfigError, match=r"no initialisation for version 5\.1"):
+    with pytest.raises(ConfigError, match=r"no initialization for version 5\.1"):
         init_weights(build(CONFIGS["5.1"]))
 
 

@@ -323,7 +323,7 @@ def test_parameters_equal_those_of_an_rwkv(
         assert config == ModelConfig.transformer(layers, width, vocab)
 
 
-def test_the_usual_initialisation() -> None:
+def test_the_usual_initialization() -> None:
     config = ModelConfig.transformer(8, 128, vocab_size=50, head_size=32)
     first, second = build(config), build(config)
     for made in (first, second):

@@ -54,7 +54,7 @@ def stopped(data: Path, folder: Path, *start: str, more: tuple[str, ...] = (), s
 
 
 def saved_step(said: str) -> int:
-    (step,) = re.findall(r"saved at step (\d+); the same command goes on from there\n", said)
+    (step,) = re.findall(r"saved at step (\d+); the same command continues from there\n", said)
     return int(step)
 
 
@@ -62,12 +62,12 @@ def saved_step(said: str) -> int:
 def test_one_process_saves_its_step_and_goes_on_from_it(data: Path, tmp_path: Path) -> None:
     said = stopped(data, tmp_path / "run", stop=lambda pid: os.kill(pid, signal.SIGINT))
     step = saved_step(said)
-    assert said == f"code 130\nsaved at step {step}; the same command goes on from there\n"
+    assert said == f"code 130\nsaved at step {step}; the same command continues from there\n"
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == step >= 3
     said = stopped(data, tmp_path / "run", stop=lambda pid: os.kill(pid, signal.SIGTERM))
     later = saved_step(said)
     first, second, third = said.splitlines()
-    assert (first, second) == ("code 143", f"goes on from step {step}") and str(later) in third
+    assert (first, second) == ("code 143", f"continues from step {step}") and str(later) in third
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == later > step
 
 

@@ -196,7 +196,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
-        with pytest.raises(TrainingError, match=r"the checkpoint in .*full cannot be written: .* goes on from the"):
+        with pytest.raises(TrainingError, match=r"the checkpoint in .*full cannot be written: .* continues from the"):
             run(tmp_path / "full", 30)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -218,7 +218,7 @@ def test_signals_inside_a_save_do_not_harm_it(tmp_path: Path, monkeypatch: pytes
         saves.append(arguments)
 
     monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(Interrupted, match="saved at step 11; the same command goes on from there") as caught:
+    with pytest.raises(Interrupted, match="saved at step 11; the same command continues from there") as caught:
         train(
             fresh(),
             Windows(TEXT, 16, 3, 0),
@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             self.param_groups[1]["params"][0].data[7, 0] = math.inf  # of a token that is read
 
     monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
-    then = "begin again" if kept is None else f"go on from step {kept}, the last good one"
+    then = "begin again" if kept is None else f"continue from step {kept}, the last good one"
     with pytest.raises(TrainingError, match=f"after step {broken} the weights are not finite.*not saved; {then}"):
         run(tmp_path, 30)
     assert (tmp_path / "last.pt").exists() == (kept is not None)
@@ -530,3 +530,10 @@ def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
 
 def test_keep_freed_memory_answers() -> None:
     assert keep_freed_memory() == return_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_a_checkpoint_with_earlier_names_of_settings_can_be_resumed(tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(tmp_path, Distributed(), {"max_lr": 1e-3, "warmup_steps": 10})
+    checkpoint._check(tmp_path, {"identity": {"peak": 1e-3, "warmup": 10}})
+    with pytest.raises(CheckpointError, match=r"max_lr was 0\.002 and is 0\.001 now"):
+        checkpoint._check(tmp_path, {"identity": {"peak": 2e-3, "warmup": 10}})

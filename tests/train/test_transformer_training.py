@@ -1,4 +1,4 @@
-"""The transformer is trained with what trains the others: the loop, optimiser groups, bfloat16 products."""
+"""The transformer is trained like the other models: the loop, optimizer groups, bfloat16 products."""
 
 from __future__ import annotations
 

@@ -269,9 +269,9 @@ def test_an_estimate_of_time_is_the_whole_run_at_the_speed_of_the_trial(
 def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
     costs = {mode: prepared(base, data, settings_of(mode)).estimate() for mode in RATES}
     assert costs["state"].trained == 2 * 4 * 8 * 8
-    assert costs["full"].optimiser == 8 * costs["full"].trained > costs["lora"].optimiser > costs["state"].optimiser
+    assert costs["full"].optimizer == 8 * costs["full"].trained > costs["lora"].optimizer > costs["state"].optimizer
     for cost in costs.values():
-        assert cost.memory == cost.weights + cost.optimiser + cost.batch
+        assert cost.memory == cost.weights + cost.optimizer + cost.batch
     run = prepared(base, data, settings_of("lora"))
     before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
     run.estimate()

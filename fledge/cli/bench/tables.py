@@ -40,7 +40,7 @@ def print_notes(record: Mapping[str, Any], rates: Sequence[Summary | None] = ())
     for text in record["notes"]:
         print_note(f"note: {text}")
     machine = record["machine"]
-    load, cores = machine["load_average"], machine["count_usable_cores"]
+    load, cores = machine["load_average"], machine["usable_cores"]
     if load is not None and load[0] > cores / 2:
         print_note(f"note: the machine was busy at the start (load {load[0]} on {cores} cores); measure again")
     measured = [rate for rate in rates if rate]

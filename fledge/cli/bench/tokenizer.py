@@ -43,7 +43,7 @@ def tokenizer(
     sample, machine = result["text"], result["machine"]
     print(f"{escape_controls(sample['source'])}: {sample['documents']:,} documents, {sample['bytes']:,} bytes")
     per_token = sample["bytes"] / sample["tokens"]
-    print(f"{per_token:.2f} bytes per token; {machine['count_usable_cores']} cores of {machine['cpu']}")
+    print(f"{per_token:.2f} bytes per token; {machine['usable_cores']} cores of {machine['cpu']}")
     print()
     rates = {name: metrics["bytes_per_s"] for name, metrics in result["figures"].items()}
     first = next(iter(rates.values()))["median"]

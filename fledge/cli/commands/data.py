@@ -43,9 +43,9 @@ def build(
         Path | None, typer.Option(help="Write seconds by stage, speed and peak memory to this JSON file.")
     ] = None,
 ) -> None:
-    """Make a token store: read, clean, deduplicate, mix and tokenise what the config names.
+    """Make a token store: read, clean, deduplicate, mix and tokenize the documents of the config.
 
-    A build that was interrupted goes on where it was: run the same command again.
+    A build that was interrupted continues where it was: run the same command again.
     """
     from fledge.data.pipeline.build import BuildOptions, build
     from fledge.data.pipeline.builtin_configs import config_path
@@ -84,7 +84,7 @@ def check(
 ) -> None:
     """Read a whole store and compare it with the hashes that its build wrote down.
 
-    Of a pair from elsewhere, which has none, the index is checked and the largest id is told.
+    Of a pair from elsewhere, which has none, the index is checked and the largest id is printed.
     """
     from fledge.core.errors import DataError
     from fledge.data.store import damaged, open_store

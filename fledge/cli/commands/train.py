@@ -49,7 +49,7 @@ def train(
     options: TrainOptions,
     show: Annotated[bool, typer.Option("--show", help="Print every setting, and train nothing.")] = False,
 ) -> None:
-    """Train a model, or go on where an earlier call with the same folder has stopped.
+    """Train a model, or continue where an earlier call with the same folder has stopped.
 
     Ctrl-C (also SIGTERM) ends the run after the present step, which is saved. With several processes:
     torchrun --nproc-per-node 2 -m fledge train ...

@@ -73,7 +73,7 @@ SHOWN = ("loss", "norm", "rate", "tokens_per_s")
 def as_text(line: dict[str, float]) -> str:
     """A line of metrics for people; the step alone is where an earlier run stopped."""
     if line.keys() == {"step"}:
-        return f"goes on from step {line['step']:.0f}"
+        return f"continues from step {line['step']:.0f}"
     return "  ".join(f"{name} {value:.4g}" for name, value in line.items())
 
 

@@ -78,8 +78,8 @@ def _cost_rows(run: TuningRun, cost: CostEstimate) -> list[tuple[str, str]]:
         ("padding", f"{run.batches.padding:.0%} of what is read"),
         (
             "memory",
-            f"at least {_size(cost.memory)} (on a CPU up to twice that): weights {_size(cost.weights)}, optimiser "
-            f"{_size(cost.optimiser)}, the largest batch {_size(cost.batch)}",
+            f"at least {_size(cost.memory)} (on a CPU up to twice that): weights {_size(cost.weights)}, optimizer "
+            f"{_size(cost.optimizer)}, the largest batch {_size(cost.batch)}",
         ),
         ("time", f"about {_duration(cost.seconds)} here, from a few batches that were tried"),
     ]
@@ -96,7 +96,7 @@ def _duration(seconds: float) -> str:
 
 
 def show_examples(run: TuningRun) -> None:
-    """The first examples, exactly as they are read; what is learnt is coloured, or between brackets in a pipe."""
+    """The first examples, exactly as they are read; what is learnt is colored, or between brackets in a pipe."""
     for example in run.examples.items[:SHOWN]:
         print()
         print_heading(f"line {example.line}, {len(example):,} tokens, {int(example.loss_mask.sum()):,} to be learnt")

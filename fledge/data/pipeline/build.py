@@ -8,7 +8,7 @@
     tokens     choose and encode
     assemble   one store from all shards, its manifest and report
 
-Each stage leaves pieces behind in the folder `fledge-work` of the store; a build that ended in any way goes on from
+Each stage leaves pieces behind in the folder `fledge-work` of the store; a build that ended in any way continues from
 what is there. The result depends on the config and the inputs alone: not on the number of workers, nor on what was
 interrupted.
 """
@@ -43,7 +43,7 @@ from fledge.data.pipeline.shards import shards
 from fledge.data.pipeline.sources.inputs import InputFile, InputSlice, survey
 from fledge.data.pipeline.sources.reader import hash_input, input_record, read_slice
 from fledge.data.pipeline.stage_outputs import StageContext, discard, sweep
-from fledge.data.pipeline.tokenize import ShardPortion, count_tokens, fixed_spec, most_used, tokenise
+from fledge.data.pipeline.tokenize import ShardPortion, count_tokens, fixed_spec, most_used, tokenize_shard
 from fledge.data.pipeline.validation_split import limits
 from fledge.data.pipeline.workers import Function, InlineWorkers, ProcessWorkers, Workers
 from fledge.data.store import MANIFEST, PARTS, SPANS, TOKENIZER, TokenStore, open_store, type_for
@@ -144,7 +144,7 @@ class _Build:
         plan = make_plan(self.job, bounds)
         spec = self._vocabulary(plan)
         self._begin("tokens", _plain(config.mixture), _plain(config.validation), config.seed, spec)
-        self._stage("tokenising", tokenise, self._portions(plan, spec), lambda one: self._in("tokens", one.name))
+        self._stage("tokenizing", tokenize_shard, self._portions(plan, spec), lambda one: self._in("tokens", one.name))
         (self.to / MANIFEST).unlink(missing_ok=True)
         about = store_assembly.assemble(
             self.job, self.to, spec, lambda done, total: self.report("writing the store", done, total)

@@ -1,4 +1,4 @@
-"""Configs that come with Fledge, by name: public components of published corpora, for whoever is online.
+"""Configs that come with Fledge, by name: public components of published corpora. They need a network connection.
 
 Here: finding them. The TOML files are beside the other packaged files, in fledge/assets.
 """

@@ -1,4 +1,4 @@
-"""What `fledge data build` is told: a TOML file as frozen dataclasses, checked before anything is read.
+"""The configuration of `fledge data build`: a TOML file as frozen dataclasses, checked before anything is read.
 
 Here: the settings, their defaults and limits. Not here: what is done with them.
 """
@@ -90,7 +90,7 @@ class ValidationConfig:
     """Documents kept aside, chosen by their own hash, language by language."""
 
     share: float = 0.01  # of a language's documents; 0: none at all
-    documents: int = 3  # but about so many at least, though not more than a quarter of them
+    documents: int = 3  # but at least about this many, and at most a quarter of all
     bytes: ByteSize = 100_000  # and no more than this a language; one document gives a quarter of it at most
 
     def __post_init__(self) -> None:

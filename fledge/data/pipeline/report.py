@@ -109,11 +109,11 @@ def _flow(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
         ("chosen for training", "train", KEPT),
         ("stored, repeats and parts of documents counted", "stored", KEPT),
     ]
-    for label, stage, colour in names:
+    for label, stage, color in names:
         count = totals.get(stage, Count())
         if count.documents or stage in ("read", "clean", "train"):
             share = count.bytes / max(read.bytes, 1)
-            yield escape(label), _bar((share, colour)), size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
+            yield escape(label), _bar((share, color)), size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
     if bad := totals.get("bad"):
         yield "lines that are no document", "", "", f"{bad.documents:,}", ""
 
@@ -147,8 +147,8 @@ def _facts(*facts: tuple[str, str]) -> str:
 
 
 def _bar(*parts: tuple[float, str]) -> str:
-    """Bars over each other, each a share of the width and its colour."""
-    inner = "".join(f"<i style='width:{min(share, 1):.2%};background:{colour}'></i>" for share, colour in parts)
+    """Bars over each other, each a share of the width and its color."""
+    inner = "".join(f"<i style='width:{min(share, 1):.2%};background:{color}'></i>" for share, color in parts)
     return f"<div class='track'>{inner}</div>"
 
 

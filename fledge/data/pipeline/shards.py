@@ -3,7 +3,7 @@
 A shard is a folder with
 
     text.bin          UTF-8 of all parts, one behind the other
-    parts.npy         PART: a document, or a part of a long one: where its text is, and of which document and kind
+    parts.npy         PART: a document, or a part of a long one: where its text is, and its document and kind
     documents.npy     DOCUMENT: hashes of whole documents
     kinds.json        [language, source] of each kind
     signatures.npy    (documents, permutations), where near copies are looked for
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.core.files import read_json, write_json
-from fledge.data.pipeline.dedup.minhash import MinHasher, exact_hash, normalised
+from fledge.data.pipeline.dedup.minhash import MinHasher, exact_hash, normalized
 from fledge.data.pipeline.stage_outputs import StageContext, finished, load_array, save_array
 
 SHARD_BYTES = 64_000_000  # of text, after which another shard begins
@@ -100,7 +100,7 @@ class ShardWriter:
     def __init__(self, folder: Path, signer: MinHasher | None, cut: int) -> None:
         self._folder, self._signer, self._cut = folder, signer, cut
         self._number = 0
-        self._waiting: list[str] = []  # normalised texts that are not signed yet
+        self._waiting: list[str] = []  # normalized texts that are not signed yet
         self._waiting_characters = 0
         self._open()
 
@@ -125,7 +125,7 @@ class ShardWriter:
 
     def add(self, text: str, language: str, source: str) -> None:
         """One cleaned document."""
-        compared = normalised(text)
+        compared = normalized(text)
         number = len(self._documents)
         kind = self._kinds.setdefault((language, source), len(self._kinds))
         start = self._size

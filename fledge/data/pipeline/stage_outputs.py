@@ -1,4 +1,4 @@
-"""Pieces of unfinished work on disk: each appears whole or not at all, so a killed build goes on from those it finds.
+"""Pieces of unfinished work on disk: each appears whole or not at all, so a killed build continues from those it finds.
 
 The folder of a stage carries a key in its name, made from all that decides what the stage gives: its settings and the
 keys of the stages before. A changed setting therefore takes over the stages that it does not touch.
@@ -30,7 +30,7 @@ LAYOUT = 2  # of everything in a work folder; another one takes nothing over
 
 @dataclass(frozen=True)
 class StageContext:
-    """What every stage function is told beside its task. Goes to other processes and machines."""
+    """The arguments of every stage function besides its task. It is sent to other processes and machines."""
 
     config: BuildConfig
     work: Path

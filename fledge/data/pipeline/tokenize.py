@@ -76,7 +76,7 @@ def most_used(job: StageContext, size: int) -> dict[str, Any]:
     return prune(world_vocabulary(), kept.tolist(), size=size).to_spec()
 
 
-def tokenise(job: StageContext, portion: ShardPortion) -> None:
+def tokenize_shard(job: StageContext, portion: ShardPortion) -> None:
     """Leave the tokens, lengths and counts of a shard behind."""
     shard = portion.shard
     verdict = judge(job, shard, portion.plan)
@@ -126,7 +126,7 @@ def _with_separator(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> bytes:
 
 
 def stored_type(vocab_size: int) -> npt.DTypeLike:
-    """How tokens lie in the work folder."""
+    """The dtype of tokens in the work folder."""
     return "<u2" if vocab_size <= 1 << 16 else "<i4"
 
 

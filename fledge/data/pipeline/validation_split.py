@@ -35,7 +35,7 @@ def limits(counts: Counts, settings: ValidationConfig) -> dict[str, int]:
 
 
 def most_aside(documents: int, settings: ValidationConfig) -> int:
-    """How many of so many documents of a language, copies apart, may be kept aside. One is left in any case.
+    """The largest number of documents of a language that may be held out, without duplicates. One always remains.
 
     That is half of them, or the share where it is more: chance, or copies of what is aside, could ask for all. Where
     the least number decides, as in small corpora, it is a quarter.

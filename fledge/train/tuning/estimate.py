@@ -1,6 +1,6 @@
 """What a fine-tuning run will cost, before it begins: one micro-batch is tried, and nothing is changed by it.
 
-Memory is counted, not measured, so that other uses of a device do not disturb it: weights, the optimiser's two moments,
+Memory is counted, not measured, so that other uses of a device do not disturb it: weights, the optimizer's two moments,
 and all tensors that exist at once in the worst moment of the largest micro-batch, gradients among them. That is what
 torch's profiler sees. An allocator holds more than it hands out: on a CPU, glibc's took up to twice as much.
 """
@@ -34,14 +34,14 @@ class CostEstimate:
 
     weights: int
     trained: int  # parameters
-    optimiser: int  # its moments
+    optimizer: int  # its moments
     batch: int  # activations and gradients of the largest micro-batch
     seconds: float
 
     @property
     def memory(self) -> int:
         """All bytes together."""
-        return self.weights + self.optimiser + self.batch
+        return self.weights + self.optimizer + self.batch
 
 
 def estimate(model: BaseModel, batches: ExampleBatches, settings: TrainSettings) -> CostEstimate:
@@ -55,7 +55,7 @@ def estimate(model: BaseModel, batches: ExampleBatches, settings: TrainSettings)
     return CostEstimate(
         weights=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         trained=trained,
-        optimiser=2 * 4 * trained,
+        optimizer=2 * 4 * trained,
         batch=batch,
         seconds=settings.schedule.steps * per_step / speed,
     )

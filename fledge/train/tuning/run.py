@@ -1,7 +1,7 @@
 """One fine-tuning run: base and examples brought together, trained with the common loop, and what it leaves behind.
 
 A run's folder holds the loop's own run.json, last.pt and metrics.jsonl, and at the end the result. Starting the same
-run again goes on where it stopped; another base, other data, or other settings than MAY_CHANGE are refused.
+run again continues where it stopped; another base, other data, or other settings than MAY_CHANGE are refused.
 Not here: what is trained (tuning.py), the loop (loop.py), printing.
 """
 
@@ -75,7 +75,7 @@ class TuningRun:
         return estimate(self.model, self.batches, train_settings(self.settings, self.steps, self.compute_dtype))
 
     def start(self, folder: Path, report: Report) -> TuningResult:
-        """Train to the end, or go on with the run in `folder`; `report` is given every line of its metrics.
+        """Train to the end, or continue with the run in `folder`; `report` is given every line of its metrics.
 
         Raises CheckpointError where the folder holds another run.
         """

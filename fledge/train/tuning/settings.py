@@ -85,7 +85,7 @@ class TuneSettings:
             raise ConfigError(f"epochs are {self.epochs:g}; they must be at most {MOST_EPOCHS:g}")
 
     def count_steps(self, per_epoch: int) -> int:
-        """Steps of the run, where an epoch has so many micro-batches."""
+        """Number of steps of the run, for this number of micro-batches per epoch."""
         return self.steps or max(1, round(self.epochs * per_epoch / self.accumulate))
 
     def schedule(self, steps: int) -> LearningRateSchedule:
@@ -108,7 +108,7 @@ def tunable(
     dtype: of the matrices that are not trained; None keeps the file's. The checkpoint's tensors stay as they are.
     """
     if found.quantized:
-        raise UsageError(f"{found.path} is quantised and cannot be tuned; give the dense model")
+        raise UsageError(f"{found.path} is quantized and cannot be tuned; give the dense model")
     config, tensors = found.config, found.tensors
     if settings.mode == "state" and not config.tuned_state:
         shape = (config.n_head, config.head_size, config.head_size)
@@ -122,7 +122,7 @@ def tunable(
         add_lora(model, fresh_factors(model, names, settings.lora.rank, settings.lora.alpha, settings.seed))
     for name, parameter in model.named_parameters():
         if _is_trained(name, settings):
-            # A copy: the file's own memory may lie below.
+            # A copy: it may share memory with the file.
             parameter.data = parameter.detach().clone().float()
             parameter.requires_grad_()
     _check_parts(model, settings)

@@ -131,7 +131,7 @@ def test_overlapping_records_count_only_once(tmp_path: Path) -> None:
             twin = copy.copy(record)
             twin.filename = f"model/data/{number}"
             archive.filelist.append(twin)
-        archive.writestr("model/last", b"")  # so that the list of records is written anew
+        archive.writestr("model/last", b"")  # so that the list of records is written again
     for weights in (True, False):
         with pytest.raises(CheckpointError, match=f"its tensors need 4000000 bytes, it holds {path.stat().st_size}"):
             read_pth(path, weights=weights)

@@ -127,7 +127,7 @@ def test_damaged_records_are_errors(change: dict[str, Any], message: str, tmp_pa
         ({"norm_eps": float("inf")}, "impossible epsilons"),
         ({"group_norm_eps": 10**400}, "impossible: group_norm_eps is too large"),
         ({"n_embd": "x"}, "config in its header is impossible"),
-        ({"colour": 1}, "has no setting 'colour'"),
+        ({"color": 1}, "has no setting 'color'"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_an_error(

@@ -92,7 +92,7 @@ def test_matrices_are_mapped_not_read(source: Path, tmp_path: Path) -> None:
     matrices = read(path).quantized
     assert all(matrix.data.data_ptr() % 64 == 0 for matrix in matrices.values())
     if not sys.platform.startswith("linux"):
-        pytest.skip("only Linux tells what is mapped")
+        pytest.skip("only Linux reports mapped memory")
     spans = [
         line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
     ]

@@ -176,7 +176,7 @@ def test_what_is_not_there(fledge: Any, tmp_path: Path) -> None:
 
 
 def test_a_line_of_nothing_but_the_step_is_where_a_run_goes_on() -> None:
-    assert as_text({"step": 1200}) == "goes on from step 1200"
+    assert as_text({"step": 1200}) == "continues from step 1200"
     assert as_text({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
 
 

@@ -1,4 +1,4 @@
-"""The whole build: the same store whoever makes it and however often it is interrupted, and what can be wrong."""
+"""The whole build: the same store for any workers and any interruptions, and errors."""
 
 from __future__ import annotations
 
@@ -157,10 +157,10 @@ def test_work_is_taken_over_by_settings_that_do_not_touch_it(base: Path, tmp_pat
 
     options = BuildOptions(workers=1, keep_work=True, force=True)
     build(config(), base, tmp_path / "store", options, note)
-    assert {"reading and cleaning", "finding copies", "finding near copies", "tokenising"} <= set(seen)
+    assert {"reading and cleaning", "finding copies", "finding near copies", "tokenizing"} <= set(seen)
     seen.clear()
     build(config(mixture={"groups": [{"name": "all", "max_bytes": 9_000}]}), base, tmp_path / "store", options, note)
-    assert "tokenising" in seen and not {"reading and cleaning", "finding copies"} & set(seen)
+    assert "tokenizing" in seen and not {"reading and cleaning", "finding copies"} & set(seen)
 
 
 def test_two_builds_in_one_folder(base: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_finished_build_leaves_the_work_of_another_one_alone(base: Path, tmp_p
 
 
 def test_work_is_removed_while_it_is_locked(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would be the work of whoever came in between."""
+    """Otherwise another process could have changed it in between."""
     pytest.importorskip("fcntl")
     seen: list[bool] = []
 
@@ -231,7 +231,7 @@ def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "tokenise", full)
+        patch.setattr(module, "tokenize_shard", full)
         with pytest.raises(DataError, match=r"the disk of .*store is full .* finished pieces are kept"):
             build(config(), base, tmp_path / "store", ONE)
     build(config(), base, tmp_path / "store", ONE)

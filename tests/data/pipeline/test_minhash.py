@@ -16,7 +16,7 @@ from fledge.data.pipeline.dedup.minhash import (
     MinHasher,
     exact_hash,
     mixed,
-    normalised,
+    normalized,
     rows_per_band,
     sampled_pieces,
     similarity,
@@ -24,8 +24,8 @@ from fledge.data.pipeline.dedup.minhash import (
 
 
 def test_case_and_space_do_not_count() -> None:
-    assert normalised("  Hello,\n\tWORLD ") == "hello,world"
-    assert normalised("a\u00a0b\u3000c d") == "a\u00a0b\u3000cd"
+    assert normalized("  Hello,\n\tWORLD ") == "hello,world"
+    assert normalized("a\u00a0b\u3000c d") == "a\u00a0b\u3000cd"
     assert exact_hash("a") == exact_hash("a") != exact_hash("b")
     assert all(0 <= number < 1 << 64 for number in exact_hash("a"))
 

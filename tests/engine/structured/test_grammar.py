@@ -252,7 +252,7 @@ def chain(length: int, form: str = '{"type":"array","items":%s}') -> str:
         ({"type": "strin"}, "Invalid type: strin"),
         ({"properties": {"a": {"type": ["string", "text"]}}}, "Invalid type: text"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "string", "format": "colour"}, "Unknown format: colour"),
+        ({"type": "string", "format": "color"}, "Unknown format: color"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"type": "string", "pattern": "(" * 900 + "a" + ")" * 900}, "nest"),

@@ -3,8 +3,8 @@
 A partition is a range of hash values: whatever is equal falls into the same one, from whichever shard it comes. Of
 equal documents the one of lowest rank survives (split.py). Near copies are found by locality-sensitive hashing:
 documents that share a band are compared by their whole signatures, and one goes if a document of lower rank is as
-similar as the threshold asks. So a document goes only for one that it resembles itself, never for a neighbour's
-neighbour, and which goes depends on the order of reading alone, not on that of workers.
+similar as the threshold asks. So a document goes only for one that it resembles itself, never for a neighbor's
+neighbor, and which goes depends on the order of reading alone, not on that of workers.
 
 Here: the two stage functions and what they found. Not here: signatures (signature.py).
 """
@@ -96,7 +96,7 @@ def find_near_copies(job: StageContext, partition: HashPartition) -> None:
 
 
 def _pairs(hashes: U64, ids: U64) -> Iterator[tuple[U64, U64]]:
-    """(lower, higher) documents that share a band, PAIRS at a time: each with its group's first and its neighbour."""
+    """(lower, higher) documents that share a band, PAIRS at a time: each with its group's first and its neighbor."""
     same = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
     if not len(same):
         return

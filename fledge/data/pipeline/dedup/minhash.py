@@ -2,8 +2,8 @@
 
 Both are taken of the text in lower case and without the white space of ASCII; other spaces (U+00A0, U+3000) count. A
 signature is the MinHash of all pieces of some characters (pieces of words would mean nothing in scripts without
-spaces), of which a fixed quarter is enough: which pieces count depends on the pieces alone, so the share that two texts
-have in common stays an unbiased estimate. The package rensa finds the minima.
+spaces), and a fixed quarter of them is enough: which pieces count depends on the pieces alone, so the share that two
+texts have in common stays an unbiased estimate. The package rensa finds the minima.
 
 Here: from texts to numbers. Not here: what is compared with what (dedup.py).
 """
@@ -24,18 +24,18 @@ U64 = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
 SPACES = b" \t\n\r\x0b\x0c"
-SAMPLED = 4  # one piece in so many counts
+SAMPLED = 4  # one shingle in SAMPLED is used
 RECALL = 0.9  # of pairs exactly at the threshold that are to be found, at least
 SEED = 20240410  # of rensa's permutations; signatures of two stores can be compared
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """What of a text counts when it is compared: all but case and the white space of ASCII."""
     return text.lower().encode().translate(None, SPACES).decode()
 
 
 def exact_hash(text: str) -> tuple[int, int]:
-    """128 bits of a normalised text, as two numbers."""
+    """128 bits of a normalized text, as two numbers."""
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
@@ -74,7 +74,7 @@ class MinHasher:
         self.bands = settings.permutations // self.rows
 
     def signatures(self, texts: Sequence[str]) -> tuple[Signatures, npt.NDArray[np.bool_]]:
-        """(N, permutations), and which of the normalised texts are long enough to have a signature."""
+        """(N, permutations), and which of the normalized texts are long enough to have a signature."""
         pieces, ends = sampled_pieces(texts, self.settings.characters)
         offsets = np.concatenate([[0], ends]).astype(np.uint64)
         rows: Any = self._digest(pieces, offsets, self.settings.permutations, SEED).to_rows()

@@ -59,7 +59,7 @@ class MixturePlan:
     aside: dict[int, dict[int, int]] = field(default_factory=dict)  # shard -> validation document -> bytes of it
     shares: tuple[GroupShare, ...] = ()  # of each group; before they are known, everything is taken once
     source_limits: dict[tuple[int, str], int] = field(default_factory=dict)  # (group, source) -> limit
-    remarks: tuple[str, ...] = ()  # what whoever wrote the config should know
+    remarks: tuple[str, ...] = ()  # notes for the author of the config
 
     def for_shard(self, shard: Shard) -> MixturePlan:
         """What one shard's task needs of it."""
