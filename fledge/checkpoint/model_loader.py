@@ -124,7 +124,7 @@ def assemble(
 
 def _quantize(weights: ModelWeights, quant: str, device: torch.device) -> ModelWeights:
     if weights.quantized:
-        raise UsageError(f"quant is {quant!r}, but the model is quantized already; omit quant, or give the dense model")
+        raise UsageError(f"quant is {quant!r}, but the model is already quantized; omit quant, or give the dense model")
     if device.type != "cpu":
         raise UsageError(f"quant is {quant!r}, but quantized matrices run on a CPU only, not on {device}")
     tensors, quantized = quantize_tensors(weights.tensors, quant, release_pages if weights.is_consumable else None)

@@ -1,11 +1,11 @@
-"""Several processes that train one model: who takes which rows, and what they exchange.
+"""Distributed training: the rows of each process, and the communication between processes.
 
     single   one process
-    ddp      every process holds the whole model and the gradients are averaged (DistributedDataParallel)
-    fsdp     every process holds a part of each parameter, its gradient and its optimizer state (FSDP2, by blocks)
+    ddp      every process has the whole model, and the gradients are averaged (DistributedDataParallel)
+    fsdp     every process has a shard of each parameter, its gradient and its optimizer state (FSDP2, by blocks)
 
-`torchrun` starts the processes and connects them. Rows go round in turn, so that n processes see in a step
-exactly the rows that one would see.
+`torchrun` starts the processes and connects them. Rows are distributed in turn, so n processes read in a step exactly
+the rows that one process would read.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ LETTING_GO = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among all. `rank` 0 is the one that writes files and talks."""
+    """The position of this process among all. The process with rank 0 writes files and prints."""
 
     rank: int = 0
     world: int = 1
     mode: str = "single"
 
     @property
-    def leads(self) -> bool:
-        """Whether this process writes and talks for all."""
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints for all."""
         return self.rank == 0
 
-    def share(self, batch: Batch) -> Batch:
+    def shard(self, batch: Batch) -> Batch:
         """This process's rows of a batch."""
         if self.world > 1 and batch.idx.shape[0] % self.world:
             raise ConfigError(
-                f"a batch has {batch.idx.shape[0]} rows, which {self.world} processes cannot share evenly; take a "
+                f"a batch has {batch.idx.shape[0]} rows, which {self.world} processes cannot share evenly; use a "
                 f"multiple of {self.world}"
             )
         return batch.rows(slice(self.rank, None, self.world))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What is to be called in place of `model`, whose parameters stay where they are (ddp) or are parted (fsdp)."""
+        """The module to call instead of `model`. Its parameters stay whole (ddp) or are sharded (fsdp)."""
         if self.mode == "ddp":
             return DistributedDataParallel(model)
         if self.mode == "fsdp":
             _part(model)
         return model
 
-    def quietly(self, called: nn.Module, quiet: bool) -> AbstractContextManager[Any]:
-        """Around a forward and backward pass: with `quiet`, gradients stay here, to be exchanged by a later one."""
+    def no_sync(self, called: nn.Module, quiet: bool) -> AbstractContextManager[Any]:
+        """Context of a forward and backward pass. quiet: gradients are not exchanged until a later pass."""
         if self.mode == "ddp" and quiet:
             assert isinstance(called, DistributedDataParallel)
             return called.no_sync()
@@ -79,7 +79,7 @@ class Distributed:
         return float(found)
 
     def largest(self, value: int) -> int:
-        """The largest value that any process has: a question they answer together, 0 for no."""
+        """The largest value of all processes."""
         if self.world == 1:
             return value
         found = torch.tensor(value, device=_exchange_device())
@@ -87,16 +87,16 @@ class Distributed:
         return int(found)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have reached this call."""
         if self.world > 1:
             dist.barrier()
 
 
 @contextmanager
 def join(mode: str = "ddp", device: str | None = None) -> Iterator[Distributed]:
-    """The team that torchrun has started, or a team of one; device: on which it will train, None for the best one.
+    """Join the processes that torchrun has started, or run alone. device: the device for training, None for the best.
 
-    Raises TrainingError where it cannot be joined.
+    Raises TrainingError if the processes cannot connect.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if mode not in MODES:
@@ -114,12 +114,12 @@ def join(mode: str = "ddp", device: str | None = None) -> Iterator[Distributed]:
         raise TrainingError(f"the processes that torchrun started cannot reach each other: {error}") from error
     try:
         with warnings.catch_warnings():
-            # Of the last token's input, which a block hands on as part of the state. Nobody writes into a state.
+            # The view is the last token's input, a part of the state. States are never written to.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             yield Distributed(dist.get_rank(), world, mode)
     finally:
-        # gloo's threads may still hold tensors of the last exchange. One that lets go of them while Python is already
-        # ending aborts the process, and nothing can be asked to wait for it.
+        # Threads of gloo may still reference tensors of the last exchange. Releasing them while Python exits aborts the
+        # process, and gloo has no function to wait for them.
         time.sleep(LETTING_GO)
         dist.destroy_process_group()
 
@@ -131,7 +131,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor."""
     local = getattr(tensor, "to_local", None)
     return tensor if local is None else local()
 
@@ -141,10 +141,10 @@ def _exchange_device() -> torch.device:
 
 
 def _part(model: Any) -> None:
-    """FSDP2 by blocks. The first block's ln0 is called by itself, before the block, so it is a part of its own."""
+    """Apply FSDP2 by blocks. The first block's ln0 is called separately, before the block, so it is its own unit."""
     try:
         from torch.distributed.fsdp import fully_shard
-    except ImportError as error:  # torch 2.5 had it elsewhere
+    except ImportError as error:  # torch 2.5 has it in another module
         raise ConfigError(f"parallel = 'fsdp' needs a torch with FSDP2: {error}") from error
     mesh = dist.device_mesh.init_device_mesh(_exchange_device().type, (dist.get_world_size(),))
     for block in model.blocks:

@@ -1,9 +1,9 @@
-"""The training loop, to be read from top to bottom: rows, windows with carried state, accumulation, update, metrics.
+"""The training loop, from top to bottom: rows, windows with carried state, accumulation, update, metrics.
 
-A step's loss is the mean over all its counted targets, whatever rows, windows and processes they came in. With `window`
-a row is read in pieces whose state is carried on: the gradient flows back through the state for `tbptt_windows` pieces
-and is cut there, so memory does not depend on the length of the rows. Everything is a function of the step's number,
-and a checkpoint holds all the rest: a run that was killed continues with the bits it would have had.
+The loss of a step is the mean over all its counted targets, for any division into rows, windows and processes. With
+`window`, a row is read in pieces and the state is passed on (truncated backpropagation through time): the gradient
+flows back through `tbptt_windows` pieces, so memory does not depend on the length of the rows. Everything else is a
+function of the step number or in the checkpoint, so a killed run continues with the bits of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -47,11 +47,9 @@ class TrainSettings:
     accumulate: int = 1
     clip: float = 1.0
     compute_dtype: torch.dtype | None = None  # dtype of the matrix products; None is the weights' own float32
-    window: int | None = None  # tokens that are read at once, the state being carried on; None: whole rows
+    window: int | None = None  # tokens of a piece; the state is passed on to the next piece; None: whole rows
     tbptt_windows: int = 1  # windows that a gradient flows back through
-    activation_checkpointing: bool = (
-        False  # forget what is inside the blocks and compute it again for the gradient: less memory
-    )
+    activation_checkpointing: bool = False  # recompute the blocks for the gradient: less memory
     compile: bool = False  # the two halves of each block, by torch.compile; needs a C++ compiler or a GPU with triton
     log_every: int = 10  # steps
     save_every: int = 100  # steps
@@ -67,13 +65,13 @@ class TrainSettings:
 
 
 class NotFinite(TrainingError):
-    """A gradient is not finite, and all processes see that at once."""
+    """A gradient is not finite. All processes detect it in the same step."""
 
 
 Validate = Callable[[Any], dict[str, float]]
 
 RECORD = "run.json"
-"""What a run is: its settings and which data. For people, never read back."""
+"""The settings and the data of a run, for people. It is never read back."""
 
 
 def train(
@@ -89,39 +87,39 @@ def train(
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
 
-    Continues from the checkpoint in `folder` if there is one. Every line of folder/metrics.jsonl is also given to
-    `report`, by the process that leads; before them, where a run goes on, a line of nothing but the step. identity:
-    plain values that must be the same when a run continues; folder/run.json contains them and the settings.
+    Continues from the checkpoint in `folder` if there is one. The main process also passes every line of
+    folder/metrics.jsonl to `report`; if a run continues, the first line contains only the step. identity: plain values
+    that must be the same when a run continues; folder/run.json contains them and the settings.
 
-    SIGINT and SIGTERM end the run after the present step, which is saved, and raise Interrupted; a process that is
-    alone gives the step up at the second signal. Any other end saves the last whole step first, except where one
-    process of several fails by itself. Raises TrainingError when a gradient is not finite, before it touches the
-    weights, and CheckpointError for a checkpoint that does not belong here.
+    SIGINT and SIGTERM end the run after the current step, which is saved, and raise Interrupted; a single process
+    abandons the step at the second signal. Any other error saves the last complete step first, unless one of several
+    processes fails alone. Raises TrainingError if a gradient is not finite, before the update of the weights, and
+    CheckpointError for a checkpoint of another run.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    with try_lock_folder(folder) if team.leads else nullcontext(True) as alone:
+    with try_lock_folder(folder) if team.is_main else nullcontext(True) as alone:
         if not alone:
-            raise TrainingError(f"another run is going on in {folder}; choose another folder, or wait for its end")
+            raise TrainingError(f"another run is using {folder}; choose another folder, or wait until it ends")
         called = team.wrap(prepare(model, settings))
         optimizer = build_optimizer(model, settings.adam)
         saved = RunCheckpoint(folder, team, identity or {})
         step, held = saved.resume(model, optimizer)
-        if team.leads:
+        if team.is_main:
             write_json(folder / RECORD, {"settings": _plain(settings), **(identity or {})})
-        meter = MetricsLogger(folder / "metrics.jsonl", report, writes=team.leads)
+        meter = MetricsLogger(folder / "metrics.jsonl", report, writes=team.is_main)
         meter.rewind(step, held)
-        if 0 < step < settings.schedule.steps and team.leads:
+        if 0 < step < settings.schedule.steps and team.is_main:
             report({"step": step})
         with catch_signals(always_defer=team.world > 1) as stop:
             now = _Progress(model, optimizer, saved, meter, stop, step)
             tell = partial(_tell, meter, settings, partial(validate, called), stop)
             with now.kept():
-                tell(now.step)  # what an interrupt has kept from being told
+                tell(now.step)  # lines that an interrupt has prevented
                 while now.step < settings.schedule.steps:
                     parts = range(now.step * settings.accumulate, (now.step + 1) * settings.accumulate)
-                    loss, targets = gradients(called, [team.share(batches[part]) for part in parts], settings, team)
+                    loss, targets = gradients(called, [team.shard(batches[part]) for part in parts], settings, team)
                     norm = clip(model, settings.clip, now.step, loss)
                     rate = settings.schedule.rate(now.step)
                     set_learning_rate(optimizer, rate)
@@ -138,19 +136,19 @@ def train(
 
 @dataclass
 class _Progress:
-    """How far a run is, and that no end of it loses that."""
+    """The progress of a run, which is saved when the run ends for any reason."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     saved: RunCheckpoint
     meter: MetricsLogger
     stop: StopRequest
-    step: int  # steps that are done
-    whole: bool = True  # False while weights and number of steps do not belong together
+    step: int  # completed steps
+    whole: bool = True  # False while the weights and the number of steps do not match
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Around what makes a step of the gradients."""
+        """Context of the update of the weights."""
         with self.stop.defer():
             self.whole = False
             yield
@@ -163,8 +161,8 @@ class _Progress:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Save what the block has done when it ends by an error. One process of several that fails by itself does not:
-        it would wait for the others.
+        """Save the progress if the block ends with an error. If one of several processes fails alone, it does not save,
+        because it would wait for the others.
         """
         team = self.saved.team
         try:
@@ -175,7 +173,7 @@ class _Progress:
                 self.save()
             if isinstance(error, KeyboardInterrupt):
                 number = getattr(error, "number", signal.SIGINT)
-                raise Interrupted(number, _kept(self.saved.written) if team.leads else "") from None
+                raise Interrupted(number, _kept(self.saved.written) if team.is_main else "") from None
             raise
 
 
@@ -196,12 +194,12 @@ def _tell(
     stop: StopRequest,
     step: int,
 ) -> None:
-    """The lines that are due after a step, all or none of them, each once."""
+    """Write the lines that are due after a step: all or none of them, each once."""
     if step == meter.told:
         return
     validation: dict[str, float] = {}
     if step % settings.validate_every == 0 or step == settings.schedule.steps:
-        with stop.defer(0):  # nothing is lost with it: a run that goes on makes up for it
+        with stop.defer(0):  # may be interrupted: a continued run repeats the validation
             validation = validate()
             return_freed_memory()
     with stop.defer():
@@ -213,14 +211,14 @@ def _tell(
 
 
 def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
-    """Set the dtype of the products, and what is done to each block as a whole."""
+    """Set the dtype of the products, and apply compilation and activation checkpointing to each block."""
     set_compute_dtype(model, settings.compute_dtype)
     blocks: Any = model.blocks
     if settings.compile:
         prepare_tracing()
     for block in blocks:
         if settings.compile:
-            # Not the block, whose number would make a program of its own for each.
+            # Not the block itself: its layer number would compile a separate program for each.
             block.att.compile(dynamic=False)
             block.ffn.compile(dynamic=False)
         if settings.activation_checkpointing and not isinstance(block.forward, partial):
@@ -237,7 +235,7 @@ def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, te
     targets = team.total(float(sum(batch.targets for batch in micro)))
     if not targets:
         raise TrainingError("a step has no target that counts; every example's answer may have been cut off")
-    # A team averages gradients, and each process's sums are only its rows'.
+    # Gradients are averaged over the processes, and the sums of a process are over its own rows only.
     weight = team.world / targets
     loss = sum(backward(called, batch, weight, settings, team, last=batch is micro[-1]) for batch in micro)
     return team.total(loss) / team.world, int(targets)
@@ -246,7 +244,7 @@ def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, te
 def backward(
     called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, team: Distributed, *, last: bool
 ) -> float:
-    """One micro-batch, window by window. `last`: after it the processes exchange their gradients."""
+    """One micro-batch, window by window. last: the processes exchange their gradients after it."""
     state: State | None = None
     pending: Tensor | None = None
     total = 0.0
@@ -254,7 +252,7 @@ def backward(
     for number, piece in enumerate(pieces):
         ends = number == len(pieces) - 1
         cut = ends or (number + 1) % settings.tbptt_windows == 0
-        with team.quietly(called, quiet=not (last and number >= _last_group(len(pieces), settings.tbptt_windows))):
+        with team.no_sync(called, quiet=not (last and number >= _last_group(len(pieces), settings.tbptt_windows))):
             loss, state = batch_loss(called, piece, state)
             pending = loss * weight if pending is None else pending + loss * weight
             if cut:
@@ -265,13 +263,13 @@ def backward(
 
 
 def _passes(batch: Batch, settings: TrainSettings) -> int:
-    """The backward passes that a micro-batch takes."""
+    """The number of backward passes of a micro-batch."""
     length = batch.idx.shape[1] - 1
     return 1 if settings.window is None else -(-length // (settings.window * settings.tbptt_windows))
 
 
 def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
-    """A batch cut into pieces of `window` tokens, the last one perhaps shorter."""
+    """A batch split into pieces of `window` tokens; the last one may be shorter."""
     length = batch.idx.shape[1] - 1
     step = length if window is None else window
     for start in range(0, length, step):
@@ -282,13 +280,13 @@ def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
         yield Batch(batch.idx[:, start : end + 1], loss_mask, document_start)
 
 
-def _last_group(pieces: int, through: int) -> int:
+def _last_group(pieces: int, tbptt_windows: int) -> int:
     """The first of the windows that share the last backward pass."""
-    return (pieces - 1) // through * through
+    return (pieces - 1) // tbptt_windows * tbptt_windows
 
 
 def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
-    """Scale the gradients down to a norm of at most `limit`; returns what it was."""
+    """Scale the gradients down to a norm of at most `limit`. Returns the norm before."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
     if not math.isfinite(norm):

@@ -1,10 +1,11 @@
-"""Cross-entropy in float32, with L2Wrap: a gentle pull of each position's largest logit towards zero.
+"""Cross-entropy in float32, with L2Wrap: a weak pull of the largest logit of each position towards zero.
 
-L2Wrap acts on the gradient only (for a mean over N targets, the logit itself times 1e-4 / N); the reported loss is the
+L2Wrap changes only the gradient (for a mean over N targets, by the logit times 1e-4 / N); the reported loss is the
 cross-entropy. Source: the official training code.
 
-`summed_loss` takes logits and is the specification. `head_loss` takes the head and its input, and never holds the
-logits of more than a piece of the tokens: with 65536 ids those of a batch are larger than all else in a small model.
+`summed_loss` takes logits and is the specification. `head_loss` takes the head and its input, and computes the logits
+of one piece of the tokens at a time: with 65,536 ids, the logits of a batch are larger than everything else in a small
+model.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fledge.models import State
 from fledge.models.layers import Linear
 
 PULL = 1e-4
-PIECE = 1 << 22  # logits computed at once: 16 MB, which a large cache can hold
-FEWEST = 256  # tokens of a piece, so that a large vocabulary's weight is not read too often
+PIECE = 1 << 22  # logits of a piece: 16 MB, which fits in a large cache
+FEWEST = 256  # least tokens of a piece, so that the weight of a large vocabulary is not read too often
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -43,14 +44,14 @@ class _L2Wrap(torch.autograd.Function):
 
 
 def summed_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-    """The sum of the cross-entropies in nats. logits: (B, T, vocab) float32; targets: (B, T) int64, the id that follows
-    each token; loss_mask: (B, T) bool, which of them count, None for all.
+    """The sum of the cross-entropies in nats. logits: (B, T, vocab) float32; targets: (B, T) int64, the id after each
+    token; loss_mask: (B, T) bool, the targets that count, None for all.
 
-    A sum, because a step's mean is over all its rows, windows and processes: who knows the number of targets divides.
-    The pull scales with the incoming gradient, so that it is divided as well.
+    It is a sum, because the mean of a step is over all its rows, windows and processes; the caller divides by the
+    number of targets. The pull scales with the incoming gradient, so it is divided as well.
     """
     if loss_mask is not None:
-        targets = targets.masked_fill(~loss_mask, -100)  # the number that torch leaves out
+        targets = targets.masked_fill(~loss_mask, -100)  # torch ignores this target
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     wrapped: Tensor = _L2Wrap.apply(loss, logits, loss_mask)
     return wrapped
@@ -64,7 +65,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def head_loss(head: Linear, x: Tensor, *, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """`summed_loss(head(x), targets, loss_mask)` without the logits of all tokens; x: (B, T, C) float32.
 
-    The gradients are computed at once with the loss, in one walk over pieces of the tokens.
+    It computes the gradients together with the loss, in one pass over pieces of the tokens.
     """
     if loss_mask is not None:
         x, targets = x[loss_mask], targets[loss_mask]
@@ -74,7 +75,7 @@ def head_loss(head: Linear, x: Tensor, *, targets: Tensor, loss_mask: Tensor | N
 
 
 def batch_loss(model: nn.Module, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
-    """The sum over a batch's targets that count, read after `state`, on the model's device; and the state after it."""
+    """The summed loss of a batch that follows `state`, on the model's device, and the state after the batch."""
     device = next(model.parameters()).device
     idx = batch.idx.to(device)
     loss_mask, document_start = (
@@ -120,7 +121,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the losses of logits (M, vocab) with targets (M, 1); their gradient takes the place of the logits."""
+    """The sum of the losses of logits (M, vocab) with targets (M, 1); overwrites the logits with their gradient."""
     largest, where = logits.max(-1, keepdim=True)
     said = logits.gather(-1, targets) - largest
     powers = logits.sub_(largest).exp_()

@@ -1,7 +1,7 @@
-"""A whole training run as one flat, frozen value: what `fledge train` needs beside the data and the folder.
+"""A recipe: all settings of a training run except the data and the folder, as one flat, frozen dataclass.
 
-A recipe is a function without arguments that returns a `Recipe`; those of `recipes.py` go by their names, others by
-`file.py:function`. Settings given by hand are strict: an unknown one, or a value that is no such thing, is an error.
+Recipes are made by functions without arguments. Those of `builtin_recipes.py` are used by name, others as
+`file.py:function`. An unknown setting or a value of a wrong type is an error.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ SIZES = (
     "validate_bytes",
 )
 LARGEST = {"seed": 2**63 - 1, **dict.fromkeys(SIZES, 2**31 - 1), "n_layer": 1000, "n_embd": 2**16, "vocab_size": 2**20}
-"""What no run can mean: a slip of the finger, caught before it asks for all memory."""
+"""Limits that catch typing errors before they allocate all memory."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults are a small Finch's; the rates are for that size."""
+    """Settings of a training run. The defaults, including the learning rates, are for a small Finch."""
 
-    family: str = "finch"  # one of FAMILIES; "transformer" is for comparison, as large as the Finch
+    family: str = "finch"  # one of FAMILIES; "transformer" is a baseline with the size of the Finch
     n_layer: int = 6
     n_embd: int = 256
     head_size: int = 64
-    vocab_size: int = 0  # 0: the data's
+    vocab_size: int = 0  # 0: that of the data
     scaled_keys: bool = False  # Finch's keys times exp(min(d, 0)): against loss spikes, but only Fledge reads the model
 
     length: int = 512  # tokens of a row
     batch: int = 16  # rows of a step, over all processes
-    micro_batch_size: int = 8  # rows read at once, over all processes; divides batch
-    order: str = "shuffled"  # of the rows, or "official", RWKV-LM's
+    micro_batch_size: int = 8  # rows of a forward pass, over all processes; divides batch
+    order: str = "shuffled"  # order of the rows; "official" is that of RWKV-LM
     reset_at_document: bool = False  # start from an empty state at every document, not only at every row
-    window: int | None = None  # tokens read at once, the state being carried along the row; None: the whole row
+    window: int | None = None  # tokens of a forward pass; the state is passed on along the row; None: the whole row
     tbptt_windows: int = 1  # windows that a gradient flows back through
     seed: int = 1
 
@@ -74,16 +74,16 @@ class Recipe:
     beta2: float = 0.99
     eps: float = 1e-18
     weight_decay: float = 0.1
-    clip: float = 1.0  # norm of the gradient at most
+    clip: float = 1.0  # maximum norm of the gradient
 
-    dtype: str = "bfloat16"  # of the matrix products; the weights, the state and everything else are float32
-    activation_checkpointing: bool = False  # compute blocks again for the gradient: less memory, a third more time
+    dtype: str = "bfloat16"  # dtype of the matrix products; the weights, the state and everything else are float32
+    activation_checkpointing: bool = False  # recompute blocks for the gradient: less memory, a third more time
     compile: bool = False
 
     log_every: int = 10  # steps
     save_every: int = 100
     validate_every: int = 200
-    validate_bytes: int = 20_000  # a language, at most
+    validate_bytes: int = 20_000  # for each language, at most
 
     def __post_init__(self) -> None:
         for name, known in (("family", FAMILIES), ("dtype", DTYPES), ("order", ORDERS)):
@@ -112,7 +112,7 @@ class Recipe:
         return Windows(tokens, self.length, self.micro_batch_size, self.seed, reset_at_document=self.reset_at_document)
 
     def settings(self) -> TrainSettings:
-        """What the loop needs."""
+        """The settings of the training loop."""
         return TrainSettings(
             schedule=LearningRateSchedule(self.max_lr, self.min_lr, self.warmup_steps, self.steps),
             adam=AdamSettings(self.beta1, self.beta2, self.eps, self.weight_decay),
@@ -123,7 +123,7 @@ class Recipe:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run continues."""
+        """The settings that must not change when a run continues."""
         return {name: getattr(self, name) for name in IDENTITY}
 
     def changed(self, settings: Mapping[str, str]) -> Recipe:
@@ -148,13 +148,13 @@ SHARED = (
 
 HOW = ("activation_checkpointing", "compile", "save_every")
 RATES = ("max_lr", "min_lr", "warmup_steps", "beta1", "beta2", "eps", "weight_decay", "clip")
-"""With these a run may go on that are not those it began with: to be helped over a bad place."""
+"""Settings that may change when a run continues, for example after a loss spike."""
 
 IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in HOW + RATES)
 
 
 def settings_of(config: ModelConfig) -> dict[str, Any]:
-    """The settings of a recipe that say which model it is, but for the vocabulary; family None: no recipe has it."""
+    """The settings of a recipe that define the model, without the vocabulary; family None: no recipe has this model."""
     families = {"4": "rwkv4", "5.2": "eagle", "6.0": "finch", "llama": "transformer"}
     sizes = {"n_layer": config.n_layer, "n_embd": config.n_embd}
     if config.n_head:

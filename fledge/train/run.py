@@ -3,7 +3,7 @@
 folder/run.json          every setting, and the data's identity
 folder/metrics.jsonl     losses, speed, validation
 folder/last.pt           the checkpoint to continue from
-folder/model.safetensors the result, with its vocabulary and where it comes from
+folder/model.safetensors the result, with its vocabulary and a record of the run
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def run(
     team: Distributed = Distributed(),  # noqa: B008 - a value, never changed
     device: str | None = None,
 ) -> Path:
-    """Train, or go on training, until the recipe's last step; returns the model file.
+    """Train, or continue training, until the recipe's last step. Returns the path of the model file.
 
-    start: a checkpoint to begin from in place of fresh weights. Raises FledgeError's kinds as its parts do.
+    start: a checkpoint with the initial weights. Raises subclasses of FledgeError for wrong settings, data or files.
     """
     keep_freed_memory()
     if recipe.micro_batch_size % team.world:
@@ -73,7 +73,7 @@ def run(
     scores = Validation(texts, FINAL_BYTES)(model)
     tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     target = folder / RESULT
-    if team.leads:
+    if team.is_main:
         extra: dict[str, Any] = {
             "recipe": dataclasses.asdict(recipe),
             "data": store.sha256,
@@ -108,7 +108,7 @@ def _first_weights(
 
 
 def _check_start(found: checkpoint.LoadedModel, config: ModelConfig, start: str) -> None:
-    """Raise CheckpointError for a model of another shape, naming the settings that would give that."""
+    """Raise CheckpointError for a model of another shape, with the settings that would give this shape."""
     have, want = settings_of(found.config), settings_of(config)
     if have["family"] is None:
         raise CheckpointError(
@@ -136,7 +136,7 @@ def _check_start(found: checkpoint.LoadedModel, config: ModelConfig, start: str)
 
 
 class _Checked:
-    """The rows of a store, in whose ids the model's vocabulary is believed only after a look."""
+    """The rows of a store. The ids of each batch are checked against the model's vocabulary."""
 
     def __init__(self, recipe: Recipe, store: TokenStore, name: str) -> None:
         self.name, self.size = name, store.vocab_size
@@ -157,7 +157,7 @@ class _Checked:
 
 
 def _check_ids(ids: Tensor, size: int, store: str) -> None:
-    """Raise DataError for ids that no model of this store has."""
+    """Raise DataError for ids outside the vocabulary."""
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= size:
         wrong = low if low < 0 else high

@@ -1,11 +1,12 @@
-"""Checkpoints of a training run: weights, optimizer, step and what the next line of metrics needs.
+"""Checkpoints of a training run: weights, optimizer, step and the metrics of the next line.
 
-    last.pt            one process, or ddp: one file that is replaced whole, never edited
-    last/step-000120   fsdp: a folder of torch.distributed.checkpoint with a part from every process; the older one goes
-                       when the newer one is whole
+    last.pt            one process, or ddp: one file that is replaced atomically
+    last/step-000120   fsdp: a folder of torch.distributed.checkpoint with a part from every process; the older folder
+    is
+                       deleted when the newer one is complete
 
-Only what is trained is saved: parameters without a gradient are the base's. The identity says what run this is, so that
-weights of another model are not taken for this one's.
+Only trained parameters are saved; those without a gradient are in the base model. The identity describes the run, so
+that the weights of another run are rejected.
 """
 
 from __future__ import annotations
@@ -39,26 +40,26 @@ RENAMED_SETTINGS = {
 
 
 class SaveError(TrainingError):
-    """A checkpoint cannot be written, or must not be. The one before is as it was."""
+    """A checkpoint cannot be written, or must not be. The previous one is unchanged."""
 
 
 class RunCheckpoint:
-    """The checkpoint of one run's folder. identity: plain values that must be the same when the run goes on.
+    """The checkpoint in the folder of a run. identity: plain values that must be the same when the run continues.
 
-    `written` is the number of steps that it has: 0 while there is none.
+    `written` is the number of steps in the checkpoint; 0 without one.
     """
 
     def __init__(self, folder: Path, team: Distributed, identity: Mapping[str, Any]) -> None:
         self.folder, self.team, self.identity = folder, team, dict(identity)
         self.written = 0
-        if team.leads:
-            for left in folder.glob(f".{FILE}.*.part"):  # by a process that was killed while it wrote
-                left.unlink()
+        if team.is_main:
+            for leftover in folder.glob(f".{FILE}.*.part"):  # of a process that was killed while it wrote
+                leftover.unlink()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, meter: dict[str, Any]) -> None:
-        """Write everything the run needs to continue after `step` steps, unless that is there. All processes call it.
+        """Save the run after `step` steps, unless it is saved already. All processes must call this.
 
-        Raises SaveError where the weights are not finite, and where they cannot be written; what was there stays.
+        Raises SaveError if the weights are not finite or cannot be written; the previous checkpoint is then unchanged.
         """
         if step == self.written:
             return
@@ -75,12 +76,12 @@ class RunCheckpoint:
         try:
             if self.team.mode == "fsdp":
                 self._save_parts(model, optimizer, step, facts)
-            elif self.team.leads:
+            elif self.team.is_main:
                 with atomic_path(self.folder / FILE) as temporary:
                     torch.save({**facts, "model": trained(model), "optimizer": optimizer.state_dict()}, temporary)
         except OSError as error:
             trouble = error
-        if self.team.largest(int(trouble is not None)):  # or the others would wait for one that has failed
+        if self.team.largest(int(trouble is not None)):  # otherwise the others would wait for a failed process
             raise self._unwritten(trouble)
         self.written = step
 
@@ -90,14 +91,14 @@ class RunCheckpoint:
         return SaveError(f"the checkpoint in {self.folder} cannot be written: {why}")
 
     def _finite(self, model: nn.Module) -> bool:
-        """Whether all that is trained is, in all processes."""
+        """Whether all trained parameters are finite, in all processes."""
         sound = [own_part(tensor).isfinite().all() for tensor in trained(model).values()]
         return not self.team.largest(int(not torch.stack(sound).all()))
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-        """Load what `save` wrote. Returns the steps done (0 without a checkpoint) and what the meter held.
+        """Load the checkpoint. Returns the number of completed steps (0 without a checkpoint) and the pending metrics.
 
-        Raises CheckpointError for a damaged one and for one of another run.
+        Raises CheckpointError for a damaged checkpoint and for one of another run.
         """
         step, meter = (self._resume_parts if self.team.mode == "fsdp" else self._resume_file)(model, optimizer)
         if step and not self._finite(model):
@@ -119,11 +120,11 @@ class RunCheckpoint:
             return int(saved["step"]), saved["meter"]
         except CheckpointError:
             raise
-        except Exception as error:  # a damaged file can make torch stumble in any way, and say anything
+        except Exception as error:  # a damaged file can cause any error in torch
             raise _damaged(path) from error
 
     def _save_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, facts: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+        from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
         from torch.distributed.checkpoint.state_dict import get_state_dict
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -132,21 +133,21 @@ class RunCheckpoint:
         with add_path_to_errors(target):
             try:
                 save({"model": weights, "optimizer": moments}, checkpoint_id=target)
-            except CheckpointException as error:  # in every process, with what went wrong in each
+            except CheckpointException as error:  # raised in every process, with the errors of all
                 self.team.wait()
-                if self.team.leads:
+                if self.team.is_main:
                     shutil.rmtree(target, ignore_errors=True)
                 raise next(iter(error.failures.values()))[0] from None
         self.team.wait()
-        if self.team.leads:
-            with atomic_path(target / WHOLE) as temporary:  # last of all: it says that the rest is there
+        if self.team.is_main:
+            with atomic_path(target / WHOLE) as temporary:  # written last: it marks the folder as complete
                 torch.save(facts, temporary)
             for older in self._folders():
                 if older != target:
                     shutil.rmtree(older)
 
     def _resume_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-        from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+        from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -196,12 +197,12 @@ def _damaged(path: Path) -> CheckpointError:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by the names that files have."""
+    """The trained parameters by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put `trained` parameters back. Raises CheckpointError where names or shapes differ."""
+    """Restore the parameters of `trained`. Raises CheckpointError if names or shapes differ."""
     mine = trained(model)
     if mine.keys() != tensors.keys():
         other = sorted(mine.keys() ^ tensors.keys())
@@ -214,7 +215,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def kept_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While an optimizer loads its state: the settings this run asks for stay, not those the file was written with."""
+    """Keep the settings of this run while an optimizer loads its state, instead of those in the file."""
     asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     yield
     for group, settings in zip(optimizer.param_groups, asked, strict=True):

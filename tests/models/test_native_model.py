@@ -210,7 +210,7 @@ def test_mistakes_are_named() -> None:
     for lengths in (torch.tensor([1]), torch.tensor([1, 5]), torch.tensor([-1, 2])):
         with pytest.raises(UsageError, match="lengths must hold 2 numbers between 0 and 4"):
             model(idx, lengths=lengths)
-    with pytest.raises(StateError, match="holds 1 sequences"):
+    with pytest.raises(StateError, match="has 1 sequences"):
         model(idx, model.initial_state(1))
 
 
@@ -302,5 +302,5 @@ def test_weights_that_do_not_fit_the_config_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"emb\.weight is missing or has another size"):
         NativeModel(config, {**tensors, "emb.weight": wrong["emb.weight"]})
     rest, quantized = quantize_tensors(tensors, "int8")
-    with pytest.raises(UsageError, match="is quantized already"):
+    with pytest.raises(UsageError, match="is already quantized"):
         assemble(config, ModelWeights(rest, quantized), pack=True, quant="int4")

@@ -288,12 +288,12 @@ def test_vocabularies_that_native_code_cannot_hold() -> None:
     assert longest.encode(b"a" * 600) == [256, 256, *[97] * 90]
     for tokens in (every_byte[:97] + every_byte[98:], (*every_byte[:97], b"ab", *every_byte[98:]), ()):
         lengths = bytes(map(len, tokens))
-        assert not native_tokenizer._functions().free.fledge_trie_new(b"".join(tokens), lengths, len(tokens))
+        assert not native_tokenizer._load_functions().unlocked.fledge_trie_new(b"".join(tokens), lengths, len(tokens))
 
 
 def test_buffers_without_room_are_left_alone() -> None:
     fast, _ = twins("world")
-    functions, buffer = native_tokenizer._functions().free, (ctypes.c_uint16 * 8)(*[7] * 8)
+    functions, buffer = native_tokenizer._load_functions().unlocked, (ctypes.c_uint16 * 8)(*[7] * 8)
     assert functions.fledge_trie_encode(fast._trie, b"\0" * 9, 9, buffer, 8) == -1 and list(buffer) == [7] * 8
     assert functions.fledge_trie_decode(fast._trie, buffer, 2, 8, None, 0) == 8
 
@@ -324,11 +324,11 @@ def test_both_backends_can_be_asked_for() -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_tokenizer, "library", lambda: None)
     monkeypatch.setattr(native_tokenizer, "why_missing", lambda: "the native library was not built")
-    monkeypatch.setattr(world, "available", native_tokenizer.available.__wrapped__)
-    native_tokenizer._functions.cache_clear()
+    monkeypatch.setattr(world, "is_available", native_tokenizer.is_available.__wrapped__)
+    native_tokenizer._load_functions.cache_clear()
     try:
         assert isinstance(load_world(), TrieTokenizer)
         with pytest.raises(BackendError, match="was not built"):
             tokenizer_for(byte_vocabulary(), "native")
     finally:
-        native_tokenizer._functions.cache_clear()
+        native_tokenizer._load_functions.cache_clear()

@@ -146,7 +146,7 @@ def test_fingerprints_tell_vocabularies_apart() -> None:
         (record(kept="%%%%"), "unpacked"),
         (record(kept="AAAA"), "unpacked"),
         (record(kept=""), "exactly"),
-        (record(kept=packed(300, 0, 1)), "do not rise"),
+        (record(kept=packed(300, 0, 1)), "not in increasing order"),
         (record(kept=packed(256, 1, 1)), "256"),
         (record(kept=packed(65535, 65535, 65535)), "65535"),
         (record(kept=packed(300, 1, 65535)), "65836"),

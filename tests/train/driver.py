@@ -67,7 +67,7 @@ def main(folder: Path, settings: dict[str, object]) -> None:
         settings_now = replace(whole_run, schedule=stopped)
         train(model, recipe.batches(TEXT), settings_now, folder, validate, team=team, identity=recipe.identity)
         weights = {name: whole(tensor.detach()) for name, tensor in model.named_parameters()}
-        if team.leads:
+        if team.is_main:
             torch.save(weights, folder / "weights.pt")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 

@@ -54,11 +54,11 @@ def test_two_processes_give_the_losses_of_one_and_go_on_where_they_stopped(
 
 def test_rows_go_round() -> None:
     batch = Batch(torch.arange(12).view(6, 2), loss_mask=torch.arange(6).view(6, 1) > 2)
-    first, second = (Distributed(rank, 2, "ddp").share(batch) for rank in (0, 1))
+    first, second = (Distributed(rank, 2, "ddp").shard(batch) for rank in (0, 1))
     assert first.idx[:, 0].tolist() == [0, 4, 8] and second.idx[:, 0].tolist() == [2, 6, 10]
     assert (first.targets, second.targets) == (1, 2)
     with pytest.raises(ConfigError, match="6 rows, which 4 processes cannot share evenly"):
-        Distributed(0, 4, "ddp").share(batch)
+        Distributed(0, 4, "ddp").shard(batch)
 
 
 def test_micro_must_be_a_multiple_of_the_processes(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_team_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with join() as team:
-        assert team == Distributed() and team.leads and team.total(2.5) == 2.5 and team.largest(3) == 3
+        assert team == Distributed() and team.is_main and team.total(2.5) == 2.5 and team.largest(3) == 3
     with pytest.raises(ConfigError, match="choose from ddp, fsdp"), join("tensor"):
         pass
     with pytest.raises(ConfigError, match="start them with `torchrun"), join("fsdp"):

@@ -158,7 +158,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path: Path, at: in
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     with try_lock_folder(tmp_path) as alone:
         assert alone
-        with pytest.raises(TrainingError, match="another run is going on in"):
+        with pytest.raises(TrainingError, match="another run is using"):
             run(tmp_path, 5)
 
 
@@ -325,7 +325,7 @@ def test_impossible_settings_are_refused() -> None:
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
     model = fresh()
-    with pytest.raises(CheckpointError, match=r"last\.pt is damaged, so the run cannot go on.*move it away"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged, so the run cannot continue.*move it away"):
         RunCheckpoint(tmp_path, Distributed(), {}).resume(model, build_optimizer(model, AdamSettings()))
 
 

@@ -85,7 +85,7 @@ def quantize(
     """Quantize the checkpoint `source` and write it atomically as the .safetensors `target`.
 
     importance: from `fledge.checkpoint.quantization.calibration`; None gives every input the same weight.
-    Raises CheckpointError if the source is quantized already or the target exists (unless `force`), UsageError for an
+    Raises CheckpointError if the source is already quantized or the target exists (unless `force`), UsageError for an
     unknown scheme or another suffix.
     """
     target = Path(target)
@@ -93,7 +93,7 @@ def quantize(
     checkpoint = read(source)
     check_quantizable(checkpoint.config, str(source))
     if checkpoint.quantized:
-        raise CheckpointError(f"{source} is quantized already; give the checkpoint from before quantization")
+        raise CheckpointError(f"{source} is already quantized; give the checkpoint from before quantization")
     verify_files(checkpoint)
     before = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
     rest, rounded = _round_all(checkpoint.tensors, scheme, importance or {}, report)

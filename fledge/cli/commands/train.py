@@ -65,9 +65,9 @@ def train(
     from fledge.train.run import run
 
     start = None if options.start is None else locate_checkpoint(options.start)
-    with join(options.parallel, options.device) as team, _reports(chosen, options, team.leads) as report:
+    with join(options.parallel, options.device) as team, _reports(chosen, options, team.is_main) as report:
         result = run(chosen, options.data, options.to, report, start=start, team=team, device=options.device)
-    if team.leads:
+    if team.is_main:
         _draw(options.to)
         print(escape_controls(str(result)))
 

@@ -193,7 +193,7 @@ def test_invalid_requests_are_refused(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int8")
     with pytest.raises(CheckpointError, match="exists"):
         quantize(source, tmp_path / "q.safetensors", "int4")
-    with pytest.raises(CheckpointError, match="is quantized already"):
+    with pytest.raises(CheckpointError, match="is already quantized"):
         quantize(tmp_path / "q.safetensors", tmp_path / "r.safetensors", "int4")
     assert quantize(source, tmp_path / "q.safetensors", "int4", force=True).scheme == "int4"
 

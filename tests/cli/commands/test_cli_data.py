@@ -72,7 +72,16 @@ def test_a_model_of_a_bare_pair_with_few_ids(fledge: Any, tmp_path: Path) -> Non
     """What the pair does not say, the recipe can; the model has no vocabulary then."""
     with writing(tmp_path / "mine", "<u2") as writer:
         writer.add([number % 31 for number in range(400)])
-    sizes = {"n_layer": 1, "n_embd": 64, "length": 8, "batch": 2, "micro": 2, "steps": 1, "warmup": 0, "log_every": 1}
+    sizes = {
+        "n_layer": 1,
+        "n_embd": 64,
+        "length": 8,
+        "batch": 2,
+        "micro_batch_size": 2,
+        "steps": 1,
+        "warmup_steps": 0,
+        "log_every": 1,
+    }
     words = [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
     command = ["train", "tiny", "--data", tmp_path / "mine", *words, "--to", tmp_path / "run", "--set"]
     fledge(*command, "vocab_size=30").check_error(1, "vocab_size is 30, but the data has ids up to 30; set it to 31")
