@@ -6,16 +6,18 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
+import pytest
 import torch
 from closeness import MODEL_TOLERANCE, assert_close_relative
 from fakes import ByteTokenizer, FakeModel, equal_states, random_finch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.engine.generation import advance_state
+from fledge.engine.generation import advance_state, generate_tokens, prefill
 from fledge.engine.llm.stream import Completion, Stream
-from fledge.engine.sampling import SamplingParams
+from fledge.engine.sampling import Sampler, SamplingParams
 from fledge.models import State
 
 TOKENIZER = ByteTokenizer("\n\n", "\u3002\n", "\nUs", "ser:", "\u3002", "lo", b"\xe5\xa5")
@@ -251,3 +253,29 @@ def test_state_of_a_real_model_is_that_of_reading_its_text() -> None:
         for name, tensor in again.tensors().items():
             assert_close_relative(getattr(done.state, name), tensor, MODEL_TOLERANCE, name)
         assert "".join(Stream(model, TOKENIZER, PROMPT, start, params)) == done.text
+
+
+@pytest.mark.parametrize("length", [1, 4, 1200])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"seed": 3, "top_p": 1.0, "temperature": 1.5},
+        {"seed": 4, "top_k": 9, "presence_penalty": 0.5, "frequency_penalty": 0.7, "ban": (0, 5)},
+    ],
+)
+def test_stream_samples_the_tokens_of_the_reference_loop(length: int, settings: dict[str, Any]) -> None:
+    model = random_finch(TOKENIZER.vocab_size)
+    prompt = [1 + place * 7 % 256 for place in range(length)]
+    params = SamplingParams(max_tokens=20).with_overrides(settings)
+    stream = Stream(model, TOKENIZER, prompt, model.initial_state(1), params)
+    list(stream)
+    output = prefill(model, prompt, model.initial_state(1))
+    steps = list(generate_tokens(model, *output, Sampler(params), params.max_tokens))
+    ids = [step.id for step in steps]
+    if TOKENIZER.eos_id in ids:
+        ids = ids[: ids.index(TOKENIZER.eos_id)]
+    assert list(stream.completion.ids) == ids
+    state = advance_state(model, ids[-1:], steps[len(ids) - 1].state_before) if ids else output.state
+    assert equal_states(stream.completion.state, state)
+    assert stream.prompt_output is not None and torch.equal(stream.prompt_output.logits, output.logits)
