@@ -325,24 +325,29 @@ class Engine:
     def _sample(self, pending: list[PendingSample], outputs: list[TokenOutput]) -> None:
         """Sample the next token of each sequence."""
         for (request_state, sequence, logits), token in zip(pending, sample_next_tokens(pending), strict=True):
-            output = TokenOutput(
-                request_state.request_id,
-                sequence.choice,
-                sequence.state_slice,
-                seed=sequence.sampler.seed,
-                cached_tokens=request_state.cached_tokens,
-            )
+            request, request_id, choice = request_state.request, request_state.request_id, sequence.choice
             if isinstance(token, FledgeError):
-                outputs.append(self._finish(output._replace(error=token), sequence, "failed"))
-                self.abort_choice(request_state.request_id, sequence.choice)
+                failed = TokenOutput(
+                    request_id, choice, sequence.state_slice, cached_tokens=request_state.cached_tokens, error=token
+                )
+                outputs.append(self._finish(failed, sequence, "failed"))
+                self.abort_choice(request_id, choice)
                 continue
-            if request_state.request.should_return_logits and sequence.last_token < 0:
-                output = output._replace(logits=logits.clone())
+            is_first = sequence.last_token < 0
             sequence.last_token, sequence.remaining_tokens = token, sequence.remaining_tokens - 1
             self.stats.sampled_tokens += 1
-            top = request_state.request.logprobs
-            logprob = None if top is None else compute_logprobs(logits[None], [token], top)[0]
-            output = output._replace(token=token, logprob=logprob)
+            output = TokenOutput(
+                request_id,
+                choice,
+                sequence.state_slice,
+                token=token,
+                seed=sequence.sampler.seed,
+                cached_tokens=request_state.cached_tokens,
+                logprob=None
+                if request.logprobs is None
+                else compute_logprobs(logits[None], [token], request.logprobs)[0],
+                logits=logits.clone() if request.should_return_logits and is_first else None,
+            )
             reason = self._finish_reason(sequence)
             outputs.append(output if reason is None else self._finish(output, sequence, reason))
             if reason is not None:
