@@ -29,7 +29,7 @@ from fledge.engine.events import (
     EventCallback,
     TextRequest,
 )
-from fledge.engine.request import QueueFull
+from fledge.engine.request import EngineStopped, QueueFull
 from fledge.engine.text_engine import TextEngine
 from fledge.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class AsyncEngine:
         self.engine.check_request(request.request)
         with self._wake:
             if self._shutdown_deadline is not None or self._is_stopped:
-                raise QueueFull(SHUTTING_DOWN)
+                raise EngineStopped(SHUTTING_DOWN)
             if len(self._text_engine.admitted) >= self.engine.max_requests:
                 raise QueueFull(f"{self.engine.max_requests} requests are queued or running; try again later")
             self._text_engine.admitted.add(request)
@@ -90,7 +90,7 @@ class AsyncEngine:
         future: Future[T] = Future()
         with self._wake:
             if self._is_stopped:
-                raise QueueFull(SHUTTING_DOWN)
+                raise EngineStopped(SHUTTING_DOWN)
             self._calls.append((future, function))
             self._wake.notify()
         return future
@@ -140,11 +140,11 @@ class AsyncEngine:
                 self._is_stopped = True
             while self._commands:
                 self._commands.popleft()()
-            self._fail_all(QueueFull(SHUTTING_DOWN))
+            self._fail_all(EngineStopped(SHUTTING_DOWN))
             self._events.notify(force=True)
             for future, _ in self._calls:
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(QueueFull(SHUTTING_DOWN))
+                    future.set_exception(EngineStopped(SHUTTING_DOWN))
 
     def _run_once(self) -> None:
         """All commands, one call, one step."""

@@ -27,6 +27,10 @@ class QueueFull(FledgeError):
     """The engine has as many requests as it accepts."""
 
 
+class EngineStopped(QueueFull):
+    """The engine shuts down and accepts no more requests."""
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Token ids to read, and how to continue them.

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from fledge.core.errors import FledgeError, StateError
-from fledge.engine.request import QueueFull
+from fledge.engine.request import EngineStopped, QueueFull
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -71,7 +71,7 @@ def to_api_error(error: FledgeError, param: str | None = None) -> ApiError:
     """Convert an error of the packages below. Their messages are written for users and are kept."""
     message = str(error)
     if isinstance(error, QueueFull):
-        return ApiError(503 if "shutting down" in message else 429, message, code="busy", retry_after=1)
+        return ApiError(503 if isinstance(error, EngineStopped) else 429, message, code="busy", retry_after=1)
     if isinstance(error, StateError) and not message.startswith("the state"):  # for files, the name comes first
         message = f"the state cannot be used: {message}"
     return ApiError(400, message, param=param)

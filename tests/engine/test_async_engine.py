@@ -19,7 +19,7 @@ from fledge.engine.events import ErrorEvent, Event, FinishEvent, PromptLogprobsE
 from fledge.engine.generation import make_initial_state
 from fledge.engine.llm.stream import Completion, Stream
 from fledge.engine.prefix_cache.cache import PrefixMatch
-from fledge.engine.request import QueueFull, Request
+from fledge.engine.request import EngineStopped, QueueFull, Request
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.scheduler import Scheduler
 
@@ -278,7 +278,7 @@ def test_close_finishes_running_requests_and_rejects_new_ones() -> None:
     closer.start()
     while runner.engine._shutdown_deadline is None:
         pass
-    with pytest.raises(QueueFull, match="shutting down"):
+    with pytest.raises(EngineStopped, match="shutting down"):
         runner.engine.submit(make_request("y"))
     runner.result(request)
     closer.join(timeout=60)
@@ -307,7 +307,7 @@ def test_requests_that_outlast_the_shutdown_fail() -> None:
     for each in (*requests, late):
         with pytest.raises(FledgeError, match="shutting down"):
             runner.result(each)
-    with pytest.raises(QueueFull, match="shutting down"):
+    with pytest.raises(EngineStopped, match="shutting down"):
         call.result(timeout=60)
     runner.engine.close()
     assert not runner.engine.is_alive and runner.engine.num_requests == 0
@@ -338,7 +338,7 @@ def test_a_cancelled_call_is_skipped() -> None:
         may_continue.set()
         texts, _ = runner.result(runner.submit(make_request("ask:", temperature=0.0)))
         assert texts[0] == "hello"
-    with pytest.raises(QueueFull, match="shutting down"):
+    with pytest.raises(EngineStopped, match="shutting down"):
         runner.engine.call(int)
 
 
