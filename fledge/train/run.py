@@ -53,7 +53,7 @@ def run(
             f"micro_batch_size is {recipe.micro_batch_size}, but {team.world} processes share it; use a multiple of "
             f"{team.world} that divides batch = {recipe.batch}"
         )
-    store = open_store(Path(data)).with_rows(recipe.vocab_size)
+    store = open_store(Path(data)).with_vocab_size(recipe.vocab_size)
     config = recipe.model(store.vocab_size)
     batches = _Checked(recipe, store, str(data))
     where = _device(device, team)
@@ -165,9 +165,9 @@ def _check_ids(ids: Tensor, size: int, store: str) -> None:
 
 
 def _texts(store: TokenStore, name: str) -> list[ValidationText]:
-    if not store.has("validation"):
+    if not store.has_part("validation"):
         return []
-    found = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
+    found = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.validation_documents()]
     for text in found:
         if text.ids:
             _check_ids(torch.tensor(text.ids), store.vocab_size, name)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fledge.cli.terminal import escape_controls, print_heading, print_note, print_rows
 from fledge.cli.views.training import as_text
-from fledge.data.examples import marked_text
+from fledge.data.examples import split_by_loss_mask
 
 if TYPE_CHECKING:
     from fledge.data.examples import Example, Examples
@@ -40,19 +40,18 @@ def _data_rows(data: Examples, template: str) -> list[tuple[str, str]]:
     rows = [
         ("examples", f"{len(data.items):,} in {data.path}: conversations {data.conversations:,}, texts {texts:,}"),
         *([("template", template)] if data.conversations else []),
-        ("tokens", f"{data.tokens:,}, {data.counted_tokens:,} of them to be learnt"),
+        ("tokens", f"{data.tokens:,}, {data.loss_tokens:,} of them to be learnt"),
         ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to {lengths[len(lengths) // 2]:,}"),
     ]
-    if data.cut:
-        lost = f"{data.cut_tokens:,} tokens over --length: {_listed(data.cut)}"
-        rows.append(("cut short", f"{len(data.cut):,} examples, {lost}"))
-    if data.dropped:
-        rows.append(
-            ("left out", f"{len(data.dropped):,} with nothing to learn in that length: {_listed(data.dropped)}")
-        )
-    if data.joined:
-        count = f"taken out of {len(data.joined):,} messages, because they end a turn, here as in a chat"
-        rows.append(("blank lines", f"{count}: {_listed(tuple(dict.fromkeys(data.joined)))}"))
+    if data.truncated_lines:
+        lost = f"{data.truncated_tokens:,} tokens over --length: {_listed(data.truncated_lines)}"
+        rows.append(("cut short", f"{len(data.truncated_lines):,} examples, {lost}"))
+    if data.dropped_lines:
+        count = f"{len(data.dropped_lines):,} with nothing to learn in that length"
+        rows.append(("left out", f"{count}: {_listed(data.dropped_lines)}"))
+    if data.joined_lines:
+        count = f"taken out of {len(data.joined_lines):,} messages, because they end a turn, here as in a chat"
+        rows.append(("blank lines", f"{count}: {_listed(tuple(dict.fromkeys(data.joined_lines)))}"))
     return rows
 
 
@@ -104,7 +103,7 @@ def show_examples(run: TuningRun) -> None:
 
 
 def _show_example(example: Example, run: TuningRun) -> None:
-    runs = marked_text(example, run.tokenizer)
+    runs = split_by_loss_mask(example, run.tokenizer)
     if sys.stdout.isatty():
         marked = Text()
         for text, counts in runs:

@@ -29,11 +29,11 @@ from fledge.core.device import count_usable_cores
 from fledge.core.errors import DataError, UsageError
 from fledge.core.files import describe_disk_error, read_json
 from fledge.core.locks import LOCK_NAME, try_lock_folder
-from fledge.data.binidx import files_of
+from fledge.data.binidx import get_binidx_paths
 from fledge.data.pipeline import store_assembly
 from fledge.data.pipeline.clean import steps
 from fledge.data.pipeline.config import BuildConfig
-from fledge.data.pipeline.counts import Count, merged
+from fledge.data.pipeline.counts import Count, merge_count_files
 from fledge.data.pipeline.dedup.duplicates import find_copies, find_near_copies, partitions
 from fledge.data.pipeline.dedup.minhash import MinHasher, rows_per_band
 from fledge.data.pipeline.mixture.plan import MixturePlan, make_plan
@@ -46,12 +46,13 @@ from fledge.data.pipeline.stage_outputs import StageContext, discard, sweep
 from fledge.data.pipeline.tokenize import ShardPortion, count_tokens, fixed_spec, most_used, tokenize_shard
 from fledge.data.pipeline.validation_split import limits
 from fledge.data.pipeline.workers import Function, InlineWorkers, ProcessWorkers, Workers
-from fledge.data.store import MANIFEST, PARTS, SPANS, TOKENIZER, TokenStore, open_store, type_for
+from fledge.data.store import MANIFEST, PARTS, TOKENIZER, VALIDATION_RECORDS, TokenStore, choose_dtype, open_store
 from fledge.tokenizer import Vocabulary
 
 Report = Callable[[str, int, int], None]
 WORK = "fledge-work"  # a folder of any other name is the user's
-RESULTS = (*(file.name for part in PARTS for file in files_of(Path(part))), SPANS, TOKENIZER, MANIFEST, REPORT)
+BINIDX_FILES = [file.name for part in PARTS for file in get_binidx_paths(Path(part))]
+RESULT_FILES = (*BINIDX_FILES, VALIDATION_RECORDS, TOKENIZER, MANIFEST, REPORT)
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -93,7 +94,7 @@ def build(
                 return open_store(to)
             if not alone:
                 raise UsageError(f"another build is at work in {to}; wait for it, or choose another folder")
-            sweep(to / WORK, RESULTS)
+            sweep(to / WORK, RESULT_FILES)
             if not _finished(to, fingerprint):
                 with _workers(options) as workers:
                     _Build(config, base, to, workers, report).run(inputs, slices, fingerprint)
@@ -155,7 +156,7 @@ class _Build:
 
     def _dropped(self) -> str:
         """What became of all documents that were read, when none is left."""
-        totals = merged(piece / "counts.json" for piece in self.job.pieces("read")).totals()
+        totals = merge_count_files(piece / "counts.json" for piece in self.job.pieces("read")).totals()
         read = totals.pop("read", Count()).documents
         why = [f"{stage.removeprefix('dropped: ')} {count.documents:,}" for stage, count in totals.items()]
         return f"{read:,} were read" + (f", dropped: {', '.join(why)}" if why else ", the inputs are empty")
@@ -163,7 +164,9 @@ class _Build:
     def _deduplicate(self) -> dict[str, int]:
         """Both stages of it. Returns the limits under which documents may be validation documents."""
         config = self.config
-        bounds = limits(merged(piece / "counts.json" for piece in self.job.pieces("read")), config.validation)
+        bounds = limits(
+            merge_count_files(piece / "counts.json" for piece in self.job.pieces("read")), config.validation
+        )
         if config.dedup.exact or config.dedup.near:
             documents = sum(len(shard.documents) for shard in shards(self.job))
             tasks = partitions(documents, bounds)
@@ -220,7 +223,7 @@ def _check(config: BuildConfig, base: Path) -> None:
     """Whatever can be wrong with a config, or missing here, before hours of work."""
     steps(config.clean)
     spec = fixed_spec(config.vocabulary, base)
-    type_for(config.dtype, Vocabulary.from_spec(spec).size if spec else 0)
+    choose_dtype(config.dtype, Vocabulary.from_spec(spec).size if spec else 0)
     if config.dedup.near:
         MinHasher(config.dedup)
 
@@ -269,7 +272,7 @@ def _finished(to: Path, fingerprint: str) -> bool:
     if not _made_from(to, fingerprint):
         return False
     try:
-        for _ in open_store(to).documents():
+        for _ in open_store(to).validation_documents():
             pass
     except DataError:
         return False

@@ -41,7 +41,7 @@ class Counts:
         """Everything, as JSON can hold it, in one order whatever the order of counting."""
         return [[*key, *self._cells[key]] for key in sorted(self._cells)]
 
-    def by(self, column: str) -> dict[str, dict[str, Count]]:
+    def group_by(self, column: str) -> dict[str, dict[str, Count]]:
         """stage -> language or source -> Count."""
         at = {"language": 1, "source": 2}[column]
         found: dict[str, dict[str, Count]] = {}
@@ -58,7 +58,7 @@ class Counts:
         return found
 
 
-def merged(files: Iterable[Path]) -> Counts:
+def merge_count_files(files: Iterable[Path]) -> Counts:
     """The counts of several files of rows."""
     counts = Counts()
     for rows in _each(files):

@@ -13,7 +13,7 @@ from typing import Any
 
 from fledge.core.files import atomic_path
 from fledge.data.pipeline.counts import Count, Counts
-from fledge.data.pipeline.store_assembly import counts_of
+from fledge.data.pipeline.store_assembly import read_counts
 
 REPORT = "report.html"
 LARGEST = 40  # rows of a table; the rest is summed up
@@ -48,7 +48,7 @@ KEPT, READ, GONE = "var(--bar)", "var(--bar2)", "var(--gone)"
 def write_report(to: Path, manifest: dict[str, Any]) -> None:
     """Write the page into the store's folder."""
     with atomic_path(to / REPORT) as temporary:
-        temporary.write_text("\n".join(_page(manifest, counts_of(manifest))) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(_page(manifest, read_counts(manifest))) + "\n", encoding="utf-8")
 
 
 def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
@@ -59,7 +59,7 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     stored, aside = totals.get("stored", Count()), totals.get("validation", Count())
     yield _facts(
         ("training tokens", f"{manifest['tokens']['train']:,}"),
-        ("training text", size(stored.bytes)),
+        ("training text", format_size(stored.bytes)),
         ("training documents", f"{manifest['documents']['train']:,}"),
         ("bytes a token", f"{stored.bytes / max(stored.tokens - stored.documents, 1):.2f}"),
         ("validation tokens", f"{manifest['tokens']['validation']:,}"),
@@ -74,10 +74,11 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     for title, column in (("Languages", "language"), ("Sources", "source")):
         yield f"<h2>{title}</h2><p>The pale bar is what was read, the strong one what is stored, repeats included.</p>"
         heads = (column, "", "stored", "share", "tokens", "bytes a token", "documents", "read", "validation")
-        yield _table(heads, _parts(counts.by(column), stored))
+        yield _table(heads, _parts(counts.group_by(column), stored))
     yield "<h2>Inputs</h2>"
     inputs = [
-        [escape(one["name"]), size(one["bytes"]), _mono((one["sha256"] or "")[:16])] for one in manifest["inputs"]
+        [escape(one["name"]), format_size(one["bytes"]), _mono((one["sha256"] or "")[:16])]
+        for one in manifest["inputs"]
     ]
     yield _table(("file", "size", "SHA-256 begins"), _capped(inputs))
     yield f"<h2>Config</h2><pre>{escape(json.dumps(manifest['config'], indent=1, ensure_ascii=False))}</pre>"
@@ -85,7 +86,7 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     yield "</body></html>"
 
 
-def size(number: float) -> str:
+def format_size(number: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
@@ -113,7 +114,7 @@ def _flow(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
         count = totals.get(stage, Count())
         if count.documents or stage in ("read", "clean", "train"):
             share = count.bytes / max(read.bytes, 1)
-            yield escape(label), _bar((share, color)), size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
+            yield escape(label), _bar((share, color)), format_size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
     if bad := totals.get("bad"):
         yield "lines that are no document", "", "", f"{bad.documents:,}", ""
 
@@ -128,8 +129,8 @@ def _parts(by: dict[str, dict[str, Count]], whole: Count) -> list[Sequence[str]]
         mine, given = stored.get(name, Count()), read[name]
         bars = _bar((given.bytes / largest, READ), (mine.bytes / largest, KEPT))
         per_token = f"{mine.bytes / max(mine.tokens - mine.documents, 1):.2f}" if mine.tokens else ""
-        numbers = (size(mine.bytes), f"{mine.bytes / max(whole.bytes, 1):.1%}", f"{mine.tokens:,}", per_token)
-        more = (f"{mine.documents:,}", size(given.bytes), f"{aside.get(name, Count()).documents:,}")
+        numbers = (format_size(mine.bytes), f"{mine.bytes / max(whole.bytes, 1):.1%}", f"{mine.tokens:,}", per_token)
+        more = (f"{mine.documents:,}", format_size(given.bytes), f"{aside.get(name, Count()).documents:,}")
         rows.append((escape(name) or "(none)", bars, *numbers, *more))
     return _capped(rows)
 

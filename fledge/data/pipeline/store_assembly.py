@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fledge.core.files import atomic_path, hash_file, read_json, write_json
-from fledge.data.binidx import BinIdxWriter, files_of, writing
-from fledge.data.pipeline.counts import Counts, merged
+from fledge.data.binidx import BinIdxWriter, get_binidx_paths, open_binidx_writer
+from fledge.data.pipeline.counts import Counts, merge_count_files
 from fledge.data.pipeline.sources.inputs import InputFile
 from fledge.data.pipeline.sources.reader import input_record
 from fledge.data.pipeline.stage_outputs import StageContext, load_array
 from fledge.data.pipeline.tokenize import LENGTHS, stored_type
-from fledge.data.store import MANIFEST, SPANS, TOKENIZER, identity, type_for
+from fledge.data.store import MANIFEST, TOKENIZER, VALIDATION_RECORDS, choose_dtype, compute_content_hash
 from fledge.tokenizer import Vocabulary
 
 FORMAT = "fledge token store"
@@ -37,9 +37,9 @@ def assemble(job: StageContext, to: Path, spec: dict[str, Any], step: Step) -> d
     """Write all files of tokens. Returns the manifest's part about them."""
     folders = job.pieces("tokens")
     vocab_size = Vocabulary.from_spec(spec).size
-    dtype, stored = type_for(job.config.dtype, vocab_size), np.dtype(stored_type(vocab_size))
+    dtype, stored = choose_dtype(job.config.dtype, vocab_size), np.dtype(stored_type(vocab_size))
     made: dict[str, BinIdxWriter] = {}
-    with writing(to / "train", dtype) as train:
+    with open_binidx_writer(to / "train", dtype) as train:
         epoch, more = 0, True
         while more:
             more = False
@@ -48,7 +48,7 @@ def assemble(job: StageContext, to: Path, spec: dict[str, Any], step: Step) -> d
                 more |= _copy_epoch(folder, epoch, stored, train)
             epoch += 1
         made["train"] = train
-    with writing(to / "validation", dtype) as validation, atomic_path(to / SPANS) as temporary:
+    with open_binidx_writer(to / "validation", dtype) as validation, atomic_path(to / VALIDATION_RECORDS) as temporary:
         with open(temporary, "w", encoding="utf-8") as lines:
             for folder in folders:
                 spans = read_json(folder / "validation.json")
@@ -60,7 +60,7 @@ def assemble(job: StageContext, to: Path, spec: dict[str, Any], step: Step) -> d
         temporary.write_text(json.dumps(spec) + "\n", encoding="utf-8")
     hashes = {part: writer.sha256 for part, writer in made.items()}
     return {
-        "sha256": identity(hashes, spec),
+        "sha256": compute_content_hash(hashes, spec),
         "vocab_size": vocab_size,
         "dtype": dtype.name,
         "tokens": {part: writer.tokens for part, writer in made.items()},
@@ -85,16 +85,16 @@ def _copy_epoch(folder: Path, epoch: int, stored: np.dtype[Any], writer: BinIdxW
 
 def _outputs(to: Path, hashes: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for part, digest in hashes.items():
-        tokens, index = files_of(to / part)
+        tokens, index = get_binidx_paths(to / part)
         yield tokens.name, {"bytes": tokens.stat().st_size, "sha256": digest}
         yield index.name, {"bytes": index.stat().st_size, "sha256": hash_file(index)}
-    for name in (SPANS, TOKENIZER):
+    for name in (VALIDATION_RECORDS, TOKENIZER):
         yield name, {"bytes": (to / name).stat().st_size, "sha256": hash_file(to / name)}
 
 
 def manifest(job: StageContext, inputs: list[InputFile], fingerprint: str, about: dict[str, Any]) -> dict[str, Any]:
     """Everything that is known of a store."""
-    counts = merged(piece / "counts.json" for stage in ("read", "tokens") for piece in job.pieces(stage))
+    counts = merge_count_files(piece / "counts.json" for stage in ("read", "tokens") for piece in job.pieces(stage))
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -114,7 +114,7 @@ def manifest(job: StageContext, inputs: list[InputFile], fingerprint: str, about
     }
 
 
-def counts_of(manifest: dict[str, Any]) -> Counts:
+def read_counts(manifest: dict[str, Any]) -> Counts:
     """The counts in a manifest."""
     counts = Counts()
     counts.merge(manifest["counts"]["rows"])

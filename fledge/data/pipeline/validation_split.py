@@ -26,7 +26,7 @@ LATER = np.uint64(1 << 63)
 def limits(counts: Counts, settings: ValidationConfig) -> dict[str, int]:
     """language -> the limit of hashes, of 2**64. The rest of a language's candidates go back to training."""
     found = {}
-    for language, count in counts.by("language").get("clean", {}).items():
+    for language, count in counts.group_by("language").get("clean", {}).items():
         share = max(settings.share, settings.documents / count.documents) if settings.wanted else 0
         mean = min(count.bytes / count.documents, settings.bytes / 4)
         enough = max(settings.documents, ROOM * settings.bytes / max(mean, 1)) / count.documents

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import config, corpus, files, text, write_jsonl
+from corpora import make_config, make_corpus, make_text, read_files, write_jsonl
 
 from fledge.core.errors import ConfigError, DataError, FledgeError, UsageError
 from fledge.core.locks import try_lock_folder
 from fledge.data.pipeline import build as module
 from fledge.data.pipeline.build import BuildOptions, build
-from fledge.data.pipeline.store_assembly import counts_of
+from fledge.data.pipeline.store_assembly import read_counts
 from fledge.data.store import open_store
 from fledge.tokenizer import load_world, prune, tokenizer_for, world_vocabulary
 
@@ -37,16 +37,16 @@ ONE = BuildOptions(workers=1)
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus in two files, and `whole`, the store of an uninterrupted build."""
     folder = tmp_path_factory.mktemp("corpus")
-    rows = corpus()
+    rows = make_corpus()
     write_jsonl(folder / "corpus1.jsonl", rows[:80])
     write_jsonl(folder / "corpus2.jsonl", [*rows[80:], {"text": "Das ist ein deutscher Satz, und noch einer dazu."}])
-    build(config(), folder, folder / "whole", ONE)
+    build(make_config(), folder, folder / "whole", ONE)
     return folder
 
 
 def test_a_store_holds_what_its_manifest_says(base: Path) -> None:
     store = open_store(base / "whole")
-    totals = counts_of(store.manifest).totals()
+    totals = read_counts(store.manifest).totals()
     assert totals["read"].documents == 121 and totals["stored"].documents == len(store.index("train"))
     assert totals["stored"].tokens == len(store.tokens("train")) == store.manifest["tokens"]["train"]
     assert (store.tokens("train") == 0).sum() == len(store.index("train"))
@@ -56,25 +56,25 @@ def test_a_store_holds_what_its_manifest_says(base: Path) -> None:
     assert {span.language for span in spans} <= {"en", "de", "code:python"}
     for span in spans:
         assert 0 < span.bytes <= 500 and len(load_world().decode_bytes(span.ids)) == span.bytes
-    by_language = counts_of(store.manifest).by("language")["read"]
+    by_language = read_counts(store.manifest).group_by("language")["read"]
     assert by_language["de"].documents == 41  # forty that say so, and one that was identified
     assert store.vocab_size == 65536 and store.tokenizer_spec == {"kind": "world"}
     assert [one["name"] for one in store.manifest["inputs"]] == ["corpus1.jsonl", "corpus2.jsonl"]
-    assert sorted(files(base / "whole")) == sorted([*store.manifest["outputs"], "manifest.json", "report.html"])
+    assert sorted(read_files(base / "whole")) == sorted([*store.manifest["outputs"], "manifest.json", "report.html"])
     assert not [path for path in (base / "whole").iterdir() if path.is_dir()]
 
 
 def test_the_number_of_workers_changes_nothing(base: Path, tmp_path: Path) -> None:
-    build(config(), base, tmp_path / "store", BuildOptions(workers=3))
-    assert files(tmp_path / "store") == files(base / "whole")
+    build(make_config(), base, tmp_path / "store", BuildOptions(workers=3))
+    assert read_files(tmp_path / "store") == read_files(base / "whole")
 
 
 def test_a_finished_store_is_not_made_again(base: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (base / "whole").iterdir()}
-    build(config(), base, base / "whole", ONE)
+    build(make_config(), base, base / "whole", ONE)
     assert {path: path.stat().st_mtime_ns for path in (base / "whole").iterdir()} == before
     with pytest.raises(UsageError, match="made from other inputs or settings"):
-        build(config(seed=2), base, base / "whole", ONE)
+        build(make_config(seed=2), base, base / "whole", ONE)
 
 
 class Stopped(Exception):
@@ -96,22 +96,22 @@ def test_a_build_that_is_stopped_anywhere_goes_on(base: Path, tmp_path: Path) ->
                 raise Stopped
 
         try:
-            build(config(), base, tmp_path / "store", ONE, stop)
+            build(make_config(), base, tmp_path / "store", ONE, stop)
             done = True
         except Stopped:
             stops += 1
             assert stops < 60
-    assert stops > 5 and files(tmp_path / "store") == files(base / "whole")
+    assert stops > 5 and read_files(tmp_path / "store") == read_files(base / "whole")
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from corpora import config
+from corpora import make_config
 from fledge.data.pipeline.build import BuildOptions, build
 if __name__ == "__main__":
-    build(config(), Path({base!r}), Path({to!r}), BuildOptions(workers=2), lambda *step: print(*step, flush=True))
+    build(make_config(), Path({base!r}), Path({to!r}), BuildOptions(workers=2), lambda *step: print(*step, flush=True))
 """
 
 
@@ -141,11 +141,11 @@ def test_kill_minus_nine_loses_and_corrupts_nothing(base: Path, tmp_path: Path) 
             code = process.wait()
         if not left:
             assert code == -signal.SIGKILL and kills < 30
-            assert not (to / "manifest.json").exists() or files(to) == files(base / "whole")
+            assert not (to / "manifest.json").exists() or read_files(to) == read_files(base / "whole")
             continue
         break
     assert code == 0 and kills > 3
-    assert files(to) == files(base / "whole")
+    assert read_files(to) == read_files(base / "whole")
 
 
 def test_work_is_taken_over_by_settings_that_do_not_touch_it(base: Path, tmp_path: Path) -> None:
@@ -156,22 +156,24 @@ def test_work_is_taken_over_by_settings_that_do_not_touch_it(base: Path, tmp_pat
             seen.append(stage)
 
     options = BuildOptions(workers=1, keep_work=True, force=True)
-    build(config(), base, tmp_path / "store", options, note)
+    build(make_config(), base, tmp_path / "store", options, note)
     assert {"reading and cleaning", "finding copies", "finding near copies", "tokenizing"} <= set(seen)
     seen.clear()
-    build(config(mixture={"groups": [{"name": "all", "max_bytes": 9_000}]}), base, tmp_path / "store", options, note)
+    build(
+        make_config(mixture={"groups": [{"name": "all", "max_bytes": 9_000}]}), base, tmp_path / "store", options, note
+    )
     assert "tokenizing" in seen and not {"reading and cleaning", "finding copies"} & set(seen)
 
 
 def test_two_builds_in_one_folder(base: Path, tmp_path: Path) -> None:
     def second(stage: str, done: int, total: int) -> None:
         with pytest.raises(UsageError, match="another build is at work"):
-            build(config(), base, tmp_path / "store", ONE)
+            build(make_config(), base, tmp_path / "store", ONE)
         raise Stopped
 
     pytest.importorskip("fcntl")
     with pytest.raises(Stopped):
-        build(config(), base, tmp_path / "store", ONE, second)
+        build(make_config(), base, tmp_path / "store", ONE, second)
 
 
 def test_a_finished_build_leaves_the_work_of_another_one_alone(base: Path, tmp_path: Path) -> None:
@@ -183,13 +185,13 @@ def test_a_finished_build_leaves_the_work_of_another_one_alone(base: Path, tmp_p
         before = sorted((tmp_path / "store" / module.WORK).rglob("*"))
         if (tmp_path / "store" / "manifest.json").is_file():
             with pytest.raises(UsageError, match="another build is at work"):
-                build(config(), base, tmp_path / "store", ONE)
+                build(make_config(), base, tmp_path / "store", ONE)
             refused += 1
         assert sorted((tmp_path / "store" / module.WORK).rglob("*")) == before
 
     pytest.importorskip("fcntl")
-    build(config(), base, tmp_path / "store", ONE)
-    build(config(seed=2), base, tmp_path / "store", BuildOptions(workers=1, force=True), again)
+    build(make_config(), base, tmp_path / "store", ONE)
+    build(make_config(seed=2), base, tmp_path / "store", BuildOptions(workers=1, force=True), again)
     assert refused > 5 and open_store(tmp_path / "store").manifest["seed"] == 2
 
 
@@ -204,7 +206,7 @@ def test_work_is_removed_while_it_is_locked(base: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(module, "discard", discard)
     for _ in ("built", "found finished"):
-        build(config(), base, tmp_path / "store", ONE)
+        build(make_config(), base, tmp_path / "store", ONE)
     assert seen == [False, False]
 
 
@@ -219,10 +221,10 @@ def test_a_folder_in_which_nothing_can_be_written(
 
     before = sorted(base.rglob("*"))
     monkeypatch.setattr(module, "try_lock_folder", refuse)
-    assert build(config(), base, base / "whole", ONE).sha256 == open_store(base / "whole").sha256
+    assert build(make_config(), base, base / "whole", ONE).sha256 == open_store(base / "whole").sha256
     assert sorted(base.rglob("*")) == before
     with pytest.raises(DataError, match=r"nothing can be written in .*store: .*; choose another folder"):
-        build(config(), base, tmp_path / "store", ONE)
+        build(make_config(), base, tmp_path / "store", ONE)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG])
@@ -233,9 +235,9 @@ def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(module, "tokenize_shard", full)
         with pytest.raises(DataError, match=r"the disk of .*store is full .* finished pieces are kept"):
-            build(config(), base, tmp_path / "store", ONE)
-    build(config(), base, tmp_path / "store", ONE)
-    assert files(tmp_path / "store") == files(base / "whole")
+            build(make_config(), base, tmp_path / "store", ONE)
+    build(make_config(), base, tmp_path / "store", ONE)
+    assert read_files(tmp_path / "store") == read_files(base / "whole")
 
 
 @pytest.mark.parametrize("limit", [700, 3000, 20_000])
@@ -246,18 +248,18 @@ def test_a_disk_that_is_full_for_real(base: Path, tmp_path: Path, limit: int) ->
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         with pytest.raises(DataError, match=r"the disk of .*store is full"):
-            build(config(), base, tmp_path / "store", ONE)
+            build(make_config(), base, tmp_path / "store", ONE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    build(config(), base, tmp_path / "store", ONE)
-    assert files(tmp_path / "store") == files(base / "whole")
+    build(make_config(), base, tmp_path / "store", ONE)
+    assert read_files(tmp_path / "store") == read_files(base / "whole")
 
 
 def test_empty_documents_and_reasons(tmp_path: Path) -> None:
     bodies = ["", " \n ", "short", "long enough to stay, as it is", "\x00\x01"]
     write_jsonl(tmp_path / "corpus.jsonl", [{"text": body, "lang": "en"} for body in bodies])
     settings: dict[str, Any] = {"validation": {"share": 0.0}, "dedup": {"near": False}}
-    totals = counts_of(build(config(**settings), tmp_path, tmp_path / "store", ONE).manifest).totals()
+    totals = read_counts(build(make_config(**settings), tmp_path, tmp_path / "store", ONE).manifest).totals()
     assert {stage: count.documents for stage, count in totals.items()} == {
         "read": 5,
         "clean": 1,
@@ -274,17 +276,17 @@ def test_bad_lines(base: Path, tmp_path: Path, workers: int) -> None:
     rows[50] = '{"text": 5}'
     (tmp_path / "corpus1.jsonl").write_text("\n".join(rows))
     with pytest.raises(UsageError, match=r"corpus1\.jsonl, line 51: not a JSON object"):
-        build(config(), tmp_path, tmp_path / "store", BuildOptions(workers=workers))
+        build(make_config(), tmp_path, tmp_path / "store", BuildOptions(workers=workers))
     if workers == 1:
-        store = build(config(on_error="skip"), tmp_path, tmp_path / "store", ONE)
-        assert counts_of(store.manifest).totals()["bad"].documents == 1
-        assert counts_of(store.manifest).totals()["read"].documents == 79
+        store = build(make_config(on_error="skip"), tmp_path, tmp_path / "store", ONE)
+        assert read_counts(store.manifest).totals()["bad"].documents == 1
+        assert read_counts(store.manifest).totals()["read"].documents == 79
 
 
 def test_a_worker_that_dies(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_slice", exits)
     with pytest.raises(DataError, match=r"a worker process ended by itself \(exit code 7\)"):
-        build(config(), base, tmp_path / "store", BuildOptions(workers=2))
+        build(make_config(), base, tmp_path / "store", BuildOptions(workers=2))
 
 
 def exits(_job: Any, _task: Any) -> None:
@@ -294,7 +296,7 @@ def exits(_job: Any, _task: Any) -> None:
 
 @pytest.mark.parametrize("size", [300, 512])
 def test_a_pruned_vocabulary(base: Path, tmp_path: Path, size: int) -> None:
-    store = build(config(vocabulary=size), base, tmp_path / "store", ONE)
+    store = build(make_config(vocabulary=size), base, tmp_path / "store", ONE)
     assert store.vocab_size == size and store.tokens("train").max() < size
     tokenizer = tokenizer_for(store.tokenizer_spec)
     whole = open_store(base / "whole")
@@ -309,28 +311,28 @@ def test_a_pruned_vocabulary(base: Path, tmp_path: Path, size: int) -> None:
 def test_a_vocabulary_file_and_int32(base: Path, tmp_path: Path) -> None:
     spec = prune(world_vocabulary(), range(300, 400)).to_spec()
     (base / "small.json").write_text(json.dumps(spec))
-    store = build(config(vocabulary="small.json", dtype="int32"), base, tmp_path / "store", ONE)
+    store = build(make_config(vocabulary="small.json", dtype="int32"), base, tmp_path / "store", ONE)
     assert store.tokenizer_spec == spec and store.vocab_size == 357
     assert store.tokens("train").dtype == np.dtype("<i4")
     for body, message in (("{}", "cannot be used"), ('{"kind": "bytes"}', "no id to separate documents")):
         (base / "small.json").write_text(body)
         with pytest.raises(ConfigError, match=message):
-            build(config(vocabulary="small.json"), base, tmp_path / "other", ONE)
+            build(make_config(vocabulary="small.json"), base, tmp_path / "other", ONE)
 
 
 def test_long_documents_are_cut(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text(1, 300), "lang": "en"}])
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": make_text(1, 300), "lang": "en"}])
     settings: dict[str, Any] = {"validation": {"share": 0.0}, "dedup": {"near": False}}
-    store = build(config(cut_characters=300, **settings), tmp_path, tmp_path / "store", ONE)
+    store = build(make_config(cut_characters=300, **settings), tmp_path, tmp_path / "store", ONE)
     index = store.index("train")
     parts = [load_world().decode(index[at]) for at in range(len(index))]
-    assert len(parts) > 3 and "".join(parts) == text(1, 300) and all(len(part) <= 300 for part in parts)
-    assert counts_of(store.manifest).totals()["train"].documents == 1
+    assert len(parts) > 3 and "".join(parts) == make_text(1, 300) and all(len(part) <= 300 for part in parts)
+    assert read_counts(store.manifest).totals()["train"].documents == 1
 
 
 def test_changed_files_are_not_trusted(base: Path, tmp_path: Path) -> None:
     """A store whose files were changed afterwards is not opened."""
-    build(config(), base, tmp_path / "store", ONE)
+    build(make_config(), base, tmp_path / "store", ONE)
     data = (tmp_path / "store" / "train.bin").read_bytes()
     (tmp_path / "store" / "train.bin").write_bytes(data[:-2])
     with pytest.raises(DataError, match=r"train\.bin has not the size that the manifest records"):
@@ -339,7 +341,7 @@ def test_changed_files_are_not_trusted(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"manifest\.json or tokenizer\.json is damaged"):
         open_store(tmp_path / "store")
     with pytest.raises(UsageError, match="other inputs or settings"):
-        build(config(), base, tmp_path / "store", ONE)
+        build(make_config(), base, tmp_path / "store", ONE)
 
 
 def cut(path: Path) -> None:
@@ -367,8 +369,8 @@ def test_a_damaged_store_is_built_again(base: Path, tmp_path: Path, name: str, d
     damage(tmp_path / "store" / name)
     with pytest.raises(DataError, match=r"build the store again|not a binidx index"):
         list(open_store(tmp_path / "store").documents())
-    build(config(), base, tmp_path / "store", ONE)
-    assert files(tmp_path / "store") == files(base / "whole")
+    build(make_config(), base, tmp_path / "store", ONE)
+    assert read_files(tmp_path / "store") == read_files(base / "whole")
 
 
 @pytest.mark.parametrize(
@@ -382,12 +384,12 @@ def test_a_damaged_store_is_built_again(base: Path, tmp_path: Path, name: str, d
 )
 def test_mistakes(base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(FledgeError, match=message):
-        build(config(**settings), base, tmp_path / "store", ONE)
+        build(make_config(**settings), base, tmp_path / "store", ONE)
 
 
 def test_a_store_that_a_pattern_finds_is_no_input(base: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a" / "corpus.jsonl", corpus(30))
-    settings = config(sources=[{"path": "**/*.jsonl"}])
+    write_jsonl(tmp_path / "a" / "corpus.jsonl", make_corpus(30))
+    settings = make_config(sources=[{"path": "**/*.jsonl"}])
     first = build(settings, tmp_path, tmp_path / "a" / "store", ONE)
     assert (tmp_path / "a" / "store" / "validation.jsonl").is_file()
     again = build(settings, tmp_path, tmp_path / "a" / "store", ONE)
@@ -396,9 +398,9 @@ def test_a_store_that_a_pattern_finds_is_no_input(base: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("pattern", ["../**/*.jsonl", "../configs/../**/*.jsonl", ".."])
 def test_a_store_that_a_pattern_finds_through_the_folder_above(tmp_path: Path, pattern: str) -> None:
-    write_jsonl(tmp_path / "a" / "corpus.jsonl", corpus(30))
+    write_jsonl(tmp_path / "a" / "corpus.jsonl", make_corpus(30))
     (tmp_path / "configs").mkdir()
-    settings = config(sources=[{"path": pattern}])
+    settings = make_config(sources=[{"path": pattern}])
     first = build(settings, tmp_path / "configs", tmp_path / "store", ONE)
     again = build(settings, tmp_path / "configs", tmp_path / "store", ONE)
     assert again.manifest == first.manifest
@@ -410,9 +412,9 @@ def test_folders_that_are_not_for_stores(base: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="holds files that are no token store"):
-        build(config(), base, tmp_path / "mine", ONE)
+        build(make_config(), base, tmp_path / "mine", ONE)
     with pytest.raises(UsageError, match="is a file"):
-        build(config(), base, tmp_path / "file", ONE)
+        build(make_config(), base, tmp_path / "file", ONE)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
     with pytest.raises(UsageError, match="workers is 0"):
         BuildOptions(workers=0)
@@ -425,17 +427,17 @@ def test_what_is_the_users_stays(base: Path, tmp_path: Path) -> None:
     for name in [*theirs, *left, f"{module.WORK}/lock"]:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_text(name)
-    build(config(), base, tmp_path / "mine", BuildOptions(workers=1, force=True, keep_work=True))
+    build(make_config(), base, tmp_path / "mine", BuildOptions(workers=1, force=True, keep_work=True))
     assert all((tmp_path / "mine" / name).read_text() == name for name in theirs)
     assert not any((tmp_path / "mine" / name).exists() for name in left)
-    build(config(), base, tmp_path / "mine", ONE)
+    build(make_config(), base, tmp_path / "mine", ONE)
     assert all((tmp_path / "mine" / name).read_text() == name for name in theirs)
     assert not (tmp_path / "mine" / module.WORK).exists()
     (tmp_path / "other" / "work").mkdir(parents=True)
     with pytest.raises(UsageError, match="holds files that are no token store"):
-        build(config(), base, tmp_path / "other", ONE)
+        build(make_config(), base, tmp_path / "other", ONE)
     (tmp_path / "other" / "work").rename(tmp_path / "other" / module.WORK)
     (tmp_path / "other" / module.WORK / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match="was not made by a build"):
-        build(config(), base, tmp_path / "other", BuildOptions(workers=1, force=True))
+        build(make_config(), base, tmp_path / "other", BuildOptions(workers=1, force=True))
     assert (tmp_path / "other" / module.WORK / "thesis.txt").read_text() == "years"

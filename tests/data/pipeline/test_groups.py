@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpora import config, text, write_jsonl
+from corpora import make_config, make_text, write_jsonl
 
 from fledge.core.errors import UsageError
 from fledge.data.pipeline.build import BuildOptions, build
@@ -17,7 +17,7 @@ KINDS = [("de", "b"), ("en", "a"), ("en", "b"), ("fr", "b")]
 
 
 def mixture(*groups: dict[str, Any], **more: Any) -> Any:
-    return config(mixture={"groups": list(groups), **more}).mixture
+    return make_config(mixture={"groups": list(groups), **more}).mixture
 
 
 def test_the_first_group_that_fits() -> None:
@@ -76,14 +76,16 @@ def test_a_cap_for_no_source_and_many_names() -> None:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """Nine documents of one language and source."""
-    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text(number), "lang": "en", "src": "a"} for number in range(9)])
+    write_jsonl(
+        tmp_path / "corpus.jsonl", [{"text": make_text(number), "lang": "en", "src": "a"} for number in range(9)]
+    )
     return tmp_path
 
 
 def test_a_build_tells(base: Path) -> None:
     groups = [{"name": "some", "languages": ["en", "welsh"]}]
     settings: dict[str, Any] = {"mixture": {"groups": groups}, "dedup": {"near": False}}
-    line, more = build(config(**settings), base, base / "store", BuildOptions(workers=1)).manifest["remarks"]
+    line, more = build(make_config(**settings), base, base / "store", BuildOptions(workers=1)).manifest["remarks"]
     assert more.startswith("no document is kept aside for validation: too few")
     assert line == "group some of the mixture: no document has the language 'welsh'; there are en"
     assert "Note:</strong> group some of the mixture" in (base / "store" / REPORT).read_text(encoding="utf-8")
@@ -108,25 +110,25 @@ def test_a_build_tells(base: Path) -> None:
 )
 def test_a_mixture_that_leaves_nothing(base: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        build(config(mixture=settings, dedup={"near": False}), base, base / "store", BuildOptions(workers=1))
+        build(make_config(mixture=settings, dedup={"near": False}), base, base / "store", BuildOptions(workers=1))
     assert not (base / "store" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(("count", "aside"), [(1, 0), (3, 0), (4, 1), (9, 2)])
 def test_a_small_corpus_keeps_documents_to_train_on(tmp_path: Path, count: int, aside: int) -> None:
     """With the defaults of validation, which ask for three documents of a language."""
-    rows = [{"text": text(number), "lang": language} for number in range(count) for language in ("en", "de")]
+    rows = [{"text": make_text(number), "lang": language} for number in range(count) for language in ("en", "de")]
     write_jsonl(tmp_path / "corpus.jsonl", [{**row, "text": row["text"] + row["lang"]} for row in rows])
     settings: dict[str, Any] = {"validation": {}, "dedup": {"near": False}}
-    store = build(config(**settings), tmp_path, tmp_path / "store", BuildOptions(workers=1))
+    store = build(make_config(**settings), tmp_path, tmp_path / "store", BuildOptions(workers=1))
     assert len(store.index("validation")) == 2 * aside and len(store.index("train")) == 2 * (count - aside)
     assert len(store.manifest["remarks"]) == (0 if aside else 1)
 
 
 def test_every_group_keeps_documents_to_train_on(tmp_path: Path) -> None:
-    rows = [{"text": text(number), "lang": "en", "src": "b" if number else "a"} for number in range(20)]
+    rows = [{"text": make_text(number), "lang": "en", "src": "b" if number else "a"} for number in range(20)]
     write_jsonl(tmp_path / "corpus.jsonl", rows)
     groups = [{"name": "a", "sources": ["a"], "weight": 1}, {"name": "b", "sources": ["b"], "weight": 1}]
     settings: dict[str, Any] = {"validation": {"share": 0.9}, "mixture": {"groups": groups}, "dedup": {"near": False}}
-    store = build(config(**settings), tmp_path, tmp_path / "store", BuildOptions(workers=1))
+    store = build(make_config(**settings), tmp_path, tmp_path / "store", BuildOptions(workers=1))
     assert len(store.index("train")) >= 2 and 10 < len(store.index("validation")) < 19

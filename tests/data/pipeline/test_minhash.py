@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from corpora import nearly, text, words
+from corpora import make_near_duplicate, make_text, make_words
 
 from fledge.core.errors import UsageError
 from fledge.data.pipeline.config import DedupConfig
@@ -33,14 +33,14 @@ def test_case_and_space_do_not_count() -> None:
 @pytest.mark.parametrize("width", [2, 3, 5, 8, 16, 21])
 def test_pieces_depend_on_themselves_alone(width: int) -> None:
     """Every text gives the hashes of its own pieces, whatever texts are around it, a quarter of them."""
-    texts = ["", "ab", text(1), "x" * (width - 1), text(2) + "漢字\U0001f600", "y" * width]
+    texts = ["", "ab", make_text(1), "x" * (width - 1), make_text(2) + "漢字\U0001f600", "y" * width]
     together, ends = sampled_pieces(texts, width)
     start = 0
     for one, end in zip(texts, ends.tolist(), strict=True):
         alone, _ = sampled_pieces([one], width)
         assert together[start:end].tolist() == alone.tolist()
         start = end
-    long = text(3, 3000)
+    long = make_text(3, 3000)
     pieces = {long[at : at + width] for at in range(len(long) - width + 1)}
     found = set(sampled_pieces([long], width)[0].tolist())
     assert abs(len(found) - len(pieces) / SAMPLED) < 5 * (len(pieces) / SAMPLED) ** 0.5
@@ -74,8 +74,8 @@ def test_estimates_are_near_the_truth() -> None:
     rng = random.Random(5)
     errors = []
     for number in range(60):
-        original = " ".join(words(rng, 600))
-        copy = nearly(original, number, changes=rng.randint(1, 60))
+        original = " ".join(make_words(rng, 600))
+        copy = make_near_duplicate(original, number, changes=rng.randint(1, 60))
         signatures, long = signer.signatures([original, copy, "short"])
         assert long.tolist() == [True, True, False]
         errors.append(float(similarity(signatures[:1], signatures[1:2])[0]) - shared(original, copy, 16))
@@ -86,8 +86,8 @@ def test_estimates_are_near_the_truth() -> None:
 def test_similar_texts_share_a_band_and_others_do_not() -> None:
     pytest.importorskip("rensa")
     signer = MinHasher(DedupConfig())
-    originals = [text(number, 400) for number in range(30)]
-    copies = [nearly(one, number, changes=3) for number, one in enumerate(originals)]
+    originals = [make_text(number, 400) for number in range(30)]
+    copies = [make_near_duplicate(one, number, changes=3) for number, one in enumerate(originals)]
     hashes = signer.band_hashes(signer.signatures([*originals, *copies])[0])
     assert hashes.shape == (60, signer.bands)
     assert all(set(hashes[at]) & set(hashes[30 + at]) for at in range(30))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import config, text, write_jsonl
+from corpora import make_config, make_text, write_jsonl
 
 from fledge.core.errors import UsageError
 from fledge.data.pipeline.build import BuildOptions, build
@@ -24,7 +24,7 @@ KINDS = [("en", "a"), ("en", "b"), ("de", "a"), ("code:python", "c"), ("xx", "a"
 def base(tmp_path: Path) -> Path:
     """600 documents, each of about 280 bytes."""
     rows = [
-        {"text": text(number, 45), "lang": language, "src": source}
+        {"text": make_text(number, 45), "lang": language, "src": source}
         for number in range(600)
         for language, source in [KINDS[number % len(KINDS)]]
     ]
@@ -34,13 +34,13 @@ def base(tmp_path: Path) -> Path:
 
 def made(base: Path, mixture: dict[str, Any], **settings: Any) -> TokenStore:
     values = {"piece_bytes": 10**6, "dedup": {"near": False}, "validation": {"share": 0.0}, **settings}
-    return build(config(mixture=mixture, **values), base, base / "store", BuildOptions(workers=1, force=True))
+    return build(make_config(mixture=mixture, **values), base, base / "store", BuildOptions(workers=1, force=True))
 
 
 def stored(store: TokenStore, column: str = "language") -> dict[str, Count]:
-    from fledge.data.pipeline.store_assembly import counts_of
+    from fledge.data.pipeline.store_assembly import read_counts
 
-    return counts_of(store.manifest).by(column).get("stored", {})
+    return read_counts(store.manifest).group_by(column).get("stored", {})
 
 
 def test_caps_by_group_and_source(base: Path) -> None:
@@ -54,9 +54,9 @@ def test_caps_by_group_and_source(base: Path) -> None:
     assert 20_000 <= found["en"].bytes < 20_400 and 5_000 <= found["de"].bytes < 5_400
     assert found["code:python"].documents == 120 and "xx" not in found
     assert 4_000 <= stored(store, "source")["b"].bytes < 4_400
-    from fledge.data.pipeline.store_assembly import counts_of
+    from fledge.data.pipeline.store_assembly import read_counts
 
-    assert counts_of(store.manifest).by("language")["no group"]["xx"].documents == 120
+    assert read_counts(store.manifest).group_by("language")["no group"]["xx"].documents == 120
 
 
 def test_weights_take_as_much_as_the_scarcest_group_allows(base: Path) -> None:
@@ -85,7 +85,7 @@ def test_epochs_repeat_every_document_before_any_comes_again(base: Path) -> None
     times = Counter[tuple[str, int]]()
     for number in range(600):
         language = KINDS[number % len(KINDS)][0]
-        key = np.array([*tokenizer.encode(text(number, 45)), 0], dtype=np.uint16).tobytes()
+        key = np.array([*tokenizer.encode(make_text(number, 45)), 0], dtype=np.uint16).tobytes()
         times[language, seen[key]] += 1
     assert times["code:python", 2] + times["code:python", 3] == 120 and abs(times["code:python", 3] - 60) <= 1
     assert times["de", 0] + times["de", 1] == 120 and abs(times["de", 1] - 60) <= 1
@@ -109,6 +109,8 @@ def test_limits() -> None:
     sizes[[3, 7, 100]] = (10, 20, 30)
     assert [_limit(sizes, wanted) for wanted in (0, 1, 10, 11, 60)] == [0, 4, 4, 8, 101]
     assert _limit(sizes, 61) == BUCKETS
-    mixture = config(mixture={"groups": [{"name": "a", "weight": 3}, {"name": "b", "weight": 1, "epochs": 4}]}).mixture
+    mixture = make_config(
+        mixture={"groups": [{"name": "a", "weight": 3}, {"name": "b", "weight": 1, "epochs": 4}]}
+    ).mixture
     assert _wanted(mixture, np.array([300, 100])) == [300.0, 100.0]
     assert _wanted(mixture, np.array([3000, 100])) == [1200.0, 400.0]

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from corpora import config, corpus, write_jsonl
+from corpora import make_config, make_corpus, write_jsonl
 
 from fledge.data.pipeline.build import BuildOptions, build
 from fledge.data.pipeline.counts import Count, Counts
-from fledge.data.pipeline.report import LARGEST, size, write_report
+from fledge.data.pipeline.report import LARGEST, format_size, write_report
 
 
 class Page(HTMLParser):
@@ -34,9 +34,9 @@ class Page(HTMLParser):
 
 
 def test_the_page_of_a_build(tmp_path: Path) -> None:
-    rows = [{**row, "src": "<b>&'" if row["src"] == "a" else row["src"]} for row in corpus()]
+    rows = [{**row, "src": "<b>&'" if row["src"] == "a" else row["src"]} for row in make_corpus()]
     write_jsonl(tmp_path / "corpus.jsonl", rows)
-    store = build(config(dedup={"near": False}), tmp_path, tmp_path / "store", BuildOptions(workers=1))
+    store = build(make_config(dedup={"near": False}), tmp_path, tmp_path / "store", BuildOptions(workers=1))
     source = (tmp_path / "store" / "report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(source.removeprefix("<!doctype html>"))
@@ -71,4 +71,4 @@ def test_many_languages_are_summed_up(tmp_path: Path) -> None:
     ("number", "text"), [(999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (5e15, "5,000.0 TB")]
 )
 def test_sizes(number: float, text: str) -> None:
-    assert size(number) == text
+    assert format_size(number) == text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from corpora import text
+from corpora import make_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def test_parts_end_with_a_line_or_a_word() -> None:
 
 def test_shards_give_back_what_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD_BYTES", 900)
-    texts = [text(number, 30) + "é" for number in range(12)]
+    texts = [make_text(number, 30) + "é" for number in range(12)]
     with ShardWriter(tmp_path, None, cut=100) as writer:
         for number, one in enumerate(texts):
             writer.add(one, ("en", "de")[number % 2], "s")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import DataError, UsageError
-from fledge.data.compression import is_compressed, plain_stem, plain_suffix
+from fledge.data.compression import get_plain_stem, get_plain_suffix, is_compressed
 from fledge.data.pipeline.config import BuildConfig, SourceConfig
 from fledge.data.pipeline.sources import hub
 
@@ -77,7 +77,7 @@ def default_source(source: SourceConfig, file: InputFile) -> str:
     if file.format == "text" and (glob.has_magic(source.path) or path.name != Path(source.path).name):
         folder = Path(source.path.split("*")[0])  # "src" of "src/**/*.py"
         return folder.name or path.parent.name
-    return plain_stem(path)
+    return get_plain_stem(path)
 
 
 def _files(source: SourceConfig, base: Path, without: Path | None) -> list[Path]:
@@ -117,7 +117,7 @@ def _below(path: Path, folder: Path) -> tuple[str, ...]:
 
 def _input(path: Path, source: SourceConfig, at: int, base: Path) -> InputFile:
     status = path.stat()
-    kind = source.format or BY_SUFFIX.get(plain_suffix(path), "text")
+    kind = source.format or BY_SUFFIX.get(get_plain_suffix(path), "text")
     if kind == "parquet" and is_compressed(path):
         raise UsageError(f"{path}: Parquet files are compressed inside; unpack this one first")
     name = Path(os.path.relpath(path, base)).as_posix()

@@ -12,8 +12,8 @@ from typing import IO
 
 from fledge.core.errors import DataError, UsageError
 from fledge.core.files import hash_file, write_json
-from fledge.data.compression import CompressionError, is_compressed, open_plain
-from fledge.data.documents import Bad, Document, RecordFields, bad_line, base_language, parse_lines
+from fledge.data.compression import CompressionError, is_compressed, open_decompressed
+from fledge.data.documents import Document, OnInvalid, RecordFields, make_line_error, parse_lines, strip_region
 from fledge.data.pipeline.clean import CleaningStep, steps
 from fledge.data.pipeline.config import BuildConfig
 from fledge.data.pipeline.counts import Count, Counts
@@ -23,7 +23,7 @@ from fledge.data.pipeline.shards import ShardWriter
 from fledge.data.pipeline.sources import hub
 from fledge.data.pipeline.sources.inputs import InputFile, InputSlice, default_source, open_parquet
 from fledge.data.pipeline.stage_outputs import StageContext, whole_folder
-from fledge.data.texts import plain_text
+from fledge.data.texts import read_plain_text
 
 ROWS = 256  # of a Parquet file at a time
 MORE = '; correct or remove it, or leave such lines out with on_error = "skip"'
@@ -95,7 +95,7 @@ def _lazily(make: Callable[[], LanguageIdentifier]) -> Callable[[], LanguageIden
     return get
 
 
-def documents_of(config: BuildConfig, piece: InputSlice, skip: Bad | None) -> Iterator[Document]:
+def documents_of(config: BuildConfig, piece: InputSlice, skip: OnInvalid | None) -> Iterator[Document]:
     """The documents of a slice. skip: what to do about a bad one; None raises UsageError with its place."""
     file = piece.inputs[0]
     source = config.sources[file.source]
@@ -122,14 +122,14 @@ def documents_of(config: BuildConfig, piece: InputSlice, skip: Bad | None) -> It
         raise DataError(f"{names}: cannot be read to its end: {error}") from None
 
 
-def _json_lines(piece: InputSlice, fields: RecordFields, skip: Bad | None) -> Iterator[Document]:
+def _json_lines(piece: InputSlice, fields: RecordFields, skip: OnInvalid | None) -> Iterator[Document]:
     path = Path(piece.inputs[0].path)
 
     def stop(number: int, error: Exception) -> None:
         before = 0 if not piece.start else _lines_before(path, piece.start)
-        raise UsageError(f"{bad_line(path, before + number, error)}{MORE}")
+        raise UsageError(f"{make_line_error(path, before + number, error)}{MORE}")
 
-    with open_plain(path) as file:
+    with open_decompressed(path) as file:
         lines: Iterable[bytes] = file
         if not is_compressed(path):
             lines = _lines_between(file, piece.start, piece.end)
@@ -156,7 +156,7 @@ def _lines_before(path: Path, end: int) -> int:
     return found + (last != b"\n")
 
 
-def _parquet(piece: InputSlice, fields: RecordFields, skip: Bad | None) -> Iterator[Document]:
+def _parquet(piece: InputSlice, fields: RecordFields, skip: OnInvalid | None) -> Iterator[Document]:
     path = piece.inputs[0].path
     with open_parquet(path) as file:
         if not fields.template and fields.text not in file.schema_arrow.names:
@@ -175,23 +175,23 @@ def _parquet(piece: InputSlice, fields: RecordFields, skip: Bad | None) -> Itera
             raise CompressionError(str(error)) from None
 
 
-def _texts(piece: InputSlice, fields: RecordFields, skip: Bad | None) -> Iterator[Document]:
+def _texts(piece: InputSlice, fields: RecordFields, skip: OnInvalid | None) -> Iterator[Document]:
     for number, file in enumerate(piece.inputs):
         try:
-            text = plain_text(Path(file.path))
+            text = read_plain_text(Path(file.path))
         except UnicodeDecodeError as error:
             if skip is None:
                 raise UsageError(f"{file.path} is not a text in UTF-8: {error}{MORE}") from None
             skip(number, error)
             continue
-        yield Document(text, base_language(fields.language), fields.source)
+        yield Document(text, strip_region(fields.language), fields.source)
 
 
-def _one(place: str, number: int, record: object, fields: RecordFields, skip: Bad | None) -> Iterator[Document]:
+def _one(place: str, number: int, record: object, fields: RecordFields, skip: OnInvalid | None) -> Iterator[Document]:
     """The document of one record, or none where it is bad and bad ones are skipped."""
     try:
         assert isinstance(record, dict)
-        document = fields.document(record)
+        document = fields.to_document(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if skip is None:
             raise UsageError(f"{place} {number}: not a document: {error!r:.200}{MORE}") from None
