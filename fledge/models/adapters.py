@@ -83,7 +83,7 @@ def build_adapted_model(
 ) -> BaseModel:
     """A new model with the weights of `model`, these factors, and `parts` as replacements of whole parameters.
 
-    Weights are shared, not copied, so many adapted models need little more memory than one. For inference: the factors
+    Weights are shared, not copied: several adapted models need little more memory than one. For inference: the factors
     and parts require no gradient. `model` is not changed.
     """
     adapted = copy_sharing_weights(model)
