@@ -1,14 +1,13 @@
-"""LoRA and fully trained parts around a model from outside: no family knows of them, and no weight is copied.
+"""LoRA and fully trained parameters, applied to a model without copying its weights.
 
-W becomes W + scale B A, with scale = alpha / r (Hu et al., "LoRA", 2021), on any of the Linears in `TARGETS`. The
-factors are called as RWKV-PEFT calls them, and so loads and saves them:
+W becomes W + scale B A, with scale = alpha / r (Hu et al., "LoRA", 2021), for any of the Linears in `TARGETS`. The
+factors have the names of RWKV-PEFT:
 
-    blocks.<i>.att.key.lora_A   A (r, in), drawn as Kaiming's uniform with a = sqrt(5)
-    blocks.<i>.att.key.lora_B   B (out, r), zero at first, so that an untrained adapter changes nothing
+    blocks.<i>.att.key.lora_A   A (r, in), initialized with the uniform distribution of Kaiming, a = sqrt(5)
+    blocks.<i>.att.key.lora_B   B (out, r), initialized to zero, so an untrained adapter changes nothing
 
-Two adapters at once add up; as factors that is one of rank r1 + r2 (`stacked`), so a Linear never has more than one.
-A tuned initial state is no adapter in this sense: it is a `State`, a value that a text begins from.
-Not here: files (fledge.checkpoint.adapters.files), training (fledge.train.tuning.settings).
+The effects of two adapters add up. `combine_factors` makes them one adapter of rank r1 + r2, so a Linear never has more
+than one. A tuned initial state is not an adapter: it is a `State` from which a text starts.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ TARGETS = (
     *("att.receptance", "att.key", "att.value", "att.gate", "att.output"),
     *("ffn.key", "ffn.receptance", "ffn.value"),
 )
-"""What can have factors, as it is called inside a block: the products of all versions (5.0 and RWKV-4 have no gate)."""
+"""The matrices that can have factors, by their names in a block. RWKV-4 and 5.0 have no gate."""
 
 
 class LoraFactors(NamedTuple):
-    """What is added to one Linear: y += scale B (A x)."""
+    """The factors of one Linear: y += scale B (A x)."""
 
     down: Tensor  # A (r, in)
     up: Tensor  # B (out, r)
@@ -43,9 +42,9 @@ class LoraFactors(NamedTuple):
 
 
 class LoraLinear(Linear):
-    """A Linear that shares its weight with the one it was made of, and adds a product of low rank.
+    """A Linear that shares the weight of another one and adds a low-rank product.
 
-    The factors are float32, or `compute_dtype` as for the weight, if it is set; the sum is float32.
+    The low-rank product is computed in `compute_dtype` if it is set, else in float32. The sum is float32.
     """
 
     def __init__(self, linear: Linear, factors: LoraFactors) -> None:
@@ -58,7 +57,7 @@ class LoraLinear(Linear):
 
     @property
     def factors(self) -> LoraFactors:
-        """What it adds."""
+        """The factors, as parameters."""
         return LoraFactors(self.lora_A, self.lora_B, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,40 +67,41 @@ class LoraLinear(Linear):
 
 
 def add_lora(model: BaseModel, factors: Mapping[str, LoraFactors]) -> None:
-    """Give the Linears called `blocks.<i>.att.key` and so on their factors, which require gradients.
+    """Add factors to the Linears with these names (`blocks.<i>.att.key`), in place. The factors require gradients.
 
-    In place; the weights stay the same tensors. Factors that a Linear has already stay in force: the two add up.
+    The weights stay the same tensors. If a Linear already has factors, both apply.
     """
-    for name, given in factors.items():
+    for name, added in factors.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, Linear), name
-        both = _joined([linear.factors, given]) if isinstance(linear, LoraLinear) else given
-        _put(model, name, LoraLinear(linear, both))
+        combined = _concatenate([linear.factors, added]) if isinstance(linear, LoraLinear) else added
+        _replace(model, name, LoraLinear(linear, combined))
 
 
-def adapted(
+def build_adapted_model(
     model: BaseModel, factors: Mapping[str, LoraFactors], parts: Mapping[str, Tensor] | None = None
 ) -> BaseModel:
-    """Another model on the same weights: with these factors, and with `parts` in place of parameters of those names.
+    """A new model with the weights of `model`, these factors, and `parts` as replacements of whole parameters.
 
-    Nothing is copied but the tree of modules, so any number of adapted models cost the memory of one. For inference:
-    what is new requires no gradient. `model` stays as it is.
+    Weights are shared, not copied: several adapted models need little more memory than one. For inference: the factors
+    and parts require no gradient. `model` is not changed.
     """
-    twin = shared_copy(model)
+    adapted = copy_sharing_weights(model)
     device = model.emb.weight.device
     add_lora(
-        twin, {name: LoraFactors(one.down.to(device), one.up.to(device), one.scale) for name, one in factors.items()}
+        adapted,
+        {name: LoraFactors(one.down.to(device), one.up.to(device), one.scale) for name, one in factors.items()},
     )
     for name in factors:
-        twin.get_submodule(name).requires_grad_(False)
+        adapted.get_submodule(name).requires_grad_(False)
     for name, tensor in (parts or {}).items():
-        dtype = _unpacked(twin, name)
-        _put(twin, name, nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False))
-    return twin
+        dtype = _discard_packed(adapted, name)
+        _replace(adapted, name, nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False))
+    return adapted
 
 
-def _unpacked(model: BaseModel, name: str) -> torch.dtype:
-    """The dtype of a parameter that will be replaced; where its Linear holds a packed copy, that goes."""
+def _discard_packed(model: BaseModel, name: str) -> torch.dtype:
+    """The dtype of a parameter that will be replaced. Removes the packed copy of its Linear, if there is one."""
     linear = model.get_submodule(name.rpartition(".")[0])
     if isinstance(linear, Linear) and linear.packed is not None:
         dtype, linear.packed = linear.packed.dtype, None
@@ -109,64 +109,64 @@ def _unpacked(model: BaseModel, name: str) -> torch.dtype:
     return model.get_parameter(name).dtype
 
 
-def _put(model: BaseModel, name: str, part: nn.Module | nn.Parameter) -> None:
+def _replace(model: BaseModel, name: str, part: nn.Module | nn.Parameter) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, part)
 
 
-def shared_copy(model: BaseModel) -> BaseModel:
-    """A tree of modules of its own around the very same tensors."""
-    kept: list[Tensor] = [*model.parameters(), *model.buffers()]
-    kept += [module.packed for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+def copy_sharing_weights(model: BaseModel) -> BaseModel:
+    """A copy of the modules that shares all tensors with `model`."""
+    shared: list[Tensor] = [*model.parameters(), *model.buffers()]
+    shared += [module.packed for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def stacked(adapters: Sequence[Mapping[str, LoraFactors]]) -> dict[str, LoraFactors]:
-    """Several adapters as one: B1 A1 + B2 A2 = [B1 B2] times A1 stacked on A2."""
-    together: dict[str, list[LoraFactors]] = {}
+def combine_factors(adapters: Sequence[Mapping[str, LoraFactors]]) -> dict[str, LoraFactors]:
+    """Combine several adapters into one: B1 A1 + B2 A2 = [B1 B2] [A1; A2]."""
+    by_name: dict[str, list[LoraFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.items():
-            together.setdefault(name, []).append(factors)
-    return {name: found[0] if len(found) == 1 else _joined(found) for name, found in together.items()}
+            by_name.setdefault(name, []).append(factors)
+    return {name: group[0] if len(group) == 1 else _concatenate(group) for name, group in by_name.items()}
 
 
-def _joined(found: Sequence[LoraFactors]) -> LoraFactors:
-    down = torch.cat([one.down.detach().float() for one in found])
-    up = torch.cat([one.scale * one.up.detach().float() for one in found], dim=1)
+def _concatenate(factors: Sequence[LoraFactors]) -> LoraFactors:
+    down = torch.cat([one.down.detach().float() for one in factors])
+    up = torch.cat([one.scale * one.up.detach().float() for one in factors], dim=1)
     return LoraFactors(down, up, 1.0)
 
 
-def merged_weight(weight: Tensor, factors: LoraFactors, dtype: torch.dtype | None = None) -> Tensor:
-    """W + scale B A in float32, rounded once to `dtype`; None is that of W."""
+def merge_weight(weight: Tensor, factors: LoraFactors, dtype: torch.dtype | None = None) -> Tensor:
+    """W + scale B A, computed in float32 and rounded once to `dtype` (None: that of W)."""
     change = factors.up.float() @ factors.down.float()
     return torch.add(weight.float(), change, alpha=factors.scale).to(dtype or weight.dtype)
 
 
-def target_names(model_names: Iterable[str], targets: Sequence[str] = TARGETS) -> list[str]:
-    """Names of the Linears that have a weight among `model_names` and are one of `targets`, in the model's order.
+def select_targets(model_names: Iterable[str], targets: Sequence[str] = TARGETS) -> list[str]:
+    """The names of the Linears that match `targets`, in the order of `model_names` (names of parameters).
 
-    targets: entries of TARGETS, or their last word ("key" is both att.key and ffn.key). Raises UsageError for one that
-    is unknown, or that this model does not have.
+    targets: entries of TARGETS, or their last part ("key" selects att.key and ffn.key). Raises UsageError for a target
+    that is unknown or that the model does not have.
     """
     names = [name.removesuffix(".weight") for name in model_names if name.startswith("blocks.")]
-    wanted: set[str] = set()
+    selected: set[str] = set()
     for target in targets:
-        found = {known for known in TARGETS if target in (known, known.split(".")[1])}
-        if not found:
+        matches = {name for name in TARGETS if target in (name, name.split(".")[1])}
+        if not matches:
             raise UsageError(f"LoRA target {target!r:.40} is unknown; choose among {', '.join(TARGETS)}")
         if target not in TARGETS or tuple(targets) != TARGETS:
-            _check_present(target, found, names)
-        wanted |= found
-    return [name for name in names if name.split(".", 2)[-1] in wanted]
+            _check_present(target, matches, names)
+        selected |= matches
+    return [name for name in names if name.split(".", 2)[-1] in selected]
 
 
-def _check_present(target: str, found: set[str], names: Sequence[str]) -> None:
-    if not any(name.split(".", 2)[-1] in found for name in names):
+def _check_present(target: str, matches: set[str], names: Sequence[str]) -> None:
+    if not any(name.split(".", 2)[-1] in matches for name in names):
         raise UsageError(f"this model has no {target}; leave it out of the LoRA targets")
 
 
-def fresh_factors(model: BaseModel, names: Sequence[str], rank: int, alpha: float, seed: int) -> dict[str, LoraFactors]:
-    """Untrained factors for the Linears `names`. Drawn on the CPU, so that a seed means the same everywhere."""
+def init_factors(model: BaseModel, names: Sequence[str], rank: int, alpha: float, seed: int) -> dict[str, LoraFactors]:
+    """Untrained factors for the Linears `names`. They are sampled on the CPU, so a seed gives the same everywhere."""
     if rank < 1 or not alpha > 0:
         raise UsageError(f"a LoRA needs a rank of at least 1 and an alpha above 0, not {rank} and {alpha:g}")
     generator = torch.Generator().manual_seed(seed)
@@ -174,13 +174,13 @@ def fresh_factors(model: BaseModel, names: Sequence[str], rank: int, alpha: floa
     for name in names:
         weight = model.get_parameter(f"{name}.weight")
         n_out, n_in = weight.shape
-        bound = 1 / math.sqrt(n_in)  # Kaiming's uniform with a = sqrt(5)
+        bound = 1 / math.sqrt(n_in)  # the uniform distribution of Kaiming with a = sqrt(5)
         down = (torch.rand(rank, n_in, generator=generator) * 2 - 1) * bound
         zero = torch.zeros(n_out, rank)
         factors[name] = LoraFactors(down.to(weight.device), zero.to(weight.device), alpha / rank)
     return factors
 
 
-def start_state(config: ModelConfig, tuned: Mapping[str, Tensor]) -> State:
-    """The state of one sequence that begins as tuned: `blocks.<i>.att.time_state` (H, V, K), as files have it."""
+def build_tuned_state(config: ModelConfig, tuned: Mapping[str, Tensor]) -> State:
+    """The initial state of one sequence from tuned tensors `blocks.<i>.att.time_state` (H, V, K), as in files."""
     return tuned_state(config, [tuned[f"blocks.{layer}.att.time_state"].detach() for layer in range(config.n_layer)], 1)

@@ -1,13 +1,12 @@
-"""A whole model in the native library: one call for a prompt or for a written token, for inference on a CPU.
+"""A whole model in the native library, for inference on a CPU. One call runs all layers.
 
-The same seam as `Trunk`, `logits, state = model(idx, state)`, and the same numbers up to rounding: the torch models are
-its twins and its specification. A sequence gets the same bits alone, in any batch, and however its tokens are cut into
-calls, because every sum is taken in one order. Padding is never computed at all.
+It has the interface of `BaseModel`, `logits, state = model(idx, state)`. The torch models are its specification: its
+results are equal up to rounding. Every sum is computed in one order, so a sequence gets the same bits alone, in any
+batch, and for any split of its tokens into calls. Padding is not computed.
 
-Formats of the matrices are chosen from the weights that come in (see `fledge.kernels.native_ops.FORMATS`); norms,
-mixes,
-LoRA factors, decay and state are float32; factors that came with 16 bits stay so in memory.
-Not here: reading files, and the arithmetic (native/model.cpp).
+The format of each matrix follows from its weights (see `fledge.kernels.native_ops.FORMATS`). Norms, mixes, LoRA
+factors, decay and state are float32. Factors stored in 16 bits keep these 16 bits in memory. The arithmetic is in
+native/model/.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ MATRICES = {
     "ffn.value.weight",
     "ffn.receptance.weight",
 }
-"""The products of one block, as they are called in a checkpoint and in native/model.cpp."""
+"""The matrices of one block, by their names in a checkpoint and in native/model/parameters.cpp."""
 
 EXACT = {torch.bfloat16: "bfloat16 exact", torch.float16: "float16 exact"}
-"""The format that keeps weights of 16 bits as they are where the arithmetic is to be float32."""
+"""The formats that keep 16-bit weights unchanged and multiply them in float32."""
 
 MAX_HEAD = 1024
 
 
 def why_not_native(config: ModelConfig) -> str | None:
-    """None where a model of this config can run natively here, else the reason why not."""
+    """None if a model with this config can run natively on this machine, else the reason."""
     if config.version == "llama":
         return "the native library runs RWKV only, not a transformer"
     if config.head_size > MAX_HEAD:
@@ -59,11 +58,12 @@ def why_not_native(config: ModelConfig) -> str | None:
 
 
 class NativeModel(nn.Module):
-    """Weights in official names and shapes -> a model for inference. The tensors given are packed, not kept, but for
-    the embedding, which is used where it lies.
+    """A model for inference, from weights with official names and shapes.
+
+    The matrices are packed into a copy. The embedding is used in place.
 
     tensors: all tensors that are not quantized. matrix_dtype: float32 or bfloat16, for the matrices among them; None:
-    their own (float16 is multiplied in float32). release: called with each tensor that is not needed any more.
+    their own dtype (float16 is multiplied in float32). release: called with each tensor when it is no longer needed.
     """
 
     embedding: Tensor
@@ -80,7 +80,7 @@ class NativeModel(nn.Module):
         super().__init__()
         self.config = config
         self.matrices: dict[str, PackedMatrix] = {}
-        self.time_decays: list[Tensor] = []  # of each layer, as the checkpoint has them: for inspection
+        self.time_decays: list[Tensor] = []  # per layer, as in the checkpoint; for inspection
         self._matrix_dtype = matrix_dtype
         self._memory = BufferPool()
         self._release = release or (lambda tensor: None)
@@ -96,15 +96,15 @@ class NativeModel(nn.Module):
                 source = f"blocks.0.ln0.{part}" if name == "ln0" else f"ln_out.{part}"
                 self.set_vector(-1, f"{name}.{part}", tensors[source])
         self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
-        # Held here as well: `model.to(...)` exchanges buffers, and the library keeps the address.
-        self._table = (self.embedding,)
+        # A second reference: `model.to(...)` replaces buffers, but the library keeps the address.
+        self._embedding_reference = (self.embedding,)
         functions().fledge_model_set_embedding(
             self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
         )
         self._tuned = _tuned_layers(config, tensors)
         missing = functions().fledge_model_check(self._handle)
         if missing is not None:
-            raise CheckpointError(f"{missing.decode()} is missing or has another size than the config says")
+            raise CheckpointError(f"{missing.decode()} is missing, or its size does not match the config")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError("a native model cannot be copied or pickled; load it again, or with pack=False")
@@ -116,7 +116,7 @@ class NativeModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products with matrices that are not quantized (float32 if all are)."""
+        """The dtype of products with the matrices that are not quantized; float32 if all are quantized."""
         formats = {matrix.format for matrix in self.matrices.values()}
         return torch.bfloat16 if "bfloat16" in formats else torch.float32
 
@@ -127,11 +127,11 @@ class NativeModel(nn.Module):
 
     @property
     def formats(self) -> dict[str, int]:
-        """Format -> bytes of the matrices stored in it."""
-        found: dict[str, int] = {}
+        """The bytes of the matrices, by format."""
+        nbytes: dict[str, int] = {}
         for matrix in self.matrices.values():
-            found[matrix.format] = found.get(matrix.format, 0) + matrix.nbytes
-        return found
+            nbytes[matrix.format] = nbytes.get(matrix.format, 0) + matrix.nbytes
+        return nbytes
 
     @property
     def nbytes(self) -> int:
@@ -140,16 +140,16 @@ class NativeModel(nn.Module):
         return packed + self.embedding.numel() * self.embedding.element_size()
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token: zeros, or the tuned state the checkpoint came with."""
+        """The state before the first token: zeros, or the tuned state of the checkpoint."""
         return tuned_state(self.config, self._tuned, batch) if self._tuned else zero_state(self.config, batch)
 
     def forward(
         self, idx: Tensor, state: State | None = None, *, lengths: Tensor | None = None, last: bool = False
     ) -> tuple[Tensor, State]:
-        """As `Trunk.forward`, with the same arguments, results and errors; logits at padded places are zero."""
+        """The arguments, results and errors of `BaseModel.forward`. Logits of padding are zero."""
         B, T = self._check(idx, state)
         before = self.initial_state(B) if state is None else state
-        counts = [T] * B if lengths is None else _checked(lengths, B, T)
+        counts = [T] * B if lengths is None else _check_lengths(lengths, B, T)
         if last and min(counts, default=1) < 1:
             raise UsageError("last=True needs at least one token in every row")
         ids = (
@@ -161,54 +161,60 @@ class NativeModel(nn.Module):
         if last or lengths is None:
             return logits.view(B, 1 if last else T, self.config.vocab_size), new_state
         padded = torch.zeros(B, T, self.config.vocab_size, dtype=torch.float32)
-        for b, piece in enumerate(logits.split(counts)):
-            padded[b, : counts[b]] = piece
+        for b, row_logits in enumerate(logits.split(counts)):
+            padded[b, : counts[b]] = row_logits
         return padded, new_state
 
-    def read(self, pieces: Sequence[Sequence[int]], rows: Sequence[StateSlice]) -> tuple[Tensor, State]:
-        """One call for sequences of any lengths, at least one token each, whose states are read where they lie.
+    def read(self, sequences: Sequence[Sequence[int]], slices: Sequence[StateSlice]) -> tuple[Tensor, State]:
+        """Read new tokens of several sequences in one call, at least one token each. States are used in place.
 
-        Returns the logits after each piece (B, vocab_size) and the state of all, the first piece's in row 0.
+        sequences: the token ids of each; slices: the state of each. Returns the logits after the last token of each
+        (B, vocab_size) and the new state of all, in order.
         """
-        assert len(pieces) == len(rows) and all(pieces), "every row needs at least one token"
-        states = list({id(row.state): row.state for row in rows}.values())
+        assert len(sequences) == len(slices) and all(sequences), "every sequence needs at least one token"
+        states = list({id(part.state): part.state for part in slices}.values())
         for state in states:
             self._check_state(state, state.batch)
-        number = {id(state): place for place, state in enumerate(states)}
-        ids = torch.tensor([token for piece in pieces for token in piece], dtype=torch.long)
+        position = {id(state): i for i, state in enumerate(states)}
+        ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long)
         self._check_ids(ids)
-        counts = [len(piece) for piece in pieces]
-        places = [counts, [number[id(row.state)] for row in rows], [row.index for row in rows]]
-        return self._run(ids, places, states, LAST)
+        counts = [len(sequence) for sequence in sequences]
+        layout = [counts, [position[id(part.state)] for part in slices], [part.index for part in slices]]
+        return self._run(ids, layout, states, LAST)
 
     def _run(
-        self, ids: Tensor, places: Sequence[Sequence[int]], states: Sequence[State], want: int
+        self, ids: Tensor, layout: Sequence[Sequence[int]], states: Sequence[State], logits_mode: int
     ) -> tuple[Tensor, State]:
-        """ids: of all sequences, one after the other. places: of each sequence its number of tokens, which of `states`
-        it begins from, and its row there. Returns logits (sequences or tokens, vocab_size) and the states after."""
-        counts, sources, lines = places
+        """Call the library.
+
+        ids: of all sequences, concatenated. layout: three lists with one entry for each sequence: its number of tokens,
+        the index of its state in `states`, and the row within that state. Returns logits (sequences or tokens,
+        vocab_size) and the new states.
+        """
+        counts, state_indices, state_rows = layout
         B = len(counts)
-        assert all(0 <= line < states[source].batch for source, line in zip(sources, lines, strict=True))
-        shape = (B if want == LAST else ids.numel(), self.config.vocab_size)
-        # Scores of every token of a text are kept or summed up, and of another size each time.
-        logits = self._memory.empty(shape) if want == LAST else torch.empty(shape, dtype=torch.float32)
-        after = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
+        assert all(0 <= row < states[index].batch for index, row in zip(state_indices, state_rows, strict=True))
+        shape = (B if logits_mode == LAST else ids.numel(), self.config.vocab_size)
+        # The logits of all tokens have a different size in each call, so the pool would not reuse their memory.
+        logits = self._memory.empty(shape) if logits_mode == LAST else torch.empty(shape, dtype=torch.float32)
+        new = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
         follow_torch_threads()
         old = [t.detach().float().contiguous() for state in states for t in state.tensors().values()]
+        batches = (state.batch for state in states)
         failed = functions().fledge_model_forward(
             self._handle,
             ids.data_ptr(),
             ids.numel(),
             B,
-            (ctypes.c_int64 * (3 * B + len(states)))(*counts, *sources, *lines, *(state.batch for state in states)),
+            (ctypes.c_int64 * (3 * B + len(states)))(*counts, *state_indices, *state_rows, *batches),
             (ctypes.c_void_p * len(old))(*(tensor.data_ptr() for tensor in old)),
-            (ctypes.c_void_p * len(after))(*(tensor.data_ptr() for tensor in after.values())),
-            len(after),
+            (ctypes.c_void_p * len(new))(*(tensor.data_ptr() for tensor in new.values())),
+            len(new),
             logits.data_ptr(),
-            want,
+            logits_mode,
         )
-        check_memory(failed, f"{ids.numel()} tokens at once")
-        return logits, state_class(self.config)(**after)
+        check_memory(failed, f"{ids.numel()} tokens in one call")
+        return logits, state_class(self.config)(**new)
 
     def _check(self, idx: Tensor, state: State | None) -> tuple[int, int]:
         if idx.dim() != 2:
@@ -234,34 +240,34 @@ class NativeModel(nn.Module):
         _check_readable(state)
 
     def set_vector(self, layer: int, name: str, values: Tensor) -> None:
-        """Hand a vector of parameters over; the library copies it."""
+        """Set a vector of parameters. The library copies it."""
         flat = values.detach().float().reshape(-1).contiguous()
-        found = functions().fledge_model_set_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
-        assert found == 0, name
+        status = functions().fledge_model_set_vector(self._handle, layer, name.encode(), flat.data_ptr(), flat.numel())
+        assert status == 0, name
 
     def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
-        """Hand a LoRA factor (out, in) over: float32 arithmetic, stored as small as its values allow."""
-        self._keep(layer, name, pack(weight, EXACT.get(weight.dtype, "float32")))
+        """Set a low-rank factor (out, in). It is multiplied in float32 and stored in its own dtype."""
+        self._add_matrix(layer, name, pack(weight, EXACT.get(weight.dtype, "float32")))
 
     def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantized: Mapping[str, QuantizedMatrix]) -> None:
         layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
         if name in quantized:
-            self._keep(layer, inner, PackedMatrix.from_quantized(quantized[name]))
+            self._add_matrix(layer, inner, PackedMatrix.from_quantized(quantized[name]))
             return
         weight = tensors[name]
-        wanted = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
-        format = "bfloat16" if wanted == torch.bfloat16 else "float32"
+        dtype = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+        format = "bfloat16" if dtype == torch.bfloat16 else "float32"
         if format == "float32" and weight.dtype in EXACT:
             format = EXACT[weight.dtype]
-        self._keep(layer, inner, pack(weight, format))
+        self._add_matrix(layer, inner, pack(weight, format))
         self._release(weight)
 
-    def _keep(self, layer: int, name: str, matrix: PackedMatrix) -> None:
+    def _add_matrix(self, layer: int, name: str, matrix: PackedMatrix) -> None:
         self.matrices[name if layer < 0 else f"blocks.{layer}.{name}"] = matrix
-        found = functions().fledge_model_set_matrix(
+        status = functions().fledge_model_set_matrix(
             self._handle, layer, name.encode(), matrix.code, matrix.rows, matrix.columns, matrix.data.data_ptr()
         )
-        assert found == 0, name
+        assert status == 0, name
 
 
 def _new_model(config: ModelConfig) -> int:
@@ -314,7 +320,7 @@ def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) ->
         model.set_factor(layer, "att.decay_down", of("att.time_decay_w1").T)
         model.set_factor(layer, "att.decay_up", of("att.time_decay_w2").T)
     else:
-        # Before Finch the files hold the weight of the current token; the library wants that of the one before.
+        # Before Finch, files contain the weight of the current token. The library needs that of the previous token.
         for letter in "kvr" if config.version in ("4", "5.0") else "kvrg":
             model.set_vector(layer, f"att.mix_{letter}", 1 - of(f"att.time_mix_{letter}").float())
         for letter in "kr":
@@ -326,7 +332,7 @@ def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) ->
 
 
 def _decay_and_bonus(config: ModelConfig, of: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """Finch: the raw decay; Eagle: the factor; RWKV-4: its logarithm. And u; one number a channel each."""
+    """The decay and the bonus u, one number per channel. Finch: the raw decay; Eagle: the factor; RWKV-4: its log."""
     raw = of("att.time_decay").float()
     if config.version == "4":
         return -torch.exp(raw), of("att.time_first").float()
@@ -342,19 +348,19 @@ def _decay_and_bonus(config: ModelConfig, of: Callable[[str], Tensor]) -> tuple[
 
 
 def _embedding(weight: Tensor) -> Tensor:
-    """The table where it lies, if the library can read it; rows are looked up, so its dtype costs no speed."""
+    """The embedding in its own dtype if the library supports it, else in float32."""
     return weight.detach().to(weight.dtype if weight.dtype in STORED else torch.float32).contiguous()
 
 
 def _tuned_layers(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """(H, V, K) of each layer, copied out of the file; empty where the model has no tuned state."""
+    """The tuned state of each layer (H, V, K), copied; empty if the model has none."""
     if not config.tuned_state:
         return []
     return [tensors[f"blocks.{layer}.att.time_state"].detach().float().clone() for layer in range(config.n_layer)]
 
 
 def _check_readable(state: State) -> None:
-    """Raise for a state that the library cannot read, or whose gradient would be lost."""
+    """Raise an error for a state on another device, or one that requires a gradient."""
     for tensor in state.tensors().values():
         if tensor.device.type != "cpu":
             raise StateError(f"the state is on {tensor.device}, the model on the CPU; move it with state.to('cpu')")
@@ -362,7 +368,7 @@ def _check_readable(state: State) -> None:
             raise UsageError("this model is native, for inference, and gives no gradients; load it with pack=False")
 
 
-def _checked(lengths: Tensor, B: int, T: int) -> list[int]:
+def _check_lengths(lengths: Tensor, B: int, T: int) -> list[int]:
     counts: list[int] = lengths.tolist() if lengths.dim() == 1 else []
     if len(counts) != B or any(not 0 <= count <= T for count in counts):
         raise UsageError(f"lengths must hold {B} numbers between 0 and {T}, not {lengths.tolist()}")

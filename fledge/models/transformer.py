@@ -1,15 +1,16 @@
-"""A Llama-shaped transformer, the baseline for comparisons. It is trained, run and saved like the other models.
+"""A transformer with the architecture of Llama, the baseline for comparisons.
 
 symbol         shape     parameter
 W_q, k, v, o   (A, C)    att.{query,key,value,output}.weight; output is (C, A)
 W_1, W_3       (F, C)    ffn.gate.weight, ffn.key.weight; W_2 (C, F) is ffn.value.weight
 RMSNorm        (C)       ln1.weight, ln2.weight, ln_out.weight
 
-C = n_embd, A = dim_att = H N, F = dim_ffn; B batch, T time, S tokens in the state. No biases, no dropout, the head is
-not tied to the embedding. Rotary positions with base 10000 rotate channel n of a head together with channel n + N/2.
+C = n_embd, A = dim_att = H N, F = dim_ffn; B batch, T time, S tokens in the state. There are no biases and no dropout,
+and the head is not tied to the embedding. Rotary positions with base 10000 rotate channel n of a head together with
+channel n + N/2.
 
-The precision is that of every model: stream, norms, rotation and state are float32. Attention is computed in the dtype
-of the surrounding matrix products, which fast attention kernels need.
+The residual stream, norms, rotation and state are float32. Attention is computed in the dtype of the matrix products,
+because fast attention kernels need it.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ from fledge.models.adapters import (
     TARGETS,
     LoraFactors,
     LoraLinear,
-    adapted,
     add_lora,
-    fresh_factors,
-    merged_weight,
-    shared_copy,
-    stacked,
-    start_state,
-    target_names,
+    build_adapted_model,
+    build_tuned_state,
+    combine_factors,
+    copy_sharing_weights,
+    init_factors,
+    merge_weight,
+    select_targets,
 )
 from fledge.models.layers import pack_linears
 
@@ -39,12 +39,12 @@ def model_of(version: str = "6.0", **sizes: object) -> BaseModel:
 
 
 def names_of(model: BaseModel) -> list[str]:
-    return target_names([name for name, _ in model.named_parameters()])
+    return select_targets([name for name, _ in model.named_parameters()])
 
 
 def random_factors(model: BaseModel, rank: int = 3, seed: int = 0) -> dict[str, LoraFactors]:
     """Factors whose product is visible in the logits."""
-    fresh = fresh_factors(model, names_of(model), rank, 2.0 * rank, seed)
+    fresh = init_factors(model, names_of(model), rank, 2.0 * rank, seed)
     draw = torch.Generator().manual_seed(seed + 50)
     return {
         name: LoraFactors(one.down, 0.3 * torch.randn(one.up.shape, generator=draw), one.scale)
@@ -60,8 +60,8 @@ def test_factors_do_what_merged_weights_do(version: str) -> None:
     merged = model_of(version)
     for name, one in factors.items():
         weight = merged.get_parameter(f"{name}.weight")
-        weight.copy_(merged_weight(weight, one))
-    before, unmerged = model(IDX)[0], adapted(model, factors)(IDX)[0]
+        weight.copy_(merge_weight(weight, one))
+    before, unmerged = model(IDX)[0], build_adapted_model(model, factors)(IDX)[0]
     assert (unmerged - before).abs().max() > 0.3
     assert_close_relative(unmerged, merged(IDX)[0], MODEL_TOLERANCE)
     assert torch.equal(model(IDX)[0], before)
@@ -69,18 +69,21 @@ def test_factors_do_what_merged_weights_do(version: str) -> None:
 
 def test_untrained_factors_change_nothing() -> None:
     model = model_of()
-    factors = fresh_factors(model, names_of(model), 5, 10.0, 0)
-    assert torch.equal(adapted(model, factors)(IDX)[0], model(IDX)[0])
+    factors = init_factors(model, names_of(model), 5, 10.0, 0)
+    assert torch.equal(build_adapted_model(model, factors)(IDX)[0], model(IDX)[0])
     down = factors["blocks.1.ffn.value"].down
     assert down.shape == (5, 40) and 0.9 * 40**-0.5 < down.abs().max() <= 40**-0.5
-    assert torch.equal(down, fresh_factors(model, names_of(model), 5, 10.0, 0)["blocks.1.ffn.value"].down)
-    assert not torch.equal(down, fresh_factors(model, names_of(model), 5, 10.0, 1)["blocks.1.ffn.value"].down)
+    assert torch.equal(down, init_factors(model, names_of(model), 5, 10.0, 0)["blocks.1.ffn.value"].down)
+    assert not torch.equal(down, init_factors(model, names_of(model), 5, 10.0, 1)["blocks.1.ffn.value"].down)
 
 
 def test_many_adapted_models_are_one_in_memory() -> None:
     model = model_of()
     places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
-    one, other = adapted(model, random_factors(model)), adapted(model, random_factors(model, seed=1))
+    one, other = (
+        build_adapted_model(model, random_factors(model)),
+        build_adapted_model(model, random_factors(model, seed=1)),
+    )
     for twin in (one, other):
         found = {name: weight.data_ptr() for name, weight in twin.named_parameters() if ".lora_" not in name}
         assert found == places
@@ -93,22 +96,24 @@ def test_adapters_add_up() -> None:
     model = model_of()
     first = random_factors(model, rank=2)
     second = {name: one for name, one in random_factors(model, rank=3, seed=1).items() if ".ffn." in name}
-    together = adapted(model, stacked([first, second]))
-    assert_close_relative(adapted(adapted(model, first), second)(IDX)[0], together(IDX)[0], MODEL_TOLERANCE)
+    together = build_adapted_model(model, combine_factors([first, second]))
+    assert_close_relative(
+        build_adapted_model(build_adapted_model(model, first), second)(IDX)[0], together(IDX)[0], MODEL_TOLERANCE
+    )
     assert together.get_parameter("blocks.0.ffn.key.lora_A").shape == (5, 24)
     assert together.get_parameter("blocks.0.att.key.lora_A").shape == (2, 24)
     merged = model_of()
     for factors in (first, second):
         for name, one in factors.items():
             weight = merged.get_parameter(f"{name}.weight")
-            weight.copy_(merged_weight(weight, one))
+            weight.copy_(merge_weight(weight, one))
     assert_close_relative(together(IDX)[0], merged(IDX)[0], MODEL_TOLERANCE)
 
 
 def test_parts_take_the_place_of_parameters() -> None:
     model = model_of()
     new = model.blocks[0].att.time_maa_x + 0.5  # type: ignore[union-attr,operator]
-    twin = adapted(model, {}, {"blocks.0.att.time_maa_x": new})
+    twin = build_adapted_model(model, {}, {"blocks.0.att.time_maa_x": new})
     changed = model_of()
     changed.get_parameter("blocks.0.att.time_maa_x").add_(0.5)
     assert torch.equal(twin(IDX)[0], changed(IDX)[0]) and not torch.equal(twin(IDX)[0], model(IDX)[0])
@@ -120,17 +125,20 @@ def test_factors_on_packed_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := pack_linears(packed):
         pytest.skip(reason)
     factors = random_factors(plain)
-    twin = adapted(packed, factors)
-    assert_close_relative(twin(IDX)[0], adapted(plain, factors)(IDX)[0], MODEL_TOLERANCE)
+    twin = build_adapted_model(packed, factors)
+    assert_close_relative(twin(IDX)[0], build_adapted_model(plain, factors)(IDX)[0], MODEL_TOLERANCE)
     assert twin.head.packed is packed.head.packed
     parts = {"blocks.0.att.value.weight": torch.randn_like(plain.blocks[0].att.value.weight)}
-    found, expected = adapted(packed, factors, parts)(IDX)[0], adapted(plain, factors, parts)(IDX)[0]
+    found, expected = (
+        build_adapted_model(packed, factors, parts)(IDX)[0],
+        build_adapted_model(plain, factors, parts)(IDX)[0],
+    )
     assert_close_relative(found, expected, MODEL_TOLERANCE)
     assert_close_relative(packed(IDX)[0], plain(IDX)[0], MODEL_TOLERANCE)  # stays as it was
 
 
 def test_only_the_factors_learn() -> None:
-    model = shared_copy(model_of())
+    model = copy_sharing_weights(model_of())
     add_lora(model, random_factors(model))
     model(IDX)[0].sum().backward()
     for name, weight in model.named_parameters():
@@ -142,7 +150,7 @@ def test_merging_rounds_once() -> None:
     weight = torch.randn(5, 7, generator=draw)
     factors = LoraFactors(torch.randn(2, 7, generator=draw), torch.randn(5, 2, generator=draw), 0.5)
     exact = weight.bfloat16().double() + 0.5 * factors.up.double() @ factors.down.double()
-    merged = merged_weight(weight.bfloat16(), factors)
+    merged = merge_weight(weight.bfloat16(), factors)
     assert merged.dtype == torch.bfloat16
     # One rounding of each number to bfloat16, after float32 sums of numbers below 8.
     torch.testing.assert_close(
@@ -152,29 +160,29 @@ def test_merging_rounds_once() -> None:
 
 def test_targets_have_short_names() -> None:
     names = [name for name, _ in model_of().named_parameters()]
-    assert len(target_names(names)) == 2 * len(TARGETS)
-    assert target_names(names, ["att.value", "ffn.value"]) == target_names(names, ["value"])
-    assert target_names(names, ["gate"]) == ["blocks.0.att.gate", "blocks.1.att.gate"]
+    assert len(select_targets(names)) == 2 * len(TARGETS)
+    assert select_targets(names, ["att.value", "ffn.value"]) == select_targets(names, ["value"])
+    assert select_targets(names, ["gate"]) == ["blocks.0.att.gate", "blocks.1.att.gate"]
     with pytest.raises(UsageError, match=r"'query' is unknown; choose among att\.receptance"):
-        target_names(names, ["query"])
+        select_targets(names, ["query"])
     old = [name for name, _ in model_of("4").named_parameters()]
-    assert len(target_names(old)) == 2 * 7
+    assert len(select_targets(old)) == 2 * 7
     with pytest.raises(UsageError, match=r"this model has no att\.gate"):
-        target_names(old, ["att.gate"])
+        select_targets(old, ["att.gate"])
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (2, 0.0), (2, float("nan"))])
 def test_impossible_factors_are_refused(rank: int, alpha: float) -> None:
     model = model_of()
     with pytest.raises(UsageError, match="rank of at least 1 and an alpha above 0"):
-        fresh_factors(model, names_of(model), rank, alpha, 0)
+        init_factors(model, names_of(model), rank, alpha, 0)
 
 
 @pytest.mark.parametrize("version", ["5.0", "5.2", "6.0"])
 def test_a_tuned_state_is_turned_once(version: str) -> None:
     model = model_of(version, tuned_state=True)
     tuned: dict[str, Tensor] = {n: t for n, t in model.named_parameters() if n.endswith("time_state")}
-    begin = start_state(model.config, tuned)
+    begin = build_tuned_state(model.config, tuned)
     one = IDX[:1]
     assert torch.equal(model(one, begin)[0], model(one)[0])
     assert not torch.allclose(model(one, begin)[0], model_of(version)(one)[0])

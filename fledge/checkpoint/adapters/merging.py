@@ -24,7 +24,7 @@ from fledge.checkpoint.record import Checkpoint
 from fledge.checkpoint.writer import check_disk_space, check_overwrite, save
 from fledge.core.errors import CheckpointError, UsageError
 from fledge.models import BaseModel
-from fledge.models.adapters import LoraFactors, adapted, merged_weight, stacked, start_state
+from fledge.models.adapters import LoraFactors, build_adapted_model, build_tuned_state, combine_factors, merge_weight
 
 COMPARED_TOKENS = 24
 """Tokens read to compare the merged model with base and adapter."""
@@ -73,7 +73,7 @@ def combine_adapters(adapters: Sequence[Adapter]) -> CombinedAdapter:
             owner[name] = adapter.path
         full_parameters, state = {**full_parameters, **adapter.full_parameters}, {**state, **adapter.state}
         template = adapter.template or template
-    return CombinedAdapter(stacked([adapter.factors for adapter in adapters]), full_parameters, state, template)
+    return CombinedAdapter(combine_factors([adapter.factors for adapter in adapters]), full_parameters, state, template)
 
 
 def merge_adapters(checkpoint: Checkpoint, changes: CombinedAdapter, dtype: torch.dtype | None = None) -> Checkpoint:
@@ -89,9 +89,9 @@ def merge_adapters(checkpoint: Checkpoint, changes: CombinedAdapter, dtype: torc
         weight = f"{name}.weight"
         if weight in quantized:
             dense = quantized.pop(weight).dequantize(torch.float32)
-            tensors[weight] = merged_weight(dense, factors, dtype or tensors["emb.weight"].dtype)
+            tensors[weight] = merge_weight(dense, factors, dtype or tensors["emb.weight"].dtype)
         else:
-            tensors[weight] = merged_weight(tensors[weight], factors, dtype)
+            tensors[weight] = merge_weight(tensors[weight], factors, dtype)
     config = checkpoint.config
     if changes.state:
         config, tensors = merge_tuned_state(config, tensors, changes.state)
@@ -165,8 +165,8 @@ def _compare(base: Checkpoint, changes: CombinedAdapter, written: Path) -> tuple
     idx = torch.randint(base.config.vocab_size, (1, COMPARED_TOKENS), generator=generator)
     plain = assemble(base.config, base.tensors, dtype=torch.float32)
     assert isinstance(plain, BaseModel)
-    initial = start_state(base.config, changes.state) if changes.state else None
-    expected = adapted(plain, changes.factors, changes.full_parameters)(idx, initial)[0]
+    initial = build_tuned_state(base.config, changes.state) if changes.state else None
+    expected = build_adapted_model(plain, changes.factors, changes.full_parameters)(idx, initial)[0]
     unchanged = plain(idx)[0]
     del plain  # so that only two models are in memory at a time
     stored = read(written)

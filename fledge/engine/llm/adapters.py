@@ -12,7 +12,7 @@ from torch import nn
 from fledge import checkpoint
 from fledge.core.errors import UsageError
 from fledge.models import BaseModel
-from fledge.models.adapters import adapted
+from fledge.models.adapters import build_adapted_model
 
 AdapterSource: TypeAlias = "checkpoint.Adapter | str | os.PathLike[str]"
 """An adapter file, or an adapter in memory (`fledge.checkpoint.read_adapter`)."""
@@ -41,7 +41,7 @@ def adapt_model(model: nn.Module, changes: checkpoint.CombinedAdapter, name: str
             f"{name} uses the native library, which can apply a LoRA only while loading: load it with adapter=..., or "
             "with pack=False to switch between adapters on the same weights"
         )
-    return adapted(model, changes.factors, changes.full_parameters).eval()
+    return build_adapted_model(model, changes.factors, changes.full_parameters).eval()
 
 
 def hash_changes(changes: checkpoint.CombinedAdapter, previous: str = "") -> str:

@@ -37,7 +37,7 @@ from fledge.engine.request import Request
 from fledge.engine.sampling import SamplingParams
 from fledge.engine.states.read_document import ReadResult, read_document
 from fledge.engine.states.state_file import LoadedState, StateMetadata, read_state, write_state
-from fledge.models.adapters import start_state
+from fledge.models.adapters import build_tuned_state
 from fledge.models.config import ModelConfig
 from fledge.models.native_model import NativeModel
 from fledge.models.state import State
@@ -362,7 +362,7 @@ class LLM:
             self,
             model=adapt_model(self.model, changes, self.name),
             template=changes.template or self.template,
-            initial_state=start_state(self.config, changes.state) if changes.state else self.initial_state,
+            initial_state=build_tuned_state(self.config, changes.state) if changes.state else self.initial_state,
             weight_changes=hash_changes(changes, self.weight_changes),
         )
 

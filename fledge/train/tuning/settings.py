@@ -23,7 +23,7 @@ from torch import nn
 from fledge.checkpoint import Checkpoint, assemble, merge_tuned_state
 from fledge.core.errors import ConfigError, UsageError
 from fledge.models import BaseModel
-from fledge.models.adapters import TARGETS, add_lora, fresh_factors, target_names
+from fledge.models.adapters import TARGETS, add_lora, init_factors, select_targets
 from fledge.train.loop import TrainSettings
 from fledge.train.optim import AdamSettings
 from fledge.train.schedule import LearningRateSchedule
@@ -118,8 +118,8 @@ def tunable(
     assert isinstance(model, BaseModel)
     model.requires_grad_(False)
     if settings.mode == "lora":
-        names = target_names([name for name, _ in model.named_parameters()], settings.lora.targets)
-        add_lora(model, fresh_factors(model, names, settings.lora.rank, settings.lora.alpha, settings.seed))
+        names = select_targets([name for name, _ in model.named_parameters()], settings.lora.targets)
+        add_lora(model, init_factors(model, names, settings.lora.rank, settings.lora.alpha, settings.seed))
     for name, parameter in model.named_parameters():
         if _is_trained(name, settings):
             # A copy: it may share memory with the file.

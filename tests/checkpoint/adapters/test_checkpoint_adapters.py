@@ -33,7 +33,7 @@ from fledge.checkpoint import (
 from fledge.checkpoint.quantization.quantizer import quantize
 from fledge.core.errors import CheckpointError, UnsupportedError, UsageError
 from fledge.models import BaseModel
-from fledge.models.adapters import adapted, fresh_factors, target_names
+from fledge.models.adapters import build_adapted_model, init_factors, select_targets
 
 IDX = torch.tensor([[3, 1, 36, 20, 9]])
 
@@ -46,7 +46,7 @@ def lora_of(
     model = assemble(loaded.config, loaded.tensors)
     assert isinstance(model, BaseModel)
     draw = torch.Generator().manual_seed(seed)
-    factors = fresh_factors(model, target_names(loaded.tensors), rank, alpha, seed)
+    factors = init_factors(model, select_targets(loaded.tensors), rank, alpha, seed)
     tensors: dict[str, Tensor] = {}
     for name, one in factors.items():
         tensors |= {f"{name}.lora_A": one.down, f"{name}.lora_B": 0.2 * torch.randn(one.up.shape, generator=draw)}
@@ -255,7 +255,7 @@ def test_a_merged_file_predicts_like_base_and_adapter(base: Path, tmp_path: Path
     plain = load_model(base).model
     assert isinstance(plain, BaseModel)
     with torch.no_grad():
-        separate = adapted(plain, changes.factors, changes.full_parameters)
+        separate = build_adapted_model(plain, changes.factors, changes.full_parameters)
         config, tensors = merge_adapters(loaded, changes).config, merge_adapters(loaded, changes).tensors
         together = load_model(tmp_path / "m.safetensors")
         torch.testing.assert_close(together.model(IDX)[0], assemble(config, tensors)(IDX)[0], rtol=0, atol=0)
@@ -267,7 +267,7 @@ def test_a_merged_file_predicts_like_base_and_adapter(base: Path, tmp_path: Path
 
 
 def test_a_failed_merge_leaves_no_files(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fledge.checkpoint.adapters.merging.merged_weight", lambda weight, *_: weight)
+    monkeypatch.setattr("fledge.checkpoint.adapters.merging.merge_weight", lambda weight, *_: weight)
     with pytest.raises(CheckpointError, match=r"does not predict.*m\.safetensors was not written"):
         merge_to_file(base, [lora_of(base)], tmp_path / "m.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["base.pth"]
@@ -313,7 +313,7 @@ def test_changed_matrices_of_a_quantized_base_are_expanded(tmp_path: Path) -> No
     assert torch.equal(complete.tensors["blocks.0.att.value.weight"].float(), part["blocks.0.att.value.weight"])
     separate = assemble(small.config, small.dequantize())
     assert isinstance(separate, BaseModel)
-    separate = adapted(separate, combine_adapters([replace(adapter, tensors=only)]).factors)
+    separate = build_adapted_model(separate, combine_adapters([replace(adapter, tensors=only)]).factors)
     with torch.no_grad():
         loaded, expected = assemble(merged.config, merged.dequantize())(IDX)[0], separate(IDX)[0]
     assert_close_relative(loaded, expected, MODEL_TOLERANCE, "logits")
