@@ -24,8 +24,8 @@ from fledge.models import BaseModel, ModelConfig, build, init_weights
 from fledge.models.layers import Linear
 from fledge.train import loss as loss_module
 from fledge.train.distributed import Distributed
-from fledge.train.evaluate import Validation, ValidationText, bits_per_byte, documents_nats
-from fledge.train.loop import TrainSettings, gradients, prepare, train, windows
+from fledge.train.evaluate import Validation, ValidationText, bits_per_byte, score_documents
+from fledge.train.loop import TrainSettings, compute_gradients, prepare, train, windows
 from fledge.train.loss import PULL, head_loss, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory, return_freed_memory
 from fledge.train.metrics import MetricsLogger
@@ -352,7 +352,7 @@ def gradients_of(rows: list[Batch], **options: Any) -> tuple[float, dict[str, to
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
-    loss, _ = gradients(prepare(model, settings), rows, settings, Distributed())
+    loss, _ = compute_gradients(prepare(model, settings), rows, settings, Distributed())
     return loss, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -452,15 +452,15 @@ def test_the_score_of_a_document_carries_the_state_over_windows() -> None:
     logits, _ = model(torch.tensor([[0, *ids[:-1]]]))
     expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids), reduction="sum").item()
     for window in (7, 50, 512):
-        assert documents_nats(model, [ids], window=window) == pytest.approx([expected], rel=MODEL_TOLERANCE)
+        assert score_documents(model, [ids], window=window) == pytest.approx([expected], rel=MODEL_TOLERANCE)
     assert bits_per_byte(math.log(2) * 80, 10) == pytest.approx(8.0)
 
 
 def test_documents_of_different_lengths_are_scored_together() -> None:
     model = fresh().eval()
     texts = [[int(x) for x in TEXT[:size]] for size in (30, 3, 17)]
-    expected = [documents_nats(model, [ids])[0] for ids in texts]
-    assert documents_nats(model, texts, window=8) == pytest.approx(expected, rel=MODEL_TOLERANCE)
+    expected = [score_documents(model, [ids])[0] for ids in texts]
+    assert score_documents(model, texts, window=8) == pytest.approx(expected, rel=MODEL_TOLERANCE)
     validate = Validation(
         [
             ValidationText("en", 60.0, texts[0]),
@@ -495,8 +495,8 @@ def test_a_masked_loss_is_that_of_the_counted_targets_with_a_pull_on_them_alone(
 def test_the_loss_in_pieces_is_that_of_the_logits(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, scale: float, masked: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "PIECE", 5 * 37)  # 5 tokens, which do not divide 2 x 11
-    monkeypatch.setattr(loss_module, "FEWEST", 2)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * 37)  # 5 tokens, which do not divide 2 x 11
+    monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 2)
     head = Linear(16, 37)
     head.compute_dtype = dtype
     torch.nn.init.normal_(head.weight)

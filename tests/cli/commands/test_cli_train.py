@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fledge.checkpoint import read, save
-from fledge.cli.views.training import TrainView, as_text, curve
+from fledge.cli.views.training import TrainView, draw_curve, format_line
 from fledge.core.files import get_asset_path
 from fledge.data.pipeline.build import build
 from fledge.data.pipeline.config import read_config
@@ -175,15 +175,15 @@ def test_what_is_not_there(fledge: Any, tmp_path: Path) -> None:
     fledge("train", "tiny", "--data", tmp_path / "no", "--to", tmp_path).check_error(2, "there is no token store")
 
 
-def test_a_line_of_nothing_but_the_step_is_where_a_run_goes_on() -> None:
-    assert as_text({"step": 1200}) == "continues from step 1200"
-    assert as_text({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
+def test_line_with_only_the_step_is_shown_as_a_continued_run() -> None:
+    assert format_line({"step": 1200}) == "continues from step 1200"
+    assert format_line({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
 
 
 def test_the_view_draws_what_it_was_told() -> None:
-    assert curve([], 5) == "" and curve([1.0], 5) == "▁"
-    assert curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
-    assert len(curve([float(number) for number in range(1000)], 60)) == 60
+    assert draw_curve([], 5) == "" and draw_curve([1.0], 5) == "▁"
+    assert draw_curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
+    assert len(draw_curve([float(number) for number in range(1000)], 60)) == 60
     with TrainView(10) as view:
         view({"step": 5, "loss": 3.0, "tokens_per_s": 100.0, "bpb_en": 1.5})
         view({"step": 6})
