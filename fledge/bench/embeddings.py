@@ -19,7 +19,7 @@ import numpy as np
 from fledge.bench.suite import Benchmark, Suite
 from fledge.core.errors import UsageError
 from fledge.core.files import hash_file
-from fledge.data.documents import numbered_lines
+from fledge.data.documents import read_numbered_lines
 from fledge.engine.llm.llm import LLM
 from fledge.engine.llm.loading import load
 
@@ -85,7 +85,7 @@ class EmbeddingsBenchmark(Benchmark):
 def read_pairs(file: Path, limit: int | None) -> dict[str, list[TextPair]]:
     """Return the pairs by language, in the order of the file."""
     by_language: dict[str, list[TextPair]] = defaultdict(list)
-    for number, line in numbered_lines(file):
+    for number, line in read_numbered_lines(file):
         if not line.strip():
             continue
         try:

@@ -7,5 +7,5 @@
     compression.py           compressed files
     pipeline/                `fledge data build`: from raw documents to a token store
 
-This package knows nothing of models.
+Models and the training loop are in other packages.
 """

@@ -53,7 +53,7 @@ def run(
             f"micro_batch_size is {recipe.micro_batch_size}, but {distributed.world} processes share it; use a multiple "
             f"of {distributed.world} that divides batch = {recipe.batch}"
         )
-    store = open_store(Path(data)).with_rows(recipe.vocab_size)
+    store = open_store(Path(data)).with_vocab_size(recipe.vocab_size)
     config = recipe.model(store.vocab_size)
     batches = _CheckedBatches(recipe, store, str(data))
     model = _create_model(config, recipe, store, start).to(_select_device(device, distributed))
@@ -165,9 +165,9 @@ def _check_ids(ids: Tensor, size: int, store: str) -> None:
 
 
 def _read_validation_texts(store: TokenStore, name: str) -> list[ValidationText]:
-    if not store.has("validation"):
+    if not store.has_part("validation"):
         return []
-    texts = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.documents()]
+    texts = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.validation_documents()]
     for text in texts:
         if text.ids:
             _check_ids(torch.tensor(text.ids), store.vocab_size, name)

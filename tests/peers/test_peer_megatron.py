@@ -1,4 +1,4 @@
-"""binidx against Megatron, whose format it is: each reads what the other has written, in both types of ids."""
+"""binidx compared with Megatron, which defines the format: each reads the files of the other, for both id types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fledge.data.binidx import BinIdx, writing
+from fledge.data.binidx import BinIdx, open_binidx_writer
 
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core", allow_module_level=True)
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.peer
 
 DOCUMENTS = [[1, 60000, 0], [0], [5, 6, 7, 8, 0]]
 
-# In a process of its own: importing Megatron warns of what it would like to have.
+# Runs in a separate process, because importing Megatron emits warnings about optional packages.
 SCRIPT = """
 import json, sys
 import numpy, torch
@@ -30,21 +30,23 @@ for ids in documents:
     builder.add_item(torch.tensor(ids))
     builder.end_document()
 builder.finalize(theirs + ".idx")
-found = IndexedDataset(ours, mmap=True)
-print(json.dumps([[found[at].tolist() for at in range(len(found))], found.document_indices.tolist()]))
+dataset = IndexedDataset(ours, mmap=True)
+print(json.dumps([[dataset[n].tolist() for n in range(len(dataset))], dataset.document_indices.tolist()]))
 """
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_both_ways(tmp_path: Path, dtype: str) -> None:
-    with writing(tmp_path / "ours", np.dtype(dtype)) as writer:
+def test_each_reads_the_files_of_the_other(tmp_path: Path, dtype: str) -> None:
+    with open_binidx_writer(tmp_path / "ours", np.dtype(dtype)) as writer:
         for ids in DOCUMENTS:
             writer.add(ids)
-    asked = json.dumps([str(tmp_path / "ours"), str(tmp_path / "theirs"), dtype, DOCUMENTS])
-    done = subprocess.run([sys.executable, "-c", SCRIPT], input=asked, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [DOCUMENTS, [0, 1, 2, 3]]
+    arguments = json.dumps([str(tmp_path / "ours"), str(tmp_path / "theirs"), dtype, DOCUMENTS])
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=arguments, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == [DOCUMENTS, [0, 1, 2, 3]]
     theirs = BinIdx(tmp_path / "theirs")
-    assert theirs.dtype == dtype and [theirs[at].tolist() for at in range(3)] == DOCUMENTS
+    assert theirs.dtype == dtype and [theirs[number].tolist() for number in range(3)] == DOCUMENTS
     assert (tmp_path / "theirs.bin").read_bytes() == (tmp_path / "ours.bin").read_bytes()
     assert (tmp_path / "theirs.idx").read_bytes() == (tmp_path / "ours.idx").read_bytes()

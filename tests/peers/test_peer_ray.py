@@ -1,4 +1,4 @@
-"""A build on Ray Data, on a local cluster: the same store as without it, and the same errors."""
+"""A build on Ray Data with a local cluster gives the same store and the same errors as a build without Ray."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ share = 0.2
 """
 
 
-def fledge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: Ray leaves threads and warnings behind."""
+def run_fledge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a separate process, because Ray leaves threads running and emits warnings."""
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "fledge", *arguments]
     return subprocess.run(
@@ -39,12 +39,12 @@ def test_ray_gives_the_same_store(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.toml").write_text(CONFIG)
     for arguments in (("--to", "plain", "--workers", "1"), ("--to", "ray", "--ray")):
-        done = fledge(tmp_path, "data", "build", "c.toml", *arguments)
-        assert done.returncode == 0, done.stderr
+        result = run_fledge(tmp_path, "data", "build", "c.toml", *arguments)
+        assert result.returncode == 0, result.stderr
     names = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "ray").iterdir())
     assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes() for name in names)
     with open(tmp_path / "corpus.jsonl", "a") as file:
         file.write("{\n")
-    done = fledge(tmp_path, "data", "build", "c.toml", "--to", "bad", "--ray")
-    assert done.returncode == 2 and "corpus.jsonl, line 61" in done.stderr
+    result = run_fledge(tmp_path, "data", "build", "c.toml", "--to", "bad", "--ray")
+    assert result.returncode == 2 and "corpus.jsonl, line 61" in result.stderr

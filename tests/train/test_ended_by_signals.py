@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import ENVIRONMENT
 
-from fledge.data.binidx import writing
+from fledge.data.binidx import open_binidx_writer
 
 SETTINGS = {
     "vocab_size": 40,
@@ -32,7 +32,7 @@ ENDLESS = {"steps": 1_000_000, "save_every": 1_000_000, "validate_every": 1_000_
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A pair of files as RWKV-LM's tools write them."""
-    with writing(tmp_path / "pair", np.uint16) as writer:
+    with open_binidx_writer(tmp_path / "pair", np.uint16) as writer:
         writer.add(np.tile(np.arange(1, 38), 60))
     return tmp_path / "pair"
 

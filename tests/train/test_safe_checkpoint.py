@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.planner import ReadItem
 
 from fledge.core.errors import CheckpointError
-from fledge.train.safe_checkpoint import LIST, SafePlanner, SafeReader
+from fledge.train.safe_checkpoint import METADATA_FILE, SafePlanner, SafeReader
 
 
 class Evil:
@@ -26,14 +26,14 @@ class Evil:
 
 
 def test_a_list_of_parts_that_names_a_function_is_refused(tmp_path: Path) -> None:
-    (tmp_path / LIST).write_bytes(pickle.dumps(Evil(tmp_path / "made")))
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Evil(tmp_path / "made")))
     with pytest.raises(CheckpointError, match=r"refers to (posix|nt)\.mkdir, which is not allowed"):
         SafeReader(tmp_path).read_metadata()
     assert not (tmp_path / "made").exists()
 
 
 def test_a_list_of_parts_that_is_something_else(tmp_path: Path) -> None:
-    (tmp_path / LIST).write_bytes(pickle.dumps([torch.float32]))
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps([torch.float32]))
     with pytest.raises(CheckpointError, match="something else"):
         SafeReader(tmp_path).read_metadata()
 

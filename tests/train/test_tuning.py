@@ -181,7 +181,7 @@ def test_a_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Pa
         get_settings("lora", 2, lora=LoraSettings(rank=3)),
         get_settings("lora", 4),
     ):
-        with pytest.raises(CheckpointError, match=r"of another run: \w+ was .* take another folder"):
+        with pytest.raises(CheckpointError, match=r"belongs to another run: \w+ was .* choose another folder"):
             prepared(base, data, other).start(folder, lambda line: None)
     kept = (folder / "run.json").read_text()
     (tmp_path / "other.jsonl").write_text('{"text": "tweet"}\n')

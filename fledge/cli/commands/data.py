@@ -1,4 +1,4 @@
-"""`fledge data`: raw documents into token stores, and what a store holds."""
+"""`fledge data`: build token stores from raw documents, inspect and check them."""
 
 from __future__ import annotations
 
@@ -18,51 +18,52 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="data", add_completion=False)
 
-LARGEST = 20
-"""Languages and sources that `info` lists."""
+MAX_ROWS = 20
+"""Number of languages and of sources that `info` lists."""
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a packaged one: world-v2.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or a built-in config: world-v2.")]
 
 
 @app.callback()
 def data() -> None:
-    """Build token stores from raw documents, and look into them."""
+    """Build token stores from raw documents, and inspect them."""
 
 
 @app.command()
 def build(
     config: Config,
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Where the store is made.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="The folder of the store.")],
     workers: Annotated[int | None, typer.Option(help="Processes. (default: one for each core)")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray Data: a cluster, or a local one.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace another store in the folder.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray Data: on a cluster or locally.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a different store in the folder.")] = False,
     keep_work: Annotated[
-        bool, typer.Option("--keep-work", help="Keep what the stages left, for a build with other settings.")
+        bool, typer.Option("--keep-work", help="Keep the stage outputs for a later build with other settings.")
     ] = False,
     record: Annotated[
-        Path | None, typer.Option(help="Write seconds by stage, speed and peak memory to this JSON file.")
+        Path | None, typer.Option(help="Write the time per stage, the speed and the peak memory to this JSON file.")
     ] = None,
 ) -> None:
-    """Make a token store: read, clean, deduplicate, mix and tokenize the documents of the config.
+    """Build a token store: read, clean, deduplicate, mix and tokenize the documents of the config.
 
-    A build that was interrupted continues where it was: run the same command again.
+    To resume an interrupted build, run the same command again.
     """
     from fledge.data.pipeline.build import BuildOptions, build
-    from fledge.data.pipeline.builtin_configs import config_path
+    from fledge.data.pipeline.builtin_configs import find_config
     from fledge.data.pipeline.config import read_config
-    from fledge.data.pipeline.report import size
+    from fledge.data.pipeline.report import format_size
 
-    path = config_path(config)
+    path = find_config(config)
     options = BuildOptions(workers, ray, force, keep_work)
     with SlowBar("looking for inputs") as bar:
-        clock = _Clock(bar.step)
+        clock = _StageClock(bar.step)
         store = build(read_config(path), path.parent, to, options, clock.step)
     seconds = clock.stop()
-    read = sum(one["bytes"] for one in store.manifest["inputs"])
-    if clock.worked:
-        print_note(f"{size(read)} of input files in {seconds:,.1f} s: {size(read / max(seconds, 1e-3))}/s")
+    size = sum(file["bytes"] for file in store.manifest["inputs"])
+    if clock.has_run_stages:
+        speed = format_size(size / max(seconds, 1e-3))
+        print_note(f"{format_size(size)} of input files in {seconds:,.1f} s: {speed}/s")
     else:
-        print_note("the store was finished before, and is as it was")
+        print_note("the store is already finished; nothing was changed")
     if record is not None:
         clock.write(record, store, workers)
     _show(store, to)
@@ -72,7 +73,7 @@ def build(
 def info(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or a pair X.bin and X.idx.")],
 ) -> None:
-    """Say what a token store holds. Its files are checked, its ids are not read."""
+    """Show the contents of a token store. Checks the sizes of its files, but does not read its ids."""
     from fledge.data.store import open_store
 
     _show(open_store(store), store)
@@ -82,27 +83,29 @@ def info(
 def check(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or a pair X.bin and X.idx.")],
 ) -> None:
-    """Read a whole store and compare it with the hashes that its build wrote down.
+    """Read all files of a store and compare their hashes with the manifest of its build.
 
-    Of a pair from elsewhere, which has none, the index is checked and the largest id is printed.
+    A pair of files of other software has no manifest. Its index is checked, and its largest id is printed.
     """
     from fledge.core.errors import DataError
-    from fledge.data.store import damaged, open_store
+    from fledge.data.store import find_damaged_files, open_store
 
     opened = open_store(store)
     with SlowBar("reading") as bar:
         if not opened.manifest:
-            rows = [("largest id", f"{opened.largest:,}")]
+            rows = [("largest id", f"{opened.max_id:,}")]
         else:
-            if wrong := list(damaged(store, bar.update)):
-                raise DataError(f"{store}: {', '.join(wrong)} changed since the build; delete {store}, build it again")
+            if changed := list(find_damaged_files(store, bar.update)):
+                raise DataError(
+                    f"{store}: {', '.join(changed)} changed since the build; delete {store} and build it again"
+                )
             rows = [(name, "ok") for name in opened.manifest["outputs"]]
     print_rows(rows)
 
 
 @app.command()
 def steps() -> None:
-    """List the cleaning steps that a config can name."""
+    """List the cleaning steps that a config can use."""
     from fledge.data.pipeline.clean import FILTERS, TRANSFORMATIONS
 
     print_rows([(name, inspect.getdoc(run) or "") for name, run in TRANSFORMATIONS.items()])
@@ -111,50 +114,50 @@ def steps() -> None:
 
 @app.command()
 def recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="world-v2")]) -> None:
-    """Print a packaged config, to start one of your own from."""
-    from fledge.data.pipeline.builtin_configs import config_path
+    """Print a built-in config, as a starting point for your own."""
+    from fledge.data.pipeline.builtin_configs import find_config
 
-    write(config_path(name).read_text(encoding="utf-8"))
+    write(find_config(name).read_text(encoding="utf-8"))
 
 
-class _Clock:
-    """How long each stage takes, heard from its reports of progress."""
+class _StageClock:
+    """Measures the time of each stage from its progress reports."""
 
     def __init__(self, report: Callable[[str, int, int], None]) -> None:
         self._report = report
-        self._began = self._changed = time.monotonic()
+        self._start = self._stage_start = time.monotonic()
         self._stage = "looking for inputs"
         self.seconds: dict[str, float] = {}
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Hand a report on."""
+        """Forward a progress report."""
         if stage != self._stage:
-            self._enter(stage)
+            self._enter_stage(stage)
         self._report(stage, done, total)
 
-    def _enter(self, stage: str) -> None:
+    def _enter_stage(self, stage: str) -> None:
         now = time.monotonic()
-        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._changed
-        self._stage, self._changed = stage, now
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._stage_start
+        self._stage, self._stage_start = stage, now
 
     def stop(self) -> float:
-        """The seconds of all stages together."""
-        self._enter("")
-        return self._changed - self._began
+        """End the last stage and return the total time in seconds."""
+        self._enter_stage("")
+        return self._stage_start - self._start
 
     @property
-    def worked(self) -> bool:
-        """Whether any stage began: nothing is done for a finished store."""
+    def has_run_stages(self) -> bool:
+        """Whether any stage was run. A finished store needs none."""
         return len(self.seconds) > 1
 
     def write(self, path: Path, store: TokenStore, workers: int | None) -> None:
-        """Everything, as JSON."""
-        used = _resources()  # before what follows needs some of its own
+        """Write the measurements to a JSON file."""
+        usage = _measure_resources()  # before the code below uses resources of its own
         from fledge.core.files import write_json
         from fledge.core.machine import machine_facts
 
-        size = sum(one["bytes"] for one in store.manifest["inputs"])
-        seconds = self._changed - self._began
+        size = sum(file["bytes"] for file in store.manifest["inputs"])
+        seconds = self._stage_start - self._start
         record = {
             "benchmark": "data build",
             "command": command_line(),
@@ -165,64 +168,64 @@ class _Clock:
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "seconds_in_all": round(seconds, 3),
             "bytes_per_s": round(size / max(seconds, 1e-3)),
-            **used,
+            **usage,
         }
         write_json(path, record)
 
 
-def _resources() -> dict[str, Any]:
-    """Seconds on processors and the largest memory of a process, workers included; empty where nobody tells."""
+def _measure_resources() -> dict[str, Any]:
+    """Processor time and largest memory of a process, including workers. Empty if the system does not report them."""
     try:
         import resource
     except ImportError:
         return {}
     from fledge.core.machine import MAXRSS_UNIT
 
-    whose = {"main": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
-    found = {name: resource.getrusage(who) for name, who in whose.items()}
+    scopes = {"main": resource.RUSAGE_SELF, "largest worker": resource.RUSAGE_CHILDREN}
+    usages = {name: resource.getrusage(scope) for name, scope in scopes.items()}
     return {
-        "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in found.values()), 2),
-        "peak_bytes": {name: one.ru_maxrss * MAXRSS_UNIT for name, one in found.items()},
+        "cpu_seconds": round(sum(usage.ru_utime + usage.ru_stime for usage in usages.values()), 2),
+        "peak_bytes": {name: usage.ru_maxrss * MAXRSS_UNIT for name, usage in usages.items()},
     }
 
 
-def _show(store: TokenStore, place: Path) -> None:
-    """What there is to know, as rows."""
+def _show(store: TokenStore, path: Path) -> None:
+    """Print the facts and the counts of a store."""
     from fledge.data.store import PARTS
 
-    index = {part: store.index(part) for part in PARTS if part == "train" or store.has(part)}
+    indexes = {part: store.index(part) for part in PARTS if part == "train" or store.has_part(part)}
     size = f"{store.vocab_size:,}"
-    vocabulary = f"vocabulary of {size}" if store.recorded else f"no vocabulary recorded, World's {size} taken for it"
+    vocabulary = f"vocabulary of {size}" if store.has_vocabulary else f"no vocabulary recorded, World ({size}) assumed"
     facts = [
-        ("store", str(place)),
-        *((part, f"{len(one.tokens):,} tokens, {len(one):,} documents") for part, one in index.items()),
-        ("ids", f"{index['train'].dtype.name}, {vocabulary}"),
+        ("store", str(path)),
+        *((part, f"{len(index.tokens):,} tokens, {len(index):,} documents") for part, index in indexes.items()),
+        ("ids", f"{indexes['train'].dtype.name}, {vocabulary}"),
     ]
     if store.manifest:
-        facts += [("sha256", store.sha256), ("report", str(place / "report.html"))]
+        facts += [("sha256", store.sha256), ("report", str(path / "report.html"))]
         facts += [("note", line) for line in store.manifest.get("remarks", ())]
     else:
-        facts[1] = ("holds", facts[1][1])  # any part of a store, or somebody else's
+        facts[1] = ("contents", facts[1][1])  # a pair of files can be any part of a store
     print_rows(facts)
     if not store.manifest:
         return
     from fledge.data.pipeline.counts import Count
-    from fledge.data.pipeline.store_assembly import counts_of
+    from fledge.data.pipeline.store_assembly import read_counts
 
-    counts = counts_of(store.manifest)
+    counts = read_counts(store.manifest)
     for column in ("language", "source"):
-        stored = counts.by(column).get("stored", {})
+        stored = counts.group_by(column).get("stored", {})
         names = sorted(stored, key=lambda name: -stored[name].bytes)
         print_heading(f"\nby {column}")
-        rows = [_row(name or "(none)", stored[name]) for name in names[:LARGEST]]
-        if names[LARGEST:]:
+        rows = [_format_row(name or "(none)", stored[name]) for name in names[:MAX_ROWS]]
+        if names[MAX_ROWS:]:
             rest = Count()
-            for name in names[LARGEST:]:
+            for name in names[MAX_ROWS:]:
                 rest = rest.plus(stored[name])
-            rows.append(_row(f"{len(names) - LARGEST} more", rest))
+            rows.append(_format_row(f"{len(names) - MAX_ROWS} more", rest))
         print_rows(rows, (column, "documents", "bytes", "tokens"))
 
 
-def _row(name: str, count: tuple[int, int, int]) -> tuple[str, str, str, str]:
+def _format_row(name: str, count: tuple[int, int, int]) -> tuple[str, str, str, str]:
     documents, size, tokens = count
     return name, f"{documents:,}", f"{size:,}", f"{tokens:,}"

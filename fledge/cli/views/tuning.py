@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fledge.cli.terminal import escape_controls, print_heading, print_note, print_rows
 from fledge.cli.views.training import format_line
-from fledge.data.examples import marked_text
+from fledge.data.examples import split_by_loss_mask
 
 if TYPE_CHECKING:
     from fledge.data.examples import Example, Examples
@@ -40,17 +40,19 @@ def _data_rows(data: Examples, template: str) -> list[tuple[str, str]]:
     rows = [
         ("examples", f"{len(data.items):,} in {data.path}: conversations {data.conversations:,}, texts {texts:,}"),
         *([("template", template)] if data.conversations else []),
-        ("tokens", f"{data.tokens:,}, {data.counted_tokens:,} of them in the loss"),
+        ("tokens", f"{data.tokens:,}, {data.loss_tokens:,} of them in the loss"),
         ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"),
     ]
-    if data.cut:
-        lost = f"{data.cut_tokens:,} tokens beyond --length: {_format_lines(data.cut)}"
-        rows.append(("truncated", f"{len(data.cut):,} examples, {lost}"))
-    if data.dropped:
-        rows.append(("skipped", f"{len(data.dropped):,} without tokens in the loss: {_format_lines(data.dropped)}"))
-    if data.joined:
-        count = f"removed from {len(data.joined):,} messages, because a blank line ends a turn"
-        rows.append(("blank lines", f"{count}: {_format_lines(tuple(dict.fromkeys(data.joined)))}"))
+    if data.truncated_lines:
+        lost = f"{data.truncated_tokens:,} tokens beyond --length: {_format_lines(data.truncated_lines)}"
+        rows.append(("truncated", f"{len(data.truncated_lines):,} examples, {lost}"))
+    if data.dropped_lines:
+        rows.append(
+            ("skipped", f"{len(data.dropped_lines):,} without tokens in the loss: {_format_lines(data.dropped_lines)}")
+        )
+    if data.joined_lines:
+        count = f"removed from {len(data.joined_lines):,} messages, because a blank line ends a turn"
+        rows.append(("blank lines", f"{count}: {_format_lines(tuple(dict.fromkeys(data.joined_lines)))}"))
     return rows
 
 
@@ -103,7 +105,7 @@ def show_examples(run: TuningRun) -> None:
 
 
 def _show_example(example: Example, run: TuningRun) -> None:
-    parts = marked_text(example, run.tokenizer)
+    parts = split_by_loss_mask(example, run.tokenizer)
     if sys.stdout.isatty():
         marked = Text()
         for text, is_in_loss in parts:

@@ -1,6 +1,6 @@
-"""Configs that come with Fledge, by name: public components of published corpora. They need a network connection.
+"""Built-in build configs by name. The TOML files are in fledge/assets.
 
-Here: finding them. The TOML files are beside the other packaged files, in fledge/assets.
+They read the public components of published corpora, which needs a network connection.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from pathlib import Path
 from fledge.core.errors import UsageError
 from fledge.core.files import get_asset_path
 
-RECIPES = ("world-v2",)
+BUILTIN_CONFIGS = ("world-v2",)
 
 
-def config_path(name: str) -> Path:
-    """A config file, or the packaged one of this name. Raises UsageError where there is neither."""
-    if name in RECIPES and not Path(name).exists():
+def find_config(name: str) -> Path:
+    """The path of a config file, or of the built-in config with this name. Raises UsageError if there is neither."""
+    if name in BUILTIN_CONFIGS and not Path(name).exists():
         return get_asset_path(f"{name}.toml")
     if Path(name).is_dir():
-        raise UsageError(f"{name} is a folder; name the TOML file with the config")
+        raise UsageError(f"{name} is a folder; name the TOML file of the config")
     if not Path(name).is_file():
-        known = ", ".join(RECIPES)
-        raise UsageError(f"there is no config {name}; name a TOML file, or one that comes with Fledge: {known}")
+        builtin = ", ".join(BUILTIN_CONFIGS)
+        raise UsageError(f"there is no config {name}; name a TOML file or a built-in config: {builtin}")
     return Path(name)

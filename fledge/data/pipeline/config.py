@@ -1,7 +1,4 @@
-"""The configuration of `fledge data build`: a TOML file as frozen dataclasses, checked before anything is read.
-
-Here: the settings, their defaults and limits. Not here: what is done with them.
-"""
+"""The configuration of `fledge data build`: a TOML file as frozen dataclasses, validated before any data is read."""
 
 from __future__ import annotations
 
@@ -20,149 +17,149 @@ else:
     import tomli as tomllib
 
 FORMATS = ("jsonl", "parquet", "text")
-VOCABULARIES = "world, a number of tokens, or a .json file"
-STANDARD_CLEANING = ("newlines", "nfc", "control_characters", "edges", {"min_characters": 20})
+VOCABULARY_VALUES = "world, a number of tokens, or a .json file"
+DEFAULT_CLEANING = ("newlines", "nfc", "control_characters", "edges", {"min_characters": 20})
 
 
-def _within(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{name} is {value}; it must be from {least:g} to {most:g}")
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value}; it must be from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where documents come from: files, or a data set of the hub."""
+    """A source of documents: files, or a data set of the hub."""
 
-    path: str = ""  # a file, a folder, or a pattern with * in it; from where the config file is
-    hub: str = ""  # or a data set that the package `datasets` can load
-    subset: str = ""  # of the data set
-    split: str = "train"  # of the data set
-    revision: str = ""  # of the data set: a commit, so that a later build reads the same
-    format: str = ""  # jsonl, parquet or text; without it, each file's name decides
-    name: str = ""  # the source of documents that name none; without it, the file's name, or the folder's for texts
-    language: str = ""  # of documents that name none
+    path: str = ""  # a file, a folder, or a pattern with *; relative to the folder of the config file
+    hub: str = ""  # alternative to `path`: a data set for the package `datasets`
+    subset: str = ""  # subset of the data set
+    split: str = "train"  # split of the data set
+    revision: str = ""  # commit of the data set, so that a later build reads the same documents
+    format: str = ""  # jsonl, parquet or text; empty: chosen by the suffix of each file
+    name: str = ""  # the source of documents without one; empty: the file name, or the folder name for texts
+    language: str = ""  # the language of documents without one
     text: str = "text"  # the field with the text
-    template: str = ""  # or a text made of several fields: "User: {question}\n\nAssistant: {answer}"
+    template: str = ""  # alternative to `text`: several fields in one text: "User: {question}\n\nAssistant: {answer}"
     language_field: str = "lang"
     source_field: str = "src"
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.hub):
-            raise ConfigError("each of [[sources]] needs either a path or a hub data set")
+            raise ConfigError("each entry of [[sources]] needs either a path or a hub data set")
         if self.format and self.format not in FORMATS:
             raise ConfigError(f"format {self.format!r} is unknown; formats: {', '.join(FORMATS)}")
 
     @property
     def label(self) -> str:
-        """What to call it in messages."""
+        """The name of the source in messages."""
         return self.name or self.path or self.hub
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Identification of the language of documents that have none."""
+    """Language identification of documents without a language."""
 
     identify: bool = True
-    characters: int = 1000  # of a document that are looked at
+    characters: int = 1000  # number of characters at the start of a document that are examined
 
     def __post_init__(self) -> None:
-        _within("languages.characters", self.characters, 20, 10**6)
+        _check_range("languages.characters", self.characters, 20, 10**6)
 
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """Which copies are left out."""
+    """Which duplicates are dropped."""
 
-    exact: bool = True  # texts that are equal but for case and ASCII white space
-    near: bool = True  # texts that share most of their pieces
-    threshold: float = 0.8  # share of pieces in common (Jaccard) from which two texts count as one
-    permutations: int = 128  # numbers in a signature; more are more exact, and slower
-    characters: int = 16  # of a piece
+    exact: bool = True  # drop texts that are equal except for case and ASCII white space
+    near: bool = True  # drop texts that share most of their shingles
+    threshold: float = 0.8  # Jaccard similarity of the shingles at which two texts are duplicates
+    permutations: int = 128  # length of a MinHash signature; more is more accurate and slower
+    characters: int = 16  # length of a shingle
 
     def __post_init__(self) -> None:
-        _within("dedup.threshold", self.threshold, 0.3, 1.0)
-        _within("dedup.permutations", self.permutations, 16, 1024)
-        _within("dedup.characters", self.characters, 2, 256)
+        _check_range("dedup.threshold", self.threshold, 0.3, 1.0)
+        _check_range("dedup.permutations", self.permutations, 16, 1024)
+        _check_range("dedup.characters", self.characters, 2, 256)
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Documents kept aside, chosen by their own hash, language by language."""
+    """The held-out documents, chosen by their hash, for each language."""
 
-    share: float = 0.01  # of a language's documents; 0: none at all
-    documents: int = 3  # but at least about this many, and at most a quarter of all
-    bytes: ByteSize = 100_000  # and no more than this a language; one document gives a quarter of it at most
+    share: float = 0.01  # share of the documents of a language; 0: none
+    documents: int = 3  # at least about this many, but at most a quarter of the documents
+    bytes: ByteSize = 100_000  # at most this much text of a language; at most a quarter of it from one document
 
     def __post_init__(self) -> None:
-        _within("validation.share", self.share, 0.0, 0.9)
-        _within("validation.documents", self.documents, 0, 10**9)
-        _within("validation.bytes", self.bytes, 0, 10**12)
+        _check_range("validation.share", self.share, 0.0, 0.9)
+        _check_range("validation.documents", self.documents, 0, 10**9)
+        _check_range("validation.bytes", self.bytes, 0, 10**12)
 
     @property
-    def wanted(self) -> bool:
-        """Whether any document is to be kept aside."""
+    def is_enabled(self) -> bool:
+        """Whether the settings ask for held-out documents."""
         return self.share > 0 and self.bytes > 0
 
 
 @dataclass(frozen=True)
 class MixtureGroup:
-    """A part of the mixture. A document belongs to the first group that its language and source fit."""
+    """A part of the mixture. A document belongs to the first group that matches its language and source."""
 
     name: str
-    languages: tuple[str, ...] = ("*",)  # with * for anything: "code:*"
+    languages: tuple[str, ...] = ("*",)  # patterns with *, such as "code:*"
     sources: tuple[str, ...] = ("*",)
-    weight: float = 0.0  # share of the text, as against the other groups with a weight; 0: all there is
-    epochs: float = 1.0  # how often a document may be repeated; 0.5 takes half of them
-    max_bytes: ByteSize = 0  # at most so much text; 0: no limit
+    weight: float = 0.0  # share of the text relative to the other weighted groups; 0: all documents
+    epochs: float = 1.0  # how often a document may be repeated; 0.5: half of the documents
+    max_bytes: ByteSize = 0  # at most this much text; 0: no limit
 
     def __post_init__(self) -> None:
         for name in ("weight", "epochs", "max_bytes"):
-            _within(f"{name} of group {self.name}", getattr(self, name), 0, 10**15)
+            _check_range(f"{name} of group {self.name}", getattr(self, name), 0, 10**15)
         if self.weight and not self.epochs:
-            raise ConfigError(f"epochs of group {self.name} is 0, but it has a weight; leave one of them out")
+            raise ConfigError(f"epochs of group {self.name} is 0, but it has a weight; remove one of them")
         for name in ("languages", "sources"):
             if not getattr(self, name):
-                raise ConfigError(f'{name} of group {self.name} is empty, so no document fits it; ["*"] fits all')
+                raise ConfigError(f'{name} of group {self.name} is empty, so no document matches; ["*"] matches all')
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How much of what. Documents that fit no group are left out."""
+    """How much text of each group the store contains. Documents without a group are omitted."""
 
     groups: tuple[MixtureGroup, ...] = (MixtureGroup("all"),)
-    total_bytes: ByteSize = 0  # of all groups with a weight, at most
-    source_bytes: Mapping[str, ByteSize] = field(default_factory=dict)  # of one source, in each group
+    total_bytes: ByteSize = 0  # limit for all weighted groups together; 0: no limit
+    source_bytes: Mapping[str, ByteSize] = field(default_factory=dict)  # source -> limit in each group
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
         if len(set(names)) < len(names):
             raise ConfigError("two groups of the mixture have the same name")
-        _within("mixture.total_bytes", self.total_bytes, 0, 10**18)
-        for source, most in self.source_bytes.items():
-            _within(f"mixture.source_bytes of {source}", most, 1, 10**18)
+        _check_range("mixture.total_bytes", self.total_bytes, 0, 10**18)
+        for source, limit in self.source_bytes.items():
+            _check_range(f"mixture.source_bytes of {source}", limit, 1, 10**18)
         if not self.groups:
-            raise ConfigError("mixture.groups is empty, so every document is left out; leave it out to take them all")
+            raise ConfigError("mixture.groups is empty, so no document is used; remove the setting to use all")
         if not any(group.epochs for group in self.groups):
-            raise ConfigError("epochs is 0 in every group of the mixture, so every document is left out")
+            raise ConfigError("epochs is 0 in every group of the mixture, so no document is used")
         if self.total_bytes and not any(group.weight for group in self.groups):
             raise ConfigError("mixture.total_bytes needs groups with a weight; use max_bytes for each group instead")
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Everything that decides what a token store holds."""
+    """All settings that determine the content of a token store."""
 
     sources: tuple[SourceConfig, ...]
-    clean: tuple[Any, ...] = STANDARD_CLEANING  # names of steps, or {name = limit}; see `fledge data steps`
+    clean: tuple[Any, ...] = DEFAULT_CLEANING  # step names, or {name = limit}; see `fledge data steps`
     languages: LanguageConfig = LanguageConfig()
     dedup: DedupConfig = DedupConfig()
     validation: ValidationConfig = ValidationConfig()
     mixture: MixtureConfig = MixtureConfig()
-    vocabulary: Annotated[str | int, VOCABULARIES] = "world"  # a number N: the N most used tokens
-    dtype: str = "auto"  # of the ids in the store: uint16, or int32
-    cut_characters: int = 200_000  # longer documents become several; 0: never
-    piece_bytes: ByteSize = 16_000_000  # of input that one worker takes at a time
-    on_error: str = "stop"  # at a line that is no document; "skip" counts it and goes on
+    vocabulary: Annotated[str | int, VOCABULARY_VALUES] = "world"  # a number N: the N most used World tokens
+    dtype: str = "auto"  # type of the ids in the store: auto, uint16 or int32
+    cut_characters: int = 200_000  # longer documents are split; 0: never
+    piece_bytes: ByteSize = 16_000_000  # input of one task of a worker
+    on_error: str = "stop"  # at an invalid line; "skip" counts and omits it
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -172,17 +169,17 @@ class BuildConfig:
             raise ConfigError(f"on_error {self.on_error!r} is unknown; it is stop or skip")
         if self.dtype not in ("auto", "uint16", "int32"):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; it is auto, uint16 or int32")
-        _within("piece_bytes", self.piece_bytes, 1, 10**12)
+        _check_range("piece_bytes", self.piece_bytes, 1, 10**12)
         if self.cut_characters:
-            _within("cut_characters", self.cut_characters, 100, 10**9)
+            _check_range("cut_characters", self.cut_characters, 100, 10**9)
         if isinstance(self.vocabulary, int):
-            _within("vocabulary", self.vocabulary, 257, 65536)
+            _check_range("vocabulary", self.vocabulary, 257, 65536)
         elif self.vocabulary != "world" and not self.vocabulary.endswith(".json"):
-            raise ConfigError(f"vocabulary {self.vocabulary!r} is unknown; it is {VOCABULARIES}")
+            raise ConfigError(f"vocabulary {self.vocabulary!r} is unknown; it is {VOCABULARY_VALUES}")
 
 
 def read_config(path: Path) -> BuildConfig:
-    """The config of a TOML file. Raises ConfigError with the file's name for whatever is wrong in it."""
+    """The config of a TOML file. Raises ConfigError with the name of the file if it is invalid."""
     try:
         with open(path, "rb") as file:
             return build_config(tomllib.load(file))
@@ -196,10 +193,10 @@ def read_config(path: Path) -> BuildConfig:
         if path.suffix == ".toml":
             raise ConfigError(f"{path}: {error}") from None
         raise ConfigError(
-            f"{path} is no config: a config is a TOML file that names its data, path = {path.name!r} under [[sources]]"
+            f"{path} is not a config; write a TOML file with path = {path.name!r} under [[sources]]"
         ) from None
 
 
 def build_config(values: Mapping[str, Any]) -> BuildConfig:
-    """A config of plain values, as TOML has them."""
+    """The config of plain values, as in a TOML file."""
     return from_dict(BuildConfig, values)

@@ -1,8 +1,8 @@
-"""Documents, bytes and tokens, counted by stage, language and source: what a manifest and its report say."""
+"""Counts of documents, bytes and tokens by stage, language and source, for the manifest and its report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ from fledge.core.files import read_json
 
 
 class Count(NamedTuple):
-    """So much of something."""
+    """A number of documents, with their bytes and tokens."""
 
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
 
     def plus(self, other: Count) -> Count:
-        """Both together."""
+        """The sum of two counts."""
         return Count(*(one + two for one, two in zip(self, other, strict=True)))
 
 
@@ -28,44 +28,39 @@ class Counts:
         self._cells: dict[tuple[str, str, str], Count] = {}
 
     def add(self, stage: str, language: str, source: str, count: Count) -> None:
-        """Count more."""
+        """Add to the count of a stage, language and source."""
         key = (stage, language, source)
         self._cells[key] = self._cells.get(key, Count()).plus(count)
 
     def merge(self, rows: Iterable[list[Any]]) -> None:
-        """Add what `rows` gave elsewhere."""
+        """Add the result of `rows` of other counts."""
         for stage, language, source, *numbers in rows:
             self.add(stage, language, source, Count(*numbers))
 
     def rows(self) -> list[list[Any]]:
-        """Everything, as JSON can hold it, in one order whatever the order of counting."""
+        """[stage, language, source, documents, bytes, tokens] of every count, for JSON, in sorted order."""
         return [[*key, *self._cells[key]] for key in sorted(self._cells)]
 
-    def by(self, column: str) -> dict[str, dict[str, Count]]:
-        """stage -> language or source -> Count."""
-        at = {"language": 1, "source": 2}[column]
-        found: dict[str, dict[str, Count]] = {}
+    def group_by(self, column: str) -> dict[str, dict[str, Count]]:
+        """stage -> language or source -> Count. column: "language" or "source"."""
+        key_index = {"language": 1, "source": 2}[column]
+        groups: dict[str, dict[str, Count]] = {}
         for key, count in sorted(self._cells.items()):
-            stage = found.setdefault(key[0], {})
-            stage[key[at]] = stage.get(key[at], Count()).plus(count)
-        return found
+            stage = groups.setdefault(key[0], {})
+            stage[key[key_index]] = stage.get(key[key_index], Count()).plus(count)
+        return groups
 
     def totals(self) -> dict[str, Count]:
         """stage -> Count."""
-        found: dict[str, Count] = {}
+        totals: dict[str, Count] = {}
         for (stage, _, _), count in sorted(self._cells.items()):
-            found[stage] = found.get(stage, Count()).plus(count)
-        return found
+            totals[stage] = totals.get(stage, Count()).plus(count)
+        return totals
 
 
-def merged(files: Iterable[Path]) -> Counts:
-    """The counts of several files of rows."""
+def merge_count_files(files: Iterable[Path]) -> Counts:
+    """The sum of the counts in several files, each with the JSON of `Counts.rows`."""
     counts = Counts()
-    for rows in _each(files):
-        counts.merge(rows)
-    return counts
-
-
-def _each(files: Iterable[Path]) -> Iterator[list[list[Any]]]:
     for file in files:
-        yield read_json(file)
+        counts.merge(read_json(file))
+    return counts

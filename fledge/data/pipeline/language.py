@@ -1,8 +1,4 @@
-"""Which language a text is in, by the package py3langid: offline, numpy only, 97 languages.
-
-Only for documents that do not say it themselves, and on their beginning only. Not here: deciding which documents those
-are.
-"""
+"""Language identification with the package py3langid: offline, numpy only, 97 languages."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ from fledge.core.errors import UsageError
 
 
 class LanguageIdentifier:
-    """Texts to language codes such as "de". Safe only within one thread."""
+    """Returns the language code of a text, such as "de". Not thread-safe."""
 
     def __init__(self, characters: int) -> None:
-        """characters: of a text that are looked at. Raises UsageError where py3langid is not installed."""
+        """characters: the number of characters to examine. Raises UsageError if py3langid is not installed."""
         try:
             from py3langid import langid
         except ImportError:
@@ -25,7 +21,7 @@ class LanguageIdentifier:
         self.characters = characters
 
     def __call__(self, text: str) -> str:
-        """The likeliest language; "" for a text without a letter."""
+        """The most likely language; "" for a text without letters."""
         beginning = text[: self.characters]
         if not any(map(str.isalpha, beginning)):
             return ""

@@ -1,7 +1,4 @@
-"""The page that shows what a build did: one self-contained HTML file, for light and dark screens, without scripts.
-
-Here: a manifest as tables and bars. Not here: any number that the manifest does not have.
-"""
+"""The HTML report of a build: the manifest as tables and bars, in one self-contained file without scripts."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from typing import Any
 
 from fledge.core.files import atomic_path
 from fledge.data.pipeline.counts import Count, Counts
-from fledge.data.pipeline.store_assembly import counts_of
+from fledge.data.pipeline.store_assembly import read_counts
 
 REPORT = "report.html"
-LARGEST = 40  # rows of a table; the rest is summed up
+MAX_ROWS = 40  # rows of a table; the others are only counted
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --line: #e3e6ec; --back: #fff; --bar: #3b7dd8;
@@ -42,13 +39,13 @@ td.bar { width: 24%; min-width: 7rem; }
 pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem; font-size: 0.85rem; }
 """
 
-KEPT, READ, GONE = "var(--bar)", "var(--bar2)", "var(--gone)"
+KEPT_COLOR, READ_COLOR, DROPPED_COLOR = "var(--bar)", "var(--bar2)", "var(--gone)"
 
 
 def write_report(to: Path, manifest: dict[str, Any]) -> None:
-    """Write the page into the store's folder."""
+    """Write the report into the store's folder."""
     with atomic_path(to / REPORT) as temporary:
-        temporary.write_text("\n".join(_page(manifest, counts_of(manifest))) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(_page(manifest, read_counts(manifest))) + "\n", encoding="utf-8")
 
 
 def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
@@ -56,37 +53,38 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
     yield "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     yield f"<title>Token store</title><style>{STYLE}</style></head><body><h1>Token store</h1>"
-    stored, aside = totals.get("stored", Count()), totals.get("validation", Count())
+    stored, held_out = totals.get("stored", Count()), totals.get("validation", Count())
     yield _facts(
         ("training tokens", f"{manifest['tokens']['train']:,}"),
-        ("training text", size(stored.bytes)),
+        ("training text", format_size(stored.bytes)),
         ("training documents", f"{manifest['documents']['train']:,}"),
-        ("bytes a token", f"{stored.bytes / max(stored.tokens - stored.documents, 1):.2f}"),
+        ("bytes per token", f"{stored.bytes / max(stored.tokens - stored.documents, 1):.2f}"),
         ("validation tokens", f"{manifest['tokens']['validation']:,}"),
-        ("validation documents", f"{aside.documents:,}"),
+        ("validation documents", f"{held_out.documents:,}"),
         ("vocabulary", f"{manifest['vocab_size']:,}"),
     )
-    yield f"<p>Identity {manifest['sha256']}, seed {manifest['seed']}, ids as {manifest['dtype']}.</p>"
+    yield f"<p>Content hash {manifest['sha256']}, seed {manifest['seed']}, ids as {manifest['dtype']}.</p>"
     for line in manifest.get("remarks", ()):
         yield f"<p><strong>Note:</strong> {escape(line)}</p>"
-    yield "<h2>From what was read to what is stored</h2>"
-    yield _table(("stage", "", "text", "documents", "of what was read"), _flow(totals))
+    yield "<h2>Documents by stage</h2>"
+    yield _table(("stage", "", "text", "documents", "share of read text"), _stage_rows(totals))
     for title, column in (("Languages", "language"), ("Sources", "source")):
-        yield f"<h2>{title}</h2><p>The pale bar is what was read, the strong one what is stored, repeats included.</p>"
-        heads = (column, "", "stored", "share", "tokens", "bytes a token", "documents", "read", "validation")
-        yield _table(heads, _parts(counts.by(column), stored))
+        yield f"<h2>{title}</h2><p>Pale bar: text read. Strong bar: text stored, including repeats.</p>"
+        heads = (column, "", "stored", "share", "tokens", "bytes per token", "documents", "read", "validation")
+        yield _table(heads, _breakdown_rows(counts.group_by(column), stored))
     yield "<h2>Inputs</h2>"
     inputs = [
-        [escape(one["name"]), size(one["bytes"]), _mono((one["sha256"] or "")[:16])] for one in manifest["inputs"]
+        [escape(file["name"]), format_size(file["bytes"]), _code((file["sha256"] or "")[:16])]
+        for file in manifest["inputs"]
     ]
-    yield _table(("file", "size", "SHA-256 begins"), _capped(inputs))
+    yield _table(("file", "size", "SHA-256 (first 16 digits)"), _limit_rows(inputs))
     yield f"<h2>Config</h2><pre>{escape(json.dumps(manifest['config'], indent=1, ensure_ascii=False))}</pre>"
     yield f"<p>{escape(', '.join(f'{name} {number}' for name, number in manifest['versions'].items()))}</p>"
     yield "</body></html>"
 
 
-def size(number: float) -> str:
-    """Bytes as people read them."""
+def format_size(number: float) -> str:
+    """A number of bytes with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
@@ -94,51 +92,51 @@ def size(number: float) -> str:
     return f"{number:,.1f} TB"
 
 
-def _flow(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
-    """One row for each stage and for each reason to leave something out."""
+def _stage_rows(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
+    """One row for each stage and for each reason to drop documents."""
     read = totals.get("read", Count())
     names = [
-        ("read", "read", READ),
-        *((name, name, GONE) for name in totals if name.startswith("dropped: ")),
-        ("after cleaning", "clean", READ),
-        ("copies", "copies", GONE),
-        ("near copies", "near copies", GONE),
-        ("in no group of the mixture", "no group", GONE),
-        ("left out by the mixture", "left out", GONE),
-        ("kept aside for validation", "validation", READ),
-        ("chosen for training", "train", KEPT),
-        ("stored, repeats and parts of documents counted", "stored", KEPT),
+        ("read", "read", READ_COLOR),
+        *((name, name, DROPPED_COLOR) for name in totals if name.startswith("dropped: ")),
+        ("after cleaning", "clean", READ_COLOR),
+        ("exact duplicates", "copies", DROPPED_COLOR),
+        ("near duplicates", "near copies", DROPPED_COLOR),
+        ("in no group of the mixture", "no group", DROPPED_COLOR),
+        ("not used by the mixture", "left out", DROPPED_COLOR),
+        ("held out for validation", "validation", READ_COLOR),
+        ("chosen for training", "train", KEPT_COLOR),
+        ("stored, including repeats and parts of documents", "stored", KEPT_COLOR),
     ]
     for label, stage, color in names:
         count = totals.get(stage, Count())
         if count.documents or stage in ("read", "clean", "train"):
             share = count.bytes / max(read.bytes, 1)
-            yield escape(label), _bar((share, color)), size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
+            yield escape(label), _bar((share, color)), format_size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
     if bad := totals.get("bad"):
-        yield "lines that are no document", "", "", f"{bad.documents:,}", ""
+        yield "invalid lines", "", "", f"{bad.documents:,}", ""
 
 
-def _parts(by: dict[str, dict[str, Count]], whole: Count) -> list[Sequence[str]]:
+def _breakdown_rows(counts: dict[str, dict[str, Count]], total: Count) -> list[Sequence[str]]:
     """One row for each language or source, the largest first."""
-    read, stored, aside = by.get("read", {}), by.get("stored", {}), by.get("validation", {})
+    read, stored, held_out = (counts.get(stage, {}) for stage in ("read", "stored", "validation"))
     names = sorted(read, key=lambda name: (-stored.get(name, Count()).bytes, -read[name].bytes, name))
-    largest = max([count.bytes for part in (read, stored) for count in part.values()] or [1])
+    largest = max([count.bytes for stage in (read, stored) for count in stage.values()] or [1])
     rows = []
     for name in names:
-        mine, given = stored.get(name, Count()), read[name]
-        bars = _bar((given.bytes / largest, READ), (mine.bytes / largest, KEPT))
-        per_token = f"{mine.bytes / max(mine.tokens - mine.documents, 1):.2f}" if mine.tokens else ""
-        numbers = (size(mine.bytes), f"{mine.bytes / max(whole.bytes, 1):.1%}", f"{mine.tokens:,}", per_token)
-        more = (f"{mine.documents:,}", size(given.bytes), f"{aside.get(name, Count()).documents:,}")
-        rows.append((escape(name) or "(none)", bars, *numbers, *more))
-    return _capped(rows)
+        kept, seen = stored.get(name, Count()), read[name]
+        bars = _bar((seen.bytes / largest, READ_COLOR), (kept.bytes / largest, KEPT_COLOR))
+        per_token = f"{kept.bytes / max(kept.tokens - kept.documents, 1):.2f}" if kept.tokens else ""
+        sizes = (format_size(kept.bytes), f"{kept.bytes / max(total.bytes, 1):.1%}", f"{kept.tokens:,}", per_token)
+        documents = (f"{kept.documents:,}", format_size(seen.bytes), f"{held_out.get(name, Count()).documents:,}")
+        rows.append((escape(name) or "(none)", bars, *sizes, *documents))
+    return _limit_rows(rows)
 
 
-def _capped(rows: list[Any]) -> list[Any]:
-    """At most LARGEST rows, and how many more there are."""
-    if len(rows) <= LARGEST:
+def _limit_rows(rows: list[Any]) -> list[Any]:
+    """At most MAX_ROWS rows, followed by the number of the others."""
+    if len(rows) <= MAX_ROWS:
         return rows
-    return [*rows[:LARGEST], (f"and {len(rows) - LARGEST} more, in manifest.json", *[""] * (len(rows[0]) - 1))]
+    return [*rows[:MAX_ROWS], (f"and {len(rows) - MAX_ROWS} more, in manifest.json", *[""] * (len(rows[0]) - 1))]
 
 
 def _facts(*facts: tuple[str, str]) -> str:
@@ -147,20 +145,19 @@ def _facts(*facts: tuple[str, str]) -> str:
 
 
 def _bar(*parts: tuple[float, str]) -> str:
-    """Bars over each other, each a share of the width and its color."""
+    """Overlapping bars. parts: (share of the width, color) of each."""
     inner = "".join(f"<i style='width:{min(share, 1):.2%};background:{color}'></i>" for share, color in parts)
     return f"<div class='track'>{inner}</div>"
 
 
-def _mono(text: str) -> str:
+def _code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
 def _table(heads: Sequence[str], rows: Any) -> str:
-    """heads: an empty one stands over bars."""
-    bars = {at for at, head in enumerate(heads) if not head}
-    marks = ["class='bar'" if at in bars else "" for at in range(len(heads))]
-    head = "".join(f"<th {mark}>{escape(text)}</th>" for mark, text in zip(marks, heads, strict=True))
-    cells = ["".join(f"<td {mark}>{cell}</td>" for mark, cell in zip(marks, row, strict=True)) for row in rows]
+    """heads: the column titles; a column without a title contains bars."""
+    classes = ["" if head else "class='bar'" for head in heads]
+    head = "".join(f"<th {kind}>{escape(text)}</th>" for kind, text in zip(classes, heads, strict=True))
+    cells = ["".join(f"<td {kind}>{cell}</td>" for kind, cell in zip(classes, row, strict=True)) for row in rows]
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -1,7 +1,7 @@
-"""Pieces of unfinished work on disk: each appears whole or not at all, so a killed build continues from those it finds.
+"""The outputs of the stages in the work folder. Each is written atomically, so a killed build resumes from them.
 
-The folder of a stage carries a key in its name, made from all that decides what the stage gives: its settings and the
-keys of the stages before. A changed setting therefore takes over the stages that it does not touch.
+The folder name of a stage contains a key: a hash of the settings of the stage and of the keys of the earlier stages.
+After a change of a setting, a build therefore reuses the stages that do not depend on it.
 """
 
 from __future__ import annotations
@@ -24,44 +24,47 @@ import numpy.typing as npt
 from fledge.core.files import atomic_path
 from fledge.data.pipeline.config import BuildConfig
 
-PART = ".part"
-LAYOUT = 2  # of everything in a work folder; another one takes nothing over
+TEMPORARY_SUFFIX = ".part"
+WORK_VERSION = 2  # version of the work folder; outputs of another version are not reused
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """The arguments of every stage function besides its task. It is sent to other processes and machines."""
+    """The arguments that all tasks of a build share. Sent to other processes and machines."""
 
     config: BuildConfig
     work: Path
     keys: dict[str, str] = field(default_factory=dict)
 
     def folder(self, stage: str) -> Path:
-        """Where a stage leaves its pieces."""
+        """The folder of the outputs of a stage."""
         return self.work / f"{stage}-{self.keys[stage]}"
 
-    def pieces(self, stage: str) -> list[Path]:
-        """The finished pieces of a stage, in order."""
-        return finished(self.folder(stage))
+    def list_outputs(self, stage: str) -> list[Path]:
+        """The finished outputs of a stage, in order."""
+        return list_finished(self.folder(stage))
 
-    def with_stage(self, stage: str, *decisive: Any) -> StageContext:
-        """With one more stage, which depends on `decisive` and on the stages named so far."""
-        text = json.dumps([LAYOUT, stage, *decisive, sorted(self.keys.items())], sort_keys=True)
+    def with_stage(self, stage: str, *settings: Any) -> StageContext:
+        """This context with one more stage, which depends on `settings` and on all earlier stages."""
+        text = json.dumps([WORK_VERSION, stage, *settings, sorted(self.keys.items())], sort_keys=True)
         return StageContext(
             self.config, self.work, {**self.keys, stage: hashlib.sha256(text.encode()).hexdigest()[:12]}
         )
 
 
-def finished(folder: Path) -> list[Path]:
-    """What is whole in a folder of pieces, in order."""
+def list_finished(folder: Path) -> list[Path]:
+    """The finished outputs in the folder of a stage, in order."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well. If `target` is there by then, it stays."""
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `target` when the block ends without an error.
+
+    If `target` exists by then, it is kept.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY_SUFFIX, dir=target.parent))
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -77,47 +80,47 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(work: Path, results: Iterable[str]) -> None:
-    """Remove what killed builds have left half done: in the work folder, and of the files `results` beside it.
+def remove_temporary_files(work: Path, results: Iterable[str]) -> None:
+    """Remove the temporary files of killed builds: those in the work folder, and those of `results` next to it.
 
-    Everything else beside it may be the user's.
+    results: names of files in the store's folder. Its other files may belong to the user and are kept.
 
-    A worker that outlived its build may still be writing one of these. Each is therefore renamed before it is emptied,
-    so that the worker cannot make a finished piece of what is left.
+    A worker that is still running after its build was killed may be writing one of these files. Each is therefore
+    renamed before it is removed, so that the worker cannot turn an incomplete folder into a finished output.
     """
-    beside = [path for name in (work.name, *results) for path in work.parent.glob(f".{name}.*{PART}")]
-    for path in [*work.rglob(f".*{PART}"), *beside]:
-        target = path.name[1:].removesuffix(PART).rpartition(".")[0]
+    siblings = [path for name in (work.name, *results) for path in work.parent.glob(f".{name}.*{TEMPORARY_SUFFIX}")]
+    for path in [*work.rglob(f".*{TEMPORARY_SUFFIX}"), *siblings]:
+        target = path.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0]
         with suppress(FileNotFoundError):
-            gone = _moved(path, target)
-            if gone.is_dir():
-                shutil.rmtree(gone, ignore_errors=True)
+            renamed = _rename_away(path, target)
+            if renamed.is_dir():
+                shutil.rmtree(renamed, ignore_errors=True)
             else:
-                gone.unlink(missing_ok=True)
+                renamed.unlink(missing_ok=True)
 
 
-def discard(work: Path) -> None:
-    """Remove a work folder. It is moved away first: another build may begin a new one before this one is gone."""
+def remove_work_folder(work: Path) -> None:
+    """Remove a work folder. It is renamed first, because another build may create a new one during the removal."""
     with suppress(OSError):
-        work = _moved(work, work.name)
+        work = _rename_away(work, work.name)
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _moved(path: Path, target: str) -> Path:
-    """The path under another name, one that `sweep` finds by the name of what it was to become."""
-    gone = path.with_name(f".{target}.{uuid.uuid4().hex}{PART}")
-    os.rename(path, gone)
-    return gone
+def _rename_away(path: Path, target: str) -> Path:
+    """Rename to a temporary name that `remove_temporary_files` finds. target: the final name of the path."""
+    renamed = path.with_name(f".{target}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    os.rename(path, renamed)
+    return renamed
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """An array that `load_array` maps, there whole or not at all."""
+    """Write an array for `load_array` atomically."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
 def load_array(path: Path) -> npt.NDArray[Any]:
-    """An array of `save_array`, mapped and not read."""
-    found = np.load(path, mmap_mode="r", allow_pickle=False)
-    assert isinstance(found, np.ndarray)
-    return found
+    """A memory-mapped array written by `save_array`."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    assert isinstance(array, np.ndarray)
+    return array

@@ -1,7 +1,6 @@
-"""The last stages over shards: count how often World's tokens are used, and encode what the plan has chosen.
+"""The last stages over shards: count the used World tokens, and tokenize the parts that the plan uses.
 
-A shard's tokens are left behind with the size of each part, so that putting a store together is copying. Here: these
-two stage functions, and which vocabulary a config asks for. Not here: choosing (plan.py), the store (assembly.py).
+The tokens of a shard are written with the length of each part, so that the store is assembled by copying.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import numpy.typing as npt
 from fledge.core.errors import ConfigError, TokenizerError
 from fledge.core.files import read_json, write_json
 from fledge.data.pipeline.counts import Count, Counts
-from fledge.data.pipeline.mixture.plan import ASIDE, TRAIN, VERDICTS, MixtureAssignment, MixturePlan, judge
+from fledge.data.pipeline.mixture.plan import ASSIGNMENTS, HELD_OUT, TRAIN, MixtureAssignment, MixturePlan, assign_parts
 from fledge.data.pipeline.shards import Shard
-from fledge.data.pipeline.stage_outputs import StageContext, load_array, save_array, whole_folder
+from fledge.data.pipeline.stage_outputs import StageContext, atomic_folder, load_array, save_array
 from fledge.data.store import SEPARATOR
 from fledge.tokenizer import Tokenizer, Vocabulary, load_world, prune, tokenizer_for, world_vocabulary
 
 BATCH_BYTES = 4_000_000
-LENGTHS = np.dtype([("tokens", "<i4"), ("times", "<u4")])
+LENGTHS_DTYPE = np.dtype([("tokens", "<i4"), ("times", "<u4")])
 
 
 @dataclass(frozen=True)
-class ShardPortion:
-    """One shard with its part of the plan, and the vocabulary's record."""
+class ShardTask:
+    """One shard with its part of the plan, and the specification of the vocabulary."""
 
     shard: Shard
     plan: MixturePlan
@@ -37,95 +36,95 @@ class ShardPortion:
 
     @property
     def name(self) -> str:
-        """Of what it leaves behind."""
+        """The name of the outputs of the task."""
         return self.shard.name
 
 
-def fixed_spec(vocabulary: str | int, base: Path) -> dict[str, Any] | None:
-    """The record of the vocabulary that a config names; None where it has to be counted first."""
+def resolve_vocabulary(vocabulary: str | int, base: Path) -> dict[str, Any] | None:
+    """The specification of the vocabulary in a config; None if its tokens have to be counted first."""
     if isinstance(vocabulary, int):
         return None
     if vocabulary == "world":
         return world_vocabulary().to_spec()
     try:
-        found = Vocabulary.from_spec(read_json(base / vocabulary))
+        loaded = Vocabulary.from_spec(read_json(base / vocabulary))
     except (OSError, ValueError, TokenizerError) as error:
         raise ConfigError(f"vocabulary {vocabulary} cannot be used: {error}") from None
-    if found.kind == "bytes":
-        raise ConfigError(f"vocabulary {vocabulary} has no id to separate documents with; use World or a part of it")
-    return found.to_spec()
+    if loaded.kind == "bytes":
+        raise ConfigError(f"vocabulary {vocabulary} has no id to separate documents; use World or a part of it")
+    return loaded.to_spec()
 
 
-def count_tokens(job: StageContext, portion: ShardPortion) -> None:
-    """Leave behind how often each World token is used in the training text of a shard."""
-    verdict = judge(job, portion.shard, portion.plan)
+def count_tokens(context: StageContext, task: ShardTask) -> None:
+    """Stage function: write how often each World token is used in the training text of a shard."""
+    assignment = assign_parts(context, task.shard, task.plan)
     used = np.zeros(65536, dtype=np.int64)
-    for texts in _batches(portion.shard, np.flatnonzero(verdict.codes == TRAIN)):
+    for texts in _read_batches(task.shard, np.flatnonzero(assignment.codes == TRAIN)):
         for ids in load_world().encode_batch_arrays(texts, threads=1):
             used += np.bincount(ids, minlength=len(used))
-    save_array(job.folder("used") / f"{portion.name}.npy", used)
+    save_array(context.folder("used") / f"{task.name}.npy", used)
 
 
-def most_used(job: StageContext, size: int) -> dict[str, Any]:
-    """The record of World cut down to `size` ids: the end of text, the 256 bytes, and the tokens used most."""
+def prune_to_most_used(context: StageContext, size: int) -> dict[str, Any]:
+    """The specification of World pruned to `size` ids: the end of text, the 256 bytes, and the most used tokens."""
     used = np.zeros(65536, dtype=np.int64)
-    for path in sorted(job.folder("used").glob("[0-9]*.npy")):
+    for path in sorted(context.folder("used").glob("[0-9]*.npy")):
         used += load_array(path)
-    longer = 257 + np.flatnonzero(used[257:])
-    kept = longer[np.lexsort((longer, -used[longer]))][: size - 257]
+    multi_byte = 257 + np.flatnonzero(used[257:])
+    kept = multi_byte[np.lexsort((multi_byte, -used[multi_byte]))][: size - 257]
     return prune(world_vocabulary(), kept.tolist(), size=size).to_spec()
 
 
-def tokenize_shard(job: StageContext, portion: ShardPortion) -> None:
-    """Leave the tokens, lengths and counts of a shard behind."""
-    shard = portion.shard
-    verdict = judge(job, shard, portion.plan)
-    tokenizer = _tokenizer(portion.spec)
-    chosen = np.flatnonzero(verdict.codes == TRAIN)
-    lengths = np.zeros(len(chosen), dtype=LENGTHS)
-    lengths["times"] = verdict.times[chosen]
-    with whole_folder(job.folder("tokens") / portion.name) as folder:
+def tokenize_shard(context: StageContext, task: ShardTask) -> None:
+    """Stage function: write the tokens, lengths and counts of a shard."""
+    shard = task.shard
+    assignment = assign_parts(context, shard, task.plan)
+    tokenizer = _get_tokenizer(task.spec)
+    chosen = np.flatnonzero(assignment.codes == TRAIN)
+    lengths = np.zeros(len(chosen), dtype=LENGTHS_DTYPE)
+    lengths["times"] = assignment.times[chosen]
+    with atomic_folder(context.folder("tokens") / task.name) as folder:
         done = 0
         with open(folder / "train.bin", "wb") as file:
-            for texts in _batches(shard, chosen):
+            for texts in _read_batches(shard, chosen):
                 for ids in tokenizer.encode_batch_arrays(texts, threads=1):
-                    file.write(_with_separator(ids, tokenizer))
+                    file.write(_encode_with_separator(ids, tokenizer))
                     lengths["tokens"][done] = len(ids) + 1
                     done += 1
         assert done == len(chosen)
         save_array(folder / "train.npy", lengths)
-        spans = _write_validation(folder / "validation.bin", portion, verdict, tokenizer)
-        write_json(folder / "validation.json", spans)
-        write_json(folder / "counts.json", _counts(shard, verdict, lengths, spans).rows())
+        records = _write_validation(folder / "validation.bin", task, assignment, tokenizer)
+        write_json(folder / "validation.json", records)
+        write_json(folder / "counts.json", _count_documents(shard, assignment, lengths, records).rows())
 
 
 def _write_validation(
-    path: Path, portion: ShardPortion, verdict: MixtureAssignment, tokenizer: Tokenizer
+    path: Path, task: ShardTask, assignment: MixtureAssignment, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """The beginning of each document that is kept aside, and what is known of it."""
-    shard = portion.shard
-    aside = portion.plan.aside.get(shard.number, {})
+    """Write the tokens of the beginning of each held-out document. Returns the records of these documents."""
+    shard = task.shard
+    held_out = task.plan.held_out.get(shard.number, {})
     parts = shard.parts
-    # Copies and near copies never are candidates, so the verdict on these documents is ASIDE.
-    first = np.flatnonzero((verdict.codes == ASIDE) & (parts["part"] == 0))
-    spans = []
+    # Duplicates are never held out, so the code of these documents is HELD_OUT.
+    first = np.flatnonzero((assignment.codes == HELD_OUT) & (parts["part"] == 0))
+    records = []
     with open(path, "wb") as file, shard.open_text() as texts:
-        for at in first.tolist():
-            texts.seek(int(parts["start"][at]))
-            document = int(parts["document"][at])
-            data = texts.read(aside[document]).decode(errors="ignore").encode()
+        for index in first.tolist():
+            texts.seek(int(parts["start"][index]))
+            document = int(parts["document"][index])
+            data = texts.read(held_out[document]).decode(errors="ignore").encode()
             ids = tokenizer.encode_array(data)
-            file.write(_with_separator(ids, tokenizer))
-            language, source = shard.kinds[parts["kind"][at]]
-            spans.append({"language": language, "source": source, "bytes": len(data), "tokens": len(ids) + 1})
-    return spans
+            file.write(_encode_with_separator(ids, tokenizer))
+            language, source = shard.kinds[parts["kind"][index]]
+            records.append({"language": language, "source": source, "bytes": len(data), "tokens": len(ids) + 1})
+    return records
 
 
-def _with_separator(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> bytes:
-    return np.append(ids, SEPARATOR).astype(stored_type(tokenizer.vocab_size)).tobytes()
+def _encode_with_separator(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> bytes:
+    return np.append(ids, SEPARATOR).astype(choose_work_dtype(tokenizer.vocab_size)).tobytes()
 
 
-def stored_type(vocab_size: int) -> npt.DTypeLike:
+def choose_work_dtype(vocab_size: int) -> npt.DTypeLike:
     """The dtype of tokens in the work folder."""
     return "<u2" if vocab_size <= 1 << 16 else "<i4"
 
@@ -133,8 +132,8 @@ def stored_type(vocab_size: int) -> npt.DTypeLike:
 _TOKENIZERS: dict[str, Tokenizer] = {}
 
 
-def _tokenizer(spec: dict[str, Any]) -> Tokenizer:
-    """One tokenizer a process and vocabulary."""
+def _get_tokenizer(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a vocabulary. Each process keeps the last one."""
     key = str(sorted(spec.items()))
     if key not in _TOKENIZERS:
         _TOKENIZERS.clear()
@@ -142,8 +141,8 @@ def _tokenizer(spec: dict[str, Any]) -> Tokenizer:
     return _TOKENIZERS[key]
 
 
-def _batches(shard: Shard, chosen: npt.NDArray[np.int64]) -> Iterator[list[bytes]]:
-    """The texts of these parts, some at a time."""
+def _read_batches(shard: Shard, chosen: npt.NDArray[np.int64]) -> Iterator[list[bytes]]:
+    """The texts of the chosen parts, in batches of about BATCH_BYTES bytes."""
     parts = shard.parts
     texts: list[bytes] = []
     size = 0
@@ -159,30 +158,33 @@ def _batches(shard: Shard, chosen: npt.NDArray[np.int64]) -> Iterator[list[bytes
         yield texts
 
 
-def _counts(
-    shard: Shard, verdict: MixtureAssignment, lengths: npt.NDArray[Any], spans: Sequence[dict[str, Any]]
+def _count_documents(
+    shard: Shard, assignment: MixtureAssignment, lengths: npt.NDArray[Any], records: Sequence[dict[str, Any]]
 ) -> Counts:
-    """What became of every document of a shard. A document in parts counts with its first one."""
+    """The counts of the documents of a shard by assignment. A document is counted at its first part."""
     counts = Counts()
     parts = shard.parts
-    whole = parts["part"] == 0
-    for code, stage in enumerate(VERDICTS):
-        if code == ASIDE:
+    is_first = parts["part"] == 0
+    for code, stage in enumerate(ASSIGNMENTS):
+        if code == HELD_OUT:
             continue
-        mine = verdict.codes == code
+        has_code = assignment.codes == code
         for number, (language, source) in enumerate(shard.kinds):
-            here = mine & (parts["kind"] == number)
-            if here.any():
-                size = int(parts["size"][here].sum())
-                counts.add(stage, language, source, Count(int(np.count_nonzero(here & whole)), size))
-    chosen = verdict.codes == TRAIN
+            selected = has_code & (parts["kind"] == number)
+            if selected.any():
+                size = int(parts["size"][selected].sum())
+                counts.add(stage, language, source, Count(int(np.count_nonzero(selected & is_first)), size))
+    chosen = assignment.codes == TRAIN
     for number, (language, source) in enumerate(shard.kinds):
-        here = parts["kind"][chosen] == number
-        if here.any():
-            times = lengths["times"][here].astype(np.int64)
-            sizes, tokens = parts["size"][chosen][here].astype(np.int64), lengths["tokens"][here].astype(np.int64)
+        selected = parts["kind"][chosen] == number
+        if selected.any():
+            times = lengths["times"][selected].astype(np.int64)
+            sizes, tokens = (
+                parts["size"][chosen][selected].astype(np.int64),
+                lengths["tokens"][selected].astype(np.int64),
+            )
             total = Count(int(times.sum()), int((times * sizes).sum()), int((times * tokens).sum()))
             counts.add("stored", language, source, total)
-    for span in spans:
-        counts.add("validation", span["language"], span["source"], Count(1, span["bytes"], span["tokens"]))
+    for record in records:
+        counts.add("validation", record["language"], record["source"], Count(1, record["bytes"], record["tokens"]))
     return counts

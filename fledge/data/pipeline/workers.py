@@ -1,7 +1,7 @@
-"""Who runs a stage: this process, several here, or Ray on many machines (rays.py). All run the same functions.
+"""Run the tasks of a stage in this process or in several processes. ray_workers.py runs them on many machines.
 
-A stage function takes a job and one task, and leaves files behind; it returns nothing, so nothing large travels between
-processes. A worker whose parent is killed ends with the task in hand: the pipe it waits on is closed then.
+A stage function takes the context and one task. It writes files and returns nothing, so that no large data is sent
+between processes. If the parent is killed, a worker finishes its current task and ends, because its pipe is closed.
 """
 
 from __future__ import annotations
@@ -17,101 +17,103 @@ from typing import Any, Protocol
 from fledge.core.errors import DataError, FledgeError
 from fledge.data.pipeline.stage_outputs import StageContext
 
-Function = Callable[[StageContext, Any], None]
+StageFunction = Callable[[StageContext, Any], None]
 
 
 class Workers(Protocol):
     """Runs the tasks of a stage."""
 
-    def run(self, function: Function, job: StageContext, tasks: Sequence[Any]) -> Iterator[None]:
-        """Yields once for each task that is done, in any order. The first error ends it."""
+    def run(self, function: StageFunction, context: StageContext, tasks: Sequence[Any]) -> Iterator[None]:
+        """Yield once for each finished task, in any order. Raises the first error."""
 
 
 class InlineWorkers:
-    """One after the other, in this process."""
+    """Runs tasks in this process, one after the other."""
 
-    def run(self, function: Function, job: StageContext, tasks: Sequence[Any]) -> Iterator[None]:
-        """Yields after each task."""
+    def run(self, function: StageFunction, context: StageContext, tasks: Sequence[Any]) -> Iterator[None]:
+        """Yield after each task."""
         for task in tasks:
-            function(job, task)
+            function(context, task)
             yield None
 
 
 class ProcessWorkers:
-    """Several processes on this machine, started once for all stages."""
+    """Runs tasks in several processes on this machine, started once for all stages."""
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._running: dict[Connection, Any] = {}
+        self._processes: dict[Connection, Any] = {}
 
     def __enter__(self) -> ProcessWorkers:
-        # Not forked: a fork inherits locks that threads of this process (a progress bar's, numpy's) may hold.
-        context = multiprocessing.get_context("spawn")
+        # Not "fork": it copies locks that threads of this process (of a progress bar or numpy) may hold.
+        spawn = multiprocessing.get_context("spawn")
         for _ in range(self._count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            parent_end, child_end = spawn.Pipe()
+            process = spawn.Process(target=_serve_tasks, args=(child_end,), daemon=True)
             process.start()
-            theirs.close()
-            self._running[ours] = process
+            child_end.close()
+            self._processes[parent_end] = process
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for connection, process in self._running.items():
+        for connection, process in self._processes.items():
             connection.close()
             if kind is not None:
                 process.terminate()
             process.join()
-        self._running = {}
+        self._processes = {}
 
-    def run(self, function: Function, job: StageContext, tasks: Sequence[Any]) -> Iterator[None]:
-        """Each process gets its next task when it is done with one."""
-        left = iter(tasks)
-        busy = [connection for connection in self._running if self._send(connection, function, job, left)]
+    def run(self, function: StageFunction, context: StageContext, tasks: Sequence[Any]) -> Iterator[None]:
+        """Send each process its next task when it finishes one."""
+        pending = iter(tasks)
+        busy = [connection for connection in self._processes if self._send(connection, function, context, pending)]
         while busy:
             for ready in wait(busy):
                 assert isinstance(ready, Connection)
                 try:
                     error = ready.recv()
                 except (EOFError, OSError):
-                    raise self._died(ready) from None
+                    raise self._make_crash_error(ready) from None
                 if error is not None:
                     raise error if isinstance(error, FledgeError | OSError) else RuntimeError(error)
                 yield None
-                if not self._send(ready, function, job, left):
+                if not self._send(ready, function, context, pending):
                     busy.remove(ready)
 
-    def _send(self, connection: Connection, function: Function, job: StageContext, left: Iterator[Any]) -> bool:
-        """Give a process its next task; False where none is left."""
-        for task in left:
+    def _send(
+        self, connection: Connection, function: StageFunction, context: StageContext, pending: Iterator[Any]
+    ) -> bool:
+        """Send a process its next task. Returns False if there is none."""
+        for task in pending:
             try:
-                connection.send((function, job, task))
+                connection.send((function, context, task))
             except OSError:
-                raise self._died(connection) from None
+                raise self._make_crash_error(connection) from None
             return True
         return False
 
-    def _died(self, connection: Connection) -> DataError:
-        process = self._running[connection]
+    def _make_crash_error(self, connection: Connection) -> DataError:
+        process = self._processes[connection]
         process.join()
         return DataError(
-            f"a worker process ended by itself (exit code {process.exitcode}); if memory ran out, use fewer --workers. "
-            "Finished pieces are kept: run the same command again"
+            f"a worker process crashed (exit code {process.exitcode}); if memory ran out, use fewer --workers. "
+            "Finished parts are kept: run the same command again"
         )
 
 
-def _serve(connection: Connection) -> None:
-    """A worker's life: tasks come, None or an error goes back."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+def _serve_tasks(connection: Connection) -> None:
+    """The main function of a worker: receive tasks, and send None or an error for each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     while True:
         try:
-            function, job, task = connection.recv()
-        except (EOFError, OSError):  # the build has ended, or was killed
+            function, context, task = connection.recv()
+        except (EOFError, OSError):  # the build ended or was killed
             return
         error: Any = None
         try:
-            function(job, task)
+            function(context, task)
         except (FledgeError, OSError) as caught:
             error = caught
         except Exception:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fledge.data.binidx import writing
+from fledge.data.binidx import open_binidx_writer
 
 CONFIG = """
 [[sources]]
@@ -44,14 +44,14 @@ def test_build_and_info(fledge: Any, corpus: Path) -> None:
     record = json.loads((corpus / "record.json").read_text())
     assert record["seconds"]["reading and cleaning"] > 0 and record["input_bytes"] > 2000 and record["machine"]["cpu"]
     again = fledge("data", "build", "small.toml", "--to", "store", "--workers", "1")
-    assert again.text == result.text and "finished before" in again.messages and "/s" not in again.messages
+    assert again.text == result.text and "already finished" in again.messages and "/s" not in again.messages
     again = fledge("data", "info", "store")
     assert again.code == 0 and again.text == result.text
     assert "by language" in again.text and "en " in again.text and "65,536" in again.text
     pair = fledge("data", "info", "store/train")
     assert pair.code == 0 and "by language" not in pair.text
     part = fledge("data", "info", "store/validation")
-    assert "holds" in part.text and "train" not in part.text
+    assert "contents" in part.text and "train" not in part.text
 
 
 def test_check(fledge: Any, corpus: Path) -> None:
@@ -70,7 +70,7 @@ def test_check(fledge: Any, corpus: Path) -> None:
 
 def test_a_model_of_a_bare_pair_with_few_ids(fledge: Any, tmp_path: Path) -> None:
     """What the pair does not say, the recipe can; the model has no vocabulary then."""
-    with writing(tmp_path / "mine", "<u2") as writer:
+    with open_binidx_writer(tmp_path / "mine", "<u2") as writer:
         writer.add([number % 31 for number in range(400)])
     sizes = {
         "n_layer": 1,

@@ -1,4 +1,4 @@
-"""Cleaning steps: each on a text that it changes or drops, and on one that it leaves alone."""
+"""Cleaning steps: the texts that each step changes, drops and keeps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge.core.errors import ConfigError
-from fledge.data.pipeline.clean import FILTERS, TRANSFORMATIONS, steps
-from fledge.data.pipeline.config import STANDARD_CLEANING
+from fledge.data.pipeline.clean import FILTERS, TRANSFORMATIONS, make_steps
+from fledge.data.pipeline.config import DEFAULT_CLEANING
 
 
-def run(chosen: Any, text: str) -> str | None:
-    (step,) = steps([chosen])
+def run_step(setting: Any, text: str) -> str | None:
+    (step,) = make_steps([setting])
     return step.run(text)
 
 
@@ -27,9 +27,9 @@ def run(chosen: Any, text: str) -> str | None:
         ("edges", "\n\n  a  \nb\t\n\n\n\n\n\nc \n\n", "  a\nb\n\n\nc"),
     ],
 )
-def test_transformations(step: str, text: str, expected: str) -> None:
-    assert run(step, text) == expected
-    assert run(step, expected) == expected
+def test_transformations_change_texts_and_are_idempotent(step: str, text: str, expected: str) -> None:
+    assert run_step(step, text) == expected
+    assert run_step(step, expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,40 +43,38 @@ def test_transformations(step: str, text: str, expected: str) -> None:
         ({"min_letters": 0.5}, "ab 12 ж漢 \U00020000 कि", "ab 1234 \U0001f600"),
     ],
 )
-def test_filters(step: dict[str, Any], kept: str, dropped: str) -> None:
-    assert run(step, kept) == kept
-    assert run(step, dropped) is None
+def test_filters_keep_or_drop_texts(step: dict[str, Any], kept: str, dropped: str) -> None:
+    assert run_step(step, kept) == kept
+    assert run_step(step, dropped) is None
 
 
 @pytest.mark.parametrize("first", [0x1E900, 0x10330, 0x20000], ids=["Adlam", "Gothic", "ideographs, extension B"])
-def test_letters_beyond_the_first_plane(first: int) -> None:
-    """They are letters, and different ones."""
-    text = "".join(chr(first + at) for at in range(16))
-    assert run({"min_letters": 1.0}, text) == text
-    assert run({"max_repeated_characters": 0}, text) == text
-    assert run({"max_repeated_characters": 0.9}, text[0] * 16) is None
+def test_letters_outside_the_basic_plane_are_distinct_letters(first: int) -> None:
+    text = "".join(chr(first + offset) for offset in range(16))
+    assert run_step({"min_letters": 1.0}, text) == text
+    assert run_step({"max_repeated_characters": 0}, text) == text
+    assert run_step({"max_repeated_characters": 0.9}, text[0] * 16) is None
 
 
 @given(st.text())
-def test_steps_are_total_and_settle(text: str) -> None:
-    """No text makes a step fail, and what the standard steps gave, they leave as it is."""
+def test_steps_accept_any_text_and_are_idempotent(text: str) -> None:
     for name in TRANSFORMATIONS:
-        assert isinstance(run(name, text), str)
+        assert isinstance(run_step(name, text), str)
     for name in FILTERS:
-        assert run({name: 1}, text) in (text, None)
-    once = cleaned(text)
-    assert once is None or cleaned(once) == once
+        assert run_step({name: 1}, text) in (text, None)
+    once = run_default_steps(text)
+    assert once is None or run_default_steps(once) == once
 
 
-def cleaned(text: str) -> str | None:
-    found: str | None = text
-    for step in steps(STANDARD_CLEANING):
-        found = None if found is None else step.run(found)
-    return found
+def run_default_steps(text: str) -> str | None:
+    result: str | None = text
+    for step in make_steps(DEFAULT_CLEANING):
+        result = None if result is None else step.run(result)
+    return result
 
 
 @pytest.mark.parametrize(
-    ("chosen", "message"),
+    ("setting", "message"),
     [
         ("newline", "cleaning step 'newline' is unknown; steps: newlines,"),
         ("min_letters", "min_letters needs a limit"),
@@ -88,6 +86,6 @@ def cleaned(text: str) -> str | None:
         ({"min_letters": 0.5, "nfc": 1}, "is unknown"),
     ],
 )
-def test_what_is_no_step(chosen: Any, message: str) -> None:
+def test_invalid_steps_are_refused(setting: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        steps([chosen])
+        make_steps([setting])

@@ -1,4 +1,4 @@
-"""The TOML of a build: values of the right type or one line that names them."""
+"""The TOML config of a build: valid values are read, invalid ones give an error that names the setting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fledge.core.errors import ConfigError
 from fledge.data.pipeline.config import MixtureGroup, build_config, read_config
 
-WHOLE = """
+FULL_CONFIG = """
 seed = 7
 vocabulary = 8192
 cut_characters = 0
@@ -51,8 +51,8 @@ max_bytes = "10MiB"
 """
 
 
-def test_every_section(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text(WHOLE)
+def test_reads_every_section(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(FULL_CONFIG)
     config = read_config(tmp_path / "c.toml")
     assert (config.seed, config.vocabulary, config.cut_characters) == (7, 8192, 0)
     assert config.clean == ("newlines", {"min_letters": 0.3})
@@ -62,7 +62,7 @@ def test_every_section(tmp_path: Path) -> None:
     assert config.mixture.groups[1] == MixtureGroup("code", ("code:*",), weight=30.0, epochs=2.0, max_bytes=10 * 2**20)
 
 
-ONE = {"sources": [{"path": "x"}]}
+MINIMAL = {"sources": [{"path": "x"}]}
 
 
 @pytest.mark.parametrize(
@@ -76,47 +76,47 @@ ONE = {"sources": [{"path": "x"}]}
         ({"sources": [{"pth": "x"}]}, "no setting 'pth'; did you mean 'path'"),
         ({"sources": [{"path": 5}]}, "sources.path must be a str, not 5"),
         ({"sources": [{"path": "x", "format": "csv"}]}, "format 'csv' is unknown"),
-        ({**ONE, "sed": 1}, "no setting 'sed'; did you mean 'seed'"),
-        ({**ONE, "seed": "1"}, "seed must be a whole number, not '1'"),
-        ({**ONE, "seed": True}, "seed must be a whole number"),
-        ({**ONE, "vocabulary": "worlds"}, "vocabulary 'worlds' is unknown"),
-        ({**ONE, "vocabulary": 256}, "vocabulary is 256; it must be from 257 to 65536"),
-        ({**ONE, "vocabulary": 1.5}, "vocabulary must be world"),
-        ({**ONE, "dtype": "uint8"}, "dtype 'uint8' is unknown"),
-        ({**ONE, "on_error": "go"}, "on_error 'go' is unknown"),
-        ({**ONE, "clean": "nfc"}, "clean must be a list"),
-        ({**ONE, "dedup": {"threshold": 0.1}}, "dedup.threshold is 0.1"),
-        ({**ONE, "dedup": 5}, "dedup must be a table"),
-        ({**ONE, "piece_bytes": "16 parsecs"}, "piece_bytes must be a size"),
-        ({**ONE, "piece_bytes": "1.2.3MB"}, "piece_bytes must be a size"),
-        ({**ONE, "languages": {"identify": 1}}, "languages.identify must be a bool"),
-        ({**ONE, "validation": {"share": 2}}, "validation.share is 2"),
-        ({**ONE, "mixture": {"groups": [{"weight": 1}]}}, "Group needs name"),
-        ({**ONE, "mixture": {"groups": [{"name": "a"}, {"name": "a"}]}}, "same name"),
-        ({**ONE, "mixture": {"groups": [{"name": "a", "languages": [1]}]}}, "languages must be a list of texts"),
-        ({**ONE, "mixture": {"groups": [{"name": "a", "weight": -1}]}}, "weight of group a is -1"),
-        ({**ONE, "mixture": {"total_bytes": "1GB"}}, "needs groups with a weight"),
-        ({**ONE, "mixture": {"source_bytes": {"a": "x"}}}, "source_bytes of a must be a size"),
-        ({**ONE, "mixture": {"source_bytes": {"a": -1}}}, "mixture.source_bytes of a is -1"),
-        ({**ONE, "mixture": {"total_bytes": -1}}, "mixture.total_bytes is -1"),
-        ({**ONE, "mixture": {"groups": []}}, "mixture.groups is empty"),
-        ({**ONE, "mixture": {"groups": [{"name": "a", "epochs": 0}]}}, "epochs is 0 in every group"),
-        ({**ONE, "mixture": {"groups": [{"name": "a", "epochs": 0, "weight": 1}]}}, "epochs of group a is 0, but"),
-        ({**ONE, "mixture": {"groups": [{"name": "a", "sources": []}]}}, "sources of group a is empty"),
-        ({**ONE, "dedup": {"threshold": 1.5}}, "dedup.threshold is 1.5"),
-        ({**ONE, "validation": {"share": -0.1}}, "validation.share is -0.1"),
-        ({**ONE, "validation": {"documents": -1}}, "validation.documents is -1"),
-        ({**ONE, "languages": {"characters": 0}}, "languages.characters is 0"),
-        ({**ONE, "cut_characters": -5}, "cut_characters is -5; it must be from 100"),
-        ({**ONE, "cut_characters": 3}, "cut_characters is 3; it must be from 100"),
+        ({**MINIMAL, "sed": 1}, "no setting 'sed'; did you mean 'seed'"),
+        ({**MINIMAL, "seed": "1"}, "seed must be a whole number, not '1'"),
+        ({**MINIMAL, "seed": True}, "seed must be a whole number"),
+        ({**MINIMAL, "vocabulary": "worlds"}, "vocabulary 'worlds' is unknown"),
+        ({**MINIMAL, "vocabulary": 256}, "vocabulary is 256; it must be from 257 to 65536"),
+        ({**MINIMAL, "vocabulary": 1.5}, "vocabulary must be world"),
+        ({**MINIMAL, "dtype": "uint8"}, "dtype 'uint8' is unknown"),
+        ({**MINIMAL, "on_error": "go"}, "on_error 'go' is unknown"),
+        ({**MINIMAL, "clean": "nfc"}, "clean must be a list"),
+        ({**MINIMAL, "dedup": {"threshold": 0.1}}, "dedup.threshold is 0.1"),
+        ({**MINIMAL, "dedup": 5}, "dedup must be a table"),
+        ({**MINIMAL, "piece_bytes": "16 parsecs"}, "piece_bytes must be a size"),
+        ({**MINIMAL, "piece_bytes": "1.2.3MB"}, "piece_bytes must be a size"),
+        ({**MINIMAL, "languages": {"identify": 1}}, "languages.identify must be a bool"),
+        ({**MINIMAL, "validation": {"share": 2}}, "validation.share is 2"),
+        ({**MINIMAL, "mixture": {"groups": [{"weight": 1}]}}, "Group needs name"),
+        ({**MINIMAL, "mixture": {"groups": [{"name": "a"}, {"name": "a"}]}}, "same name"),
+        ({**MINIMAL, "mixture": {"groups": [{"name": "a", "languages": [1]}]}}, "languages must be a list of texts"),
+        ({**MINIMAL, "mixture": {"groups": [{"name": "a", "weight": -1}]}}, "weight of group a is -1"),
+        ({**MINIMAL, "mixture": {"total_bytes": "1GB"}}, "needs groups with a weight"),
+        ({**MINIMAL, "mixture": {"source_bytes": {"a": "x"}}}, "source_bytes of a must be a size"),
+        ({**MINIMAL, "mixture": {"source_bytes": {"a": -1}}}, "mixture.source_bytes of a is -1"),
+        ({**MINIMAL, "mixture": {"total_bytes": -1}}, "mixture.total_bytes is -1"),
+        ({**MINIMAL, "mixture": {"groups": []}}, "mixture.groups is empty"),
+        ({**MINIMAL, "mixture": {"groups": [{"name": "a", "epochs": 0}]}}, "epochs is 0 in every group"),
+        ({**MINIMAL, "mixture": {"groups": [{"name": "a", "epochs": 0, "weight": 1}]}}, "epochs of group a is 0, but"),
+        ({**MINIMAL, "mixture": {"groups": [{"name": "a", "sources": []}]}}, "sources of group a is empty"),
+        ({**MINIMAL, "dedup": {"threshold": 1.5}}, "dedup.threshold is 1.5"),
+        ({**MINIMAL, "validation": {"share": -0.1}}, "validation.share is -0.1"),
+        ({**MINIMAL, "validation": {"documents": -1}}, "validation.documents is -1"),
+        ({**MINIMAL, "languages": {"characters": 0}}, "languages.characters is 0"),
+        ({**MINIMAL, "cut_characters": -5}, "cut_characters is -5; it must be from 100"),
+        ({**MINIMAL, "cut_characters": 3}, "cut_characters is 3; it must be from 100"),
     ],
 )
-def test_mistakes(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(values)
 
 
-def test_files_that_are_no_config(tmp_path: Path) -> None:
+def test_files_that_are_not_a_config_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("seed = = 1")
     (tmp_path / "b.toml").write_bytes(b"\xff")
     (tmp_path / "c.toml").write_text("seed = 1")
@@ -126,7 +126,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1\xff")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}')
     for name in ("x.parquet", "x.jsonl"):
-        with pytest.raises(ConfigError, match=rf"{name} is no config: a config is a TOML file .* path = '{name}'"):
+        with pytest.raises(ConfigError, match=rf"{name} is not a config; write a TOML file with path = '{name}'"):
             read_config(tmp_path / name)
     with pytest.raises(ConfigError, match="there is no config"):
         read_config(tmp_path / "d.toml")

@@ -1,4 +1,4 @@
-"""Copies and near copies: which one stays, that validation stays apart, and that partitions change nothing."""
+"""Exact and near duplicates: which one is kept, the separation of validation documents, and partitions."""
 
 from __future__ import annotations
 
@@ -6,98 +6,95 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpora import config, corpus, files, nearly, text, write_jsonl
+from corpora import make_config, make_corpus, make_near_duplicate, make_text, read_files, write_jsonl
 
 from fledge.data.pipeline.build import BuildOptions, build
 from fledge.data.pipeline.dedup import duplicates
-from fledge.data.pipeline.store_assembly import counts_of
+from fledge.data.pipeline.store_assembly import read_counts
 from fledge.data.store import TokenStore
 from fledge.tokenizer import load_world
 
 pytest.importorskip("rensa")
 
 
-def made(base: Path, to: str = "store", **settings: Any) -> TokenStore:
-    return build(config(**settings), base, base / to, BuildOptions(workers=1))
+def build_store(base: Path, to: str = "store", **settings: Any) -> TokenStore:
+    return build(make_config(**settings), base, base / to, BuildOptions(workers=1))
 
 
-def texts(store: TokenStore) -> list[str]:
-    """The training texts of a store of World ids."""
+def read_training_texts(store: TokenStore) -> list[str]:
+    """The training texts of a store with the World vocabulary."""
     index = store.index("train")
-    return [load_world().decode(index[at]) for at in range(len(index))]
+    return [load_world().decode(index[number]) for number in range(len(index))]
 
 
-ASIDE_NONE = {"share": 0.0}
+NO_VALIDATION = {"share": 0.0}
 
 
-def test_the_first_copy_stays(tmp_path: Path) -> None:
-    rows = [{"text": text(number)} for number in (1, 2)]
-    copy = {"text": text(1).upper() + "\n"}
+def test_the_first_duplicate_is_kept(tmp_path: Path) -> None:
+    rows = [{"text": make_text(number)} for number in (1, 2)]
+    duplicate = {"text": make_text(1).upper() + "\n"}
+    near = make_near_duplicate(make_text(2, 200), 1)
     write_jsonl(tmp_path / "corpus1.jsonl", rows)
-    write_jsonl(tmp_path / "corpus2.jsonl", [copy, {"text": nearly(text(2, 200), 1)}, {"text": text(2, 200)}])
-    found = texts(made(tmp_path, validation=ASIDE_NONE, languages={"identify": False}))
-    assert found == [text(1), text(2), nearly(text(2, 200), 1)]
-    found = texts(
-        made(
-            tmp_path, "all", validation=ASIDE_NONE, languages={"identify": False}, dedup={"exact": False, "near": False}
-        )
-    )
-    assert len(found) == 5
-    found = texts(made(tmp_path, "exact", validation=ASIDE_NONE, languages={"identify": False}, dedup={"near": False}))
-    assert len(found) == 4
+    write_jsonl(tmp_path / "corpus2.jsonl", [duplicate, {"text": near}, {"text": make_text(2, 200)}])
+    settings: dict[str, Any] = {"validation": NO_VALIDATION, "languages": {"identify": False}}
+    assert read_training_texts(build_store(tmp_path, **settings)) == [make_text(1), make_text(2), near]
+    everything = build_store(tmp_path, "all", dedup={"exact": False, "near": False}, **settings)
+    assert len(read_training_texts(everything)) == 5
+    exact_only = build_store(tmp_path, "exact", dedup={"near": False}, **settings)
+    assert len(read_training_texts(exact_only)) == 4
 
 
-def test_only_what_it_resembles_itself_drops_a_document(tmp_path: Path) -> None:
-    """A chain: each resembles the next, the ends do not resemble each other."""
-    middle = text(5, 400)
-    before, after = nearly(middle, 1, changes=22), nearly(middle, 2, changes=22)
+def test_a_document_is_dropped_only_if_it_resembles_a_kept_one_itself(tmp_path: Path) -> None:
+    """In a chain of three documents, each resembles the next, but the first does not resemble the last."""
+    middle = make_text(5, 400)
+    before, after = make_near_duplicate(middle, 1, changes=22), make_near_duplicate(middle, 2, changes=22)
     write_jsonl(tmp_path / "corpus.jsonl", [{"text": before}, {"text": after}, {"text": middle}])
-    settings = {"validation": ASIDE_NONE, "languages": {"identify": False}, "dedup": {"threshold": 0.6}}
-    assert texts(made(tmp_path, **settings)) == [before, after]
+    settings = {"validation": NO_VALIDATION, "languages": {"identify": False}, "dedup": {"threshold": 0.6}}
+    assert read_training_texts(build_store(tmp_path, **settings)) == [before, after]
 
 
-def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "corpus.jsonl", corpus(240))
-    totals = counts_of(made(tmp_path).manifest).totals()
+def test_dropped_documents_are_counted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", make_corpus(240))
+    totals = read_counts(build_store(tmp_path).manifest).totals()
     assert totals["read"].documents == totals["clean"].documents == 240
     assert totals["copies"].documents == 24
     near = sum(number % 12 == 11 and number % 10 != 9 for number in range(240))
     assert abs(totals["near copies"].documents - near) <= 3
-    parts = ("copies", "near copies", "validation", "train")
-    assert sum(totals[stage].documents for stage in parts) == 240
+    stages = ("copies", "near copies", "validation", "train")
+    assert sum(totals[stage].documents for stage in stages) == 240
 
 
-def test_nothing_that_is_trained_on_resembles_validation(tmp_path: Path) -> None:
-    originals = [text(number, 150) for number in range(200)]
-    rows = [{"text": nearly(one, number)} for number, one in enumerate(originals)]
-    rows += [{"text": one} for one in originals]
-    rows += [{"text": nearly(one, 1000 + number)} for number, one in enumerate(originals)]
+def test_no_training_document_resembles_a_validation_document(tmp_path: Path) -> None:
+    originals = [make_text(number, 150) for number in range(200)]
+    rows = [{"text": make_near_duplicate(original, number)} for number, original in enumerate(originals)]
+    rows += [{"text": original} for original in originals]
+    rows += [{"text": make_near_duplicate(original, 1000 + number)} for number, original in enumerate(originals)]
     write_jsonl(tmp_path / "corpus.jsonl", rows)
-    store = made(tmp_path, validation={"share": 0.2, "bytes": 10**6}, languages={"identify": False})
-    trained = texts(store)
-    spans = list(store.documents())
-    # A fifth of all candidates; of three near copies that are on different sides, the one aside stays.
-    assert 60 < len(spans) < 140 and abs(len(trained) + len(spans) - 200) <= 4
+    store = build_store(tmp_path, validation={"share": 0.2, "bytes": 10**6}, languages={"identify": False})
+    trained = read_training_texts(store)
+    held_out = list(store.validation_documents())
+    # A fifth of all documents are candidates. Of three near duplicates, a candidate is kept before the others.
+    assert 60 < len(held_out) < 140 and abs(len(trained) + len(held_out) - 200) <= 4
     leaked = 0
-    for span in spans:
-        held = load_world().decode(span.ids)
-        leaked += any(sum(a == b for a, b in zip(held.split(), one.split(), strict=False)) > 140 for one in trained)
-        assert held not in trained
+    for document in held_out:
+        text = load_world().decode(document.ids)
+        leaked += any(sum(a == b for a, b in zip(text.split(), one.split(), strict=False)) > 140 for one in trained)
+        assert text not in trained
     assert leaked == 0
 
 
-def test_partitions_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(tmp_path / "corpus.jsonl", corpus())
-    made(tmp_path, "one")
-    monkeypatch.setattr(duplicates, "RECORDS", 37)
-    monkeypatch.setattr(duplicates, "PAIRS", 2)
-    assert len(duplicates.partitions(1000, {})) == 28
-    made(tmp_path, "many")
-    assert files(tmp_path / "one") == files(tmp_path / "many")
+def test_partitions_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", make_corpus())
+    build_store(tmp_path, "one")
+    monkeypatch.setattr(duplicates, "PARTITION_RECORDS", 37)
+    monkeypatch.setattr(duplicates, "BATCH_PAIRS", 2)
+    assert len(duplicates.make_partitions(1000, {})) == 28
+    build_store(tmp_path, "many")
+    assert read_files(tmp_path / "one") == read_files(tmp_path / "many")
 
 
-def test_languages_of_which_everything_may_be_aside(tmp_path: Path) -> None:
-    """Shares of one and above are limits that 64 bits can hold."""
-    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text(number), "lang": "en"} for number in range(2)])
-    store = made(tmp_path, validation={"share": 0.5, "documents": 3, "bytes": 10**6})
+def test_a_language_may_consist_of_candidates_only(tmp_path: Path) -> None:
+    """The hash limit of a share of one or more fits in 64 bits."""
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": make_text(number), "lang": "en"} for number in range(2)])
+    store = build_store(tmp_path, validation={"share": 0.5, "documents": 3, "bytes": 10**6})
     assert len(store.index("validation")) == len(store.index("train")) == 1

@@ -1,4 +1,4 @@
-"""Signatures: what counts as the same text, and how well they estimate what two texts share."""
+"""Hashes and signatures: normalization, shingles, bands, and the accuracy of the estimated similarity."""
 
 from __future__ import annotations
 
@@ -7,94 +7,97 @@ import sys
 
 import numpy as np
 import pytest
-from corpora import nearly, text, words
+from corpora import make_near_duplicate, make_text, make_words
 
 from fledge.core.errors import UsageError
 from fledge.data.pipeline.config import DedupConfig
 from fledge.data.pipeline.dedup.minhash import (
-    SAMPLED,
+    SAMPLE_EVERY,
     MinHasher,
-    exact_hash,
-    mixed,
-    normalized,
-    rows_per_band,
-    sampled_pieces,
-    similarity,
+    choose_rows_per_band,
+    estimate_similarity,
+    hash_exact,
+    hash_shingles,
+    mix_hashes,
+    normalize_text,
 )
 
 
-def test_case_and_space_do_not_count() -> None:
-    assert normalized("  Hello,\n\tWORLD ") == "hello,world"
-    assert normalized("a\u00a0b\u3000c d") == "a\u00a0b\u3000cd"
-    assert exact_hash("a") == exact_hash("a") != exact_hash("b")
-    assert all(0 <= number < 1 << 64 for number in exact_hash("a"))
+def test_hashes_ignore_case_and_ascii_space() -> None:
+    assert normalize_text("  Hello,\n\tWORLD ") == "hello,world"
+    assert normalize_text("a\u00a0b\u3000c d") == "a\u00a0b\u3000cd"
+    assert hash_exact("a") == hash_exact("a") != hash_exact("b")
+    assert all(0 <= number < 1 << 64 for number in hash_exact("a"))
 
 
 @pytest.mark.parametrize("width", [2, 3, 5, 8, 16, 21])
-def test_pieces_depend_on_themselves_alone(width: int) -> None:
-    """Every text gives the hashes of its own pieces, whatever texts are around it, a quarter of them."""
-    texts = ["", "ab", text(1), "x" * (width - 1), text(2) + "漢字\U0001f600", "y" * width]
-    together, ends = sampled_pieces(texts, width)
+def test_shingle_hashes_do_not_depend_on_other_texts(width: int) -> None:
+    """Each text gives the hashes of its own shingles, a quarter of them, in any batch."""
+    texts = ["", "ab", make_text(1), "x" * (width - 1), make_text(2) + "漢字\U0001f600", "y" * width]
+    together, ends = hash_shingles(texts, width)
     start = 0
-    for one, end in zip(texts, ends.tolist(), strict=True):
-        alone, _ = sampled_pieces([one], width)
+    for body, end in zip(texts, ends.tolist(), strict=True):
+        alone, _ = hash_shingles([body], width)
         assert together[start:end].tolist() == alone.tolist()
         start = end
-    long = text(3, 3000)
-    pieces = {long[at : at + width] for at in range(len(long) - width + 1)}
-    found = set(sampled_pieces([long], width)[0].tolist())
-    assert abs(len(found) - len(pieces) / SAMPLED) < 5 * (len(pieces) / SAMPLED) ** 0.5
-    assert set(sampled_pieces([long[100:]], width)[0].tolist()) <= found
+    long = make_text(3, 3000)
+    shingles = {long[start : start + width] for start in range(len(long) - width + 1)}
+    hashes = set(hash_shingles([long], width)[0].tolist())
+    expected = len(shingles) / SAMPLE_EVERY
+    assert abs(len(hashes) - expected) < 5 * expected**0.5
+    assert set(hash_shingles([long[100:]], width)[0].tolist()) <= hashes
 
 
-def test_mixing_is_one_to_one_and_depends_on_the_salt() -> None:
+def test_mixing_is_injective_and_depends_on_the_salt() -> None:
     values = np.arange(1000, dtype=np.uint64)
-    assert len(set(mixed(values, 0).tolist())) == 1000
-    assert not np.array_equal(mixed(values, 0), mixed(values, 1))
-    assert abs((mixed(values, 0) >> np.uint64(63)).mean() - 0.5) < 0.1
+    assert len(set(mix_hashes(values, 0).tolist())) == 1000
+    assert not np.array_equal(mix_hashes(values, 0), mix_hashes(values, 1))
+    assert abs((mix_hashes(values, 0) >> np.uint64(63)).mean() - 0.5) < 0.1
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
 def test_bands_find_pairs_at_the_threshold(threshold: float) -> None:
-    rows = rows_per_band(DedupConfig(threshold=threshold))
+    rows = choose_rows_per_band(DedupConfig(threshold=threshold))
     bands = 128 // rows
     assert 1 - (1 - threshold**rows) ** bands >= 0.9
     assert rows == 128 or 1 - (1 - threshold ** (rows + 1)) ** (128 // (rows + 1)) < 0.9
 
 
-def shared(one: str, other: str, width: int) -> float:
-    """The true share of pieces in common."""
+def compute_similarity(one: str, other: str, width: int) -> float:
+    """The exact Jaccard similarity of the shingles."""
     first, second = ({text[at : at + width] for at in range(len(text) - width + 1)} for text in (one, other))
     return len(first & second) / len(first | second)
 
 
-def test_estimates_are_near_the_truth() -> None:
+def test_estimates_are_close_to_the_exact_similarity() -> None:
     pytest.importorskip("rensa")
-    signer = MinHasher(DedupConfig())
+    minhasher = MinHasher(DedupConfig())
     rng = random.Random(5)
     errors = []
     for number in range(60):
-        original = " ".join(words(rng, 600))
-        copy = nearly(original, number, changes=rng.randint(1, 60))
-        signatures, long = signer.signatures([original, copy, "short"])
-        assert long.tolist() == [True, True, False]
-        errors.append(float(similarity(signatures[:1], signatures[1:2])[0]) - shared(original, copy, 16))
-    # 128 permutations: a standard error of 0.044 at most, and the mean of sixty within a third of that.
+        original = " ".join(make_words(rng, 600))
+        copy = make_near_duplicate(original, number, changes=rng.randint(1, 60))
+        signatures, has_shingles = minhasher.compute_signatures([original, copy, "short"])
+        assert has_shingles.tolist() == [True, True, False]
+        errors.append(
+            float(estimate_similarity(signatures[:1], signatures[1:2])[0]) - compute_similarity(original, copy, 16)
+        )
+    # With 128 permutations, the standard error is at most 0.044. The mean of sixty errors is within a third of that.
     assert np.std(errors) < 0.06 and abs(np.mean(errors)) < 0.02
 
 
 def test_similar_texts_share_a_band_and_others_do_not() -> None:
     pytest.importorskip("rensa")
-    signer = MinHasher(DedupConfig())
-    originals = [text(number, 400) for number in range(30)]
-    copies = [nearly(one, number, changes=3) for number, one in enumerate(originals)]
-    hashes = signer.band_hashes(signer.signatures([*originals, *copies])[0])
-    assert hashes.shape == (60, signer.bands)
-    assert all(set(hashes[at]) & set(hashes[30 + at]) for at in range(30))
-    assert len(np.unique(hashes[:30])) == 30 * signer.bands
+    minhasher = MinHasher(DedupConfig())
+    originals = [make_text(number, 400) for number in range(30)]
+    copies = [make_near_duplicate(original, number, changes=3) for number, original in enumerate(originals)]
+    hashes = minhasher.compute_band_hashes(minhasher.compute_signatures([*originals, *copies])[0])
+    assert hashes.shape == (60, minhasher.bands)
+    assert all(set(hashes[number]) & set(hashes[30 + number]) for number in range(30))
+    assert len(np.unique(hashes[:30])) == 30 * minhasher.bands
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(UsageError, match=r'rensa: pip install "fledge\[data\]"'):
         MinHasher(DedupConfig())

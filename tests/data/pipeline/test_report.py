@@ -1,4 +1,4 @@
-"""The report page: well-formed, self-contained, and with the numbers of the manifest."""
+"""The HTML report: well-formed, self-contained, and with the numbers of the manifest."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from corpora import config, corpus, write_jsonl
+from corpora import make_config, make_corpus, write_jsonl
 
 from fledge.data.pipeline.build import BuildOptions, build
 from fledge.data.pipeline.counts import Count, Counts
-from fledge.data.pipeline.report import LARGEST, size, write_report
+from fledge.data.pipeline.report import MAX_ROWS, format_size, write_report
 
 
-class Page(HTMLParser):
-    """Open elements, and all text."""
+class PageParser(HTMLParser):
+    """Collects the open elements and the text of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_of_a_build(tmp_path: Path) -> None:
-    rows = [{**row, "src": "<b>&'" if row["src"] == "a" else row["src"]} for row in corpus()]
+def test_the_report_of_a_build_has_its_numbers(tmp_path: Path) -> None:
+    rows = [{**row, "src": "<b>&'" if row["src"] == "a" else row["src"]} for row in make_corpus()]
     write_jsonl(tmp_path / "corpus.jsonl", rows)
-    store = build(config(dedup={"near": False}), tmp_path, tmp_path / "store", BuildOptions(workers=1))
+    store = build(make_config(dedup={"near": False}), tmp_path, tmp_path / "store", BuildOptions(workers=1))
     source = (tmp_path / "store" / "report.html").read_text(encoding="utf-8")
-    page = Page()
+    page = PageParser()
     page.feed(source.removeprefix("<!doctype html>"))
     assert page.open == []
     assert "<b>&'" in page.words and "code:python" in page.words
@@ -47,9 +47,9 @@ def test_the_page_of_a_build(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in source
 
 
-def test_many_languages_are_summed_up(tmp_path: Path) -> None:
+def test_long_tables_are_shortened(tmp_path: Path) -> None:
     counts = Counts()
-    for number in range(LARGEST + 7):
+    for number in range(MAX_ROWS + 7):
         counts.add("read", f"x{number}", "s", Count(1, 10 + number))
     manifest = {
         "tokens": {"train": 1, "validation": 0},
@@ -70,5 +70,5 @@ def test_many_languages_are_summed_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "text"), [(999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (5e15, "5,000.0 TB")]
 )
-def test_sizes(number: float, text: str) -> None:
-    assert size(number) == text
+def test_sizes_have_decimal_units(number: float, text: str) -> None:
+    assert format_size(number) == text

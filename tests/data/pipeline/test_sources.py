@@ -1,4 +1,4 @@
-"""What a build reads: every kind of file, in slices whose documents are all documents, and what is wrong with one."""
+"""Reading the inputs of a build: every kind of file and source, slices, and errors for invalid inputs."""
 
 from __future__ import annotations
 
@@ -19,135 +19,138 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge.core.errors import DataError, UsageError
-from fledge.data.compression import CompressionError, open_plain
+from fledge.data.compression import CompressionError, open_decompressed
 from fledge.data.documents import Document, read_jsonl
 from fledge.data.pipeline.config import build_config
-from fledge.data.pipeline.sources.inputs import survey
-from fledge.data.pipeline.sources.reader import documents_of
+from fledge.data.pipeline.sources.inputs import find_inputs
+from fledge.data.pipeline.sources.reader import read_documents
 
 ROWS = [{"text": f"text {number} é", "lang": "pt-BR", "src": "q"} for number in range(40)]
 
 
-def read(base: Path, source: dict[str, Any], **settings: Any) -> list[Document]:
-    """All documents of one source, slice after slice."""
+def read_source(base: Path, source: dict[str, Any], **settings: Any) -> list[Document]:
+    """All documents of one source, in the order of its slices."""
     config = build_config({"sources": [source], "piece_bytes": 100, **settings})
-    _, slices = survey(config, base)
-    assert [piece.number for piece in slices] == list(range(len(slices)))
-    return [document for piece in slices for document in documents_of(config, piece, None)]
+    _, slices = find_inputs(config, base)
+    assert [part.number for part in slices] == list(range(len(slices)))
+    return [document for part in slices for document in read_documents(config, part, None)]
 
 
-def zstd(data: bytes) -> bytes:
+def compress_zstd(data: bytes) -> bytes:
     zstandard = pytest.importorskip("zstandard")
-    packed: bytes = zstandard.ZstdCompressor().compress(data)
-    return packed
+    compressed: bytes = zstandard.ZstdCompressor().compress(data)
+    return compressed
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".xz": lzma.compress,
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
-    ".zst": zstd,
+    ".zst": compress_zstd,
 }
 
 
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_json_lines(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_reads_json_lines(tmp_path: Path, suffix: str) -> None:
     plain = write_jsonl(tmp_path / "plain", ROWS).read_bytes()
     half = len(plain) // 2
-    # Archives may have several members, one behind the other.
-    packed = PACKERS[suffix](plain[:half]) + PACKERS[suffix](plain[half:])
-    (tmp_path / f"x.jsonl{suffix}").write_bytes(packed)
-    assert read(tmp_path, {"path": f"x.jsonl{suffix}"}) == [Document(row["text"], "pt", "q") for row in ROWS]
+    # A compressed file may consist of several streams.
+    compressed = COMPRESSORS[suffix](plain[:half]) + COMPRESSORS[suffix](plain[half:])
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(compressed)
+    assert read_source(tmp_path, {"path": f"x.jsonl{suffix}"}) == [Document(row["text"], "pt", "q") for row in ROWS]
 
 
-@given(size=st.integers(1, 90), lengths=st.lists(st.integers(0, 30), min_size=1), end=st.booleans())
-def test_slices_have_every_line_once(
-    tmp_path_factory: pytest.TempPathFactory, size: int, lengths: list[int], end: bool
+@given(size=st.integers(1, 90), lengths=st.lists(st.integers(0, 30), min_size=1), ends_with_newline=st.booleans())
+def test_slices_contain_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, size: int, lengths: list[int], ends_with_newline: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("slices")
     texts = [f"{number}:" + "x" * length for number, length in enumerate(lengths)]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
-    (folder / "x.jsonl").write_text(lines + "\n" * end)
-    assert [document.text for document in read(folder, {"path": "x.jsonl"}, piece_bytes=size)] == texts
+    (folder / "x.jsonl").write_text(lines + "\n" * ends_with_newline)
+    assert [document.text for document in read_source(folder, {"path": "x.jsonl"}, piece_bytes=size)] == texts
 
 
-def test_fields_and_defaults(tmp_path: Path) -> None:
+def test_uses_field_names_and_defaults(tmp_path: Path) -> None:
     rows = [{"q": "why", "a": 5, "l": "de-AT"}, {"q": "so", "a": None, "l": None}]
     write_jsonl(tmp_path / "x.jsonl", rows)
     source = {"path": "x.jsonl", "template": "{q}? {a}", "language_field": "l", "language": "en", "name": "faq"}
-    assert read(tmp_path, source) == [Document("why? 5", "de", "faq"), Document("so? None", "en", "faq")]
-    found = read(tmp_path, {"path": "x.jsonl", "text": "q"})
-    assert found == [Document("why", "", "x"), Document("so", "", "x")]
+    assert read_source(tmp_path, source) == [Document("why? 5", "de", "faq"), Document("so? None", "en", "faq")]
+    documents = read_source(tmp_path, {"path": "x.jsonl", "text": "q"})
+    assert documents == [Document("why", "", "x"), Document("so", "", "x")]
 
 
-def test_texts_of_a_folder(tmp_path: Path) -> None:
+def test_reads_the_texts_of_a_folder(tmp_path: Path) -> None:
     for name, body in (("b/two.py", "2\n"), ("a.py", "1\n"), ("b/.hidden", "no"), (".git/x", "no"), ("note.md", "m")):
         path = tmp_path / "code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(body)
     (tmp_path / "code" / "three.py.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf3\n"))
-    found = read(tmp_path, {"path": "code", "format": "text", "language": "code:python"})
-    assert [document.text for document in found] == ["1\n", "2\n", "m", "3\n"]
-    assert {(document.language, document.source) for document in found} == {("code:python", "code")}
-    found = read(tmp_path, {"path": "code/**/*.py"})
-    assert [(document.text, document.source) for document in found] == [("1\n", "code"), ("2\n", "code")]
-    assert [document.source for document in read(tmp_path, {"path": "code/note.md"})] == ["note"]
+    documents = read_source(tmp_path, {"path": "code", "format": "text", "language": "code:python"})
+    assert [document.text for document in documents] == ["1\n", "2\n", "m", "3\n"]
+    assert {(document.language, document.source) for document in documents} == {("code:python", "code")}
+    documents = read_source(tmp_path, {"path": "code/**/*.py"})
+    assert [(document.text, document.source) for document in documents] == [("1\n", "code"), ("2\n", "code")]
+    assert [document.source for document in read_source(tmp_path, {"path": "code/note.md"})] == ["note"]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_reads_parquet_files(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").Table.from_pylist([{**row, "other": 1} for row in ROWS])
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=7)
-    assert read(tmp_path, {"path": "x.parquet"}) == [Document(row["text"], "pt", "q") for row in ROWS]
-    assert [one.text for one in read(tmp_path, {"path": "x.parquet", "template": "{other}"})] == ["1"] * 40
-    with pytest.raises(UsageError, match=r"x\.parquet has no column 'body' .*its columns: text, lang, src, other"):
-        read(tmp_path, {"path": "x.parquet", "text": "body"})
+    assert read_source(tmp_path, {"path": "x.parquet"}) == [Document(row["text"], "pt", "q") for row in ROWS]
+    assert [document.text for document in read_source(tmp_path, {"path": "x.parquet", "template": "{other}"})] == [
+        "1"
+    ] * 40
+    message = r"x\.parquet has no column 'body' .*set `text` to one of text, lang, src, other"
+    with pytest.raises(UsageError, match=message):
+        read_source(tmp_path, {"path": "x.parquet", "text": "body"})
     with pytest.raises(UsageError, match=r"row 1: not a document: ValueError"):
-        read(tmp_path, {"path": "x.parquet", "text": "other"})
+        read_source(tmp_path, {"path": "x.parquet", "text": "other"})
     (tmp_path / "y.parquet").write_bytes(b"PAR1 no parquet")
-    with pytest.raises(DataError, match=r"y\.parquet: not a Parquet file"):
-        read(tmp_path, {"path": "y.parquet"})
+    with pytest.raises(DataError, match=r"y\.parquet: not a readable Parquet file"):
+        read_source(tmp_path, {"path": "y.parquet"})
 
 
 @pytest.mark.parametrize(
     "line", ["{", "[]", '{"text": 5}', '{"no": 1}', '{"text": "\\ud800"}', '{"text": "a", "lang": 1}']
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_bad_line_is_named_wherever_slices_begin(tmp_path: Path, line: str, suffix: str) -> None:
+def test_errors_name_the_line_for_any_slice_size(tmp_path: Path, line: str, suffix: str) -> None:
     lines = [json.dumps({"text": "x" * (number % 5)}) for number in range(20)]
     lines[12] = line
     data = "\n".join(lines).encode()
-    (tmp_path / f"x.jsonl{suffix}").write_bytes(PACKERS[suffix](data))
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(COMPRESSORS[suffix](data))
     for size in (7, 40, 10_000):
         with pytest.raises(UsageError, match=rf"x\.jsonl{suffix}, line 13: not a JSON object.*on_error"):
-            read(tmp_path, {"path": f"x.jsonl{suffix}"}, piece_bytes=size)
+            read_source(tmp_path, {"path": f"x.jsonl{suffix}"}, piece_bytes=size)
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"source no/\*: there is no such file"):
-        read(tmp_path, {"path": "no/*"})
+        read_source(tmp_path, {"path": "no/*"})
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match=r"x\.txt is not a text in UTF-8"):
-        read(tmp_path, {"path": "x.txt"})
+    with pytest.raises(UsageError, match=r"x\.txt is not a UTF-8 text"):
+        read_source(tmp_path, {"path": "x.txt"})
     for suffix in (".xz", ".gz", ".bz2", ".zst"):
-        packed = PACKERS[suffix]("".join(json.dumps(row) for row in ROWS).encode() * 50)
-        for name, data in (("short", packed[: len(packed) // 2]), ("wrong", b"no archive at all")):
+        compressed = COMPRESSORS[suffix]("".join(json.dumps(row) for row in ROWS).encode() * 50)
+        for name, data in (("short", compressed[: len(compressed) // 2]), ("wrong", b"not compressed at all")):
             path = tmp_path / f"{name}.txt{suffix}"
             path.write_bytes(data)
-            with pytest.raises(DataError, match=rf"{name}\.txt{suffix}: cannot be read to its end"):
-                read(tmp_path, {"path": path.name})
+            with pytest.raises(DataError, match=rf"{name}\.txt{suffix}: cannot be read completely"):
+                read_source(tmp_path, {"path": path.name})
 
 
-def test_sources_without_a_file_say_why(tmp_path: Path) -> None:
+def test_errors_explain_why_a_source_has_no_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, message in (
-        ("empty", "the folder .*empty has no file in it that could be read"),
-        ("em*", r"only folders fit it, empty for one; name the folder itself, or end the pattern with /\*\*/\*"),
-        ("absent.jsonl", "there is no such file in .*; paths start where the config file is"),
+        ("empty", "the folder .*empty contains no files to read"),
+        ("em*", r"it matches only folders, such as empty; name the folder itself, or end the pattern with /\*\*/\*"),
+        ("absent.jsonl", "there is no such file in .*; paths are relative to the folder of the config file"),
     ):
         with pytest.raises(UsageError, match=message):
-            read(tmp_path, {"path": path})
+            read_source(tmp_path, {"path": path})
 
 
 @pytest.mark.parametrize(
@@ -155,39 +158,39 @@ def test_sources_without_a_file_say_why(tmp_path: Path) -> None:
     [
         ('["a", "b"]', "an array begins here; each line must be one object"),
         ("[", "an array begins here; each line must be one object"),
-        ('"text"', "it is JSON, but no object"),
+        ('"text"', "it is JSON, but not an object"),
         ('{"body": "a"}', "it has no field 'text'"),
     ],
 )
-def test_lines_that_are_no_object(tmp_path: Path, line: str, message: str) -> None:
+def test_lines_that_are_not_an_object_are_explained(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "x.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
     with pytest.raises(UsageError, match=rf"x\.jsonl, line 2: not a JSON object with a text: {message}"):
-        read(tmp_path, {"path": "x.jsonl"})
+        read_source(tmp_path, {"path": "x.jsonl"})
     with pytest.raises(UsageError, match=r"absent\.jsonl: cannot be read: No such file"):
         list(read_jsonl(tmp_path / "absent.jsonl"))
 
 
-def test_a_small_file_that_becomes_a_large_one_is_never_held_whole(tmp_path: Path) -> None:
+def test_decompression_uses_bounded_memory(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
-    packer = zstandard.ZstdCompressor().compressobj()
+    compressor = zstandard.ZstdCompressor().compressobj()
     zeros = bytes(1 << 20)
-    packed = b"".join(packer.compress(zeros) for _ in range(192)) + packer.flush()
-    assert len(packed) < 20_000
-    (tmp_path / "x.zst").write_bytes(packed)
+    compressed = b"".join(compressor.compress(zeros) for _ in range(192)) + compressor.flush()
+    assert len(compressed) < 20_000
+    (tmp_path / "x.zst").write_bytes(compressed)
     tracemalloc.start()
     try:
-        with open_plain(tmp_path / "x.zst") as file:
+        with open_decompressed(tmp_path / "x.zst") as file:
             assert sum(len(block) for block in iter(lambda: file.read(1 << 18), b"")) == 192 << 20
         assert tracemalloc.get_traced_memory()[1] < 80 << 20
     finally:
         tracemalloc.stop()
 
 
-def test_errors_of_who_reads_are_left_alone(tmp_path: Path) -> None:
+def test_errors_of_the_caller_are_not_converted(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"1")
-    with pytest.raises(ValueError, match="mine"), open_plain(tmp_path / "x"):
+    with pytest.raises(ValueError, match="mine"), open_decompressed(tmp_path / "x"):
         raise ValueError("mine")
-    with pytest.raises(CompressionError), open_plain(tmp_path / "absent"):
+    with pytest.raises(CompressionError), open_decompressed(tmp_path / "absent"):
         pytest.fail("an absent file was opened")
 
 
@@ -196,11 +199,11 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf'{package}; pip install "fledge\[data\]"'):
-        read(tmp_path, {"path": name})
+        read_source(tmp_path, {"path": name})
 
 
 class FakeStream:
-    """What `datasets` gives for a streamed data set, as far as it is used."""
+    """A streamed data set with the part of the interface of `datasets` that the code uses."""
 
     num_shards = 3
 
@@ -217,36 +220,38 @@ class FakeStream:
             yield row
 
 
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
+def install_fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
     module = ModuleType("datasets")
     module.load_dataset = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
-def test_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_streams_hub_data_sets_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
 
     def load(*arguments: Any, **options: Any) -> FakeStream:
-        asked.append((arguments, options))
+        calls.append((arguments, options))
         return FakeStream([{"body": str(number)} for number in range(7)])
 
-    fake_datasets(monkeypatch, load)
+    install_fake_datasets(monkeypatch, load)
     source = {"hub": "some/data", "subset": "de", "text": "body", "language": "de", "revision": "abc"}
-    assert [document.text for document in read(tmp_path, source)] == ["0", "3", "6", "1", "4", "2", "5"]
-    assert asked[0] == (("some/data", "de"), {"split": "train", "revision": "abc", "streaming": True})
+    assert [document.text for document in read_source(tmp_path, source)] == ["0", "3", "6", "1", "4", "2", "5"]
+    assert calls[0] == (("some/data", "de"), {"split": "train", "revision": "abc", "streaming": True})
 
 
-def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_errors_name_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> Any:
         raise ConnectionError("no route\nto host")
 
-    fake_datasets(monkeypatch, offline)
-    with pytest.raises(DataError, match="some/data cannot be read from the hub: ConnectionError: no route to host; is"):
-        read(tmp_path, {"hub": "some/data"})
+    install_fake_datasets(monkeypatch, offline)
+    with pytest.raises(
+        DataError, match="some/data cannot be read from the hub: ConnectionError: no route to host; check"
+    ):
+        read_source(tmp_path, {"hub": "some/data"})
     rows = [{"text": "a"}, {"text": "b"}, {"text": "c"}, OSError("gone")]
-    fake_datasets(monkeypatch, lambda *_, **__: FakeStream(rows))
+    install_fake_datasets(monkeypatch, lambda *_, **__: FakeStream(rows))
     with pytest.raises(DataError, match="OSError: gone"):
-        read(tmp_path, {"hub": "some/data"})
+        read_source(tmp_path, {"hub": "some/data"})
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="hub data sets need the package datasets"):
-        read(tmp_path, {"hub": "some/data"})
+        read_source(tmp_path, {"hub": "some/data"})

@@ -1,1 +1,1 @@
-"""Exact and near-duplicate detection."""
+"""Detection of exact and near duplicates."""

@@ -1,11 +1,9 @@
-"""What two texts are compared by: a hash for copies, and a MinHash signature for near copies.
+"""Hashes of texts for exact duplicates, and MinHash signatures for near duplicates.
 
-Both are taken of the text in lower case and without the white space of ASCII; other spaces (U+00A0, U+3000) count. A
-signature is the MinHash of all pieces of some characters (pieces of words would mean nothing in scripts without
-spaces), and a fixed quarter of them is enough: which pieces count depends on the pieces alone, so the share that two
-texts have in common stays an unbiased estimate. The package rensa finds the minima.
-
-Here: from texts to numbers. Not here: what is compared with what (dedup.py).
+Both ignore case and ASCII white space; other spaces (U+00A0, U+3000) count. A signature is the MinHash of the shingles
+of a text: all substrings of some number of characters. Shingles of words would not work for scripts without spaces.
+Only a fixed quarter of the shingles is used. The choice depends on the shingle alone, so the estimated similarity is
+unbiased. The package rensa computes the minima.
 """
 
 from __future__ import annotations
@@ -24,44 +22,44 @@ U64 = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
 SPACES = b" \t\n\r\x0b\x0c"
-SAMPLED = 4  # one shingle in SAMPLED is used
-RECALL = 0.9  # of pairs exactly at the threshold that are to be found, at least
-SEED = 20240410  # of rensa's permutations; signatures of two stores can be compared
+SAMPLE_EVERY = 4  # one shingle in SAMPLE_EVERY is used; a power of two
+MIN_RECALL = 0.9  # share of the pairs at the threshold that must share a band
+SEED = 20240410  # seed of the permutations; it is constant, so signatures of two stores are comparable
 
 
-def normalized(text: str) -> str:
-    """What of a text counts when it is compared: all but case and the white space of ASCII."""
+def normalize_text(text: str) -> str:
+    """The text in lower case without ASCII white space, for comparisons."""
     return text.lower().encode().translate(None, SPACES).decode()
 
 
-def exact_hash(text: str) -> tuple[int, int]:
-    """128 bits of a normalized text, as two numbers."""
+def hash_exact(text: str) -> tuple[int, int]:
+    """A 128-bit hash of a normalized text, as two 64-bit numbers."""
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def mixed(values: U64, salt: int) -> U64:
-    """Each value spread over all 64 bits (the finalizer of splitmix64), differently for each salt."""
+def mix_hashes(values: U64, salt: int) -> U64:
+    """Hash each value with the finalizer of splitmix64, a permutation of all 64-bit numbers for each salt."""
     mixed = values + np.uint64((salt * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def rows_per_band(settings: DedupConfig) -> int:
-    """The most rows a band can have so that pairs at the threshold still share a band RECALL of the time."""
+def choose_rows_per_band(settings: DedupConfig) -> int:
+    """The most rows per band for which pairs at the threshold share a band with a probability of MIN_RECALL."""
     for rows in range(settings.permutations, 0, -1):
         bands = settings.permutations // rows
-        if 1 - (1 - settings.threshold**rows) ** bands >= RECALL:
+        if 1 - (1 - settings.threshold**rows) ** bands >= MIN_RECALL:
             return rows
     return 1
 
 
 class MinHasher:
-    """Texts to signatures, by the batch."""
+    """Computes the signatures of batches of texts."""
 
     def __init__(self, settings: DedupConfig) -> None:
-        """Raises UsageError where rensa is not installed."""
+        """Raises UsageError if rensa is not installed."""
         try:
             from rensa import RMinHash
         except ImportError:
@@ -70,61 +68,65 @@ class MinHasher:
             ) from None
         self._digest = RMinHash.digest_matrix_from_flat_token_hashes
         self.settings = settings
-        self.rows = rows_per_band(settings)
-        self.bands = settings.permutations // self.rows
+        self.rows_per_band = choose_rows_per_band(settings)
+        self.bands = settings.permutations // self.rows_per_band
 
-    def signatures(self, texts: Sequence[str]) -> tuple[Signatures, npt.NDArray[np.bool_]]:
-        """(N, permutations), and which of the normalized texts are long enough to have a signature."""
-        pieces, ends = sampled_pieces(texts, self.settings.characters)
+    def compute_signatures(self, texts: Sequence[str]) -> tuple[Signatures, npt.NDArray[np.bool_]]:
+        """(N, permutations) signatures of normalized texts, and (N,) whether each text has a shingle."""
+        shingles, ends = hash_shingles(texts, self.settings.characters)
         offsets = np.concatenate([[0], ends]).astype(np.uint64)
-        rows: Any = self._digest(pieces, offsets, self.settings.permutations, SEED).to_rows()
+        rows: Any = self._digest(shingles, offsets, self.settings.permutations, SEED).to_rows()
         return np.array(rows, dtype=np.uint32).reshape(len(texts), -1), np.diff(offsets) > 0
 
-    def band_hashes(self, signatures: Signatures) -> U64:
-        """(N, bands): two texts that share one of these are worth comparing."""
-        used = signatures[:, : self.bands * self.rows].reshape(-1, self.bands, self.rows).astype(np.uint64)
-        found = np.broadcast_to(np.arange(self.bands, dtype=np.uint64), used.shape[:2])
-        for row in range(self.rows):
-            found = mixed(found ^ used[:, :, row], row)
-        return found
+    def compute_band_hashes(self, signatures: Signatures) -> U64:
+        """(N, bands) hashes of the bands. Two texts that share one are compared by their signatures."""
+        used = signatures[:, : self.bands * self.rows_per_band].astype(np.uint64)
+        used = used.reshape(-1, self.bands, self.rows_per_band)
+        hashes = np.broadcast_to(np.arange(self.bands, dtype=np.uint64), used.shape[:2])
+        for row in range(self.rows_per_band):
+            hashes = mix_hashes(hashes ^ used[:, :, row], row)
+        return hashes
 
 
-def sampled_pieces(texts: Sequence[str], width: int) -> tuple[U64, npt.NDArray[np.int64]]:
-    """Hashes of the pieces of all texts that count, one text after the other, and where each text's end."""
+def hash_shingles(texts: Sequence[str], width: int) -> tuple[U64, npt.NDArray[np.int64]]:
+    """The hashes of the sampled shingles of all texts, concatenated, and the end of each text in this array.
+
+    width: characters of a shingle.
+    """
     codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     ends = np.cumsum(lengths)
     if len(codes) < width:
         return np.empty(0, np.uint64), np.zeros(len(texts), np.int64)
-    hashes = mixed(_windows(codes, width), 0)
-    wanted = hashes & np.uint64(SAMPLED - 1) == 0
+    hashes = mix_hashes(_hash_windows(codes, width), 0)
+    is_sampled = hashes & np.uint64(SAMPLE_EVERY - 1) == 0
     for start, end in zip(ends - lengths, ends, strict=True):
-        wanted[max(start, end - width + 1) : end] = False  # these would reach into the next text
-    places = np.flatnonzero(wanted)
-    return hashes[places], np.searchsorted(places, ends)
+        is_sampled[max(start, end - width + 1) : end] = False  # these windows extend into the next text
+    positions = np.flatnonzero(is_sampled)
+    return hashes[positions], np.searchsorted(positions, ends)
 
 
-def _windows(codes: U64, width: int) -> U64:
-    """A polynomial hash of each window of `width` codes: windows of 2, 4, 8, ... are put together by doubling."""
+def _hash_windows(codes: U64, width: int) -> U64:
+    """A polynomial hash of each window of `width` codes, combined from hashes of windows of 1, 2, 4, 8, ... codes."""
     factor = 0x9E3779B97F4A7C15
-    found: U64 | None = None
+    hashes: U64 | None = None
     done, block, size = 0, codes + np.uint64(1), 1
     while True:
         if width & size:
-            if found is None:
-                found = block
+            if hashes is None:
+                hashes = block
             else:
                 last = len(codes) - done - size + 1
-                found = found[:last] * np.uint64(pow(factor, size, 1 << 64)) + block[done : done + last]
+                hashes = hashes[:last] * np.uint64(pow(factor, size, 1 << 64)) + block[done : done + last]
             done += size
         if done == width:
-            assert found is not None
-            return found
+            assert hashes is not None
+            return hashes
         step = len(block) - size
         block = block[:step] * np.uint64(pow(factor, size, 1 << 64)) + block[size : size + step]
         size *= 2
 
 
-def similarity(one: Signatures, other: Signatures) -> npt.NDArray[np.float64]:
-    """The estimated share of pieces in common, row by row."""
+def estimate_similarity(one: Signatures, other: Signatures) -> npt.NDArray[np.float64]:
+    """The estimated Jaccard similarity of the shingles, for each row."""
     return np.asarray((one == other).mean(axis=1))

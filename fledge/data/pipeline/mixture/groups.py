@@ -1,80 +1,77 @@
-"""Which group of the mixture a document belongs to, and what its user should hear: names that fit nothing.
-
-Here: patterns against languages and sources, and the words about them. Not here: how much is taken (plan.py).
-"""
+"""Match documents to the groups of the mixture, and report patterns and groups that match no document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from fledge.data.pipeline.config import MixtureConfig, MixtureGroup
 
-NAMES = 8  # of languages or sources that a message lists
+MAX_NAMES = 8  # languages or sources that a message lists
 
 Kind = tuple[str, str]
 """(language, source) of a document."""
 
 
-def group_of(mixture: MixtureConfig, language: str, source: str) -> int:
-    """The number of the first group that fits, or -1."""
+def find_group(mixture: MixtureConfig, language: str, source: str) -> int:
+    """The number of the first group that matches, or -1."""
     for number, group in enumerate(mixture.groups):
-        if _fits(group, (language, source)):
+        if _matches(group, (language, source)):
             return number
     return -1
 
 
-def _fits(group: MixtureGroup, kind: Kind) -> bool:
-    return all(_any(name, patterns) for name, patterns in zip(kind, (group.languages, group.sources), strict=True))
+def _matches(group: MixtureGroup, kind: Kind) -> bool:
+    language, source = kind
+    return _matches_any(language, group.languages) and _matches_any(source, group.sources)
 
 
-def _any(name: str, patterns: Iterable[str]) -> bool:
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def remarks(mixture: MixtureConfig, kinds: Sequence[Kind], sizes: Sequence[int]) -> Iterator[str]:
-    """A line for each name of the mixture that fits nothing, and for documents that no group wants.
+def list_remarks(mixture: MixtureConfig, kinds: Sequence[Kind], sizes: Sequence[int]) -> Iterator[str]:
+    """A line for each pattern and cap of the mixture that matches nothing, each empty group, and unmatched documents.
 
-    kinds: all there are after cleaning, in any order. sizes: bytes that each group can take.
+    kinds: all kinds of documents after cleaning, in any order. sizes: bytes of text available to each group.
     """
     for group, size in zip(mixture.groups, sizes, strict=True):
-        lines = list(_unmatched(group, kinds))
+        lines = list(_report_unmatched(group, kinds))
         if not size and not lines:
-            lines = [_why_empty(group, mixture, kinds)]
+            lines = [_explain_empty(group, mixture, kinds)]
         yield from (f"group {group.name} of the mixture: {line}" for line in lines)
     sources = {source for _, source in kinds}
     for name in mixture.source_bytes:
         if name not in sources:
-            yield f"mixture.source_bytes: no document has the source {name!r}; there are {_listed(sources)}"
-    lost = sorted(kind for kind in kinds if group_of(mixture, *kind) < 0)
-    if lost:
-        language, source = lost[0]
-        yield f"documents without a group of the mixture are left out: language {language!r}, source {source!r}" + (
-            f", and {len(lost) - 1} more such pairs" if lost[1:] else ""
+            yield f"mixture.source_bytes: no document has the source {name!r}; sources: {_format_names(sources)}"
+    unmatched = sorted(kind for kind in kinds if find_group(mixture, *kind) < 0)
+    if unmatched:
+        language, source = unmatched[0]
+        yield f"documents without a group of the mixture are not used: language {language!r}, source {source!r}" + (
+            f", and {len(unmatched) - 1} more such pairs" if unmatched[1:] else ""
         )
 
 
-def _unmatched(group: MixtureGroup, kinds: Sequence[Kind]) -> Iterator[str]:
-    pick: dict[str, tuple[tuple[str, ...], Callable[[Kind], str]]] = {
-        "language": (group.languages, lambda kind: kind[0]),
-        "source": (group.sources, lambda kind: kind[1]),
+def _report_unmatched(group: MixtureGroup, kinds: Sequence[Kind]) -> Iterator[str]:
+    columns = {
+        "language": (group.languages, {language for language, _ in kinds}),
+        "source": (group.sources, {source for _, source in kinds}),
     }
-    for column, (patterns, of) in pick.items():
-        there = {of(kind) for kind in kinds}
+    for column, (patterns, names) in columns.items():
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in there):
-                yield f"no document has the {column} {pattern!r}; there are {_listed(there)}"
+            if not any(fnmatchcase(name, pattern) for name in names):
+                yield f"no document has the {column} {pattern!r}; {column}s: {_format_names(names)}"
 
 
-def _why_empty(group: MixtureGroup, mixture: MixtureConfig, kinds: Sequence[Kind]) -> str:
-    fitting = [kind for kind in kinds if _fits(group, kind)]
-    if not fitting:
+def _explain_empty(group: MixtureGroup, mixture: MixtureConfig, kinds: Sequence[Kind]) -> str:
+    matching = [kind for kind in kinds if _matches(group, kind)]
+    if not matching:
         return "no document has one of its languages and one of its sources"
-    if all(mixture.groups[group_of(mixture, *kind)] is not group for kind in fitting):
-        return "the groups before it take every document that fits it"
-    return "every document that fits it is a copy of another one, is kept aside for validation, or is capped"
+    if all(mixture.groups[find_group(mixture, *kind)] is not group for kind in matching):
+        return "earlier groups match all of its documents"
+    return "all of its documents are duplicates, are held out for validation, or exceed a cap"
 
 
-def _listed(names: Iterable[str]) -> str:
+def _format_names(names: Iterable[str]) -> str:
     every = [name or "(none)" for name in sorted(names)]
-    return ", ".join(every[:NAMES]) + (f" and {len(every) - NAMES} more" if every[NAMES:] else "")
+    return ", ".join(every[:MAX_NAMES]) + (f" and {len(every) - MAX_NAMES} more" if every[MAX_NAMES:] else "")

@@ -1,10 +1,8 @@
-"""Which documents a store holds, and how often: caps, weights and epochs turned into one limit a group.
+"""Plan which documents a store contains, and how often: convert caps, weights and epochs to one limit for each group.
 
-Every part of a document has a place in an order that depends on its own hash and the seed alone. Bytes are counted by
-group and by bucket of that order, and a group takes the buckets below a limit. So the choice needs no list of
+Every part of a document has a position in an order that depends only on its hash and the seed. Bytes are counted by
+group and by bucket of that order, and a group takes the buckets below its limit. The plan therefore needs no list of
 documents, is the same for any number of workers, and is exact to one bucket, 1/16384 of a group.
-
-Here: the limits, and what they say about each part of a shard. Not here: reading any text.
 """
 
 from __future__ import annotations
@@ -19,32 +17,32 @@ import numpy.typing as npt
 
 from fledge.core.errors import UsageError
 from fledge.data.pipeline.config import MixtureConfig, MixtureGroup
-from fledge.data.pipeline.dedup.duplicates import dropped
-from fledge.data.pipeline.dedup.minhash import mixed
-from fledge.data.pipeline.mixture.groups import Kind, group_of, remarks
-from fledge.data.pipeline.shards import Shard, shards
+from fledge.data.pipeline.dedup.duplicates import load_dropped
+from fledge.data.pipeline.dedup.minhash import mix_hashes
+from fledge.data.pipeline.mixture.groups import Kind, find_group, list_remarks
+from fledge.data.pipeline.shards import Shard, list_shards
 from fledge.data.pipeline.stage_outputs import StageContext
-from fledge.data.pipeline.validation_split import candidates, most_aside, order
+from fledge.data.pipeline.validation_split import find_candidates, max_held_out, order_hashes
 
 BUCKET_BITS = 14
 BUCKETS = 1 << BUCKET_BITS
 SALT = 2
-PART_STEP = np.uint64(0xD1342543DE82EF95)  # any odd number: parts of one document have places of their own
+PART_STEP = np.uint64(0xD1342543DE82EF95)  # any odd number; it gives each part of a document its own position
 
-VERDICTS = ("train", "copies", "near copies", "validation", "no group", "left out")
-TRAIN, COPY, NEAR, ASIDE, NO_GROUP, LEFT_OUT = range(len(VERDICTS))
-GONE = {
-    COPY: "copies of others",
-    NEAR: "near copies of others",
-    ASIDE: "kept aside for validation",
+ASSIGNMENTS = ("train", "copies", "near copies", "validation", "no group", "left out")  # stages in the counts
+TRAIN, EXACT_DUPLICATE, NEAR_DUPLICATE, HELD_OUT, NO_GROUP, UNUSED = range(len(ASSIGNMENTS))
+DROP_REASONS = {
+    EXACT_DUPLICATE: "exact duplicates",
+    NEAR_DUPLICATE: "near duplicates",
+    HELD_OUT: "held out for validation",
     NO_GROUP: "in no group of the mixture",
-    LEFT_OUT: "left out by its limits",
+    UNUSED: "over the limits of the mixture",
 }
 
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What a group takes: every part `full` times, and those below `limit` once more."""
+    """The share of a group: every part `full` times, and the parts below `limit` once more."""
 
     full: int = 0
     limit: int = BUCKETS
@@ -52,180 +50,190 @@ class GroupShare:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """The choice for a whole corpus."""
+    """The plan for a corpus."""
 
     mixture: MixtureConfig
     seed: int
-    aside: dict[int, dict[int, int]] = field(default_factory=dict)  # shard -> validation document -> bytes of it
-    shares: tuple[GroupShare, ...] = ()  # of each group; before they are known, everything is taken once
+    held_out: dict[int, dict[int, int]] = field(default_factory=dict)  # shard -> validation document -> bytes used
+    shares: tuple[GroupShare, ...] = ()  # for each group; empty: every part is used once
     source_limits: dict[tuple[int, str], int] = field(default_factory=dict)  # (group, source) -> limit
-    remarks: tuple[str, ...] = ()  # notes for the author of the config
+    remarks: tuple[str, ...] = ()  # notes about the config
 
     def for_shard(self, shard: Shard) -> MixturePlan:
-        """What one shard's task needs of it."""
-        aside = {shard.number: self.aside[shard.number]} if shard.number in self.aside else {}
-        return MixturePlan(self.mixture, self.seed, aside, self.shares, self.source_limits)
+        """The plan with the held-out documents of one shard only."""
+        held_out = {shard.number: self.held_out[shard.number]} if shard.number in self.held_out else {}
+        return MixturePlan(self.mixture, self.seed, held_out, self.shares, self.source_limits)
 
 
 @dataclass(frozen=True)
 class MixtureAssignment:
-    """What happens to each part of a shard."""
+    """The assignment of each part of a shard."""
 
-    codes: npt.NDArray[np.uint8]  # index into VERDICTS
-    times: npt.NDArray[np.int64]  # how often it is trained on
+    codes: npt.NDArray[np.uint8]  # index into ASSIGNMENTS
+    times: npt.NDArray[np.int64]  # how often the part is used for training
     groups: npt.NDArray[np.int64]  # index into the groups, or -1
-    buckets: npt.NDArray[np.int64]  # its place in the order
+    buckets: npt.NDArray[np.int64]  # position in the order
 
 
-def judge(job: StageContext, shard: Shard, plan: MixturePlan) -> MixtureAssignment:
-    """Apply a plan."""
+def assign_parts(context: StageContext, shard: Shard, plan: MixturePlan) -> MixtureAssignment:
+    """Apply a plan to a shard."""
     parts = shard.parts
-    of = parts["document"]
-    of_kind = np.array([group_of(plan.mixture, *kind) for kind in shard.kinds], dtype=np.int64)
-    groups = of_kind[parts["kind"]]
-    places = mixed(shard.documents["hash"][of] + parts["part"].astype(np.uint64) * PART_STEP, SALT + 2 * plan.seed)
-    buckets = (places >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+    document = parts["document"]
+    kind_groups = np.array([find_group(plan.mixture, *kind) for kind in shard.kinds], dtype=np.int64)
+    groups = kind_groups[parts["kind"]]
+    hashes = shard.documents["hash"][document] + parts["part"].astype(np.uint64) * PART_STEP
+    positions = mix_hashes(hashes, SALT + 2 * plan.seed)
+    buckets = (positions >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
     shares = plan.shares or (GroupShare(),) * len(plan.mixture.groups)
     full = np.array([share.full for share in shares] or [0])
     limit = np.array([share.limit for share in shares] or [0])
     times = full[groups] + (buckets < limit[groups])
+    sources = [source for _, source in shard.kinds]
     source_limit = np.array(
-        [plan.source_limits.get((group, kind[1]), BUCKETS) for group, kind in zip(of_kind, shard.kinds, strict=True)]
+        [plan.source_limits.get(key, BUCKETS) for key in zip(kind_groups.tolist(), sources, strict=True)]
     )
     times[buckets >= source_limit[parts["kind"]]] = 0
-    codes = np.where(times == 0, LEFT_OUT, TRAIN).astype(np.uint8)
+    codes = np.where(times == 0, UNUSED, TRAIN).astype(np.uint8)
     codes[groups < 0] = NO_GROUP
-    aside = np.zeros(len(shard.documents), dtype=bool)
-    aside[list(plan.aside.get(shard.number, ()))] = True
-    for code, mask in ((ASIDE, aside), (NEAR, dropped(job, "near", shard)), (COPY, dropped(job, "copies", shard))):
-        codes[mask[of]] = code
+    held_out = np.zeros(len(shard.documents), dtype=bool)
+    held_out[list(plan.held_out.get(shard.number, ()))] = True
+    codes[held_out[document]] = HELD_OUT
+    codes[load_dropped(context, "near", shard)[document]] = NEAR_DUPLICATE
+    codes[load_dropped(context, "copies", shard)[document]] = EXACT_DUPLICATE
     return MixtureAssignment(codes, np.where(codes == TRAIN, times, 0), groups, buckets)
 
 
-def make_plan(job: StageContext, bounds: dict[str, int]) -> MixturePlan:
-    """The plan of a corpus whose shards are there and deduplicated. Raises UsageError where it leaves nothing."""
-    mixture = job.config.mixture
-    plan = MixturePlan(mixture, job.config.seed, _aside(job, bounds))
+def make_plan(context: StageContext, hash_limits: dict[str, int]) -> MixturePlan:
+    """The plan of a corpus whose shards are deduplicated. Raises UsageError if no training document remains."""
+    mixture = context.config.mixture
+    plan = MixturePlan(mixture, context.config.seed, _choose_held_out(context, hash_limits))
     if mixture.source_bytes:
-        plan = MixturePlan(mixture, plan.seed, plan.aside, source_limits=_source_limits(job, plan))
+        plan = MixturePlan(mixture, plan.seed, plan.held_out, source_limits=_compute_source_limits(context, plan))
     sizes = np.zeros((len(mixture.groups), BUCKETS), dtype=np.int64)
-    documents = np.zeros(len(VERDICTS), dtype=np.int64)
+    documents = np.zeros(len(ASSIGNMENTS), dtype=np.int64)
     kinds: set[Kind] = set()
-    for shard, verdict in _judged(job, plan):
-        taken = verdict.codes == TRAIN
-        np.add.at(sizes, (verdict.groups[taken], verdict.buckets[taken]), shard.parts["size"][taken].astype(np.int64))
-        documents += np.bincount(verdict.codes[shard.parts["part"] == 0], minlength=len(VERDICTS))
+    for shard, assignment in _assign_all(context, plan):
+        taken = assignment.codes == TRAIN
+        np.add.at(
+            sizes, (assignment.groups[taken], assignment.buckets[taken]), shard.parts["size"][taken].astype(np.int64)
+        )
+        documents += np.bincount(assignment.codes[shard.parts["part"] == 0], minlength=len(ASSIGNMENTS))
         kinds.update(shard.kinds)
-    there = sizes.sum(axis=1)
-    said = tuple(remarks(mixture, sorted(kinds), there.tolist()))
-    _check_weights(mixture, there, said)
-    shares = tuple(_share(wanted, row) for wanted, row in zip(_wanted(mixture, there), sizes, strict=True))
+    available = sizes.sum(axis=1)
+    notes = tuple(list_remarks(mixture, sorted(kinds), available.tolist()))
+    _check_weights(mixture, available, notes)
+    wanted = _compute_wanted_bytes(mixture, available)
+    shares = tuple(_compute_share(group_bytes, row) for group_bytes, row in zip(wanted, sizes, strict=True))
     if not any(share.full or share.limit for share in shares):
-        raise _nothing_left(documents, said)
-    if not plan.aside and job.config.validation.wanted:
-        said += ("no document is kept aside for validation: too few of each language; see validation.share",)
-    return MixturePlan(mixture, plan.seed, plan.aside, shares, plan.source_limits, said)
+        raise _make_empty_error(documents, notes)
+    if not plan.held_out and context.config.validation.is_enabled:
+        notes += ("no document is held out for validation: too few of each language; see validation.share",)
+    return MixturePlan(mixture, plan.seed, plan.held_out, shares, plan.source_limits, notes)
 
 
-def _check_weights(mixture: MixtureConfig, there: npt.NDArray[Any], said: tuple[str, ...]) -> None:
-    """Raises UsageError for a group with a weight and no document: all the others would be empty, too."""
-    for group, size in zip(mixture.groups, there, strict=True):
+def _check_weights(mixture: MixtureConfig, available: npt.NDArray[Any], notes: tuple[str, ...]) -> None:
+    """Raises UsageError for a weighted group without documents: all other weighted groups would be empty too."""
+    for group, size in zip(mixture.groups, available, strict=True):
         if group.weight and not size:
-            why = [line.partition(": ")[2] for line in said if line.startswith(f"group {group.name} of the mixture: ")]
-            raise UsageError(f"group {group.name} of the mixture has a weight, but no document: {why[0]}")
+            prefix = f"group {group.name} of the mixture"
+            reasons = [note.partition(": ")[2] for note in notes if note.startswith(f"{prefix}: ")]
+            raise UsageError(f"{prefix} has a weight, but no document: {reasons[0]}")
 
 
-def _nothing_left(documents: npt.NDArray[Any], said: tuple[str, ...]) -> UsageError:
-    documents[LEFT_OUT] += documents[TRAIN]  # of groups that take nothing
-    where = ", ".join(f"{documents[code]:,} are {words}" for code, words in GONE.items() if documents[code])
-    return UsageError("; ".join((f"no document is left for training: {where}", *said[:3])))
+def _make_empty_error(documents: npt.NDArray[Any], notes: tuple[str, ...]) -> UsageError:
+    documents[UNUSED] += documents[TRAIN]  # documents of groups whose share is empty
+    counts = ", ".join(f"{documents[code]:,} are {reason}" for code, reason in DROP_REASONS.items() if documents[code])
+    return UsageError("; ".join((f"no document remains for training: {counts}", *notes[:3])))
 
 
-def _judged(job: StageContext, plan: MixturePlan) -> Iterator[tuple[Shard, MixtureAssignment]]:
-    for shard in shards(job):
-        yield shard, judge(job, shard, plan)
+def _assign_all(context: StageContext, plan: MixturePlan) -> Iterator[tuple[Shard, MixtureAssignment]]:
+    for shard in list_shards(context):
+        yield shard, assign_parts(context, shard, plan)
 
 
-def _aside(job: StageContext, bounds: dict[str, int]) -> dict[int, dict[int, int]]:
-    """The validation documents: candidates in their order, as many as the limit of bytes allows a language.
+def _choose_held_out(context: StageContext, hash_limits: dict[str, int]) -> dict[int, dict[int, int]]:
+    """The validation documents: shard -> document -> bytes used.
 
-    Most documents of a language and group stay for training, however few there are.
+    Candidates are taken in their hash order up to the byte limit of each language. `max_held_out` limits their number
+    in each language and group.
     """
-    settings = job.config.validation
-    found: dict[str, list[tuple[int, int, int, int, int]]] = {}
-    there = Counter[tuple[str, int]]()  # (language, group) -> documents
-    for shard in shards(job):
-        kept = ~(dropped(job, "copies", shard) | dropped(job, "near", shard))
+    settings = context.config.validation
+    # language -> (position, shard, document, bytes, group) of each candidate
+    candidates: dict[str, list[tuple[int, int, int, int, int]]] = {}
+    available = Counter[tuple[str, int]]()  # (language, group) -> documents
+    for shard in list_shards(context):
+        is_unique = ~(load_dropped(context, "copies", shard) | load_dropped(context, "near", shard))
         documents = shard.documents
         languages = [language for language, _ in shard.kinds]
-        groups = [group_of(job.config.mixture, *kind) for kind in shard.kinds]
-        for kind, number in enumerate(np.bincount(documents["kind"][kept], minlength=len(groups)).tolist()):
-            there[languages[kind], groups[kind]] += number
-        for number in np.flatnonzero(kept & candidates(shard, bounds, job.config.seed)).tolist():
-            one = documents[number]
-            language, group = languages[one["kind"]], groups[one["kind"]]
+        groups = [find_group(context.config.mixture, *kind) for kind in shard.kinds]
+        for kind, number in enumerate(np.bincount(documents["kind"][is_unique], minlength=len(groups)).tolist()):
+            available[languages[kind], groups[kind]] += number
+        for number in np.flatnonzero(is_unique & find_candidates(shard, hash_limits, context.config.seed)).tolist():
+            document = documents[number]
+            language, group = languages[document["kind"]], groups[document["kind"]]
             if group >= 0:
-                place = int(order(one["hash"].reshape(1), job.config.seed)[0])
-                found.setdefault(language, []).append((place, shard.number, number, int(one["bytes"]), group))
+                position = int(order_hashes(document["hash"].reshape(1), context.config.seed)[0])
+                candidate = (position, shard.number, number, int(document["bytes"]), group)
+                candidates.setdefault(language, []).append(candidate)
     chosen: dict[int, dict[int, int]] = {}
-    for language, in_language in sorted(found.items()):
-        room = settings.bytes
-        left = {group: most_aside(there[language, group], settings) for *_, group in in_language}
+    for language, in_language in sorted(candidates.items()):
+        bytes_left = settings.bytes
+        documents_left = {group: max_held_out(available[language, group], settings) for *_, group in in_language}
         for _, shard_number, number, size, group in sorted(in_language):
-            taken = min(size, settings.bytes // 4, room)
-            if taken > 0 and left[group] > 0:
+            taken = min(size, settings.bytes // 4, bytes_left)
+            if taken > 0 and documents_left[group] > 0:
                 chosen.setdefault(shard_number, {})[number] = taken
-                room -= taken
-                left[group] -= 1
+                bytes_left -= taken
+                documents_left[group] -= 1
     return chosen
 
 
-def _source_limits(job: StageContext, plan: MixturePlan) -> dict[tuple[int, str], int]:
-    """(group, source) -> the bucket below which the source's parts fill its cap."""
+def _compute_source_limits(context: StageContext, plan: MixturePlan) -> dict[tuple[int, str], int]:
+    """(group, source) -> the bucket limit below which the parts of the source fill its cap."""
     caps = plan.mixture.source_bytes
     sizes: dict[tuple[int, str], npt.NDArray[np.int64]] = {}
-    for shard, verdict in _judged(job, plan):
+    for shard, assignment in _assign_all(context, plan):
         parts = shard.parts
         for kind, (_, source) in enumerate(shard.kinds):
             if source not in caps:
                 continue
-            taken = (verdict.codes == TRAIN) & (parts["kind"] == kind)
+            taken = (assignment.codes == TRAIN) & (parts["kind"] == kind)
             if taken.any():
-                key = (int(verdict.groups[taken][0]), source)
+                key = (int(assignment.groups[taken][0]), source)
                 row = sizes.setdefault(key, np.zeros(BUCKETS, dtype=np.int64))
-                np.add.at(row, verdict.buckets[taken], parts["size"][taken].astype(np.int64))
-    return {key: _limit(row, caps[key[1]]) for key, row in sizes.items()}
+                np.add.at(row, assignment.buckets[taken], parts["size"][taken].astype(np.int64))
+    return {key: _find_bucket_limit(row, caps[key[1]]) for key, row in sizes.items()}
 
 
-def _wanted(mixture: MixtureConfig, there: npt.NDArray[Any]) -> list[float]:
-    """Bytes to take of each group."""
-    most = [_most(group, int(size)) for group, size in zip(mixture.groups, there, strict=True)]
+def _compute_wanted_bytes(mixture: MixtureConfig, available: npt.NDArray[Any]) -> list[float]:
+    """The bytes to take from each group. available: the bytes of each group."""
+    limits = [_compute_max_bytes(group, int(size)) for group, size in zip(mixture.groups, available, strict=True)]
     weights = sum(group.weight for group in mixture.groups)
     if not weights:
-        return most
-    whole = min(one * weights / group.weight for one, group in zip(most, mixture.groups, strict=True) if group.weight)
+        return limits
+    groups = list(zip(mixture.groups, limits, strict=True))
+    total = min(limit * weights / group.weight for group, limit in groups if group.weight)
     if mixture.total_bytes:
-        whole = min(whole, mixture.total_bytes)
-    return [
-        whole * group.weight / weights if group.weight else one for one, group in zip(most, mixture.groups, strict=True)
-    ]
+        total = min(total, mixture.total_bytes)
+    return [total * group.weight / weights if group.weight else limit for group, limit in groups]
 
 
-def _most(group: MixtureGroup, there: int) -> float:
-    most = group.epochs * there
-    return min(most, group.max_bytes) if group.max_bytes else most
+def _compute_max_bytes(group: MixtureGroup, available: int) -> float:
+    max_bytes = group.epochs * available
+    return min(max_bytes, group.max_bytes) if group.max_bytes else max_bytes
 
 
-def _share(wanted: float, sizes: npt.NDArray[np.int64]) -> GroupShare:
-    there = int(sizes.sum())
-    if not there:
+def _compute_share(wanted: float, sizes: npt.NDArray[np.int64]) -> GroupShare:
+    """The share that gives `wanted` bytes. sizes: (BUCKETS,) bytes of the group."""
+    available = int(sizes.sum())
+    if not available:
         return GroupShare(0, 0)
-    full, rest = divmod(wanted, there)
-    return GroupShare(int(full), _limit(sizes, rest))
+    full, rest = divmod(wanted, available)
+    return GroupShare(int(full), _find_bucket_limit(sizes, rest))
 
 
-def _limit(sizes: npt.NDArray[np.int64], wanted: float) -> int:
-    """The first limit below which there are `wanted` bytes; 0 for none."""
+def _find_bucket_limit(sizes: npt.NDArray[np.int64], wanted: float) -> int:
+    """The lowest limit below which the buckets have at least `wanted` bytes; 0 if `wanted` is 0."""
     if wanted <= 0:
         return 0
     return min(int(np.searchsorted(np.cumsum(sizes), wanted)) + 1, BUCKETS)

@@ -1,1 +1,1 @@
-"""The inputs of a build: files and hub data sets, and how they are read."""
+"""The inputs of a build: files and hub data sets, and the stage that reads them."""

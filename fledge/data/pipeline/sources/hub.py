@@ -1,8 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed by the package `datasets`, shard by shard.
-
-Nothing is downloaded whole. Here: that package, and one line for whatever goes wrong in it. Not here: what its records
-mean.
-"""
+"""Data sets of the Hugging Face hub, streamed shard by shard with the package `datasets`, without a full download."""
 
 from __future__ import annotations
 
@@ -13,19 +9,19 @@ from fledge.core.errors import DataError, UsageError
 from fledge.data.pipeline.config import SourceConfig
 
 
-def shards(source: SourceConfig) -> int:
-    """In how many parts the data set can be read."""
+def count_shards(source: SourceConfig) -> int:
+    """The number of shards in which the data set can be read."""
     data = _load(source)
     return int(getattr(data, "num_shards", 0) or getattr(data, "n_shards", 0) or 1)
 
 
-def records(source: SourceConfig, shard: int, count: int) -> Iterator[Mapping[str, Any]]:
-    """The records of one shard of `count`."""
+def read_records(source: SourceConfig, shard: int, count: int) -> Iterator[Mapping[str, Any]]:
+    """The records of shard `shard` of `count`. Raises DataError if the data set cannot be read."""
     data = _load(source)
     try:
         yield from data.shard(num_shards=count, index=shard) if count > 1 else data
-    except Exception as error:  # whatever the network, the package or a loader of somebody's raises
-        raise _unreadable(source, error) from None
+    except Exception as error:  # the network, the package and third-party loaders raise many types
+        raise _make_read_error(source, error) from None
 
 
 def _load(source: SourceConfig) -> Any:
@@ -40,12 +36,12 @@ def _load(source: SourceConfig) -> Any:
             source.hub, source.subset or None, split=source.split, revision=source.revision or None, streaming=True
         )
     except Exception as error:
-        raise _unreadable(source, error) from None
+        raise _make_read_error(source, error) from None
 
 
-def _unreadable(source: SourceConfig, error: Exception) -> DataError:
+def _make_read_error(source: SourceConfig, error: Exception) -> DataError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return DataError(
-        f"source {source.hub} cannot be read from the hub: {reason:.300}; is this machine online, and does the data "
-        "set ask for a login? What was read is kept: run the same command again"
+        f"source {source.hub} cannot be read from the hub: {reason:.300}; check that this machine is online and "
+        "whether the data set needs a login. Finished parts are kept: run the same command again"
     )

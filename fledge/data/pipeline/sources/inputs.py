@@ -1,8 +1,8 @@
-"""What a build reads: the files of a config, and the slices in which workers take them.
+"""Find the input files of a build, and divide them into slices, the tasks of the read stage.
 
 A slice is a range of a plain JSONL file, some row groups of a Parquet file, some text files, one compressed file, or
-one shard of a hub data set. Slices depend on the config and the files alone, so their numbers are a fixed order of all
-documents. Here: finding files and cutting them. Not here: reading a slice (reading.py).
+one shard of a hub data set. Slices depend only on the config and the files, so their numbers define a fixed order of
+all documents.
 """
 
 from __future__ import annotations
@@ -15,153 +15,157 @@ from pathlib import Path
 from typing import Any
 
 from fledge.core.errors import DataError, UsageError
-from fledge.data.compression import is_compressed, plain_stem, plain_suffix
+from fledge.data.compression import get_plain_stem, get_plain_suffix, is_compressed
 from fledge.data.pipeline.config import BuildConfig, SourceConfig
 from fledge.data.pipeline.sources import hub
 
-BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+FORMAT_BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file, or a hub data set, that a build reads."""
+    """A file or a hub data set that a build reads."""
 
-    name: str  # as in the manifest: from where the config is
+    name: str  # as in the manifest: relative to the folder of the config
     path: str
     format: str
-    source: int  # which of the config's
-    size: int
-    changed: int  # mtime in ns; 0 of a hub data set
+    source_index: int  # index into the sources of the config
+    size: int  # bytes; 0 for a hub data set
+    mtime_ns: int  # 0 for a hub data set
 
 
 @dataclass(frozen=True)
 class InputSlice:
-    """What one worker reads at a time. Of text, all of `inputs`; of anything else, `start` to `end` of the only one."""
+    """The input of one task: several text files, or the range from `start` to `end` of one other input."""
 
     number: int
     inputs: tuple[InputFile, ...]
-    start: int = 0  # bytes, row groups, or the number of a shard
-    end: int = 0
+    start: int = 0  # bytes, row groups, or the number of a hub shard
+    end: int = 0  # bytes, row groups, or the number of hub shards
 
     @property
     def name(self) -> str:
-        """Of the folder with what was read."""
+        """The name of its output folder."""
         return f"{self.number:09}"
 
 
-def survey(config: BuildConfig, base: Path, without: Path | None = None) -> tuple[list[InputFile], list[InputSlice]]:
-    """All inputs, and all slices in order. Raises UsageError for a source without a file.
+def find_inputs(
+    config: BuildConfig, base: Path, exclude: Path | None = None
+) -> tuple[list[InputFile], list[InputSlice]]:
+    """All inputs, and all slices in order. Raises UsageError for a source without files.
 
-    without: a folder whose files are none: the store itself may lie where a pattern finds it.
+    base: the folder of the config. exclude: a folder whose files are not inputs, such as the folder of the store, which
+    a pattern may match.
     """
     inputs: list[InputFile] = []
     slices: list[InputSlice] = []
-    for at, source in enumerate(config.sources):
+    for index, source in enumerate(config.sources):
         if source.hub:
-            shards = hub.shards(source)
-            found = [InputFile(source.label, source.hub, "hub", at, 0, 0)]
-            parts: Iterator[tuple[tuple[InputFile, ...], int, int]] = (((found[0],), n, shards) for n in range(shards))
+            count = hub.count_shards(source)
+            files = [InputFile(source.label, source.hub, "hub", index, 0, 0)]
+            ranges: Iterator[tuple[tuple[InputFile, ...], int, int]] = (((files[0],), n, count) for n in range(count))
         else:
-            found = [_input(path, source, at, base) for path in _files(source, base, without)]
-            parts = _cut(found, config.piece_bytes)
-        inputs += found
-        slices += [InputSlice(number, *part) for number, part in enumerate(parts, len(slices))]
+            files = [_make_input(path, source, index, base) for path in _find_files(source, base, exclude)]
+            ranges = _divide(files, config.piece_bytes)
+        inputs += files
+        slices += [InputSlice(number, *part) for number, part in enumerate(ranges, len(slices))]
     return inputs, slices
 
 
-def default_source(source: SourceConfig, file: InputFile) -> str:
-    """The source of a document that names none."""
+def get_default_source(source: SourceConfig, file: InputFile) -> str:
+    """The source of a document without one."""
     if source.name or source.hub:
         return source.name or source.hub
     path = Path(file.path)
     if file.format == "text" and (glob.has_magic(source.path) or path.name != Path(source.path).name):
-        folder = Path(source.path.split("*")[0])  # "src" of "src/**/*.py"
+        folder = Path(source.path.split("*")[0])  # "src" for "src/**/*.py"
         return folder.name or path.parent.name
-    return plain_stem(path)
+    return get_plain_stem(path)
 
 
-def _files(source: SourceConfig, base: Path, without: Path | None) -> list[Path]:
-    place = base / source.path
+def _find_files(source: SourceConfig, base: Path, exclude: Path | None) -> list[Path]:
+    root = base / source.path
     if glob.has_magic(source.path):
         paths = [Path(name) for name in glob.glob(os.path.join(glob.escape(str(base)), source.path), recursive=True)]
-    elif place.is_dir():
-        paths = [path for path in place.rglob("*") if not any(part.startswith(".") for part in _below(path, place))]
+    elif root.is_dir():
+        paths = [path for path in root.rglob("*") if not _is_hidden(path.relative_to(root))]
     else:
-        paths = [place]
-    files = sorted(path for path in paths if path.is_file() and not (without and _lies_in(path, without)))
+        paths = [root]
+    files = sorted(path for path in paths if path.is_file() and not (exclude and _is_inside(path, exclude)))
     if not files:
-        raise UsageError(f"source {source.path}: {_absent(source, base, paths)}")
+        raise UsageError(f"source {source.path}: {_explain_missing(source, base, paths)}")
     return files
 
 
-def _absent(source: SourceConfig, base: Path, paths: list[Path]) -> str:
-    """Why a source has no file."""
+def _explain_missing(source: SourceConfig, base: Path, paths: list[Path]) -> str:
+    """The reason why a source has no files. paths: all paths that match it."""
     if (base / source.path).is_dir():
-        return f"the folder {base / source.path} has no file in it that could be read"
+        return f"the folder {base / source.path} contains no files to read"
     if folders := [path for path in paths if path.is_dir()]:
         name = os.path.relpath(folders[0], base)
-        return f"only folders fit it, {name} for one; name the folder itself, or end the pattern with /**/*"
+        return f"it matches only folders, such as {name}; name the folder itself, or end the pattern with /**/*"
     if any(path.is_file() for path in paths):
-        return "only files of the token store fit it, into which this build writes"
-    return f"there is no such file in {base}; paths start where the config file is"
+        return "it matches only files of the token store that this build writes; name other files"
+    return f"there is no such file in {base}; paths are relative to the folder of the config file"
 
 
-def _lies_in(path: Path, folder: Path) -> bool:
-    """Also where the path goes through "..", which only the names without it show."""
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is inside a folder. The path may contain ".."."""
     return Path(os.path.normpath(path)).is_relative_to(folder)
 
 
-def _below(path: Path, folder: Path) -> tuple[str, ...]:
-    return path.relative_to(folder).parts
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
-def _input(path: Path, source: SourceConfig, at: int, base: Path) -> InputFile:
+def _make_input(path: Path, source: SourceConfig, source_index: int, base: Path) -> InputFile:
     status = path.stat()
-    kind = source.format or BY_SUFFIX.get(plain_suffix(path), "text")
-    if kind == "parquet" and is_compressed(path):
-        raise UsageError(f"{path}: Parquet files are compressed inside; unpack this one first")
+    file_format = source.format or FORMAT_BY_SUFFIX.get(get_plain_suffix(path), "text")
+    if file_format == "parquet" and is_compressed(path):
+        raise UsageError(f"{path}: Parquet files use internal compression; decompress this file first")
     name = Path(os.path.relpath(path, base)).as_posix()
-    return InputFile(name, str(path), kind, at, status.st_size, status.st_mtime_ns)
+    return InputFile(name, str(path), file_format, source_index, status.st_size, status.st_mtime_ns)
 
 
-def _cut(files: list[InputFile], size: int) -> Iterator[tuple[tuple[InputFile, ...], int, int]]:
+def _divide(files: list[InputFile], slice_bytes: int) -> Iterator[tuple[tuple[InputFile, ...], int, int]]:
     """(inputs, start, end) of each slice."""
     texts: list[InputFile] = []
     total = 0
     for file in files:
-        if texts and (file.format != "text" or total + file.size > size):
+        if texts and (file.format != "text" or total + file.size > slice_bytes):
             yield tuple(texts), 0, 0
             texts, total = [], 0
         if file.format == "text":
             texts.append(file)
             total += file.size
         elif file.format == "parquet":
-            for start, end in _row_groups(file, size):
+            for start, end in _divide_row_groups(file, slice_bytes):
                 yield (file,), start, end
         elif is_compressed(Path(file.path)):
             yield (file,), 0, 0
         else:
-            for start in range(0, file.size, size):
-                yield (file,), start, min(start + size, file.size)
+            for start in range(0, file.size, slice_bytes):
+                yield (file,), start, min(start + slice_bytes, file.size)
     if texts:
         yield tuple(texts), 0, 0
 
 
-def _row_groups(file: InputFile, size: int) -> Iterator[tuple[int, int]]:
-    with open_parquet(file.path) as opened:
-        sizes = [opened.metadata.row_group(at).total_byte_size for at in range(opened.num_row_groups)]
+def _divide_row_groups(file: InputFile, slice_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the row groups of each slice."""
+    with open_parquet(file.path) as parquet:
+        sizes = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
     start = total = 0
-    for at, one in enumerate(sizes):
-        if at > start and total + one > size:
-            yield start, at
-            start, total = at, 0
-        total += one
+    for group, size in enumerate(sizes):
+        if group > start and total + size > slice_bytes:
+            yield start, group
+            start, total = group, 0
+        total += size
     if start < len(sizes):
         yield start, len(sizes)
 
 
 def open_parquet(path: str) -> Any:
-    """A Parquet file, for `with`. Raises UsageError without pyarrow, DataError for a damaged file."""
+    """Open a Parquet file as a context manager. Raises UsageError without pyarrow, DataError for a damaged file."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -169,4 +173,4 @@ def open_parquet(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from None
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
