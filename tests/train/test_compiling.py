@@ -13,7 +13,7 @@ from test_training import TEXT
 from fledge.data.windows import Windows
 from fledge.models import ModelConfig, build, init_weights
 from fledge.train.distributed import Distributed
-from fledge.train.loop import TrainSettings, prepare
+from fledge.train.loop import TrainSettings, compute_gradients, prepare
 from fledge.train.schedule import LearningRateSchedule
 
 SETTINGS = TrainSettings(LearningRateSchedule(1e-3, 1e-4, 1, 9), window=16)

@@ -185,7 +185,7 @@ def test_a_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Pa
             prepared(base, data, other).start(folder, lambda line: None)
     kept = (folder / "run.json").read_text()
     (tmp_path / "other.jsonl").write_text('{"text": "tweet"}\n')
-    with pytest.raises(CheckpointError, match="of another run: data was"):
+    with pytest.raises(CheckpointError, match="another run: data was"):
         prepared(base, tmp_path / "other.jsonl", get_settings("lora", 2)).start(folder, lambda line: None)
     assert (folder / "run.json").read_text() == kept
     prepared(base, data, replace(get_settings("lora", 2), rate=1e-3)).start(folder, lambda line: None)  # the rate may

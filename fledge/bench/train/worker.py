@@ -28,7 +28,7 @@ from fledge.kernels.dispatch import prefer
 from fledge.models import ModelConfig, build, init_weights
 from fledge.models.layers import set_compute_dtype
 from fledge.train.distributed import Distributed
-from fledge.train.loop import TrainSettings
+from fledge.train.loop import TrainSettings, compute_gradients
 from fledge.train.loss import head_loss, next_token_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
