@@ -59,7 +59,7 @@ class TokenStore:
         self.tokenizer_spec = dict(WORLD_SPEC) if spec is None and not vocab_size else spec
         """The specification of the vocabulary, for `fledge.tokenizer.tokenizer_for`; None if it is unknown."""
         self.has_vocabulary = spec is not None
-        """Whether the store records its vocabulary. If not, World or the size that the user gives is assumed."""
+        """Whether the store records its vocabulary. If not, it is World, or unknown if the user set `vocab_size`."""
         self.manifest = manifest
         """The manifest of the build; empty for a pair of files."""
         self._vocab_size = vocab_size
@@ -79,8 +79,8 @@ class TokenStore:
                 smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
         if smallest < 0:
             raise DataError(
-                f"{index.bin_path} contains the id {smallest}; ids cannot be negative. Check that its type is "
-                f"{index.dtype.name}"
+                f"{index.bin_path} contains the id {smallest}; ids cannot be negative. Check that the type "
+                f"{index.dtype.name} in {index.idx_path.name} is correct"
             )
         return largest
 

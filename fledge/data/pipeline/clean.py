@@ -93,27 +93,27 @@ def max_repeated_lines(text: str, share: float) -> str | None:
 
 
 def max_repeated_characters(text: str, share: float) -> str | None:
-    """Drop documents if more than this share of the characters, without spaces, equal the character before."""
-    codes = _code_points(text)
-    is_visible = _character_classes()[codes] != SPACE
+    """Drop documents if more than this share of the non-space characters repeat the previous character."""
+    codes = _get_code_points(text)
+    is_visible = _classify_characters()[codes] != SPACE
     repeated = np.count_nonzero((codes[1:] == codes[:-1]) & is_visible[1:])
     return text if repeated <= share * np.count_nonzero(is_visible) else None
 
 
 def min_letters(text: str, share: float) -> str | None:
-    """Drop documents if less than this share of the characters, without spaces, are letters of any script."""
-    classes = _character_classes()[_code_points(text)]
+    """Drop documents if less than this share of the non-space characters are letters of any script."""
+    classes = _classify_characters()[_get_code_points(text)]
     letters, others = np.count_nonzero(classes == LETTER), np.count_nonzero(classes == OTHER)
     return text if letters >= share * (letters + others) else None
 
 
-def _code_points(text: str) -> npt.NDArray[np.uint32]:
+def _get_code_points(text: str) -> npt.NDArray[np.uint32]:
     """The code points of a text."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
 @lru_cache(maxsize=1)
-def _character_classes() -> npt.NDArray[np.uint8]:
+def _classify_characters() -> npt.NDArray[np.uint8]:
     """The class of each code point, 1.1 MB. Marks count as letters, because many scripts write vowels as marks."""
     by_category = np.full(128, OTHER, dtype=np.uint8)
     by_category[[ord("L"), ord("M")]] = LETTER

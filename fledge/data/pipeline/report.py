@@ -45,16 +45,16 @@ KEPT_COLOR, READ_COLOR, DROPPED_COLOR = "var(--bar)", "var(--bar2)", "var(--gone
 def write_report(to: Path, manifest: dict[str, Any]) -> None:
     """Write the report into the store's folder."""
     with atomic_path(to / REPORT) as temporary:
-        temporary.write_text("\n".join(_page(manifest, read_counts(manifest))) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(_render_page(manifest, read_counts(manifest))) + "\n", encoding="utf-8")
 
 
-def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
+def _render_page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     totals = counts.totals()
     yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
     yield "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     yield f"<title>Token store</title><style>{STYLE}</style></head><body><h1>Token store</h1>"
     stored, held_out = totals.get("stored", Count()), totals.get("validation", Count())
-    yield _facts(
+    yield _render_facts(
         ("training tokens", f"{manifest['tokens']['train']:,}"),
         ("training text", format_size(stored.bytes)),
         ("training documents", f"{manifest['documents']['train']:,}"),
@@ -67,17 +67,17 @@ def _page(manifest: dict[str, Any], counts: Counts) -> Iterator[str]:
     for line in manifest.get("remarks", ()):
         yield f"<p><strong>Note:</strong> {escape(line)}</p>"
     yield "<h2>Documents by stage</h2>"
-    yield _table(("stage", "", "text", "documents", "share of read text"), _stage_rows(totals))
+    yield _render_table(("stage", "", "text", "documents", "share of read text"), _build_stage_rows(totals))
     for title, column in (("Languages", "language"), ("Sources", "source")):
         yield f"<h2>{title}</h2><p>Pale bar: text read. Strong bar: text stored, including repeats.</p>"
         heads = (column, "", "stored", "share", "tokens", "bytes per token", "documents", "read", "validation")
-        yield _table(heads, _breakdown_rows(counts.group_by(column), stored))
+        yield _render_table(heads, _build_breakdown_rows(counts.group_by(column), stored))
     yield "<h2>Inputs</h2>"
     inputs = [
-        [escape(file["name"]), format_size(file["bytes"]), _code((file["sha256"] or "")[:16])]
+        [escape(file["name"]), format_size(file["bytes"]), _render_code((file["sha256"] or "")[:16])]
         for file in manifest["inputs"]
     ]
-    yield _table(("file", "size", "SHA-256 (first 16 digits)"), _limit_rows(inputs))
+    yield _render_table(("file", "size", "SHA-256 (first 16 digits)"), _limit_rows(inputs))
     yield f"<h2>Config</h2><pre>{escape(json.dumps(manifest['config'], indent=1, ensure_ascii=False))}</pre>"
     yield f"<p>{escape(', '.join(f'{name} {number}' for name, number in manifest['versions'].items()))}</p>"
     yield "</body></html>"
@@ -92,7 +92,7 @@ def format_size(number: float) -> str:
     return f"{number:,.1f} TB"
 
 
-def _stage_rows(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
+def _build_stage_rows(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
     """One row for each stage and for each reason to drop documents."""
     read = totals.get("read", Count())
     names = [
@@ -111,12 +111,13 @@ def _stage_rows(totals: dict[str, Count]) -> Iterator[Sequence[str]]:
         count = totals.get(stage, Count())
         if count.documents or stage in ("read", "clean", "train"):
             share = count.bytes / max(read.bytes, 1)
-            yield escape(label), _bar((share, color)), format_size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
+            bar = _render_bar((share, color))
+            yield escape(label), bar, format_size(count.bytes), f"{count.documents:,}", f"{share:.1%}"
     if bad := totals.get("bad"):
         yield "invalid lines", "", "", f"{bad.documents:,}", ""
 
 
-def _breakdown_rows(counts: dict[str, dict[str, Count]], total: Count) -> list[Sequence[str]]:
+def _build_breakdown_rows(counts: dict[str, dict[str, Count]], total: Count) -> list[Sequence[str]]:
     """One row for each language or source, the largest first."""
     read, stored, held_out = (counts.get(stage, {}) for stage in ("read", "stored", "validation"))
     names = sorted(read, key=lambda name: (-stored.get(name, Count()).bytes, -read[name].bytes, name))
@@ -124,7 +125,7 @@ def _breakdown_rows(counts: dict[str, dict[str, Count]], total: Count) -> list[S
     rows = []
     for name in names:
         kept, seen = stored.get(name, Count()), read[name]
-        bars = _bar((seen.bytes / largest, READ_COLOR), (kept.bytes / largest, KEPT_COLOR))
+        bars = _render_bar((seen.bytes / largest, READ_COLOR), (kept.bytes / largest, KEPT_COLOR))
         per_token = f"{kept.bytes / max(kept.tokens - kept.documents, 1):.2f}" if kept.tokens else ""
         sizes = (format_size(kept.bytes), f"{kept.bytes / max(total.bytes, 1):.1%}", f"{kept.tokens:,}", per_token)
         documents = (f"{kept.documents:,}", format_size(seen.bytes), f"{held_out.get(name, Count()).documents:,}")
@@ -139,22 +140,22 @@ def _limit_rows(rows: list[Any]) -> list[Any]:
     return [*rows[:MAX_ROWS], (f"and {len(rows) - MAX_ROWS} more, in manifest.json", *[""] * (len(rows[0]) - 1))]
 
 
-def _facts(*facts: tuple[str, str]) -> str:
+def _render_facts(*facts: tuple[str, str]) -> str:
     inner = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts)
     return f"<div class='facts'>{inner}</div>"
 
 
-def _bar(*parts: tuple[float, str]) -> str:
+def _render_bar(*parts: tuple[float, str]) -> str:
     """Overlapping bars. parts: (share of the width, color) of each."""
     inner = "".join(f"<i style='width:{min(share, 1):.2%};background:{color}'></i>" for share, color in parts)
     return f"<div class='track'>{inner}</div>"
 
 
-def _code(text: str) -> str:
+def _render_code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
-def _table(heads: Sequence[str], rows: Any) -> str:
+def _render_table(heads: Sequence[str], rows: Any) -> str:
     """heads: the column titles; a column without a title contains bars."""
     classes = ["" if head else "class='bar'" for head in heads]
     head = "".join(f"<th {kind}>{escape(text)}</th>" for kind, text in zip(classes, heads, strict=True))

@@ -82,7 +82,7 @@ class Shard:
 
 
 def list_shards(context: StageContext) -> list[Shard]:
-    """All shards of a finished reading stage, in order."""
+    """All shards of a finished read stage, in order."""
     return _list_shards_in(context.folder("read"))
 
 
@@ -114,7 +114,7 @@ class ShardWriter:
     def _open(self) -> None:
         self._shard_folder = self._folder / f"shard-{self._number:05}"
         self._shard_folder.mkdir()
-        self._text: IO[bytes] = open(self._shard_folder / "text.bin", "wb")  # noqa: SIM115 - closed by close()
+        self._text: IO[bytes] = open(self._shard_folder / "text.bin", "wb")  # noqa: SIM115 - closed by _close()
         self._size = 0
         self._kinds: dict[tuple[str, str], int] = {}
         self._parts: list[tuple[int, ...]] = []

@@ -84,14 +84,14 @@ def tokenize_shard(context: StageContext, task: ShardTask) -> None:
     lengths = np.zeros(len(chosen), dtype=LENGTHS_DTYPE)
     lengths["times"] = assignment.times[chosen]
     with atomic_folder(context.folder("tokens") / task.name) as folder:
-        done = 0
+        written = 0
         with open(folder / "train.bin", "wb") as file:
             for texts in _read_batches(shard, chosen):
                 for ids in tokenizer.encode_batch_arrays(texts, threads=1):
                     file.write(_encode_with_separator(ids, tokenizer))
-                    lengths["tokens"][done] = len(ids) + 1
-                    done += 1
-        assert done == len(chosen)
+                    lengths["tokens"][written] = len(ids) + 1
+                    written += 1
+        assert written == len(chosen)
         save_array(folder / "train.npy", lengths)
         records = _write_validation(folder / "validation.bin", task, assignment, tokenizer)
         write_json(folder / "validation.json", records)
@@ -179,10 +179,8 @@ def _count_documents(
         selected = parts["kind"][chosen] == number
         if selected.any():
             times = lengths["times"][selected].astype(np.int64)
-            sizes, tokens = (
-                parts["size"][chosen][selected].astype(np.int64),
-                lengths["tokens"][selected].astype(np.int64),
-            )
+            sizes = parts["size"][chosen][selected].astype(np.int64)
+            tokens = lengths["tokens"][selected].astype(np.int64)
             total = Count(int(times.sum()), int((times * sizes).sum()), int((times * tokens).sum()))
             counts.add("stored", language, source, total)
     for record in records:

@@ -34,7 +34,7 @@ def compute_hash_limits(counts: Counts, settings: ValidationConfig) -> dict[str,
     return hash_limits
 
 
-def max_held_out(documents: int, settings: ValidationConfig) -> int:
+def compute_max_held_out(documents: int, settings: ValidationConfig) -> int:
     """The largest number of documents of a language that may be held out. At least one remains for training.
 
     documents: the number of documents of the language, without duplicates. The result is half of them, or
@@ -49,10 +49,10 @@ def find_candidates(shard: Shard, hash_limits: dict[str, int], seed: int) -> npt
     """(documents,) mask of the documents of a shard that may be validation documents."""
     documents = shard.documents
     kind_limits = np.array([hash_limits.get(language, 0) for language, _ in shard.kinds], dtype=np.uint64)
-    return order_hashes(documents["hash"], seed) < kind_limits[documents["kind"]]
+    return compute_sort_keys(documents["hash"], seed) < kind_limits[documents["kind"]]
 
 
-def order_hashes(hashes: npt.NDArray[Any], seed: int) -> U64:
+def compute_sort_keys(hashes: npt.NDArray[Any], seed: int) -> U64:
     """The sort keys of documents by which they are chosen for validation."""
     return mix_hashes(np.asarray(hashes, dtype=np.uint64) ^ np.uint64(seed & (HASH_RANGE - 1)), SALT)
 

@@ -78,7 +78,8 @@ def test_no_training_document_resembles_a_validation_document(tmp_path: Path) ->
     leaked = 0
     for document in held_out:
         text = load_world().decode(document.ids)
-        leaked += any(sum(a == b for a, b in zip(text.split(), one.split(), strict=False)) > 140 for one in trained)
+        words = text.split()
+        leaked += any(sum(a == b for a, b in zip(words, other.split(), strict=False)) > 140 for other in trained)
         assert text not in trained
     assert leaked == 0
 

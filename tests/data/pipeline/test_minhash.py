@@ -65,7 +65,7 @@ def test_bands_find_pairs_at_the_threshold(threshold: float) -> None:
 
 def compute_similarity(one: str, other: str, width: int) -> float:
     """The exact Jaccard similarity of the shingles."""
-    first, second = ({text[at : at + width] for at in range(len(text) - width + 1)} for text in (one, other))
+    first, second = ({text[i : i + width] for i in range(len(text) - width + 1)} for text in (one, other))
     return len(first & second) / len(first | second)
 
 

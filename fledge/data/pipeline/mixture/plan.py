@@ -22,7 +22,7 @@ from fledge.data.pipeline.dedup.minhash import mix_hashes
 from fledge.data.pipeline.mixture.groups import Kind, find_group, list_remarks
 from fledge.data.pipeline.shards import Shard, list_shards
 from fledge.data.pipeline.stage_outputs import StageContext
-from fledge.data.pipeline.validation_split import find_candidates, max_held_out, order_hashes
+from fledge.data.pipeline.validation_split import compute_max_held_out, compute_sort_keys, find_candidates
 
 BUCKET_BITS = 14
 BUCKETS = 1 << BUCKET_BITS
@@ -114,9 +114,8 @@ def make_plan(context: StageContext, hash_limits: dict[str, int]) -> MixturePlan
     kinds: set[Kind] = set()
     for shard, assignment in _assign_all(context, plan):
         taken = assignment.codes == TRAIN
-        np.add.at(
-            sizes, (assignment.groups[taken], assignment.buckets[taken]), shard.parts["size"][taken].astype(np.int64)
-        )
+        part_bytes = shard.parts["size"][taken].astype(np.int64)
+        np.add.at(sizes, (assignment.groups[taken], assignment.buckets[taken]), part_bytes)
         documents += np.bincount(assignment.codes[shard.parts["part"] == 0], minlength=len(ASSIGNMENTS))
         kinds.update(shard.kinds)
     available = sizes.sum(axis=1)
@@ -154,8 +153,8 @@ def _assign_all(context: StageContext, plan: MixturePlan) -> Iterator[tuple[Shar
 def _choose_held_out(context: StageContext, hash_limits: dict[str, int]) -> dict[int, dict[int, int]]:
     """The validation documents: shard -> document -> bytes used.
 
-    Candidates are taken in their hash order up to the byte limit of each language. `max_held_out` limits their number
-    in each language and group.
+    Candidates are taken in their hash order up to the byte limit of each language. `compute_max_held_out` limits their
+    number in each language and group.
     """
     settings = context.config.validation
     # language -> (position, shard, document, bytes, group) of each candidate
@@ -172,13 +171,15 @@ def _choose_held_out(context: StageContext, hash_limits: dict[str, int]) -> dict
             document = documents[number]
             language, group = languages[document["kind"]], groups[document["kind"]]
             if group >= 0:
-                position = int(order_hashes(document["hash"].reshape(1), context.config.seed)[0])
+                position = int(compute_sort_keys(document["hash"].reshape(1), context.config.seed)[0])
                 candidate = (position, shard.number, number, int(document["bytes"]), group)
                 candidates.setdefault(language, []).append(candidate)
     chosen: dict[int, dict[int, int]] = {}
     for language, in_language in sorted(candidates.items()):
         bytes_left = settings.bytes
-        documents_left = {group: max_held_out(available[language, group], settings) for *_, group in in_language}
+        documents_left = {
+            group: compute_max_held_out(available[language, group], settings) for *_, group in in_language
+        }
         for _, shard_number, number, size, group in sorted(in_language):
             taken = min(size, settings.bytes // 4, bytes_left)
             if taken > 0 and documents_left[group] > 0:
