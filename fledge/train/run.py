@@ -50,8 +50,8 @@ def run(
     keep_freed_memory()
     if recipe.micro_batch_size % distributed.world:
         raise ConfigError(
-            f"micro_batch_size is {recipe.micro_batch_size}, but {distributed.world} processes share it; use a multiple "
-            f"of {distributed.world} that divides batch = {recipe.batch}"
+            f"micro_batch_size is {recipe.micro_batch_size}, but {distributed.world} processes share it; use a "
+            f"multiple of {distributed.world} that divides batch = {recipe.batch}"
         )
     store = open_store(Path(data)).with_vocab_size(recipe.vocab_size)
     config = recipe.model(store.vocab_size)

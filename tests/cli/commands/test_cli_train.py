@@ -66,7 +66,7 @@ def test_a_run_leaves_a_model_that_generates_and_goes_on_for_nothing(fledge: Any
 def test_another_run_does_not_take_over_a_folder(fledge: Any, store: Path, tmp_path: Path) -> None:
     assert fledge(*command(store, tmp_path / "run")).code == 0
     fledge(*command(store, tmp_path / "run", "--set", "seed=2")).check_error(1, "seed was 1 and is now 2")
-    fledge(*command(store, tmp_path / "run", "--set", "n_embd=128")).check_error(1, "n_embd was 64 and is 128 now")
+    fledge(*command(store, tmp_path / "run", "--set", "n_embd=128")).check_error(1, "n_embd was 64 and is now 128")
 
 
 def test_begin_with_the_weights_of_a_model(fledge: Any, store: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
     start = command(tmp_path / "store", tmp_path / "run", "--from", "tiny-finch", "--set", "steps=2")
     fledge(*start).check_error(1, "its n_layer is 6, that of the recipe 1", f"add --set n_layer=6 --set n_embd={width}")
     fledge(*start, "--set", "n_layer=6", "--set", f"n_embd={width}", "--set", "family=eagle").check_error(
-        1, "family is finch there and eagle here", "with --set family=finch"
+        1, "its family is finch, that of the recipe eagle", "add --set family=finch"
     )
     result = fledge(*start, "--set", "n_layer=6", "--set", f"n_embd={width}")
     assert result.code == 0, result.messages

@@ -35,7 +35,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert (
         rows["tokens"] == f"{len('User: Hi?') + 2 + len('Assistant:') + answer + 61}, {answer + 60} of them in the loss"
     )
-    assert "2 examples" in result.text and "lines 2, 3" in result.text and "1 with nothing to learn" in result.text
+    assert "2 examples" in result.text and "lines 2, 3" in result.text and "1 without tokens in the loss" in result.text
     for word in ("MiB", "seconds", "of 4 examples", "0.0002 to 2e-05"):
         assert word in result.text, result.text
     assert "User: Hi\x1b\n\nAssistant:⟦ tweet é\n\n⟧" in result.text
