@@ -5,7 +5,7 @@
     fledge train recipes/tiny_finch.py:transformer --data store --to runs/tiny-transformer
     fledge convert runs/tiny-finch/model.safetensors fledge/assets/tiny-finch.safetensors --type bf16 --force
 
-The transformer has the same number of parameters, data, rows and rates, for comparison.
+The transformer is for comparison: it has the same number of parameters, data, rows and learning rates.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def tiny_finch() -> Recipe:
 
 
 def transformer() -> Recipe:
-    """Llama-shaped, of the same size."""
+    """A transformer with the architecture of Llama and the same size."""
     return replace(tiny_finch(), family="transformer")

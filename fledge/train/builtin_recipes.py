@@ -1,4 +1,4 @@
-"""The recipes that ship with Fledge, one function each, and the lookup of a recipe by name."""
+"""The built-in recipes, one function each, and the lookup of a recipe by name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fledge.train.recipe import Recipe
 
 
 def tiny() -> Recipe:
-    """A Finch that a laptop trains in an hour or two."""
+    """A Finch that a laptop trains in one or two hours."""
     return Recipe(n_layer=6, n_embd=192, max_lr=2e-3, min_lr=1e-4, warmup_steps=60, steps=1350)
 
 
 def small() -> Recipe:
-    """L6 D256: most of what 25 MB of int8 can hold beside a vocabulary of 16,384."""
+    """L6 D256, which with a vocabulary of 16,384 nearly fills a file of 25 MB in int8."""
     return Recipe(n_layer=6, n_embd=256, max_lr=1.5e-3, min_lr=1e-4, warmup_steps=100, steps=5000)
 
 
 def minipile() -> Recipe:
-    """The official demonstration: L12 D768 on MiniPile, in the order and with the rates of RWKV-LM (for a GPU)."""
+    """The demonstration of RWKV-LM: L12 D768 on MiniPile, with its order of rows and its learning rates. For a GPU."""
     return Recipe(
         n_layer=12,
         n_embd=768,
@@ -40,12 +40,13 @@ def minipile() -> Recipe:
 
 
 def long() -> Recipe:
-    """Rows of 65,536 tokens, read by windows of 1024 with the gradient through two: memory as for 2048 tokens."""
+    """Rows of 65,536 tokens in windows of 1024. The gradient flows through two windows: memory as for 2048 tokens."""
     return Recipe(length=65_536, batch=1, micro_batch_size=1, window=1024, tbptt_windows=2)
 
 
-def against_spikes(recipe: Recipe) -> Recipe:
-    """The published remedies for Finch's loss spikes: tiny eps, shorter memory of squares, slow warm-up, more decay."""
+def prevent_spikes(recipe: Recipe) -> Recipe:
+    """Apply the published remedies for loss spikes of Finch: a tiny eps, a smaller beta2, a longer warm-up and more
+    weight decay."""
     return replace(
         recipe,
         eps=1e-18,
@@ -61,7 +62,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "small": small,
     "minipile": minipile,
     "long": long,
-    "careful": lambda: against_spikes(small()),
+    "careful": lambda: prevent_spikes(small()),
 }
 
 

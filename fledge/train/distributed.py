@@ -28,7 +28,7 @@ from fledge.core.errors import ConfigError, TrainingError
 from fledge.data.batches import Batch
 
 MODES = ("ddp", "fsdp")
-LETTING_GO = 0.2  # seconds
+RELEASE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Distributed:
         if self.mode == "ddp":
             return DistributedDataParallel(model)
         if self.mode == "fsdp":
-            _part(model)
+            _apply_fsdp(model)
         return model
 
     def no_sync(self, called: nn.Module, quiet: bool) -> AbstractContextManager[Any]:
@@ -74,17 +74,17 @@ class Distributed:
         """The sum over all processes."""
         if self.world == 1:
             return value
-        found = torch.tensor(value, dtype=torch.float64, device=_exchange_device())
-        dist.all_reduce(found)
-        return float(found)
+        total = torch.tensor(value, dtype=torch.float64, device=_exchange_device())
+        dist.all_reduce(total)
+        return float(total)
 
     def largest(self, value: int) -> int:
         """The largest value of all processes."""
         if self.world == 1:
             return value
-        found = torch.tensor(value, device=_exchange_device())
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        largest = torch.tensor(value, device=_exchange_device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def wait(self) -> None:
         """Wait until all processes have reached this call."""
@@ -120,17 +120,17 @@ def join(mode: str = "ddp", device: str | None = None) -> Iterator[Distributed]:
     finally:
         # Threads of gloo may still reference tensors of the last exchange. Releasing them while Python exits aborts the
         # process, and gloo has no function to wait for them.
-        time.sleep(LETTING_GO)
+        time.sleep(RELEASE_SECONDS)
         dist.destroy_process_group()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """A tensor that fsdp has sharded, gathered; any other tensor unchanged."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor."""
     local = getattr(tensor, "to_local", None)
     return tensor if local is None else local()
@@ -140,7 +140,7 @@ def _exchange_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def _part(model: Any) -> None:
+def _apply_fsdp(model: Any) -> None:
     """Apply FSDP2 by blocks. The first block's ln0 is called separately, before the block, so it is its own unit."""
     try:
         from torch.distributed.fsdp import fully_shard

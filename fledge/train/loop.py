@@ -1,9 +1,10 @@
 """The training loop, from top to bottom: rows, windows with carried state, accumulation, update, metrics.
 
 The loss of a step is the mean over all its counted targets, for any division into rows, windows and processes. With
-`window`, a row is read in pieces and the state is passed on (truncated backpropagation through time): the gradient
-flows back through `tbptt_windows` pieces, so memory does not depend on the length of the rows. Everything else is a
-function of the step number or in the checkpoint, so a killed run continues with the bits of an uninterrupted one.
+`window`, a row is split into windows and the state is passed on between them (truncated backpropagation through time).
+The gradient flows back through `tbptt_windows` windows, so memory does not depend on the length of the rows. Everything
+else is a function of the step number or in the checkpoint, so a killed run continues with the bits of an uninterrupted
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fledge.data.batches import Batch, Batches
 from fledge.kernels import prepare_tracing
 from fledge.models import State
 from fledge.models.layers import set_compute_dtype
-from fledge.train.distributed import Distributed, whole
+from fledge.train.distributed import Distributed, gather_full
 from fledge.train.loss import batch_loss
 from fledge.train.memory import return_freed_memory
 from fledge.train.metrics import MetricsLogger, Report
@@ -47,7 +48,7 @@ class TrainSettings:
     accumulate: int = 1
     clip: float = 1.0
     compute_dtype: torch.dtype | None = None  # dtype of the matrix products; None is the weights' own float32
-    window: int | None = None  # tokens of a piece; the state is passed on to the next piece; None: whole rows
+    window: int | None = None  # tokens; the state is passed on from window to window; None: the whole row
     tbptt_windows: int = 1  # windows that a gradient flows back through
     activation_checkpointing: bool = False  # recompute the blocks for the gradient: less memory
     compile: bool = False  # the two halves of each block, by torch.compile; needs a C++ compiler or a GPU with triton
@@ -82,7 +83,7 @@ def train(
     validate: Validate = lambda model: {},
     report: Report = lambda line: None,
     *,
-    team: Distributed = Distributed(),  # noqa: B008 - a value, never changed
+    distributed: Distributed = Distributed(),  # noqa: B008 - a value, never changed
     identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place, until the schedule ends.
@@ -99,39 +100,40 @@ def train(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    with try_lock_folder(folder) if team.is_main else nullcontext(True) as alone:
+    with try_lock_folder(folder) if distributed.is_main else nullcontext(True) as alone:
         if not alone:
             raise TrainingError(f"another run is using {folder}; choose another folder, or wait until it ends")
-        called = team.wrap(prepare(model, settings))
+        called = distributed.wrap(prepare(model, settings))
         optimizer = build_optimizer(model, settings.adam)
-        saved = RunCheckpoint(folder, team, identity or {})
-        step, held = saved.resume(model, optimizer)
-        if team.is_main:
-            write_json(folder / RECORD, {"settings": _plain(settings), **(identity or {})})
-        meter = MetricsLogger(folder / "metrics.jsonl", report, writes=team.is_main)
-        meter.rewind(step, held)
-        if 0 < step < settings.schedule.steps and team.is_main:
+        run_checkpoint = RunCheckpoint(folder, distributed, identity or {})
+        step, pending_metrics = run_checkpoint.resume(model, optimizer)
+        if distributed.is_main:
+            write_json(folder / RECORD, {"settings": _to_plain_values(settings), **(identity or {})})
+        metrics = MetricsLogger(folder / "metrics.jsonl", report, writes=distributed.is_main)
+        metrics.rewind(step, pending_metrics)
+        if 0 < step < settings.schedule.steps and distributed.is_main:
             report({"step": step})
-        with catch_signals(always_defer=team.world > 1) as stop:
-            now = _Progress(model, optimizer, saved, meter, stop, step)
-            tell = partial(_tell, meter, settings, partial(validate, called), stop)
-            with now.kept():
-                tell(now.step)  # lines that an interrupt has prevented
-                while now.step < settings.schedule.steps:
-                    parts = range(now.step * settings.accumulate, (now.step + 1) * settings.accumulate)
-                    loss, targets = gradients(called, [team.shard(batches[part]) for part in parts], settings, team)
-                    norm = clip(model, settings.clip, now.step, loss)
-                    rate = settings.schedule.rate(now.step)
+        with catch_signals(always_defer=distributed.world > 1) as stop:
+            progress = _Progress(model, optimizer, run_checkpoint, metrics, stop, step)
+            write_metrics = partial(_write_metrics, metrics, settings, partial(validate, called), stop)
+            with progress.save_on_error():
+                write_metrics(progress.step)  # lines that an interrupt has prevented
+                while progress.step < settings.schedule.steps:
+                    numbers = range(progress.step * settings.accumulate, (progress.step + 1) * settings.accumulate)
+                    micro_batches = [distributed.shard(batches[number]) for number in numbers]
+                    loss, targets = compute_gradients(called, micro_batches, settings, distributed)
+                    norm = clip_gradients(model, settings.clip, progress.step, loss)
+                    rate = settings.schedule.rate(progress.step)
                     set_learning_rate(optimizer, rate)
-                    with now.changing():
+                    with progress.update_weights():
                         optimizer.step()
-                        now.step += 1
-                        meter.add(loss, targets, norm=norm, rate=rate)
-                    if number := team.largest(stop.number):
+                        progress.step += 1
+                        metrics.add(loss, targets, norm=norm, rate=rate)
+                    if number := distributed.largest(stop.number):
                         raise Interrupted(number)
-                    tell(now.step)
-                    if now.step % settings.save_every == 0 or now.step == settings.schedule.steps:
-                        now.save()
+                    write_metrics(progress.step)
+                    if progress.step % settings.save_every == 0 or progress.step == settings.schedule.steps:
+                        progress.save()
 
 
 @dataclass
@@ -140,62 +142,63 @@ class _Progress:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    saved: RunCheckpoint
-    meter: MetricsLogger
+    checkpoint: RunCheckpoint
+    metrics: MetricsLogger
     stop: StopRequest
     step: int  # completed steps
-    whole: bool = True  # False while the weights and the number of steps do not match
+    is_consistent: bool = True  # False while the weights and the number of steps do not match
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def update_weights(self) -> Iterator[None]:
         """Context of the update of the weights."""
         with self.stop.defer():
-            self.whole = False
+            self.is_consistent = False
             yield
-            self.whole = True
+            self.is_consistent = True
 
     def save(self) -> None:
         """All processes call it."""
         with self.stop.defer():
-            self.saved.save(self.model, self.optimizer, self.step, self.meter.pending())
+            self.checkpoint.save(self.model, self.optimizer, self.step, self.metrics.pending())
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def save_on_error(self) -> Iterator[None]:
         """Save the progress if the block ends with an error. If one of several processes fails alone, it does not save,
         because it would wait for the others.
         """
-        team = self.saved.team
+        distributed = self.checkpoint.distributed
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            together = team.world == 1 or isinstance(error, Interrupted | NotFinite)
-            if together and self.whole and not isinstance(error, SaveError):
+            all_fail = distributed.world == 1 or isinstance(error, Interrupted | NotFinite)
+            if all_fail and self.is_consistent and not isinstance(error, SaveError):
                 self.save()
             if isinstance(error, KeyboardInterrupt):
                 number = getattr(error, "number", signal.SIGINT)
-                raise Interrupted(number, _kept(self.saved.written) if team.is_main else "") from None
+                message = _describe_saved(self.checkpoint.written) if distributed.is_main else ""
+                raise Interrupted(number, message) from None
             raise
 
 
-def _kept(step: int) -> str:
+def _describe_saved(step: int) -> str:
     if not step:
-        return "stopped before the first step was done; nothing is saved"
+        return "stopped before the first step was complete; nothing is saved"
     return f"saved at step {step}; the same command continues from there"
 
 
-def _plain(settings: TrainSettings) -> dict[str, Any]:
+def _to_plain_values(settings: TrainSettings) -> dict[str, Any]:
     return {**asdict(settings), "compute_dtype": str(settings.compute_dtype or torch.float32).removeprefix("torch.")}
 
 
-def _tell(
-    meter: MetricsLogger,
+def _write_metrics(
+    metrics: MetricsLogger,
     settings: TrainSettings,
     validate: Callable[[], dict[str, float]],
     stop: StopRequest,
     step: int,
 ) -> None:
     """Write the lines that are due after a step: all or none of them, each once."""
-    if step == meter.told:
+    if step == metrics.last_step:
         return
     validation: dict[str, float] = {}
     if step % settings.validate_every == 0 or step == settings.schedule.steps:
@@ -204,10 +207,10 @@ def _tell(
             return_freed_memory()
     with stop.defer():
         if step % settings.log_every == 0:
-            meter.write(step, **meter.update)
+            metrics.write(step, **metrics.update)
         if validation:
-            meter.write(step, **validation)
-        meter.told = step
+            metrics.write(step, **validation)
+        metrics.last_step = step
 
 
 def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
@@ -226,50 +229,55 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
     return model
 
 
-def gradients(called: nn.Module, micro: list[Batch], settings: TrainSettings, team: Distributed) -> tuple[float, int]:
+def compute_gradients(
+    called: nn.Module, micro_batches: list[Batch], settings: TrainSettings, distributed: Distributed
+) -> tuple[float, int]:
     """Forward and backward over a step's rows. Returns the mean loss and the number of targets, over all processes."""
     # If several backward passes add up, gradients keep their memory. Allocated in the middle of a step, they would
     # fill the gaps between activations, and the next pass would need more (5 % at rows of 65,536 tokens).
-    adds_up = len(micro) > 1 or any(_passes(batch, settings) > 1 for batch in micro)
-    called.zero_grad(set_to_none=not adds_up)
-    targets = team.total(float(sum(batch.targets for batch in micro)))
+    accumulates = len(micro_batches) > 1 or any(_count_passes(batch, settings) > 1 for batch in micro_batches)
+    called.zero_grad(set_to_none=not accumulates)
+    targets = distributed.total(float(sum(batch.targets for batch in micro_batches)))
     if not targets:
         raise TrainingError("a step has no target that counts; every example's answer may have been cut off")
     # Gradients are averaged over the processes, and the sums of a process are over its own rows only.
-    weight = team.world / targets
-    loss = sum(backward(called, batch, weight, settings, team, last=batch is micro[-1]) for batch in micro)
-    return team.total(loss) / team.world, int(targets)
+    weight = distributed.world / targets
+    loss = 0.0
+    for batch in micro_batches:
+        loss += backward(called, batch, weight, settings, distributed, last=batch is micro_batches[-1])
+    return distributed.total(loss) / distributed.world, int(targets)
 
 
 def backward(
-    called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, team: Distributed, *, last: bool
+    called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, distributed: Distributed, *, last: bool
 ) -> float:
     """One micro-batch, window by window. last: the processes exchange their gradients after it."""
     state: State | None = None
     pending: Tensor | None = None
     total = 0.0
-    pieces = list(windows(batch, settings.window))
-    for number, piece in enumerate(pieces):
-        ends = number == len(pieces) - 1
-        cut = ends or (number + 1) % settings.tbptt_windows == 0
-        with team.no_sync(called, quiet=not (last and number >= _last_group(len(pieces), settings.tbptt_windows))):
-            loss, state = batch_loss(called, piece, state)
+    parts = list(windows(batch, settings.window))
+    last_group = _first_of_last_group(len(parts), settings.tbptt_windows)
+    for number, part in enumerate(parts):
+        is_last = number == len(parts) - 1
+        ends_group = is_last or (number + 1) % settings.tbptt_windows == 0
+        with distributed.no_sync(called, quiet=not (last and number >= last_group)):
+            loss, state = batch_loss(called, part, state)
             pending = loss * weight if pending is None else pending + loss * weight
-            if cut:
+            if ends_group:
                 pending.backward()
                 total, pending = total + pending.item(), None
-                state = None if ends else state.detach()
+                state = None if is_last else state.detach()
     return total
 
 
-def _passes(batch: Batch, settings: TrainSettings) -> int:
+def _count_passes(batch: Batch, settings: TrainSettings) -> int:
     """The number of backward passes of a micro-batch."""
     length = batch.idx.shape[1] - 1
     return 1 if settings.window is None else -(-length // (settings.window * settings.tbptt_windows))
 
 
 def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
-    """A batch split into pieces of `window` tokens; the last one may be shorter."""
+    """A batch split into windows of this many tokens; the last one may be shorter."""
     length = batch.idx.shape[1] - 1
     step = length if window is None else window
     for start in range(0, length, step):
@@ -280,15 +288,15 @@ def windows(batch: Batch, window: int | None) -> Iterator[Batch]:
         yield Batch(batch.idx[:, start : end + 1], loss_mask, document_start)
 
 
-def _last_group(pieces: int, tbptt_windows: int) -> int:
-    """The first of the windows that share the last backward pass."""
-    return (pieces - 1) // tbptt_windows * tbptt_windows
+def _first_of_last_group(count: int, tbptt_windows: int) -> int:
+    """The number of the first window that takes part in the last backward pass."""
+    return (count - 1) // tbptt_windows * tbptt_windows
 
 
-def clip(model: nn.Module, limit: float, step: int, loss: float) -> float:
+def clip_gradients(model: nn.Module, limit: float, step: int, loss: float) -> float:
     """Scale the gradients down to a norm of at most `limit`. Returns the norm before."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
+    norm = float(gather_full(nn.utils.clip_grad_norm_(parameters, limit)))
     if not math.isfinite(norm):
         raise NotFinite(
             f"step {step}: the gradient is not finite (loss {loss:.3g}); the last good weights are saved. "

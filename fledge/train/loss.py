@@ -4,7 +4,7 @@ L2Wrap changes only the gradient (for a mean over N targets, by the logit times 
 cross-entropy. Source: the official training code.
 
 `summed_loss` takes logits and is the specification. `head_loss` takes the head and its input, and computes the logits
-of one piece of the tokens at a time: with 65,536 ids, the logits of a batch are larger than everything else in a small
+of a few tokens at a time: with a vocabulary of 65,536, the logits of a batch need more memory than the rest of a small
 model.
 """
 
@@ -22,8 +22,8 @@ from fledge.models import State
 from fledge.models.layers import Linear
 
 PULL = 1e-4
-PIECE = 1 << 22  # logits of a piece: 16 MB, which fits in a large cache
-FEWEST = 256  # least tokens of a piece, so that the weight of a large vocabulary is not read too often
+CHUNK_LOGITS = 1 << 22  # 16 MB, which fits in a large cache
+MIN_CHUNK_TOKENS = 256  # smaller chunks would read the weight of a large vocabulary too often
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -65,7 +65,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def head_loss(head: Linear, x: Tensor, *, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """`summed_loss(head(x), targets, loss_mask)` without the logits of all tokens; x: (B, T, C) float32.
 
-    It computes the gradients together with the loss, in one pass over pieces of the tokens.
+    It computes the gradients together with the loss, in one pass over chunks of the tokens.
     """
     if loss_mask is not None:
         x, targets = x[loss_mask], targets[loss_mask]
@@ -97,17 +97,17 @@ class _HeadLoss(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_x else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         total = x.new_zeros(())
-        size = max(FEWEST, PIECE // weight.shape[0])
+        size = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], size):
-            piece = x[start : start + size].to(dtype)
-            logits = (piece @ low.t()).float()  # (size, vocab)
+            chunk = x[start : start + size].to(dtype)
+            logits = (chunk @ low.t()).float()  # (size, vocab)
             total += _loss_and_gradient(logits, targets[start : start + size, None])
             if dx is not None or dweight is not None:
                 gradient = logits.to(dtype)
             if dx is not None:
                 dx[start : start + size] = gradient @ low
             if dweight is not None:
-                dweight += gradient.t() @ piece
+                dweight += gradient.t() @ chunk
         ctx.save_for_backward(dx, dweight)
         return total
 
@@ -123,10 +123,10 @@ class _HeadLoss(torch.autograd.Function):
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum of the losses of logits (M, vocab) with targets (M, 1); overwrites the logits with their gradient."""
     largest, where = logits.max(-1, keepdim=True)
-    said = logits.gather(-1, targets) - largest
+    target_logits = logits.gather(-1, targets) - largest
     powers = logits.sub_(largest).exp_()
-    whole = powers.sum(-1, keepdim=True)
-    powers.div_(whole)
+    total = powers.sum(-1, keepdim=True)
+    powers.div_(total)
     powers.scatter_add_(-1, targets, powers.new_full(targets.shape, -1.0))
     powers.scatter_add_(-1, where, largest * PULL)
-    return (whole.log() - said).sum()
+    return (total.log() - target_logits).sum()

@@ -1,11 +1,11 @@
 """Keep freed memory in the process while training on a CPU.
 
-Every step frees and asks for the same tensors. By default glibc hands large blocks back to the system at once, and
-faulting the pages in again took about a quarter of a step's time where this was measured. Elsewhere than on glibc
-nothing happens.
+Every step frees and allocates the same tensors. By default, glibc returns large blocks to the system immediately. The
+page faults of the next allocation took about a quarter of a step's time in a measurement. With other C libraries, these
+functions do nothing.
 
-Validation reads texts of every length, and the memory it frees is between blocks that no step uses again: kept, it
-would let a long run grow by gigabytes. So after it everything free goes back, once.
+Validation reads texts of all lengths. The memory that it frees has other sizes than a step needs, so keeping it would
+let a long run grow by gigabytes. Therefore all free memory is returned once after each validation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import ctypes
 import platform
 
-# Numbers of mallopt(3)'s parameters.
+# The numbers of parameters of mallopt(3).
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library not to return memory to the system. True where it understood."""
+    """Configure the C library not to return memory to the system. Returns whether it succeeded."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Give the system back what is free now. True where the C library knows how."""
+    """Return all free memory to the system. Returns whether the C library supports this."""
     if platform.libc_ver()[0] != "glibc":
         return False
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: what a run says of itself, one JSON object a line, each step once and in order."""
+"""metrics.jsonl: the measurements of a run, one JSON object per line. Each step has its lines once and in order."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ Report = Callable[[Line], None]
 
 
 class MetricsLogger:
-    """Collects losses between two lines. `report` is given every line as well. `told`: the last step whose lines are
-    all written.
+    """Collects losses between two lines and writes the lines. Also passes every line to `report`.
 
-    A run that was killed has lines behind its last checkpoint, perhaps half a one: `rewind` drops them, and takes over
-    the losses that the checkpoint held, so that the file in the end is that of a run never stopped.
+    After a kill, the file may contain lines later than the last checkpoint, the last of them incomplete. `rewind`
+    removes them and restores the pending losses from the checkpoint, so the final file equals that of an uninterrupted
+    run. `last_step` is the last step whose lines are all written.
     """
 
     def __init__(self, path: Path, report: Report, *, writes: bool = True) -> None:
         self.path, self.report, self.writes = path, report, writes
         self.losses: list[float] = []
         self.update: dict[str, float] = {}
-        self.told = 0
+        self.last_step = 0
         self.tokens = 0
         self.since = time.perf_counter()
 
-    def rewind(self, step: int, held: dict[str, Any]) -> None:
-        """To behind `step` steps; held: what `pending` gave then."""
-        self.losses, self.update = list(held.get("losses", ())), dict(held.get("update", {}))
-        self.told = int(held.get("told", step))
+    def rewind(self, step: int, pending: dict[str, Any]) -> None:
+        """Return to the time after `step` steps. pending: the value of `pending()` at that time."""
+        self.losses, self.update = list(pending.get("losses", ())), dict(pending.get("update", {}))
+        self.last_step = int(pending.get("told", step))
         if self.writes and self.path.exists():
-            kept = [line for line in read_lines(self.path) if line["step"] <= self.told]
+            lines = [line for line in read_lines(self.path) if line["step"] <= self.last_step]
             with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def pending(self) -> dict[str, Any]:
-        """What belongs to the next lines, as plain values."""
-        return {"losses": self.losses, "update": self.update, "told": self.told}
+        """The values for the next lines, for a checkpoint. Checkpoints call `last_step` "told"."""
+        return {"losses": self.losses, "update": self.update, "told": self.last_step}
 
     def add(self, loss: float, tokens: int, **update: float) -> None:
-        """One step's loss, how many tokens it was made of, and what else is to be said of its update."""
+        """Add the loss of one step and its number of tokens. update: more values of the step, such as its norm."""
         self.losses.append(loss)
         self.update = update
         self.tokens += tokens
 
     def write(self, step: int, **values: float) -> None:
-        """One line: the step, the mean loss and speed since the last line if any steps were made, `values`.
+        """Write one line: the step, the mean loss and speed of the steps since the last line, and `values`.
 
-        Nothing is written where there is nothing to say.
+        Without such steps and without values, it writes nothing.
         """
         if not self.losses and not values:
             return
@@ -70,12 +70,12 @@ class MetricsLogger:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a metrics file up to the first that is not whole."""
-    found: list[Line] = []
+    """The lines of a metrics file, up to the first incomplete one."""
+    lines: list[Line] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             break
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines

@@ -5,7 +5,7 @@
     matrices  *.weight with two axes: emb, head and the Linears          1x              wd
     rest      LoRA factors, mixes, u, norms                              1x              0
 
-Source: the x052 and x060 training code; the paper's appendix H has the same rates.
+Source: the x052 and x060 training code. Appendix H of the paper has the same rates.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import nn
 
 from fledge.core.errors import ConfigError
 
-SMALLEST = 1e-30
-"""An eps that float32 still holds, with room."""
+MIN_EPS = 1e-30
+"""Well above the smallest normal float32."""
 
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Settings of the optimizer. eps 1e-18 is the published remedy for RWKV-6's loss spikes."""
+    """Settings of the optimizer. An eps of 1e-18 is the published remedy for loss spikes of RWKV-6."""
 
     beta1: float = 0.9
     beta2: float = 0.99
@@ -35,14 +35,14 @@ class AdamSettings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if not SMALLEST <= self.eps <= 1:
-            raise ConfigError(f"eps is {self.eps:g}; it must be at least {SMALLEST:g}, or a step may divide 0 by 0")
+        if not MIN_EPS <= self.eps <= 1:
+            raise ConfigError(f"eps is {self.eps:g}; it must be at least {MIN_EPS:g}, or a step may divide 0 by 0")
         if not 0 <= self.weight_decay <= 10:
             raise ConfigError(f"weight_decay is {self.weight_decay:g}; it must be from 0 to 10")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups as torch wants them, each with `lr_scale` for the schedule and `name` for people."""
+    """The parameter groups for torch, each with `lr_scale` for the schedule and a readable `name`."""
     fast, matrices, rest = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, settings: AdamSettings) -> torch.optim.AdamW:
-    """AdamW over the official groups; the loop sets each group's learning rate before every step."""
+    """AdamW with the official groups. The loop sets the learning rate of each group before every step."""
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
         lr=0.0,
@@ -71,6 +71,6 @@ def build_optimizer(model: nn.Module, settings: AdamSettings) -> torch.optim.Ada
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group `rate` times its own factor."""
+    """Set the learning rate of every group to `rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""The losses of a run as a picture."""
+"""A plot of the losses of a run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from fledge.train.metrics import Line, read_lines
 PREFIX = "bpb_"
 
 
-def draw(metrics: Path, target: Path) -> None:
-    """Training loss on the left, bits per byte by language on the right, both by steps; a .png."""
+def plot_losses(metrics: Path, target: Path) -> None:
+    """Write a PNG file: the training loss on the left, bits per byte by language on the right, over the steps."""
     lines = read_lines(metrics)
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    _curve(left, lines, "loss", linewidth=1.0)
-    left.set(xlabel="step", ylabel="nats a token", title="Training loss")
+    _plot_curve(left, lines, "loss", linewidth=1.0)
+    left.set(xlabel="step", ylabel="nats per token", title="Training loss")
     names = sorted({name for line in lines for name in line if name.startswith(PREFIX)})
     for name in names:
-        mean = name == f"{PREFIX}mean"
-        style = {"color": "black", "linewidth": 2.0} if mean else {"linewidth": 1.0}
-        _curve(right, lines, name, label=name.removeprefix(PREFIX), **style)
-    right.set(xlabel="step", ylabel="bits per byte", title="Text it never saw")
+        style = {"color": "black", "linewidth": 2.0} if name == f"{PREFIX}mean" else {"linewidth": 1.0}
+        _plot_curve(right, lines, name, label=name.removeprefix(PREFIX), **style)
+    right.set(xlabel="step", ylabel="bits per byte", title="Validation")
     if names:
         right.legend(fontsize="small", ncols=2)
     for axes in (left, right):
@@ -37,7 +36,7 @@ def draw(metrics: Path, target: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def _curve(axes: Any, lines: Sequence[Line], name: str, **style: Any) -> None:
+def _plot_curve(axes: Any, lines: Sequence[Line], name: str, **style: Any) -> None:
     points = [(line["step"], line[name]) for line in lines if name in line]
     if points:
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, **style)

@@ -153,7 +153,7 @@ RATES = ("max_lr", "min_lr", "warmup_steps", "beta1", "beta2", "eps", "weight_de
 IDENTITY = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in HOW + RATES)
 
 
-def settings_of(config: ModelConfig) -> dict[str, Any]:
+def get_settings(config: ModelConfig) -> dict[str, Any]:
     """The settings of a recipe that define the model, without the vocabulary; family None: no recipe has this model."""
     families = {"4": "rwkv4", "5.2": "eagle", "6.0": "finch", "llama": "transformer"}
     sizes = {"n_layer": config.n_layer, "n_embd": config.n_embd}

@@ -1,9 +1,9 @@
-"""A recipe, a token store and a folder: the whole run, from the first weights to the finished model file.
+"""A whole training run: from a recipe and a token store to the finished model file.
 
-folder/run.json          every setting, and the data's identity
-folder/metrics.jsonl     losses, speed, validation
-folder/last.pt           the checkpoint to continue from
-folder/model.safetensors the result, with its vocabulary and a record of the run
+folder/run.json            all settings, and the identity of the data
+folder/metrics.jsonl       losses, speed, validation
+folder/last.pt             the checkpoint from which the run continues
+folder/model.safetensors   the result, with its vocabulary and a record of the run
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fledge.core.errors import CheckpointError, ConfigError, DataError, UsageErr
 from fledge.data.batches import Batch
 from fledge.data.store import TOKENIZER, TokenStore, open_store
 from fledge.models import BaseModel, ModelConfig, build, init_weights
-from fledge.train.distributed import Distributed, whole
+from fledge.train.distributed import Distributed, gather_full
 from fledge.train.evaluate import Validation, ValidationText
 from fledge.train.loop import train
 from fledge.train.memory import keep_freed_memory
 from fledge.train.metrics import Report
-from fledge.train.recipe import Recipe, settings_of
+from fledge.train.recipe import Recipe, get_settings
 
 RESULT = "model.safetensors"
 FINAL_BYTES = 1_000_000  # of each language, for the evaluation of the finished model
@@ -40,7 +40,7 @@ def run(
     report: Report = lambda line: None,
     *,
     start: str | os.PathLike[str] | None = None,
-    team: Distributed = Distributed(),  # noqa: B008 - a value, never changed
+    distributed: Distributed = Distributed(),  # noqa: B008 - a value, never changed
     device: str | None = None,
 ) -> Path:
     """Train, or continue training, until the recipe's last step. Returns the path of the model file.
@@ -48,18 +48,17 @@ def run(
     start: a checkpoint with the initial weights. Raises subclasses of FledgeError for wrong settings, data or files.
     """
     keep_freed_memory()
-    if recipe.micro_batch_size % team.world:
+    if recipe.micro_batch_size % distributed.world:
         raise ConfigError(
-            f"micro_batch_size is {recipe.micro_batch_size}, but {team.world} processes share it; use a multiple of "
-            f"{team.world} that divides batch = {recipe.batch}"
+            f"micro_batch_size is {recipe.micro_batch_size}, but {distributed.world} processes share it; use a "
+            f"multiple of {distributed.world} that divides batch = {recipe.batch}"
         )
     store = open_store(Path(data)).with_vocab_size(recipe.vocab_size)
     config = recipe.model(store.vocab_size)
-    batches = _Checked(recipe, store, str(data))
-    where = _device(device, team)
-    model = _first_weights(config, recipe, store, start).to(where)
+    batches = _CheckedBatches(recipe, store, str(data))
+    model = _create_model(config, recipe, store, start).to(_select_device(device, distributed))
     identity = {**recipe.identity, "data": store.sha256, "start": None if start is None else str(start)}
-    texts = _texts(store, str(data))
+    texts = _read_validation_texts(store, str(data))
     train(
         model,
         batches,
@@ -67,13 +66,13 @@ def run(
         folder,
         Validation(texts, recipe.validate_bytes),
         report,
-        team=team,
+        distributed=distributed,
         identity=identity,
     )
     scores = Validation(texts, FINAL_BYTES)(model)
-    tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    tensors = {name: gather_full(tensor).cpu() for name, tensor in model.state_dict().items()}
     target = folder / RESULT
-    if team.is_main:
+    if distributed.is_main:
         extra: dict[str, Any] = {
             "recipe": dataclasses.asdict(recipe),
             "data": store.sha256,
@@ -81,62 +80,62 @@ def run(
             "bits_per_byte": {name.removeprefix("bpb_"): value for name, value in scores.items()},
         }
         checkpoint.save(target, config, tensors, tokenizer_spec=store.tokenizer_spec, extra=extra)
-    team.wait()
+    distributed.wait()
     return target
 
 
-def _device(device: str | None, team: Distributed) -> torch.device:
-    chosen, _ = choose_device(device)
-    if chosen.type == "cuda" and team.world > 1:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(chosen)
-    return chosen
+def _select_device(name: str | None, distributed: Distributed) -> torch.device:
+    device, _ = choose_device(name)
+    if device.type == "cuda" and distributed.world > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
 
 
-def _first_weights(
+def _create_model(
     config: ModelConfig, recipe: Recipe, store: TokenStore, start: str | os.PathLike[str] | None
 ) -> BaseModel:
     if start is None:
         model = build(config)
         init_weights(model, recipe.seed)
         return model
-    found = checkpoint.load_model(start, dtype=torch.float32)
-    _check_start(found, config, str(start))
-    checkpoint.check_same_vocabulary(found.tokenizer_spec, store.tokenizer_spec, str(start))
-    assert isinstance(found.model, BaseModel)
-    return found.model.requires_grad_(True)
+    loaded = checkpoint.load_model(start, dtype=torch.float32)
+    _check_start(loaded, config, str(start))
+    checkpoint.check_same_vocabulary(loaded.tokenizer_spec, store.tokenizer_spec, str(start))
+    assert isinstance(loaded.model, BaseModel)
+    return loaded.model.requires_grad_(True)
 
 
-def _check_start(found: checkpoint.LoadedModel, config: ModelConfig, start: str) -> None:
-    """Raise CheckpointError for a model of another shape, with the settings that would give this shape."""
-    have, want = settings_of(found.config), settings_of(config)
-    if have["family"] is None:
+def _check_start(loaded: checkpoint.LoadedModel, config: ModelConfig, start: str) -> None:
+    """Raise CheckpointError if the model differs from that of the recipe, with the settings that would match."""
+    actual, expected = get_settings(loaded.config), get_settings(config)
+    if actual["family"] is None:
         raise CheckpointError(
-            f"{start} is of version {found.config.version}, which no recipe has; `fledge tune full` trains it"
+            f"{start} has version {loaded.config.version}, which recipes do not support; use `fledge tune full`"
         )
-    differ = [name for name in have if have[name] != want.get(name)]
-    if differ:
-        changes = " ".join(f"--set {name}={str(have[name]).lower()}" for name in differ)
-        there, here = have[differ[0]], want.get(differ[0])
+    different = [name for name in actual if actual[name] != expected.get(name)]
+    if different:
+        changes = " ".join(f"--set {name}={str(actual[name]).lower()}" for name in different)
+        name = different[0]
         raise CheckpointError(
-            f"{start} is no model of this recipe: {differ[0]} is {there} there and {here} here; it would be with "
-            f"{changes}"
+            f"{start} does not match the recipe: its {name} is {actual[name]}, that of the recipe "
+            f"{expected.get(name)}; add {changes}"
         )
-    if found.config.vocab_size != config.vocab_size:
+    if loaded.config.vocab_size != config.vocab_size:
         raise CheckpointError(
-            f"{start} has {found.config.vocab_size} token rows, the store a vocabulary of {config.vocab_size}; build "
-            f"the store with the {TOKENIZER} of the model's own (in the config, `vocabulary`)"
+            f"{start} has {loaded.config.vocab_size} token rows, but the vocabulary of the store has "
+            f"{config.vocab_size}; build the store with the model's {TOKENIZER} (in the config, `vocabulary`)"
         )
-    if found.config != config:
-        name = next(name for name, value in vars(config).items() if value != getattr(found.config, name))
+    if loaded.config != config:
+        name = next(name for name, value in vars(config).items() if value != getattr(loaded.config, name))
         raise CheckpointError(
-            f"{start} is no model that a recipe can describe: its {name} is {getattr(found.config, name)}, a recipe's "
-            f"{getattr(config, name)}; `fledge tune full` trains any model"
+            f"no recipe describes {start}: its {name} is {getattr(loaded.config, name)}, that of a recipe "
+            f"{getattr(config, name)}; use `fledge tune full`, which trains any model"
         )
 
 
-class _Checked:
-    """The rows of a store. The ids of each batch are checked against the model's vocabulary."""
+class _CheckedBatches:
+    """The batches of a store. The ids of each batch are checked against the model's vocabulary."""
 
     def __init__(self, recipe: Recipe, store: TokenStore, name: str) -> None:
         self.name, self.size = name, store.vocab_size
@@ -145,8 +144,7 @@ class _Checked:
         except UsageError as error:
             raise UsageError(
                 f"{name}: {error}; use a smaller length (now {recipe.length}) or micro_batch_size "
-                f"(now {recipe.micro_batch_size}), or more "
-                "text"
+                f"(now {recipe.micro_batch_size}), or more text"
             ) from None
 
     def __getitem__(self, number: int) -> Batch:
@@ -160,15 +158,17 @@ def _check_ids(ids: Tensor, size: int, store: str) -> None:
     """Raise DataError for ids outside the vocabulary."""
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= size:
-        wrong = low if low < 0 else high
-        raise DataError(f"{store} is damaged: it holds the token id {wrong}, and its vocabulary ends at {size - 1}")
+        invalid = low if low < 0 else high
+        raise DataError(
+            f"{store} is damaged: it contains the token id {invalid}, but its vocabulary ends at {size - 1}"
+        )
 
 
-def _texts(store: TokenStore, name: str) -> list[ValidationText]:
+def _read_validation_texts(store: TokenStore, name: str) -> list[ValidationText]:
     if not store.has_part("validation"):
         return []
-    found = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.validation_documents()]
-    for text in found:
+    texts = [ValidationText(span.language, span.bytes, span.ids.tolist()) for span in store.validation_documents()]
+    for text in texts:
         if text.ids:
             _check_ids(torch.tensor(text.ids), store.vocab_size, name)
-    return found
+    return texts

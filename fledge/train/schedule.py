@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from fledge.core.errors import ConfigError
 
-HIGHEST = 10.0
+MAX_LEARNING_RATE = 10.0
 
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Warm up from 1 % of `max_lr` over `warmup_steps` steps, then fall to `min_lr` along a cosine by step `steps`."""
+    """Warm-up from 1% of `max_lr` during `warmup_steps` steps, then a cosine that reaches `min_lr` at step `steps`."""
 
     max_lr: float
     min_lr: float
@@ -20,11 +20,11 @@ class LearningRateSchedule:
     steps: int
 
     def __post_init__(self) -> None:
-        # Adam moves each number by about the rate: even a state, which holds tens, can learn nothing at a higher one.
-        if not 0 < self.min_lr <= self.max_lr <= HIGHEST:
+        # Adam changes each number by about the learning rate. Numbers of states are up to about 100.
+        if not 0 < self.min_lr <= self.max_lr <= MAX_LEARNING_RATE:
             raise ConfigError(
                 f"the learning rate would fall from {self.max_lr:g} to {self.min_lr:g}; "
-                f"it needs 0 < min_lr <= max_lr <= {HIGHEST:g}"
+                f"it needs 0 < min_lr <= max_lr <= {MAX_LEARNING_RATE:g}"
             )
         if not 0 <= self.warmup_steps < self.steps:
             raise ConfigError(
@@ -35,5 +35,5 @@ class LearningRateSchedule:
         """The learning rate of step number `step` (from 0); `min_lr` from step `steps` on."""
         if step < self.warmup_steps:
             return self.max_lr * (0.01 + 0.99 * step / self.warmup_steps)
-        share = min(1.0, (step - self.warmup_steps) / (self.steps - self.warmup_steps))
-        return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+        progress = min(1.0, (step - self.warmup_steps) / (self.steps - self.warmup_steps))
+        return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fledge.models import build, init_weights
-from fledge.train.distributed import join, whole
+from fledge.train.distributed import gather_full, join
 from fledge.train.evaluate import Validation, ValidationText
 from fledge.train.loop import train
 from fledge.train.recipe import Recipe
@@ -63,11 +63,19 @@ def main(folder: Path, settings: dict[str, object]) -> None:
     validate = Validation([ValidationText("en", 60.0, list(range(1, 31))), ValidationText("de", 20.0, [5, 6, 7])])
     whole_run = recipe.settings()
     stopped = Stopped(whole_run.schedule, int(str(stop_after))) if stop_after else whole_run.schedule
-    with join(parallel) as team:
+    with join(parallel) as distributed:
         settings_now = replace(whole_run, schedule=stopped)
-        train(model, recipe.batches(TEXT), settings_now, folder, validate, team=team, identity=recipe.identity)
-        weights = {name: whole(tensor.detach()) for name, tensor in model.named_parameters()}
-        if team.is_main:
+        train(
+            model,
+            recipe.batches(TEXT),
+            settings_now,
+            folder,
+            validate,
+            distributed=distributed,
+            identity=recipe.identity,
+        )
+        weights = {name: gather_full(tensor.detach()) for name, tensor in model.named_parameters()}
+        if distributed.is_main:
             torch.save(weights, folder / "weights.pt")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 

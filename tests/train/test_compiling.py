@@ -13,7 +13,7 @@ from test_training import TEXT
 from fledge.data.windows import Windows
 from fledge.models import ModelConfig, build, init_weights
 from fledge.train.distributed import Distributed
-from fledge.train.loop import TrainSettings, gradients, prepare
+from fledge.train.loop import TrainSettings, compute_gradients, prepare
 from fledge.train.schedule import LearningRateSchedule
 
 SETTINGS = TrainSettings(LearningRateSchedule(1e-3, 1e-4, 1, 9), window=16)
@@ -26,7 +26,7 @@ def loss_and_gradients(family: str, length: int, *, compile: bool) -> tuple[floa
     model = build(FAMILIES[family](2, 32, head_size=16, vocab_size=40))
     init_weights(model, 0)
     prepare(model, replace(SETTINGS, compile=compile))
-    loss, _ = gradients(model, [Windows(TEXT, length, 3, 0)[0]], SETTINGS, Distributed())
+    loss, _ = compute_gradients(model, [Windows(TEXT, length, 3, 0)[0]], SETTINGS, Distributed())
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -64,14 +64,19 @@ def test_rows_go_round() -> None:
 def test_micro_must_be_a_multiple_of_the_processes(tmp_path: Path) -> None:
     words = "micro_batch_size is 3, but 2 processes share it; use a multiple of 2 that divides batch = 6"
     with pytest.raises(ConfigError, match=words):
-        run(Recipe(batch=6, micro_batch_size=3), "no store", tmp_path, team=Distributed(0, 2, "ddp"))
+        run(Recipe(batch=6, micro_batch_size=3), "no store", tmp_path, distributed=Distributed(0, 2, "ddp"))
 
 
 def test_a_team_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    with join() as team:
-        assert team == Distributed() and team.is_main and team.total(2.5) == 2.5 and team.largest(3) == 3
+    with join() as distributed:
+        assert (
+            distributed == Distributed()
+            and distributed.is_main
+            and distributed.total(2.5) == 2.5
+            and distributed.largest(3) == 3
+        )
     with pytest.raises(ConfigError, match="choose from ddp, fsdp"), join("tensor"):
         pass
     with pytest.raises(ConfigError, match="start them with `torchrun"), join("fsdp"):

@@ -1,4 +1,4 @@
-"""A list of parts runs nothing."""
+"""Reading the metadata of a distributed checkpoint executes no code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.planner import ReadItem
 
 from fledge.core.errors import CheckpointError
-from fledge.train.safe_checkpoint import LIST, PartsPlanner, PartsReader
+from fledge.train.safe_checkpoint import METADATA_FILE, SafePlanner, SafeReader
 
 
 class Evil:
@@ -26,16 +26,16 @@ class Evil:
 
 
 def test_a_list_of_parts_that_names_a_function_is_refused(tmp_path: Path) -> None:
-    (tmp_path / LIST).write_bytes(pickle.dumps(Evil(tmp_path / "made")))
-    with pytest.raises(CheckpointError, match=r"names (posix|nt)\.mkdir, which no list of parts needs"):
-        PartsReader(tmp_path).read_metadata()
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Evil(tmp_path / "made")))
+    with pytest.raises(CheckpointError, match=r"refers to (posix|nt)\.mkdir, which is not allowed"):
+        SafeReader(tmp_path).read_metadata()
     assert not (tmp_path / "made").exists()
 
 
 def test_a_list_of_parts_that_is_something_else(tmp_path: Path) -> None:
-    (tmp_path / LIST).write_bytes(pickle.dumps([torch.float32]))
-    with pytest.raises(CheckpointError, match="something else"):
-        PartsReader(tmp_path).read_metadata()
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps([torch.float32]))
+    with pytest.raises(CheckpointError, match="does not contain the metadata"):
+        SafeReader(tmp_path).read_metadata()
 
 
 def test_values_run_nothing(tmp_path: Path) -> None:
@@ -44,5 +44,5 @@ def test_values_run_nothing(tmp_path: Path) -> None:
     held.seek(0)
     item = ReadItem(None, None, None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(pickle.UnpicklingError):
-        PartsPlanner().load_bytes(item, held)
+        SafePlanner().load_bytes(item, held)
     assert not (tmp_path / "made").exists()

@@ -24,8 +24,8 @@ from fledge.models import BaseModel, ModelConfig, build, init_weights
 from fledge.models.layers import Linear
 from fledge.train import loss as loss_module
 from fledge.train.distributed import Distributed
-from fledge.train.evaluate import Validation, ValidationText, bits_per_byte, documents_nats
-from fledge.train.loop import TrainSettings, gradients, prepare, train, windows
+from fledge.train.evaluate import Validation, ValidationText, bits_per_byte, score_documents
+from fledge.train.loop import TrainSettings, compute_gradients, prepare, train, windows
 from fledge.train.loss import PULL, head_loss, next_token_loss, summed_loss
 from fledge.train.memory import keep_freed_memory, return_freed_memory
 from fledge.train.metrics import MetricsLogger
@@ -167,7 +167,7 @@ def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> No
     train(fresh(), rows, settings, tmp_path, identity={"data": "a"})
     kept = (tmp_path / "run.json").read_bytes()
     assert json.loads(kept)["settings"]["schedule"]["max_lr"] == 5e-3
-    with pytest.raises(CheckpointError, match="of another run: data was 'a' and is 'b' now"):
+    with pytest.raises(CheckpointError, match="another run: data was 'a' and is now 'b'"):
         train(fresh(), rows, settings, tmp_path, identity={"data": "b"})
     assert (tmp_path / "run.json").read_bytes() == kept
 
@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             self.param_groups[1]["params"][0].data[7, 0] = math.inf  # of a token that is read
 
     monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
-    then = "begin again" if kept is None else f"continue from step {kept}, the last good one"
+    then = "start again" if kept is None else f"continue from step {kept}, the last good one"
     with pytest.raises(TrainingError, match=f"after step {broken} the weights are not finite.*not saved; {then}"):
         run(tmp_path, 30)
     assert (tmp_path / "last.pt").exists() == (kept is not None)
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path) -> 
     found = torch.load(tmp_path / "last.pt", weights_only=True)
     found["model"]["emb.weight"][2, 3] = math.nan
     torch.save(found, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="holds weights that are not finite; move it away"):
+    with pytest.raises(CheckpointError, match="contains weights that are not finite; move it away"):
         run(tmp_path, 30)
 
 
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     model = fresh()
     optimizer = build_optimizer(model, AdamSettings())
     RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).save(model, optimizer, 3, {})
-    with pytest.raises(CheckpointError, match=r"last\.pt is of another run: seed was 1 and is 2 now"):
+    with pytest.raises(CheckpointError, match=r"last\.pt belongs to another run: seed was 1 and is now 2"):
         RunCheckpoint(tmp_path, Distributed(), {"seed": 2, "n_embd": 32}).resume(model, optimizer)
     other = build(ModelConfig.finch(2, 40, vocab_size=40, head_size=8))
     with pytest.raises(CheckpointError, match=r"is \(40, 32\) in the checkpoint, \(40, 40\) here"):
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             other, build_optimizer(other, AdamSettings())
         )
     model.emb.weight.requires_grad_(False)
-    with pytest.raises(CheckpointError, match=r"trains other parameters; emb\.weight"):
+    with pytest.raises(CheckpointError, match=r"other trained parameters; only one side has emb\.weight"):
         RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).resume(
             model, build_optimizer(model, AdamSettings())
         )
@@ -352,7 +352,7 @@ def gradients_of(rows: list[Batch], **options: Any) -> tuple[float, dict[str, to
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
-    loss, _ = gradients(prepare(model, settings), rows, settings, Distributed())
+    loss, _ = compute_gradients(prepare(model, settings), rows, settings, Distributed())
     return loss, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -452,15 +452,15 @@ def test_the_score_of_a_document_carries_the_state_over_windows() -> None:
     logits, _ = model(torch.tensor([[0, *ids[:-1]]]))
     expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids), reduction="sum").item()
     for window in (7, 50, 512):
-        assert documents_nats(model, [ids], window=window) == pytest.approx([expected], rel=MODEL_TOLERANCE)
+        assert score_documents(model, [ids], window=window) == pytest.approx([expected], rel=MODEL_TOLERANCE)
     assert bits_per_byte(math.log(2) * 80, 10) == pytest.approx(8.0)
 
 
 def test_documents_of_different_lengths_are_scored_together() -> None:
     model = fresh().eval()
     texts = [[int(x) for x in TEXT[:size]] for size in (30, 3, 17)]
-    expected = [documents_nats(model, [ids])[0] for ids in texts]
-    assert documents_nats(model, texts, window=8) == pytest.approx(expected, rel=MODEL_TOLERANCE)
+    expected = [score_documents(model, [ids])[0] for ids in texts]
+    assert score_documents(model, texts, window=8) == pytest.approx(expected, rel=MODEL_TOLERANCE)
     validate = Validation(
         [
             ValidationText("en", 60.0, texts[0]),
@@ -475,7 +475,7 @@ def test_documents_of_different_lengths_are_scored_together() -> None:
     assert scores["bpb_de"] == pytest.approx(german, rel=MODEL_TOLERANCE)
     assert scores["bpb_mean"] == pytest.approx((scores["bpb_en"] + scores["bpb_de"]) / 2)
     limited = Validation([ValidationText("en", 60.0, texts[0]), ValidationText("en", 6.0, texts[1])], size=20.0)
-    assert [(text.size, len(text.ids)) for text in limited._chosen] == [(20.0, 10)]
+    assert [(text.size, len(text.ids)) for text in limited._selected] == [(20.0, 10)]
     assert Validation([])(model) == {}
 
 
@@ -495,8 +495,8 @@ def test_a_masked_loss_is_that_of_the_counted_targets_with_a_pull_on_them_alone(
 def test_the_loss_in_pieces_is_that_of_the_logits(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, scale: float, masked: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "PIECE", 5 * 37)  # 5 tokens, which do not divide 2 x 11
-    monkeypatch.setattr(loss_module, "FEWEST", 2)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * 37)  # 5 tokens, which do not divide 2 x 11
+    monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 2)
     head = Linear(16, 37)
     head.compute_dtype = dtype
     torch.nn.init.normal_(head.weight)
@@ -535,5 +535,5 @@ def test_keep_freed_memory_answers() -> None:
 def test_a_checkpoint_with_earlier_names_of_settings_can_be_resumed(tmp_path: Path) -> None:
     checkpoint = RunCheckpoint(tmp_path, Distributed(), {"max_lr": 1e-3, "warmup_steps": 10})
     checkpoint._check(tmp_path, {"identity": {"peak": 1e-3, "warmup": 10}})
-    with pytest.raises(CheckpointError, match=r"max_lr was 0\.002 and is 0\.001 now"):
+    with pytest.raises(CheckpointError, match=r"max_lr was 0\.002 and is now 0\.001"):
         checkpoint._check(tmp_path, {"identity": {"peak": 2e-3, "warmup": 10}})

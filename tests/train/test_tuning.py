@@ -23,8 +23,8 @@ from fledge.data.examples import ExampleBatches
 from fledge.tokenizer import byte_vocabulary, tokenizer_for
 from fledge.train import run_checkpoint
 from fledge.train.loss import batch_loss
-from fledge.train.tuning.run import TuningResult, TuningRun, mean_loss, prepare
-from fledge.train.tuning.settings import LoraSettings, TuneSettings, train_settings, tunable
+from fledge.train.tuning.run import TuningResult, TuningRun, compute_mean_loss, prepare
+from fledge.train.tuning.settings import LoraSettings, TuneSettings, build_train_settings, build_trainable_model
 
 TOKENIZER = tokenizer_for(byte_vocabulary())
 RATES = {"full": 2e-3, "lora": 1e-2, "state": 0.3}
@@ -58,7 +58,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def settings_of(mode: str, steps: int = 20, **more: Any) -> TuneSettings:
+def get_settings(mode: str, steps: int = 20, **more: Any) -> TuneSettings:
     return TuneSettings(mode, batch=2, accumulate=2, length=64, steps=steps, rate=RATES[mode], seed=3, **more)
 
 
@@ -66,7 +66,7 @@ def prepared(base: Path, data: Path, settings: TuneSettings, **more: Any) -> Tun
     return prepare(read(base), TOKENIZER, data, settings, device="cpu", **more)
 
 
-def trained(
+def trained_parameters(
     run: TuningRun, folder: Path, stop_at: int | None = None
 ) -> tuple[TuningResult | None, list[dict[str, float]]]:
     """Start a run; with `stop_at`, interrupt it when it reports that step."""
@@ -88,11 +88,11 @@ def trained(
 def test_twenty_steps_lower_the_loss_and_leave_the_base_alone(
     base: Path, data: Path, tmp_path: Path, mode: str, dtype: str
 ) -> None:
-    file, run = base.read_bytes(), prepared(base, data, settings_of(mode), dtype=dtype)
+    file, run = base.read_bytes(), prepared(base, data, get_settings(mode), dtype=dtype)
     before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
-    first = mean_loss(run.model, run.examples.items)
-    done, lines = trained(run, tmp_path / "run")
-    assert done is not None and mean_loss(run.model, run.examples.items) < 0.85 * first
+    first = compute_mean_loss(run.model, run.examples.items)
+    done, lines = trained_parameters(run, tmp_path / "run")
+    assert done is not None and compute_mean_loss(run.model, run.examples.items) < 0.85 * first
     assert lines[-1]["loss"] < lines[0]["loss"] and [line["step"] for line in lines] == list(range(2, 21, 2))
     for name, weight in run.model.named_parameters():
         trains = mode == "full" or ".lora_" in name or name.endswith("time_state")
@@ -108,10 +108,10 @@ def test_twenty_steps_lower_the_loss_and_leave_the_base_alone(
 )
 def test_the_older_versions_are_tuned_too(data: Path, tmp_path: Path, version: str, mode: str) -> None:
     torch.save(random_checkpoint(version, n_layer=2, n_embd=32, vocab_size=256), tmp_path / "base.pth")
-    run = prepared(tmp_path / "base.pth", data, settings_of(mode))
-    first = mean_loss(run.model, run.examples.items)
-    done, _ = trained(run, tmp_path / "run")
-    assert done is not None and mean_loss(run.model, run.examples.items) < 0.85 * first
+    run = prepared(tmp_path / "base.pth", data, get_settings(mode))
+    first = compute_mean_loss(run.model, run.examples.items)
+    done, _ = trained_parameters(run, tmp_path / "run")
+    assert done is not None and compute_mean_loss(run.model, run.examples.items) < 0.85 * first
     example = run.examples.items[0].ids.tolist()
     options = {} if mode == "full" else {"adapter": done.path}
     llm = fledge.load(done.path if mode == "full" else tmp_path / "base.pth", device="cpu", **options)
@@ -124,8 +124,8 @@ def test_the_older_versions_are_tuned_too(data: Path, tmp_path: Path, version: s
 
 @every_mode
 def test_the_result_is_used_as_it_was_trained(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
-    run = prepared(base, data, settings_of(mode))
-    done, _ = trained(run, tmp_path / "run")
+    run = prepared(base, data, get_settings(mode))
+    done, _ = trained_parameters(run, tmp_path / "run")
     assert done is not None
     if mode == "full":
         llm = fledge.load(done.path, device="cpu", dtype="float32")
@@ -143,10 +143,10 @@ def test_the_result_is_used_as_it_was_trained(base: Path, data: Path, tmp_path: 
 
 
 def test_the_files_say_where_they_come_from(base: Path, data: Path, tmp_path: Path) -> None:
-    lora, _ = trained(
-        prepared(base, data, settings_of("lora", 2, lora=LoraSettings(3, 12.0, ("att.key",)))), tmp_path / "a"
+    lora, _ = trained_parameters(
+        prepared(base, data, get_settings("lora", 2, lora=LoraSettings(3, 12.0, ("att.key",)))), tmp_path / "a"
     )
-    state, _ = trained(prepared(base, data, settings_of("state", 2)), tmp_path / "b")
+    state, _ = trained_parameters(prepared(base, data, get_settings("state", 2)), tmp_path / "b")
     assert lora is not None and state is not None
     adapter = read_adapter(lora.path)
     assert (adapter.kind, adapter.rank, adapter.alpha, adapter.targets) == ("lora", 3, 12.0, ("att.key",))
@@ -158,63 +158,67 @@ def test_the_files_say_where_they_come_from(base: Path, data: Path, tmp_path: Pa
 
 @every_mode
 def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
-    whole, cut = prepared(base, data, settings_of(mode)), prepared(base, data, settings_of(mode))
-    trained(whole, tmp_path / "whole")
-    assert trained(cut, tmp_path / "cut", stop_at=8)[0] is None
-    again = prepared(base, data, settings_of(mode))
-    done, lines = trained(again, tmp_path / "cut")
+    whole, cut = prepared(base, data, get_settings(mode)), prepared(base, data, get_settings(mode))
+    trained_parameters(whole, tmp_path / "whole")
+    assert trained_parameters(cut, tmp_path / "cut", stop_at=8)[0] is None
+    again = prepared(base, data, get_settings(mode))
+    done, lines = trained_parameters(again, tmp_path / "cut")
     assert done is not None and lines[0]["step"] == 8  # whose line came, but was not yet known to have come
     for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     if mode != "full":
         assert (
             torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["model"].keys()
-            == run_checkpoint.trained(again.model).keys()
+            == run_checkpoint.trained_parameters(again.model).keys()
         )
 
 
 def test_a_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    trained(prepared(base, data, settings_of("lora", 2)), folder)
-    for other in (settings_of("state", 2), settings_of("lora", 2, lora=LoraSettings(rank=3)), settings_of("lora", 4)):
-        with pytest.raises(CheckpointError, match=r"of another run: \w+ was .* take another folder"):
+    trained_parameters(prepared(base, data, get_settings("lora", 2)), folder)
+    for other in (
+        get_settings("state", 2),
+        get_settings("lora", 2, lora=LoraSettings(rank=3)),
+        get_settings("lora", 4),
+    ):
+        with pytest.raises(CheckpointError, match=r"belongs to another run: \w+ was .* choose another folder"):
             prepared(base, data, other).start(folder, lambda line: None)
     kept = (folder / "run.json").read_text()
     (tmp_path / "other.jsonl").write_text('{"text": "tweet"}\n')
-    with pytest.raises(CheckpointError, match="of another run: data was"):
-        prepared(base, tmp_path / "other.jsonl", settings_of("lora", 2)).start(folder, lambda line: None)
+    with pytest.raises(CheckpointError, match="another run: data was"):
+        prepared(base, tmp_path / "other.jsonl", get_settings("lora", 2)).start(folder, lambda line: None)
     assert (folder / "run.json").read_text() == kept
-    prepared(base, data, replace(settings_of("lora", 2), rate=1e-3)).start(folder, lambda line: None)  # the rate may
+    prepared(base, data, replace(get_settings("lora", 2), rate=1e-3)).start(folder, lambda line: None)  # the rate may
 
 
 def test_parts_are_trained_whole_beside_a_lora(base: Path, data: Path, tmp_path: Path) -> None:
-    settings = settings_of("lora", lora=LoraSettings(parts=("time", "ln")))
+    settings = get_settings("lora", lora=LoraSettings(parts=("time", "ln")))
     run = prepared(base, data, settings)
-    done, _ = trained(run, tmp_path / "run")
+    done, _ = trained_parameters(run, tmp_path / "run")
     assert done is not None
     parts = read_adapter(done.path).full_parameters
     assert {"blocks.1.att.time_maa_w2", "ln_out.bias", "blocks.0.ln0.weight", "blocks.1.att.ln_x.bias"} <= parts.keys()
     assert not any(name.endswith("key.weight") for name in parts)
     assert not torch.equal(parts["ln_out.bias"], read(base).tensors["ln_out.bias"])
     with pytest.raises(UsageError, match="no parameter has 'tome' in its name"):
-        tunable(read(base), settings_of("lora", lora=LoraSettings(parts=("tome",))))
+        build_trainable_model(read(base), get_settings("lora", lora=LoraSettings(parts=("tome",))))
 
 
 def test_a_tuned_state_is_tuned_further(base: Path, data: Path, tmp_path: Path) -> None:
-    done, _ = trained(prepared(base, data, settings_of("state", 5)), tmp_path / "run")
+    done, _ = trained_parameters(prepared(base, data, get_settings("state", 5)), tmp_path / "run")
     assert done is not None
     found, state = read(base), load_tuned_state(done.path)
     with_state = replace(found, config=replace(found.config, tuned_state=True), tensors={**found.tensors, **state})
-    model = tunable(with_state, settings_of("state"))
+    model = build_trainable_model(with_state, get_settings("state"))
     assert torch.equal(model.get_parameter("blocks.1.att.time_state"), state["blocks.1.att.time_state"])
 
 
 def test_what_cannot_be_tuned(base: Path, data: Path, tmp_path: Path) -> None:
     torch.save(random_checkpoint("4", n_layer=1, n_embd=16, vocab_size=256), tmp_path / "old.pth")
     with pytest.raises(fledge.FledgeError, match="RWKV-4 model, which has no matrix state"):
-        tunable(read(tmp_path / "old.pth"), settings_of("state"))
+        build_trainable_model(read(tmp_path / "old.pth"), get_settings("state"))
     with pytest.raises(UsageError, match="float16 overflows in training"):
-        prepared(base, data, settings_of("lora"), dtype="float16")
+        prepared(base, data, get_settings("lora"), dtype="float16")
     with pytest.raises(ConfigError, match="mode 'half' is unknown"):
         TuneSettings("half")
     with pytest.raises(ConfigError, match="both must be above 0"):
@@ -231,13 +235,13 @@ def test_steps_and_rates() -> None:
     assert replace(settings, rate=0.5).schedule(5).min_lr == 0.005 and settings.schedule(5).warmup_steps == 0
     full = TuneSettings("full").schedule(100)
     assert full.rate(50) == full.rate(99) == 1e-5
-    assert train_settings(settings, 200).adam.weight_decay == 0.0
+    assert build_train_settings(settings, 200).adam.weight_decay == 0.0
 
 
 @every_mode
 def test_an_estimate_of_memory_is_near_what_autograd_keeps(base: Path, data: Path, mode: str) -> None:
     """Between what a forward pass keeps for the gradients, and half as much again with all gradients beside it."""
-    run = prepared(base, data, settings_of(mode))
+    run = prepared(base, data, get_settings(mode))
     batches, kept = run.batches, dict[int, Tensor]()
     largest = batches[max(range(batches.per_epoch), key=batches.sizes.__getitem__)]
     weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
@@ -258,7 +262,7 @@ def test_an_estimate_of_time_is_the_whole_run_at_the_speed_of_the_trial(
     base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock that says that the trial took three seconds, one for each of its batches."""
-    run, clock = prepared(base, data, settings_of("lora")), iter([10.0, 13.0])
+    run, clock = prepared(base, data, get_settings("lora")), iter([10.0, 13.0])
     monkeypatch.setattr("fledge.train.tuning.estimate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     seconds = run.estimate().seconds
     per_batch = [3 * (size - 2) / sum(size - 2 for size in run.batches.sizes[:3]) for size in run.batches.sizes]
@@ -267,12 +271,12 @@ def test_an_estimate_of_time_is_the_whole_run_at_the_speed_of_the_trial(
 
 
 def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
-    costs = {mode: prepared(base, data, settings_of(mode)).estimate() for mode in RATES}
+    costs = {mode: prepared(base, data, get_settings(mode)).estimate() for mode in RATES}
     assert costs["state"].trained == 2 * 4 * 8 * 8
     assert costs["full"].optimizer == 8 * costs["full"].trained > costs["lora"].optimizer > costs["state"].optimizer
     for cost in costs.values():
         assert cost.memory == cost.weights + cost.optimizer + cost.batch
-    run = prepared(base, data, settings_of("lora"))
+    run = prepared(base, data, get_settings("lora"))
     before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
     run.estimate()
     assert all(
@@ -281,7 +285,7 @@ def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
 
 
 def test_validation_is_the_mean_over_all_that_counts(base: Path, data: Path, tmp_path: Path) -> None:
-    run = prepared(base, data, settings_of("lora", 2), validate=data)
+    run = prepared(base, data, get_settings("lora", 2), validate=data)
     losses: list[Tensor] = []
     with torch.no_grad():
         for example in run.examples.items:
@@ -289,9 +293,9 @@ def test_validation_is_the_mean_over_all_that_counts(base: Path, data: Path, tmp
             wanted = torch.from_numpy(example.ids[1:].astype(np.int64))
             each = torch.nn.functional.cross_entropy(logits[0], wanted, reduction="none")
             losses.append(each[torch.from_numpy(example.loss_mask[1:])])
-    assert mean_loss(run.model, run.examples.items, 3) == pytest.approx(
+    assert compute_mean_loss(run.model, run.examples.items, 3) == pytest.approx(
         float(torch.cat(losses).mean()), rel=MODEL_TOLERANCE
     )
-    _, lines = trained(run, tmp_path / "run")
+    _, lines = trained_parameters(run, tmp_path / "run")
     assert "validation_loss" in lines[-1]
     assert len(ExampleBatches(run.examples.items, 2, 0)[0].idx) == 2

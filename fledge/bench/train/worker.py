@@ -28,7 +28,7 @@ from fledge.kernels.dispatch import prefer
 from fledge.models import ModelConfig, build, init_weights
 from fledge.models.layers import set_compute_dtype
 from fledge.train.distributed import Distributed
-from fledge.train.loop import TrainSettings, gradients
+from fledge.train.loop import TrainSettings, compute_gradients
 from fledge.train.loss import head_loss, next_token_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.optim import AdamSettings, build_optimizer, set_learning_rate
@@ -153,7 +153,7 @@ def measure_passing(job: dict[str, Any]) -> JobResult:
     batch = Batch(torch.randint(config.vocab_size, (1, job["length"] + 1)).to(device))
     losses = []
     for _ in range(job["steps"]):
-        losses.append(gradients(model, [batch], settings, Distributed())[0])
+        losses.append(compute_gradients(model, [batch], settings, Distributed())[0])
         optimizer.step()
     return {"peak_bytes": _peak_memory(device), "loss": losses[-1]}
 

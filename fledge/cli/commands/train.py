@@ -1,4 +1,4 @@
-"""`fledge train`: a recipe and a token store in, a model out; what it is doing meanwhile, and the loss as a picture."""
+"""`fledge train`: train a model from a recipe and a token store, with a progress view and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from fledge.cli.options import spread
 from fledge.cli.terminal import escape_controls, message_console, print_note, print_rows
-from fledge.cli.views.training import as_text
+from fledge.cli.views.training import format_line
 from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,66 +24,78 @@ app = typer.Typer(name="train", add_completion=False)
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where everything is, and what is not as the recipe says."""
+    """The options of `fledge train`."""
 
     data: Annotated[str, typer.Option(metavar="STORE", help="The token store: a folder, or the prefix of a binidx.")]
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="The run: checkpoints, metrics, the finished model.")]
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for checkpoints, metrics and the finished model.")]
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change a setting; may be repeated.")] = (
         None
     )
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="MODEL", help="Begin with these weights: a checkpoint, or tiny-finch."),
+        typer.Option("--from", metavar="MODEL", help="Start with these weights: a checkpoint, or tiny-finch."),
     ] = None
     parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp. (default: ddp)")] = "ddp"
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. (default: the best that is there)")] = None
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files into the folder.")] = (
-        False
-    )
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: a GPU if there is one)")] = None
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard into the folder.")
+    ] = False
 
 
 @app.command()
 @spread
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or file.py:function.")],
+    recipe: Annotated[str, typer.Argument(help="The name of a recipe, or file.py:function.")],
     options: TrainOptions,
-    show: Annotated[bool, typer.Option("--show", help="Print every setting, and train nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print all settings without training.")] = False,
 ) -> None:
-    """Train a model, or continue where an earlier call with the same folder has stopped.
+    """Train a model, or continue an earlier run in the same folder.
 
-    Ctrl-C (also SIGTERM) ends the run after the present step, which is saved. With several processes:
+    Ctrl-C and SIGTERM end the run after the current step, which is saved. With several processes:
     torchrun --nproc-per-node 2 -m fledge train ...
     """
     from fledge.train.builtin_recipes import find_recipe
 
-    chosen = find_recipe(recipe).changed(dict(_pair(text) for text in options.set or ()))
+    settings = find_recipe(recipe).changed(dict(_parse_setting(text) for text in options.set or ()))
     if show:
-        print_rows([(name, str(value)) for name, value in vars(chosen).items()])
+        print_rows([(name, str(value)) for name, value in vars(settings).items()])
         return
     from fledge.engine.llm.loading import locate_checkpoint
     from fledge.train.distributed import join
     from fledge.train.run import run
 
     start = None if options.start is None else locate_checkpoint(options.start)
-    with join(options.parallel, options.device) as team, _reports(chosen, options, team.is_main) as report:
-        result = run(chosen, options.data, options.to, report, start=start, team=team, device=options.device)
-    if team.is_main:
-        _draw(options.to)
+    with (
+        join(options.parallel, options.device) as distributed,
+        _open_reports(settings, options, distributed.is_main) as report,
+    ):
+        result = run(
+            settings,
+            options.data,
+            options.to,
+            report,
+            start=start,
+            distributed=distributed,
+            device=options.device,
+        )
+    if distributed.is_main:
+        _plot(options.to)
         print(escape_controls(str(result)))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"--set takes NAME=VALUE, not {text!r}")
+        raise UsageError(f"--set needs NAME=VALUE, not {text!r}")
     return name.strip(), value.strip()
 
 
 @contextlib.contextmanager
-def _reports(recipe: Recipe, options: TrainOptions, leads: bool) -> Iterator[Callable[[Line], None]]:
-    """What is to be told of every line: a view on a terminal, plain lines elsewhere, and TensorBoard if asked for."""
+def _open_reports(recipe: Recipe, options: TrainOptions, is_main: bool) -> Iterator[Callable[[Line], None]]:
+    """The function that receives every line of metrics. It updates the view in a terminal, or prints the line, and it
+    writes for TensorBoard if requested."""
     with contextlib.ExitStack() as stack:
-        if not leads:
+        if not is_main:
             yield lambda line: None
             return
         sinks: list[Callable[[Line], None]] = []
@@ -92,22 +104,22 @@ def _reports(recipe: Recipe, options: TrainOptions, leads: bool) -> Iterator[Cal
 
             sinks.append(stack.enter_context(TrainView(recipe.steps)))
         else:
-            sinks.append(lambda line: print_note(as_text(line)))
+            sinks.append(lambda line: print_note(format_line(line)))
         if options.tensorboard:
-            sinks.append(_tensorboard(options.to, stack))
+            sinks.append(_open_tensorboard(options.to, stack))
 
-        def tell(line: Line) -> None:
+        def report(line: Line) -> None:
             for sink in sinks:
                 sink(line)
 
-        yield tell
+        yield report
 
 
-def _tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable[[Line], None]:
+def _open_tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable[[Line], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError('TensorBoard is not installed; `pip install "fledge[train]"` brings it') from None
+        raise UsageError('TensorBoard is not installed; run `pip install "fledge[train]"`') from None
     writer: Any = SummaryWriter(str(folder / "tensorboard"))
     stack.callback(writer.close)
 
@@ -119,11 +131,11 @@ def _tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable[[Line], 
     return write
 
 
-def _draw(folder: Path) -> None:
-    """The loss as a picture, where matplotlib is."""
+def _plot(folder: Path) -> None:
+    """Write the plot of the losses if matplotlib is installed."""
     try:
-        from fledge.train.plot import draw
+        from fledge.train.plot import plot_losses
     except ImportError:
-        print_note('note: `pip install "fledge[train]"` brings what draws the loss')
+        print_note('note: matplotlib is not installed; for a plot of the loss, run `pip install "fledge[train]"`')
         return
-    draw(folder / "metrics.jsonl", folder / "loss.png")
+    plot_losses(folder / "metrics.jsonl", folder / "loss.png")

@@ -1,4 +1,4 @@
-"""`fledge tune`: adapt a checkpoint to examples of one's own; merge and convert what came out of it."""
+"""`fledge tune`: fine-tune a checkpoint, and merge or convert adapters."""
 
 from __future__ import annotations
 
@@ -16,49 +16,58 @@ if TYPE_CHECKING:
     from fledge.train.tuning.settings import TuneSettings
 
 BaseName = Annotated[str, typer.Argument(metavar="BASE", help="A checkpoint (file or folder), or tiny-finch.")]
-Data = Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="JSON lines, a text or messages each.")]
+Data = Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="JSON lines, each with a text or messages.")]
 AdapterFiles = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapter files.")]
-Alpha = Annotated[float | None, typer.Option(help="Of a LoRA whose file does not record it (.pth).")]
+Alpha = Annotated[float | None, typer.Option(help="Alpha of a LoRA file that does not record it (.pth).")]
 
 app = typer.Typer(name="tune", add_completion=False)
 
 
 @app.callback()
 def tune() -> None:
-    """Adapt a checkpoint to examples of your own: all of it, a LoRA, or only the state it starts from."""
+    """Fine-tune a checkpoint on your own examples: all weights, a LoRA, or only the initial state."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What all modes share."""
+    """The options of all modes."""
 
     to: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The run's folder; a run that is there goes on.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the run. An earlier run in it continues.")
     ] = None
-    validate: Annotated[Path | None, typer.Option(metavar="FILE", help="Examples to measure on, never trained.")] = None
+    validate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Examples for validation. They are not trained on.")
+    ] = None
     template: Annotated[
         str | None,
-        typer.Option(help="How messages are written: world, instruct or qa. (default: as BASE was tuned, else world)"),
+        typer.Option(help="Chat template: world, instruct or qa. (default: that of BASE, else world)"),
     ] = None
-    length: Annotated[int, typer.Option(help="Tokens of an example that are read; the rest is cut.")] = 1024
-    batch: Annotated[int, typer.Option(help="Examples at a time.")] = 4
-    accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1
-    epochs: Annotated[float, typer.Option(help="Times that every example is read.")] = 3.0
-    steps: Annotated[int | None, typer.Option(help="In place of --epochs.")] = None
+    length: Annotated[int, typer.Option(help="Maximum tokens per example. The rest is cut off.")] = 1024
+    batch: Annotated[int, typer.Option(help="Examples per micro-batch.")] = 4
+    accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1
+    epochs: Annotated[float, typer.Option(help="Number of passes over all examples.")] = 3.0
+    steps: Annotated[int | None, typer.Option(help="Number of steps, instead of --epochs.")] = None
     rate: Annotated[float | None, typer.Option(help="Learning rate. (full 1e-5, lora 2e-4, state 1)")] = None
     final_rate: Annotated[
-        float | None, typer.Option(help="At the end. (full: the same, lora a tenth, state a hundredth)")
+        float | None,
+        typer.Option(help="Learning rate at the end. (full: the same, lora: a tenth, state: a hundredth)"),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of the order of examples and the first factors.")] = 0
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or mps. (default: a GPU if any)")] = None
+    seed: Annotated[int, typer.Option(help="Seed of the order of examples and of new LoRA factors.")] = 0
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda or mps. (default: a GPU if there is one)")
+    ] = None
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="float32 or bfloat16, of the matrix products. (default: as suits)"),
+        typer.Option(
+            metavar="NAME", help="float32 or bfloat16, for the matrix products. (default: depends on the device)"
+        ),
     ] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do not.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the estimates without training.")] = (
+        False
+    )
 
     def settings(self, mode: str, **more: Any) -> TuneSettings:
-        """For the trainer, but for the template, which the base may decide."""
+        """The settings for the trainer, with the default template: that of the base is not known yet."""
         from fledge.train.tuning.settings import TuneSettings
 
         names = ("batch", "accumulate", "length", "epochs", "steps", "rate", "final_rate", "seed")
@@ -68,7 +77,7 @@ class RunOptions:
 @app.command()
 @spread
 def full(base: BaseName, data: Data, options: RunOptions) -> None:
-    """Train all weights further."""
+    """Train all weights."""
     _run(base, data, options, options.settings("full"))
 
 
@@ -78,51 +87,55 @@ def lora(
     base: BaseName,
     data: Data,
     options: RunOptions,
-    rank: Annotated[int, typer.Option(help="Of the factors.")] = 16,
-    alpha: Annotated[float, typer.Option(help="Their product counts alpha / rank times.")] = 32.0,
+    rank: Annotated[int, typer.Option(help="Rank of the factors.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Their product is multiplied by alpha / rank.")] = 32.0,
     targets: Annotated[
-        str | None, typer.Option(help="Matrices, with commas: att.key, value and so on. (default: all)")
+        str | None,
+        typer.Option(help="Matrices with factors, separated by commas: att.key, value and so on. (default: all)"),
     ] = None,
     train_parts: Annotated[
-        str | None, typer.Option(metavar="WORDS", help="Also train what has these in its name, whole: time,ln.")
+        str | None,
+        typer.Option(metavar="WORDS", help="Also train all parameters whose name contains one of these: time,ln."),
     ] = None,
 ) -> None:
-    """Train factors of low rank beside the weights, which stay as they are."""
+    """Train low-rank factors. The weights do not change."""
     from fledge.models.adapters import TARGETS
     from fledge.train.tuning.settings import LoraSettings
 
-    chosen = LoraSettings(rank, alpha, _words(targets) or TARGETS, _words(train_parts))
-    _run(base, data, options, options.settings("lora", lora=chosen))
+    settings = LoraSettings(rank, alpha, _split_words(targets) or TARGETS, _split_words(train_parts))
+    _run(base, data, options, options.settings("lora", lora=settings))
 
 
 @app.command()
 @spread
 def state(base: BaseName, data: Data, options: RunOptions) -> None:
-    """Train only the state that texts begin from."""
+    """Train only the initial state."""
     _run(base, data, options, options.settings("state"))
 
 
-def _words(text: str | None) -> tuple[str, ...]:
+def _split_words(text: str | None) -> tuple[str, ...]:
     return tuple(filter(None, (word.strip() for word in (text or "").split(","))))
 
 
 def _run(base: str, data: Path, options: RunOptions, settings: TuneSettings) -> None:
-    """Read, show or train, and say how to use the result."""
+    """Train, or show the plan, and print how to use the result."""
     if options.to is None and not options.dry_run:
-        raise UsageError("give the folder of the run, --to FOLDER, or --dry-run to see what it would do")
+        raise UsageError("give a folder for the run, --to FOLDER, or --dry-run to see the plan")
     from fledge import checkpoint
     from fledge.cli.views.tuning import show_examples, show_line, show_plan, show_result
     from fledge.engine.llm.loading import locate_checkpoint
     from fledge.train.tuning.run import prepare
 
     with SlowBar("reading base and examples"):
-        found = checkpoint.read(locate_checkpoint(base))
-        settings = replace(settings, template=options.template or found.template or settings.template)
-        tokenizer = checkpoint.load_tokenizer(found.tokenizer_spec, found.config.vocab_size, str(found.path))
+        base_checkpoint = checkpoint.read(locate_checkpoint(base))
+        settings = replace(settings, template=options.template or base_checkpoint.template or settings.template)
+        tokenizer = checkpoint.load_tokenizer(
+            base_checkpoint.tokenizer_spec, base_checkpoint.config.vocab_size, str(base_checkpoint.path)
+        )
         validate, device, dtype = options.validate, options.device, options.dtype
-        run = prepare(found, tokenizer, data, settings, validate=validate, device=device, dtype=dtype)
+        run = prepare(base_checkpoint, tokenizer, data, settings, validate=validate, device=device, dtype=dtype)
     if options.to is None or options.dry_run:
-        with SlowBar("trying a few batches"):
+        with SlowBar("running a few batches"):
             cost = run.estimate()
         show_plan(run, cost)
         show_examples(run)
@@ -142,22 +155,22 @@ def merge(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
 ) -> None:
-    """Write a checkpoint with adapters in its weights; kept only if it predicts what base and adapter do."""
+    """Merge adapters into the weights and write a checkpoint. Its predictions are verified."""
     with SlowBar("merging"):
         from fledge import checkpoint
         from fledge.cli.options import read_adapters
         from fledge.engine.llm.loading import locate_checkpoint
 
-        done = checkpoint.merge_to_file(
+        result = checkpoint.merge_to_file(
             locate_checkpoint(base), read_adapters(adapters, alpha, any_base), to, force=force
         )
-    print(escape_controls(f"{done.target}: {done.nbytes:,} bytes"))
+    print(escape_controls(f"{result.target}: {result.nbytes:,} bytes"))
     print(
-        f"verified: the adapter moves logits by up to {done.effect:.2g} of their spread, merging changed that by "
-        f"{done.difference:.2g}"
+        f"verified: the adapter changes logits by up to {result.effect:.2g} standard deviations; merging added an "
+        f"error of {result.difference:.2g}"
     )
-    for sentence in done.notes:
-        print_note(f"note: {sentence}")
+    for note in result.notes:
+        print_note(f"note: {note}")
 
 
 @app.command()
@@ -166,18 +179,18 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The .safetensors or .pth to write.")],
     alpha: Alpha = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Record this model as the one it was trained on (.safetensors).")
+        str | None, typer.Option("--base", help="Record this model as the base of the adapter (.safetensors).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
 ) -> None:
-    """Write an adapter in the other form: .pth for RWKV-PEFT and rwkv, .safetensors with everything recorded."""
+    """Convert an adapter: .pth for RWKV-PEFT and rwkv, .safetensors with all metadata."""
     from fledge import checkpoint
     from fledge.cli.options import read_adapters
     from fledge.engine.llm.loading import locate_checkpoint
 
     (adapter,) = read_adapters([source], alpha, any_base=False)
-    found = None if base is None else checkpoint.read(locate_checkpoint(base))
-    notes = checkpoint.convert_adapter(adapter, target, base=found, force=force)
+    base_checkpoint = None if base is None else checkpoint.read(locate_checkpoint(base))
+    notes = checkpoint.convert_adapter(adapter, target, base=base_checkpoint, force=force)
     print(escape_controls(f"{target}: {adapter.kind}, {target.stat().st_size:,} bytes"))
-    for sentence in notes:
-        print_note(f"note: {sentence}")
+    for note in notes:
+        print_note(f"note: {note}")

@@ -1,8 +1,7 @@
-"""One fine-tuning run: base and examples brought together, trained with the common loop, and what it leaves behind.
+"""A fine-tuning run: reads the base and the examples, trains with the common loop, and writes the result.
 
-A run's folder holds the loop's own run.json, last.pt and metrics.jsonl, and at the end the result. Starting the same
-run again continues where it stopped; another base, other data, or other settings than MAY_CHANGE are refused.
-Not here: what is trained (tuning.py), the loop (loop.py), printing.
+The folder of a run contains run.json, last.pt and metrics.jsonl from the loop, and finally the result. Starting the
+same run again continues it. The base, the data, and all settings except those in MAY_CHANGE must then be the same.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from fledge.train.loop import train
 from fledge.train.loss import batch_loss
 from fledge.train.memory import keep_freed_memory
 from fledge.train.metrics import Report
-from fledge.train.run_checkpoint import trained
+from fledge.train.run_checkpoint import trained_parameters
 from fledge.train.tuning.estimate import CostEstimate, estimate
-from fledge.train.tuning.settings import TuneSettings, train_settings, tunable
+from fledge.train.tuning.settings import TuneSettings, build_train_settings, build_trainable_model
 
 MAY_CHANGE = ("rate", "final_rate")
-"""Settings with which a run may go on that are not those it began with."""
+"""Settings that may change when a run continues."""
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """What a run wrote: the file to use, and others for other programs."""
+    """The files that a run has written: one for Fledge, and others for other programs."""
 
     path: Path
     others: tuple[Path, ...] = ()
@@ -45,7 +44,7 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class TuningRun:
-    """Everything a run needs, before it has done anything."""
+    """Everything that a run needs, before it starts."""
 
     base: Checkpoint
     model: BaseModel
@@ -57,45 +56,45 @@ class TuningRun:
 
     @property
     def batches(self) -> ExampleBatches:
-        """The examples in their order."""
+        """The batches of examples, in order."""
         return ExampleBatches(self.examples.items, self.settings.batch, self.settings.seed)
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """The number of steps of the whole run."""
         return self.settings.count_steps(self.batches.per_epoch)
 
     @property
     def epochs(self) -> float:
-        """How often every example is read."""
+        """The number of times that every example is read."""
         return self.steps * self.settings.accumulate / self.batches.per_epoch
 
     def estimate(self) -> CostEstimate:
-        """Memory and time; tries a few batches."""
-        return estimate(self.model, self.batches, train_settings(self.settings, self.steps, self.compute_dtype))
+        """Estimate memory and time by running a few batches."""
+        return estimate(self.model, self.batches, build_train_settings(self.settings, self.steps, self.compute_dtype))
 
     def start(self, folder: Path, report: Report) -> TuningResult:
-        """Train to the end, or continue with the run in `folder`; `report` is given every line of its metrics.
+        """Train to the end, or continue the run in `folder`. `report` is called with every line of its metrics.
 
-        Raises CheckpointError where the folder holds another run.
+        Raises CheckpointError if the folder contains another run.
         """
         base, data = describe_base(self.base), hash_file(self.examples.path)
         settings = json.loads(json.dumps(asdict(self.settings)))
         fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
         identity = {"base": base.identity, "data": data, **fixed}
         keep_freed_memory()
-        options = train_settings(self.settings, self.steps, self.compute_dtype)
+        options = build_train_settings(self.settings, self.steps, self.compute_dtype)
         train(self.model, self.batches, options, folder, self._validate, report, identity=identity)
-        training = {"data": self.examples.path.name, "data_sha256": data, **settings, **self._chosen()}
+        record = {"data": self.examples.path.name, "data_sha256": data, **settings, **self._resolved_settings()}
         if self.settings.mode != "lora":
-            del training["lora"]
+            del record["lora"]
         if not self.examples.conversations:
-            del training["template"]  # none was learnt
+            del record["template"]  # the examples did not use it
         kind = "state" if self.settings.mode == "state" else "lora"
-        return _write(self, folder, Adapter(kind, {}, None, base, folder, training))
+        return _write_result(self, folder, Adapter(kind, {}, None, base, folder, record))
 
-    def _chosen(self) -> dict[str, float]:
-        """What settings may leave to the mode and the data, as it was."""
+    def _resolved_settings(self) -> dict[str, float]:
+        """The values of settings that depend on the mode and the data."""
         schedule = self.settings.schedule(self.steps)
         rates = {"rate": schedule.max_lr, "final_rate": schedule.min_lr, "warmup_steps": schedule.warmup_steps}
         return {"steps": self.steps, "epochs": self.epochs, **rates}
@@ -103,7 +102,7 @@ class TuningRun:
     def _validate(self, model: BaseModel) -> dict[str, float]:
         if self.validation is None:
             return {}
-        return {"validation_loss": mean_loss(model, self.validation.items, self.settings.batch)}
+        return {"validation_loss": compute_mean_loss(model, self.validation.items, self.settings.batch)}
 
 
 def prepare(
@@ -116,60 +115,60 @@ def prepare(
     device: str | None = None,
     dtype: str | None = None,
 ) -> TuningRun:
-    """Read the examples and make the model.
+    """Read the examples and build the model.
 
-    dtype: of the products with matrices, and of those that are not trained; None is float32 for a small model on a CPU,
-    else bfloat16. Raises UsageError for bad examples, an unknown device or dtype.
+    dtype: of the matrix products, and of the matrices that are not trained; None: float32 for a small model on a CPU,
+    else bfloat16. Raises UsageError for invalid examples and an unknown device or dtype.
     """
     read = partial(read_examples, tokenizer=tokenizer, template=settings.template, length=settings.length)
-    examples, held_out = read(data), None if validate is None else read(validate)
-    place, _ = choose_device(device)
-    numbers = sum(tensor.numel() for tensor in base.tensors.values())
-    chosen, _ = choose_dtype(dtype, place, numbers)
-    if chosen == torch.float16:
+    examples, validation = read(data), None if validate is None else read(validate)
+    torch_device, _ = choose_device(device)
+    parameters = sum(tensor.numel() for tensor in base.tensors.values())
+    matrix_dtype, _ = choose_dtype(dtype, torch_device, parameters)
+    if matrix_dtype == torch.float16:
         raise UsageError("dtype float16 overflows in training; choose float32 or bfloat16")
-    chosen = chosen or torch.bfloat16
-    model = tunable(base, settings, device=place, dtype=chosen)
-    compute = None if chosen == torch.float32 else chosen
-    set_compute_dtype(model, compute)
-    return TuningRun(base, model, tokenizer, examples, settings, held_out, compute)
+    matrix_dtype = matrix_dtype or torch.bfloat16
+    model = build_trainable_model(base, settings, device=torch_device, dtype=matrix_dtype)
+    compute_dtype = None if matrix_dtype == torch.float32 else matrix_dtype
+    set_compute_dtype(model, compute_dtype)
+    return TuningRun(base, model, tokenizer, examples, settings, validation, compute_dtype)
 
 
 @torch.no_grad()
-def mean_loss(model: BaseModel, examples: tuple[Example, ...], batch: int = 4) -> float:
-    """Mean cross-entropy over all tokens that count."""
+def compute_mean_loss(model: BaseModel, examples: tuple[Example, ...], batch: int = 4) -> float:
+    """The mean cross-entropy over all tokens of the loss mask."""
     batches = ExampleBatches(examples, batch, 0)
     total, tokens = 0.0, 0
     for number in range(batches.per_epoch):
-        one = batches[number]
-        total += float(batch_loss(model, one)[0])
-        tokens += one.targets
+        current = batches[number]
+        total += float(batch_loss(model, current)[0])
+        tokens += current.targets
     return total / tokens
 
 
-def _write(run: TuningRun, folder: Path, adapter: Adapter) -> TuningResult:
-    """The result of a finished run."""
-    tensors = {name: tensor.cpu() for name, tensor in trained(run.model).items()}
-    found, settings = run.base, run.settings
+def _write_result(run: TuningRun, folder: Path, adapter: Adapter) -> TuningResult:
+    """Write the files of a finished run."""
+    tensors = {name: tensor.cpu() for name, tensor in trained_parameters(run.model).items()}
+    base, settings = run.base, run.settings
     if settings.mode == "full":
         assert adapter.base is not None
-        path, facts = folder / "model.safetensors", {"from": adapter.base.identity, **adapter.training}
-        kept = {name: _narrowed(tensor, found.tensors[name].dtype) for name, tensor in tensors.items()}
-        template = adapter.template or found.template
-        extra = {"base": found.extra, "tuned": facts, **({"template": template} if template else {})}
-        save(path, found.config, kept, tokenizer_spec=found.tokenizer_spec, extra=extra)
+        path, record = folder / "model.safetensors", {"from": adapter.base.identity, **adapter.training}
+        weights = {name: _convert_if_finite(tensor, base.tensors[name].dtype) for name, tensor in tensors.items()}
+        template = adapter.template or base.template
+        extra = {"base": base.extra, "tuned": record, **({"template": template} if template else {})}
+        save(path, base.config, weights, tokenizer_spec=base.tokenizer_spec, extra=extra)
         return TuningResult(path)
     if settings.mode == "lora":
         path = folder / "adapter.safetensors"
         save_adapter(path, replace(adapter, tensors=tensors, alpha=settings.lora.alpha))
         return TuningResult(path)
-    path, plain = folder / "state.safetensors", folder / "state.pth"
-    for target in (path, plain):
+    path, pth_path = folder / "state.safetensors", folder / "state.pth"
+    for target in (path, pth_path):
         save_adapter(target, replace(adapter, tensors=tensors))
-    return TuningResult(path, (plain,))
+    return TuningResult(path, (pth_path,))
 
 
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the base's dtype, unless that cannot hold it (float16 ends at 65504)."""
-    narrow = tensor.to(dtype)
-    return narrow if bool(narrow.isfinite().all()) else tensor
+def _convert_if_finite(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`, or unchanged if a number would overflow (float16 ends at 65504)."""
+    converted = tensor.to(dtype)
+    return converted if bool(converted.isfinite().all()) else tensor

@@ -1,15 +1,16 @@
-"""Fine-tuning: which parameters of a checkpoint are trained in each mode, and at which rates.
+"""The settings of a fine-tuning run: which parameters each mode trains, and the learning rates.
 
-    mode    trained                                                    learning rate     written
-    full    everything                                                 1e-5, constant    model.safetensors
-    lora    factors on the chosen matrices, and whole parts if asked   2e-4 to 2e-5      adapter.safetensors
-    state   the state that texts begin from, nothing else              1 to 0.01         state.safetensors, state.pth
+    mode    trained                                              learning rate     result
+    full    all parameters                                       1e-5, constant    model.safetensors
+    lora    factors of the selected matrices, and the parameters
+            that match `parts`                                   2e-4 to 2e-5      adapter.safetensors
+    state   the initial state only                               1 to 0.01         state.safetensors, state.pth
 
-The base is never written to. What is trained is float32; what is not keeps the dtype it was loaded in. The rate of the
-state is the official one. It would destroy weights, but Adam moves each number by about the rate whatever the gradient,
-and a state that has read something holds numbers in the tens: on the bundled model, in float32, 40 steps at 1 bring the
-state to a root mean square of 7 and the loss on unseen answers from 4.8 to 2.3, without a spike.
-Not here: the run itself (tuning_run.py), reading examples (fledge.data.examples).
+The base is never changed. Trained parameters are float32; the others keep their dtype.
+
+The learning rate of the state is the official one. It is much higher than for weights because Adam changes each number
+by about the learning rate, and the numbers of a state are in the tens. On the bundled model in float32, 40 steps at
+rate 1 bring the root mean square of the state to 7 and the loss on held-out answers from 4.8 to 2.3, without a spike.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from fledge.train.optim import AdamSettings
 from fledge.train.schedule import LearningRateSchedule
 
 RATES = {"full": (1e-5, 1e-5), "lora": (2e-4, 2e-5), "state": (1.0, 0.01)}
-"""Mode -> learning rate after the warm-up, and at the end."""
+"""The learning rates of each mode: after the warm-up and at the end."""
 
-LARGEST_RANK = 4096  # as wide as a model of 7 billion
-LARGEST = 2**31 - 1  # of what is counted: more is a slip of the finger, and a run that would never end
-MOST_EPOCHS = 1e6
+MAX_RANK = 4096  # the width of a model with 7 billion parameters
+MAX_COUNT = 2**31 - 1  # of batches, tokens and steps; a larger value is a typing error
+MAX_EPOCHS = 1e6
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which matrices get factors, and what is trained whole beside them."""
+    """The matrices that get factors, and the parameters that are fully trained as well."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -46,23 +47,23 @@ class LoraSettings:
     parts: tuple[str, ...] = ()  # parameters whose name contains one of these; RWKV-PEFT's default is ("time", "ln")
 
     def __post_init__(self) -> None:
-        if self.rank > LARGEST_RANK:
-            raise ConfigError(f"rank is {self.rank}; it must be from 1 to {LARGEST_RANK}, and 8 to 64 is usual")
+        if self.rank > MAX_RANK:
+            raise ConfigError(f"rank is {self.rank}; it must be from 1 to {MAX_RANK}, and 8 to 64 is usual")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"alpha is {self.alpha:g}; it must be a number above 0, and twice the rank is usual")
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """One fine-tuning run, without base, data and folder."""
+    """The settings of a fine-tuning run, without the base, the data and the folder."""
 
     mode: str  # one of RATES
-    batch: int = 4  # examples of a micro-batch
-    accumulate: int = 1  # micro-batches of a step
-    length: int = 1024  # tokens of an example that are read
+    batch: int = 4  # examples per micro-batch
+    accumulate: int = 1  # micro-batches per step
+    length: int = 1024  # the maximum of tokens per example; the rest is cut off
     epochs: float = 3.0
-    steps: int | None = None  # in place of epochs
-    rate: float | None = None  # None: the mode's own
+    steps: int | None = None  # replaces `epochs`
+    rate: float | None = None  # None: the default of the mode
     final_rate: float | None = None
     warmup_steps: int = 10  # steps
     seed: int = 0
@@ -79,37 +80,37 @@ class TuneSettings:
         if self.batch < 1 or self.accumulate < 1:
             raise ConfigError(f"batch is {self.batch} and accumulate {self.accumulate}; both must be at least 1")
         for name in ("batch", "accumulate", "length", "steps"):
-            if (getattr(self, name) or 0) > LARGEST:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 1 to {LARGEST}")
-        if self.epochs > MOST_EPOCHS:
-            raise ConfigError(f"epochs are {self.epochs:g}; they must be at most {MOST_EPOCHS:g}")
+            if (getattr(self, name) or 0) > MAX_COUNT:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 1 to {MAX_COUNT}")
+        if self.epochs > MAX_EPOCHS:
+            raise ConfigError(f"epochs are {self.epochs:g}; they must be at most {MAX_EPOCHS:g}")
 
     def count_steps(self, per_epoch: int) -> int:
         """Number of steps of the run, for this number of micro-batches per epoch."""
         return self.steps or max(1, round(self.epochs * per_epoch / self.accumulate))
 
     def schedule(self, steps: int) -> LearningRateSchedule:
-        """The learning rate of every step; a run of few steps warms up over a tenth of them."""
-        rate = RATES[self.mode][0] if self.rate is None else self.rate
-        usual = RATES[self.mode][1] * rate / RATES[self.mode][0]  # the mode's own ratio
-        final = usual if self.final_rate is None else self.final_rate
-        return LearningRateSchedule(rate, final, min(self.warmup_steps, steps // 10), steps)
+        """The learning rate of every step. The warm-up takes at most a tenth of the steps."""
+        default_max, default_min = RATES[self.mode]
+        max_lr = default_max if self.rate is None else self.rate
+        min_lr = default_min * max_lr / default_max if self.final_rate is None else self.final_rate
+        return LearningRateSchedule(max_lr, min_lr, min(self.warmup_steps, steps // 10), steps)
 
 
-def tunable(
-    found: Checkpoint,
+def build_trainable_model(
+    base: Checkpoint,
     settings: TuneSettings,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> BaseModel:
-    """The model of a checkpoint in which exactly what the mode trains requires a gradient, as float32.
+    """The model of a checkpoint. The parameters that the mode trains are float32 and require a gradient.
 
-    dtype: of the matrices that are not trained; None keeps the file's. The checkpoint's tensors stay as they are.
+    dtype: of the matrices that are not trained; None: as in the file. The tensors of `base` are not changed.
     """
-    if found.quantized:
-        raise UsageError(f"{found.path} is quantized and cannot be tuned; give the dense model")
-    config, tensors = found.config, found.tensors
+    if base.quantized:
+        raise UsageError(f"{base.path} is quantized and cannot be tuned; give the dense model")
+    config, tensors = base.config, base.tensors
     if settings.mode == "state" and not config.tuned_state:
         shape = (config.n_head, config.head_size, config.head_size)
         zeros = {f"blocks.{layer}.att.time_state": torch.zeros(shape) for layer in range(config.n_layer)}
@@ -122,7 +123,7 @@ def tunable(
         add_lora(model, init_factors(model, names, settings.lora.rank, settings.lora.alpha, settings.seed))
     for name, parameter in model.named_parameters():
         if _is_trained(name, settings):
-            # A copy: it may share memory with the file.
+            # Copied, because it may share memory with the file.
             parameter.data = parameter.detach().clone().float()
             parameter.requires_grad_()
     _check_parts(model, settings)
@@ -136,15 +137,15 @@ def _is_trained(name: str, settings: TuneSettings) -> bool:
 
 
 def _check_parts(model: nn.Module, settings: TuneSettings) -> None:
-    """Raise UsageError for a part that no parameter is called by."""
+    """Raise UsageError for an entry of `parts` that matches no parameter."""
     names = [name for name, _ in model.named_parameters()]
     for part in settings.lora.parts if settings.mode == "lora" else ():
         if not part or not any(part in name for name in names):
-            raise UsageError(f"no parameter has {part!r:.40} in its name, so it cannot be trained whole")
+            raise UsageError(f"no parameter has {part!r:.40} in its name; remove it from --train-parts")
 
 
-def train_settings(settings: TuneSettings, steps: int, compute_dtype: torch.dtype | None = None) -> TrainSettings:
-    """What the loop is asked for. No weight decay: it would pull what is tuned away from what was learnt before."""
+def build_train_settings(settings: TuneSettings, steps: int, compute_dtype: torch.dtype | None = None) -> TrainSettings:
+    """The settings of the training loop. There is no weight decay, because it would shrink the weights of the base."""
     return TrainSettings(
         settings.schedule(steps),
         AdamSettings(weight_decay=0.0),

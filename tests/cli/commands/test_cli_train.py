@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fledge.checkpoint import read, save
-from fledge.cli.views.training import TrainView, as_text, curve
+from fledge.cli.views.training import TrainView, draw_curve, format_line
 from fledge.core.files import get_asset_path
 from fledge.data.pipeline.build import build
 from fledge.data.pipeline.config import read_config
@@ -65,8 +65,8 @@ def test_a_run_leaves_a_model_that_generates_and_goes_on_for_nothing(fledge: Any
 
 def test_another_run_does_not_take_over_a_folder(fledge: Any, store: Path, tmp_path: Path) -> None:
     assert fledge(*command(store, tmp_path / "run")).code == 0
-    fledge(*command(store, tmp_path / "run", "--set", "seed=2")).check_error(1, "seed was 1 and is 2 now")
-    fledge(*command(store, tmp_path / "run", "--set", "n_embd=128")).check_error(1, "n_embd was 64 and is 128 now")
+    fledge(*command(store, tmp_path / "run", "--set", "seed=2")).check_error(1, "seed was 1 and is now 2")
+    fledge(*command(store, tmp_path / "run", "--set", "n_embd=128")).check_error(1, "n_embd was 64 and is now 128")
 
 
 def test_begin_with_the_weights_of_a_model(fledge: Any, store: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_begin_with_the_weights_of_a_model(fledge: Any, store: Path, tmp_path: P
     start = str(tmp_path / "first" / "model.safetensors")
     assert fledge(*command(store, tmp_path / "second", "--from", start)).code == 0
     found = fledge(*command(store, tmp_path / "third", "--from", start, "--set", "n_layer=2"))
-    found.check_error(1, "is no model of this recipe: n_layer is 1 there and 2 here")
+    found.check_error(1, "does not match the recipe: its n_layer is 1, that of the recipe 2")
 
 
 def test_a_model_of_another_vocabulary_of_the_same_size_is_refused(fledge: Any, store: Path, tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
     )
     build(read_config(tmp_path / "c.toml"), tmp_path, tmp_path / "store")
     start = command(tmp_path / "store", tmp_path / "run", "--from", "tiny-finch", "--set", "steps=2")
-    fledge(*start).check_error(1, "n_layer is 6 there and 1 here", f"with --set n_layer=6 --set n_embd={width}")
+    fledge(*start).check_error(1, "its n_layer is 6, that of the recipe 1", f"add --set n_layer=6 --set n_embd={width}")
     fledge(*start, "--set", "n_layer=6", "--set", f"n_embd={width}", "--set", "family=eagle").check_error(
-        1, "family is finch there and eagle here", "with --set family=finch"
+        1, "its family is finch, that of the recipe eagle", "add --set family=finch"
     )
     result = fledge(*start, "--set", "n_layer=6", "--set", f"n_embd={width}")
     assert result.code == 0, result.messages
@@ -115,7 +115,7 @@ def test_a_store_that_was_damaged_is_named(fledge: Any, store: Path, tmp_path: P
     ids = np.fromfile(damaged / "train.bin", np.uint16)
     ids[:] = 5000
     ids.tofile(damaged / "train.bin")
-    words = f"{damaged} is damaged: it holds the token id 5000, and its vocabulary ends at 299"
+    words = f"{damaged} is damaged: it contains the token id 5000, but its vocabulary ends at 299"
     fledge(*command(damaged, tmp_path / "run")).check_error(1, words)
 
 
@@ -149,7 +149,7 @@ def test_show_prints_every_setting_and_trains_nothing(fledge: Any, tmp_path: Pat
     ("more", "code", "words"),
     [
         (["--set", "step=3"], 1, ["did you mean 'steps'"]),
-        (["--set", "steps"], 2, ["--set takes NAME=VALUE"]),
+        (["--set", "steps"], 2, ["--set needs NAME=VALUE"]),
         (
             ["--set", "length=5000"],
             2,
@@ -175,15 +175,15 @@ def test_what_is_not_there(fledge: Any, tmp_path: Path) -> None:
     fledge("train", "tiny", "--data", tmp_path / "no", "--to", tmp_path).check_error(2, "there is no token store")
 
 
-def test_a_line_of_nothing_but_the_step_is_where_a_run_goes_on() -> None:
-    assert as_text({"step": 1200}) == "continues from step 1200"
-    assert as_text({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
+def test_line_with_only_the_step_is_shown_as_a_continued_run() -> None:
+    assert format_line({"step": 1200}) == "continues from step 1200"
+    assert format_line({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
 
 
 def test_the_view_draws_what_it_was_told() -> None:
-    assert curve([], 5) == "" and curve([1.0], 5) == "▁"
-    assert curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
-    assert len(curve([float(number) for number in range(1000)], 60)) == 60
+    assert draw_curve([], 5) == "" and draw_curve([1.0], 5) == "▁"
+    assert draw_curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
+    assert len(draw_curve([float(number) for number in range(1000)], 60)) == 60
     with TrainView(10) as view:
         view({"step": 5, "loss": 3.0, "tokens_per_s": 100.0, "bpb_en": 1.5})
         view({"step": 6})

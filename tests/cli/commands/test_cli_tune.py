@@ -33,10 +33,9 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert rows["examples"] == f"2 in {data}: conversations 1, texts 1"
     answer = len(" tweet é\n\n".encode())
     assert (
-        rows["tokens"]
-        == f"{len('User: Hi?') + 2 + len('Assistant:') + answer + 61}, {answer + 60} of them to be learnt"
+        rows["tokens"] == f"{len('User: Hi?') + 2 + len('Assistant:') + answer + 61}, {answer + 60} of them in the loss"
     )
-    assert "2 examples" in result.text and "lines 2, 3" in result.text and "1 with nothing to learn" in result.text
+    assert "2 examples" in result.text and "lines 2, 3" in result.text and "1 without tokens in the loss" in result.text
     for word in ("MiB", "seconds", "of 4 examples", "0.0002 to 2e-05"):
         assert word in result.text, result.text
     assert "User: Hi\x1b\n\nAssistant:⟦ tweet é\n\n⟧" in result.text
@@ -65,7 +64,7 @@ def test_merging(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> N
     fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 3, "--rate", "0.05")
     adapter, target = tmp_path / "run" / "adapter.safetensors", tmp_path / "merged.safetensors"
     result = fledge("tune", "merge", byte_model, adapter, "--to", target)
-    assert result.code == 0 and "verified: the adapter moves logits by up to" in result.text
+    assert result.code == 0 and "verified: the adapter changes logits by up to" in result.text
     same = [
         json.loads(fledge("generate", "hi", "--max-tokens", 8, "--seed", 1, "--json", *model).text)["ids"]
         for model in (["-m", target], ["-m", byte_model, "--adapter", adapter])
@@ -233,7 +232,7 @@ def test_blank_lines_that_a_turn_cannot_hold_are_told(fledge: Any, byte_model: P
     data = tmp_path / "data.jsonl"
     data.write_text(f'{{"text": "x"}}\n{json.dumps({"messages": talk})}\n')
     text = fledge("tune", "lora", byte_model, data, "--dry-run").text
-    assert "blank lines  taken out of 2 messages" in text and "line 2\n" in text and "⟦ c\nd\n\n⟧" in text
+    assert "blank lines  removed from 2 messages" in text and "line 2\n" in text and "⟦ c\nd\n\n⟧" in text
 
 
 def test_alpha_and_any_base_are_about_an_adapter(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
