@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from native_library import every_instruction_set, forced, needs_native
+from native_library import every_instruction_set, needs_native, use_instruction_set
 
 from fledge.core.errors import FledgeError
 from fledge.engine import sampling
@@ -95,7 +95,7 @@ def test_native_sampler_matches_the_reference(instruction_set: str, sizes: tuple
     for _ in range(cases):
         one = random_input(random, int(random.choice(sizes)))
         expected = comparable(sample_reference([one]))
-        with forced(instruction_set):
+        with use_instruction_set(instruction_set):
             found = comparable(sample_native([one]))
         errors += not isinstance(expected[0], int)
         if found != expected:
@@ -120,7 +120,7 @@ def test_weights_are_exact_to_the_last_bits(instruction_set: str) -> None:
                 )
                 for offset in (-1e-15, 1e-15)
             ]
-            with forced(instruction_set):
+            with use_instruction_set(instruction_set):
                 assert sample_native(rows) == [0, 1], (gap, temperature)
 
 
@@ -131,7 +131,7 @@ def test_tokens_beyond_the_largest_gap_are_never_sampled(instruction_set: str) -
     logits = torch.tensor([-708.001, -math.inf, 0.0, -707.999])
     base = SampleInput(params, logits, None, *np.zeros((2, 0), np.int64), np.zeros(0), 0.0)
     rows = [base._replace(uniform=uniform) for uniform in (0.0, 0.49, 0.51, BELOW_ONE)]
-    with forced(instruction_set):
+    with use_instruction_set(instruction_set):
         assert sample_native(rows) == sample_reference(rows) == [2, 2, 3, 3]
 
 
@@ -145,7 +145,7 @@ def test_top_p_boundary(instruction_set: str, gap: float) -> None:
     for offset, kept in ((-1e-13, [1]), (1e-13, [0, 1])):
         params = SamplingParams(top_p=min(probability + offset, BELOW_ONE), temperature=1e9)
         inputs = [SampleInput(params, logits, None, none, none, np.zeros(0), uniform) for uniform in (0.0, BELOW_ONE)]
-        with forced(instruction_set):
+        with use_instruction_set(instruction_set):
             assert sample_native(inputs) == sample_reference(inputs) == [kept[0], kept[-1]]
 
 
@@ -159,7 +159,7 @@ def test_top_k_boundary_between_ties(instruction_set: str, top_p: float, top_k: 
     none = np.zeros(0, np.int64)
     uniforms = [(index + 0.5) / 70 for index in range(70)]
     inputs = [SampleInput(params, logits, None, none, none, np.zeros(0), uniform) for uniform in uniforms]
-    with forced(instruction_set):
+    with use_instruction_set(instruction_set):
         tokens = sample_native(inputs)
     assert tokens == sample_reference(inputs)
     ranking = sorted(range(70), key=lambda token: (-float(logits[token]), token))
@@ -172,7 +172,7 @@ def test_top_k_boundary_between_ties(instruction_set: str, top_p: float, top_k: 
 def test_rows_are_independent_of_each_other_and_of_threads(instruction_set: str, threads: int) -> None:
     random = np.random.default_rng(7)
     inputs = [random_input(random, 3001) for _ in range(40)]
-    with forced(instruction_set):
+    with use_instruction_set(instruction_set):
         alone = [comparable(sample_native([each]))[0] for each in inputs]
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -226,7 +226,7 @@ def test_each_row_has_its_own_error(instruction_set: str) -> None:
         ({"temperature": 0.0}, rows[3], None),
     ]
     inputs = [Sampler(SamplingParams(seed=1, **params)).prepare(*rest) for params, *rest in settings]
-    with forced(instruction_set):
+    with use_instruction_set(instruction_set):
         found = comparable(sample_native(inputs))
     assert found == comparable(sample_reference(inputs))
     assert [token for token in found if isinstance(token, int)] == [5] * 69

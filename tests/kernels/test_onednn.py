@@ -14,19 +14,21 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [(0,), (1,), (2,), (5, 3), (1, 257)], ids=str)
 @pytest.mark.parametrize("shape", [(96, 33), (7, 768), (513, 64)], ids=str)
-def test_packed_equals_linear(dtype: torch.dtype, rows: tuple[int, ...], shape: tuple[int, int]) -> None:
+def test_packed_products_equal_plain_products(
+    dtype: torch.dtype, rows: tuple[int, ...], shape: tuple[int, int]
+) -> None:
     if reason := why_not_packable(dtype):
         pytest.skip(reason)
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(*rows, shape[1], generator=g).to(dtype)
-    weight = torch.randn(*shape, generator=g).to(dtype)
-    found = packed_linear(x, pack(weight))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*rows, shape[1], generator=generator).to(dtype)
+    weight = torch.randn(*shape, generator=generator).to(dtype)
+    result = packed_linear(x, pack(weight))
     expected = x.double() @ weight.double().T
-    assert found.shape == expected.shape and found.dtype == dtype
+    assert result.shape == expected.shape and result.dtype == dtype
     # The bound of a float32 sum, or less for the longest ones, and one more rounding of the sum to bfloat16. The
     # largest error measured in float32 is 1.1e-6, for 768 terms with oneDNN's AVX2 kernels.
     tolerance = min(shape[1] * UNIT_ROUNDOFF[torch.float32], 5e-6)
-    assert_close_relative(found, expected, tolerance + (UNIT_ROUNDOFF[dtype] if dtype == torch.bfloat16 else 0))
+    assert_close_relative(result, expected, tolerance + (UNIT_ROUNDOFF[dtype] if dtype == torch.bfloat16 else 0))
 
 
 def test_a_transposed_weight_is_packed_correctly() -> None:

@@ -1,4 +1,4 @@
-"""Rounding: the native fit compared with its torch reference, and properties of a good fit."""
+"""Quantization of weights: the native fit equals the torch reference, and its errors are small."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ WEIGHTS = {
 }
 
 
-def squared_error(weight: Tensor, matrix: QuantizedMatrix, importance: Tensor | None = None) -> float:
-    off = (weight.double() - matrix.dequantize(torch.float64)).square()
-    return float((off if importance is None else off * importance.double()).sum())
+def compute_squared_error(weight: Tensor, matrix: QuantizedMatrix, importance: Tensor | None = None) -> float:
+    difference = (weight.double() - matrix.dequantize(torch.float64)).square()
+    return float((difference if importance is None else difference * importance.double()).sum())
 
 
 @needs_native
@@ -62,19 +62,19 @@ def squared_error(weight: Tensor, matrix: QuantizedMatrix, importance: Tensor | 
 def test_the_native_fit_equals_the_reference(format: str, name: str, weighted: bool) -> None:
     weight = WEIGHTS[name]()
     importance = torch.rand(weight.shape[1]) ** 4 if weighted else None
-    native, twin = quantize_native(weight, format, importance), quantize_reference(weight, format, importance)
-    assert native is not None and twin is not None
+    native, reference = quantize_native(weight, format, importance), quantize_reference(weight, format, importance)
+    assert native is not None and reference is not None
     if format == "int8":
-        assert torch.equal(native[0].data, twin[0].data)
-    small = 1e-4 * twin[1] + 1e-12 * float(weight.float().square().sum())
-    assert abs(native[1] - twin[1]) <= small
-    if weighted or weight.shape[1] % GROUP == 0:  # else the padding of the last group counts too
-        assert abs(squared_error(weight, native[0], importance) - twin[1]) <= 10 * small
+        assert torch.equal(native[0].data, reference[0].data)
+    tolerance = 1e-4 * reference[1] + 1e-12 * float(weight.float().square().sum())
+    assert abs(native[1] - reference[1]) <= tolerance
+    if weighted or weight.shape[1] % GROUP == 0:  # otherwise the error includes the padding of the last group
+        assert abs(compute_squared_error(weight, native[0], importance) - reference[1]) <= 10 * tolerance
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("format", FORMATS)
-def test_unrepresentable_numbers_are_an_error(format: str, value: float) -> None:
+def test_numbers_out_of_range_are_rejected(format: str, value: float) -> None:
     weight = torch.randn(70, 75)
     weight[69, 74] = value
     assert quantize_reference(weight, format) is None
@@ -83,17 +83,17 @@ def test_unrepresentable_numbers_are_an_error(format: str, value: float) -> None
 
 
 @pytest.mark.parametrize("name", list(WEIGHTS))
-def test_int8_is_off_by_half_a_step_at_most(name: str) -> None:
+def test_int8_errors_are_at_most_half_a_step(name: str) -> None:
     weight = WEIGHTS[name]().float()
     matrix, error = quantize(weight, "int8")
     _, scale, _ = matrix.groups()
     step = scale.repeat_interleave(GROUP, dim=1)[:, : weight.shape[1]]
-    off = (weight - matrix.dequantize()).abs()
+    difference = (weight - matrix.dequantize()).abs()
     # The scale is rounded to float16, by 1/2048 or 3e-8, so the largest number may be slightly above 127 steps.
-    in_float32 = UNIT_ROUNDOFF[torch.float32] * weight.abs()
-    assert bool((off <= 0.5 * step + 127 * (step / 2048 + 3e-8) + in_float32).all())
+    float32_error = UNIT_ROUNDOFF[torch.float32] * weight.abs()
+    assert bool((difference <= 0.5 * step + 127 * (step / 2048 + 3e-8) + float32_error).all())
     # A sum of float32 squares. No absolute tolerance: the error of the tiny weights is 1e-13 and less.
-    assert error == pytest.approx(squared_error(weight, matrix), rel=1e-3, abs=0)
+    assert error == pytest.approx(compute_squared_error(weight, matrix), rel=1e-3, abs=0)
 
 
 def test_int4_is_no_worse_than_plain_rounding_and_better_with_outliers() -> None:
@@ -111,18 +111,18 @@ def test_constant_groups_are_exact_in_int4() -> None:
     assert error == 0 and torch.equal(matrix.dequantize(), torch.full((3, 64), 0.375))
 
 
-@pytest.mark.parametrize("run", [quantize_reference, quantize], ids=["torch", "chosen"])
-def test_importance_moves_the_error_to_less_important_inputs(run: object) -> None:
+@pytest.mark.parametrize("fit", [quantize_reference, quantize], ids=["torch", "chosen"])
+def test_importance_moves_the_error_to_less_important_inputs(fit: object) -> None:
     weight, importance = torch.randn(64, 96), torch.ones(96)
     importance[::4] = 100
-    assert callable(run)
-    (plain, _), (weighted, error) = run(weight, "int4"), run(weight, "int4", importance)
-    assert error == pytest.approx(squared_error(weight, weighted, importance), rel=1e-4)
-    assert error < 0.8 * squared_error(weight, plain, importance)
-    assert squared_error(weight, weighted) > squared_error(weight, plain)
+    assert callable(fit)
+    (plain, _), (weighted, error) = fit(weight, "int4"), fit(weight, "int4", importance)
+    assert error == pytest.approx(compute_squared_error(weight, weighted, importance), rel=1e-4)
+    assert error < 0.8 * compute_squared_error(weight, plain, importance)
+    assert compute_squared_error(weight, weighted) > compute_squared_error(weight, plain)
 
 
-def test_columns_without_inputs_cost_nothing() -> None:
+def test_columns_of_zero_importance_add_no_error() -> None:
     weight, importance = torch.randn(5, 64), torch.zeros(64)
     importance[0] = 1
     for format in FORMATS:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from closeness import assert_close_relative, relative_error
-from native_library import every_instruction_set, forced, needs_native
+from native_library import every_instruction_set, needs_native, use_instruction_set
 from random_checkpoints import VERSIONS, random_checkpoint
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 def test_scaled_keys_equal_the_torch_model(instruction_set: str) -> None:
     config, tensors = make_weights("6.0", 2, 72, 24)
     scaled, idx = replace(config, scaled_keys=True), tokens(3, 20)
-    with torch.no_grad(), forced(instruction_set):
+    with torch.no_grad(), use_instruction_set(instruction_set):
         logits, state = NativeModel(scaled, tensors)(idx)
         expected, expected_state = assemble(scaled, tensors)(idx)
         plain, _ = NativeModel(config, tensors)(idx)
@@ -74,7 +74,7 @@ def test_logits_and_states_equal_the_torch_model(
 ) -> None:
     config, tensors = make_weights(version, *sizes)
     torch_model, idx = assemble(config, tensors), tokens(3, 50)
-    with torch.no_grad(), forced(instruction_set):
+    with torch.no_grad(), use_instruction_set(instruction_set):
         logits, state = NativeModel(config, tensors)(idx)
         expected, expected_state = torch_model(idx)
     assert_close_relative(logits, expected, LOGITS_TOLERANCE)
@@ -139,7 +139,7 @@ def test_any_batch_and_any_split_give_the_same_bits(instruction_set: str, versio
     config, tensors = make_weights(version, 2, 72, 24, dtype=torch.bfloat16)
     rest, quantized = quantize_tensors(tensors, scheme) if scheme else (tensors, {})
     model, idx = NativeModel(config, rest, quantized), tokens(4, 40)
-    with forced(instruction_set):
+    with use_instruction_set(instruction_set):
         logits, state = model(idx)
         for cut in (0, 1, 13, 39, 40):
             first, middle = model(idx[:, :cut])

@@ -1,4 +1,4 @@
-"""Shared by the tests of the native library: the instruction sets to test, and the reason to skip."""
+"""Helpers for tests of the native library: the instruction sets to test, and the reason to skip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_instruction_set = pytest.mark.parametrize("instruction_set", INSTRUCTION_S
 
 
 @contextmanager
-def forced(instruction_set: str) -> Iterator[None]:
+def use_instruction_set(instruction_set: str) -> Iterator[None]:
     """Run the block with one instruction set."""
     native_ops.choose_instruction_set(instruction_set)
     try:
