@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_checkpoints import KINDS, make
+from small_checkpoints import KINDS, make_tensors
 from torch import Tensor
 
 from fledge.checkpoint import detect, get_expected_shapes
@@ -16,7 +16,7 @@ from fledge.models import ModelConfig, build
 Shapes = dict[str, tuple[int, ...]]
 
 
-def shapes_of(tensors: dict[str, Tensor]) -> Shapes:
+def get_shapes(tensors: dict[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -56,9 +56,9 @@ def test_the_table_agrees_with_the_models(config: ModelConfig) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("alphabetical", [False, True])
-def test_independent_checkpoints_are_recognized(kind: str, layers: int, alphabetical: bool) -> None:
-    tensors = make(kind, n_layer=layers)
-    shapes = shapes_of(tensors)
+def test_checkpoints_of_every_kind_are_recognized(kind: str, layers: int, alphabetical: bool) -> None:
+    tensors = make_tensors(kind, n_layer=layers)
+    shapes = get_shapes(tensors)
     config = detect(dict(sorted(shapes.items())) if alphabetical else shapes)
     assert config.version == KINDS[kind]["version"]
     assert (config.n_layer, config.n_embd, config.vocab_size) == (layers, 24, 37)
@@ -66,11 +66,11 @@ def test_independent_checkpoints_are_recognized(kind: str, layers: int, alphabet
     assert config.tuned_state == ("tuned" in kind)
     assert config.bonus == ("time_first" if "time_first" in kind else "time_faaaa")
     assert (config.mix_rank, config.decay_rank) == ((8, 12) if kind[0] == "6" else (0, 0))
-    assert list(get_expected_shapes(config).items()) == list(shapes.items())  # the official order, too
+    assert list(get_expected_shapes(config).items()) == list(shapes.items())  # also the official order
 
 
 def test_missing_tensors_are_named_with_their_shape() -> None:
-    shapes = shapes_of(make("6.0"))
+    shapes = get_shapes(make_tensors("6.0"))
     for name in ("blocks.1.att.key.weight", "blocks.0.att.key.weight", "blocks.2.ffn.time_maa_k", "ln_out.bias"):
         others = {other: shape for other, shape in shapes.items() if other != name}
         with pytest.raises(CheckpointError, match=r"x.pth is not a complete RWKV-6 Finch 6.0 .* 3 layers") as caught:
@@ -79,13 +79,17 @@ def test_missing_tensors_are_named_with_their_shape() -> None:
 
 
 def test_many_missing_tensors_are_counted() -> None:
-    shapes = {name: shape for name, shape in shapes_of(make("5.2")).items() if ".ffn." not in name or "weight" in name}
+    shapes = {
+        name: shape
+        for name, shape in get_shapes(make_tensors("5.2")).items()
+        if ".ffn." not in name or "weight" in name
+    }
     with pytest.raises(CheckpointError, match=r"time_mix_k \(1, 1, 24\).* and 1 more"):
         detect(shapes)
 
 
 def test_unexpected_and_misshapen_tensors_are_named() -> None:
-    shapes = shapes_of(make("5.2"))
+    shapes = get_shapes(make_tensors("5.2"))
     shapes |= {"blocks.0.att.extra": (5,), "blocks.1.ffn.key.weight": (96, 23)}
     with pytest.raises(CheckpointError) as caught:
         detect(shapes)
@@ -94,15 +98,15 @@ def test_unexpected_and_misshapen_tensors_are_named() -> None:
 
 
 def test_names_in_errors_are_escaped() -> None:
-    shapes = shapes_of(make("5.2"))
+    shapes = get_shapes(make_tensors("5.2"))
     for strange in ({"a\x1b[2J\nb": (1,)}, shapes | {"blocks.0.\x1b[2J\n": (1,)}):
         with pytest.raises(CheckpointError) as caught:
             detect(strange)
         assert str(caught.value).isprintable()
 
 
-def test_a_wrong_tensor_of_a_one_layer_model_is_the_one_reported() -> None:
-    shapes = shapes_of(make("5.2", n_layer=1)) | {"blocks.0.att.key.weight": (25, 24)}
+def test_the_wrong_tensor_of_a_one_layer_model_is_reported() -> None:
+    shapes = get_shapes(make_tensors("5.2", n_layer=1)) | {"blocks.0.att.key.weight": (25, 24)}
     with pytest.raises(
         CheckpointError, match=r"wrong shape: blocks.0.att.key.weight is \(25, 24\) instead of \(24, 24\)"
     ):
@@ -110,25 +114,27 @@ def test_a_wrong_tensor_of_a_one_layer_model_is_the_one_reported() -> None:
 
 
 def test_a_missing_block_is_named() -> None:
-    shapes = {name: s for name, s in shapes_of(make("5.1", n_layer=5)).items() if not name.startswith("blocks.3.")}
+    shapes = {
+        name: s for name, s in get_shapes(make_tensors("5.1", n_layer=5)).items() if not name.startswith("blocks.3.")
+    }
     with pytest.raises(CheckpointError, match=r"block 3 of 5 is missing \(they are numbered 0 to 4\)"):
         detect(shapes)
 
 
-def test_a_huge_block_number_is_refused_quickly() -> None:
-    shapes = shapes_of(make("4")) | {"blocks.999999.att.key.weight": (24, 24)}
+def test_a_huge_block_number_is_rejected_quickly() -> None:
+    shapes = get_shapes(make_tensors("4")) | {"blocks.999999.att.key.weight": (24, 24)}
     with pytest.raises(CheckpointError, match=r"blocks 3, 4, 5, 6, 7, ... of 1000000 are missing"):
         detect(shapes)
 
 
 def test_different_vocabulary_sizes_are_both_named() -> None:
-    shapes = shapes_of(make("6.0")) | {"head.weight": (41, 24)}
+    shapes = get_shapes(make_tensors("6.0")) | {"head.weight": (41, 24)}
     with pytest.raises(CheckpointError, match=r"emb.weight has 37 rows but head.weight has 41"):
         detect(shapes)
 
 
-def test_heads_that_do_not_divide_the_width_are_an_error() -> None:
-    shapes = shapes_of(make("5.1"))
+def test_heads_that_do_not_divide_the_width_are_rejected() -> None:
+    shapes = get_shapes(make_tensors("5.1"))
     shapes |= {name: (7,) for name in shapes if name.endswith(("time_decay", "time_faaaa"))}
     with pytest.raises(CheckpointError, match="n_head is 7; it must divide dim_att = 24"):
         detect(shapes)
@@ -160,11 +166,11 @@ def test_known_but_unsupported_files_are_named(names: list[str], message: str) -
         (["emb.weight", "blocks.0.att.value.bias"], "cannot determine the width|cannot determine the attention width"),
     ],
 )
-def test_files_that_are_not_models_are_refused(names: list[str], message: str) -> None:
+def test_files_that_are_not_models_are_rejected(names: list[str], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         detect(dict.fromkeys(names, (4, 4)), "x.pth")
 
 
 def test_dtypes_and_values_have_no_effect() -> None:
-    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in make("6.0").items()}
-    assert detect(shapes_of(tensors)).version == "6.0"
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in make_tensors("6.0").items()}
+    assert detect(get_shapes(tensors)).version == "6.0"

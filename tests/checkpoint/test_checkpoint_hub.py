@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_checkpoints import make, saved
+from small_checkpoints import make_tensors, save_pth
 
 from fledge.checkpoint import hub, load
 from fledge.core.errors import CheckpointError
@@ -19,20 +19,18 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A fake huggingface_hub that records its calls and has no repositories."""
     calls: list[tuple[Any, ...]] = []
 
-    def refuse(*asked: Any, **rest: Any) -> str:
-        calls.append((*asked, *rest.values()))
+    def fail(*arguments: Any, **options: Any) -> str:
+        calls.append((*arguments, *options.values()))
         raise OSError("Repository Not Found\nfor url ...")
 
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=refuse, hf_hub_download=refuse)
-    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fail, hf_hub_download=fail))
     monkeypatch.setattr(hub, "find_spec", lambda name: object())
     return calls
 
 
 def test_a_local_path_has_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]) -> None:
     (tmp_path / "owner").mkdir()
-    saved(tmp_path / "owner", make("4"), "name")
+    save_pth(tmp_path / "owner", make_tensors("4"), "name")
     monkeypatch.chdir(tmp_path)
     assert load("owner/name")[0].version == "4" and not fake_hub
 
@@ -47,17 +45,17 @@ def test_a_repository_is_downloaded_as_a_folder(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_one_file_of_a_repository_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path, make("6.0"))
-    asked: list[Any] = []
+    path = save_pth(tmp_path, make_tensors("6.0"))
+    requests: list[Any] = []
 
-    def give(*names: str) -> str:
-        asked.append(names)
+    def download(*names: str) -> str:
+        requests.append(names)
         return str(path)
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=give))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
     monkeypatch.setattr(hub, "find_spec", lambda name: object())
     assert load("BlinkDL/rwkv-6-world/RWKV-x060.pth")[0].version == "6.0"
-    assert asked == [("BlinkDL/rwkv-6-world", "RWKV-x060.pth")]
+    assert requests == [("BlinkDL/rwkv-6-world", "RWKV-x060.pth")]
 
 
 def test_without_the_library_the_error_explains_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +83,7 @@ def test_a_name_like_a_path_is_never_downloaded(
     name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: list[Any]
 ) -> None:
     (tmp_path / "sub").mkdir()
-    saved(tmp_path, make("4"))
+    save_pth(tmp_path, make_tensors("4"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=f"there is no .*{hint}|{hint}"):
         load(name)

@@ -48,8 +48,8 @@ def read_example(folder: Path, record: Any, **options: Any) -> Example:
 def test_a_conversation_has_the_ids_of_a_chat(tmp_path: Path) -> None:
     """The chat model gives the answers of the example. The chat and the example then have the same ids."""
     tokenizer = ByteTokenizer("\n\n", "Assistant:", " A", "you?\n", ":")
-    replies = [[*tokenizer.encode(text), tokenizer.id_of("\n\n")] for text in (" A finch.", " On a\nbranch.")]
-    model = FakeModel(replies, tokenizer.id_of("Assistant:"), tokenizer.vocab_size)
+    replies = [[*tokenizer.encode(text), tokenizer.get_id("\n\n")] for text in (" A finch.", " On a\nbranch.")]
+    model = FakeModel(replies, tokenizer.get_id("Assistant:"), tokenizer.vocab_size)
     chat = Chat(model, tokenizer, model.initial_state(1), system="Be brief.")
     for turn in (CONVERSATION[1], CONVERSATION[3]):
         for _ in chat.say(turn["content"]):

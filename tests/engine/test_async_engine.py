@@ -24,7 +24,7 @@ from fledge.engine.sampling import SamplingParams
 from fledge.engine.scheduler import Scheduler
 
 TOKENIZER = ByteTokenizer("\n\n", "ab", "lo", b"\xe5\xa5")
-COLON = TOKENIZER.id_of(":")
+COLON = TOKENIZER.get_id(":")
 
 
 class Runner:
@@ -160,7 +160,7 @@ def test_tokens_come_with_their_text() -> None:
             assert all(token.logprob is not None and len(token.logprob.top) == 2 for token in event.tokens)
     # A character of two tokens is emitted with both of them.
     letter = TOKENIZER.encode("\u597d")
-    assert emitted[:2] == [("h", [TOKENIZER.id_of("h")]), ("\u597d", letter)]
+    assert emitted[:2] == [("h", [TOKENIZER.get_id("h")]), ("\u597d", letter)]
     assert [token for _, ids in emitted for token in ids] == TOKENIZER.encode("h\u597dlo ab")
     assert "".join(text for text, _ in emitted) == "h\u597dlo ab"
 

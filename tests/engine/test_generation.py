@@ -12,7 +12,7 @@ from fledge.engine.generation import advance_state, generate_tokens, make_initia
 from fledge.engine.sampling import Sampler, SamplingParams
 
 TOKENIZER = ByteTokenizer()
-COLON = TOKENIZER.id_of(":")
+COLON = TOKENIZER.get_id(":")
 GREEDY = SamplingParams(temperature=0.0)
 
 

@@ -1,7 +1,8 @@
-"""Fakes with the real interfaces: a tokenizer with chosen tokens, and a model that generates given replies.
+"""Fakes with the real interfaces: a tokenizer with chosen tokens, and a model that generates chosen replies.
 
-`FakeModel` obeys the contract of a model (state in, state out, chunks equal one call, states never written to), and
-its state records what it has read, so that two states are equal exactly when the same tokens led to them.
+`FakeModel` has the properties of a model: it takes and returns a state, several calls equal one call with all tokens,
+and no state is modified. Its state records the tokens read, so two states are equal exactly if the same tokens led to
+them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from fledge.models.config import ModelConfig
 from fledge.models.state import State, WkvState, zero_state
 
 EOS = 0
-PRIME = 16_777_213  # below 2**24, so that every remainder is a whole float32
+PRIME = 16_777_213  # below 2**24, so float32 represents every remainder exactly
 
 
 class ByteTokenizer:
-    """Id 0 ends a text, ids 1 to 256 are the bytes, higher ids are the given longer tokens; the longest match wins."""
+    """Id 0 ends a text, ids 1 to 256 are the bytes, higher ids are the tokens `longer`. The longest match is used."""
 
     def __init__(self, *longer: bytes | str) -> None:
         extra = [token.encode() if isinstance(token, str) else token for token in longer]
@@ -32,11 +33,11 @@ class ByteTokenizer:
 
     def encode(self, text: str | bytes) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
-        ids, place = [], 0
-        while place < len(data):
-            token = next(token for token in self._longest_first if data.startswith(self.tokens[token], place))
+        ids, position = [], 0
+        while position < len(data):
+            token = next(token for token in self._longest_first if data.startswith(self.tokens[token], position))
             ids.append(token)
-            place += len(self.tokens[token])
+            position += len(self.tokens[token])
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -45,7 +46,7 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def id_of(self, token: bytes | str) -> int:
+    def get_id(self, token: bytes | str) -> int:
         """The id of one token."""
         return self.tokens.index(token.encode() if isinstance(token, str) else token)
 
@@ -62,7 +63,7 @@ class FakeModel(nn.Module):
         self.config = ModelConfig("6.0", vocab_size, 1, 4, 4, 8, n_head=2, mix_rank=1, decay_rank=1)
         self.replies, self.cue, self.sharpness = [list(reply) for reply in replies], cue, sharpness
         self.weight = nn.Parameter(torch.zeros(1))
-        self.calls: list[int] = []  # tokens of each call
+        self.calls: list[int] = []  # number of tokens of each call
         self.fail_after: int | None = None  # number of calls before KeyboardInterrupt
 
     def initial_state(self, batch: int) -> State:
@@ -94,11 +95,11 @@ class FakeModel(nn.Module):
         return torch.cat([logits for logits, _ in rows]), WkvState.stack([after for _, after in rows])
 
     def _read(self, memory: list[int], token: int) -> list[int]:
-        count, digest, reply, place = memory
+        count, digest, reply, position = memory
         digest = (digest * 257 + token + 1) % PRIME
         if token == self.cue:
             return [count + 1, digest, reply + 1, 0]
-        return [count + 1, digest, reply, place + 1]
+        return [count + 1, digest, reply, position + 1]
 
     def _expected(self, memory: list[int]) -> int:
         reply = self.replies[min(max(memory[2] - 1, 0), len(self.replies) - 1)]
@@ -116,5 +117,5 @@ def random_finch(vocab_size: int = 257, tuned_state: bool = False) -> nn.Module:
 
 def equal_states(one: State, other: State) -> bool:
     """Whether two states contain the same numbers."""
-    mine, theirs = one.tensors(), other.tensors()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    first, second = one.tensors(), other.tensors()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 # Official name in a block -> GGUF name, for tensors that are neither stacked nor omitted.
-NAMES = {
+BLOCK_NAMES = {
     "ln1.weight": "attn_norm.weight",
     "ln1.bias": "attn_norm.bias",
     "ln2.weight": "attn_norm_2.weight",
@@ -36,7 +36,7 @@ NAMES = {
     "ffn.receptance.weight": "channel_mix_receptance.weight",
     "ffn.value.weight": "channel_mix_value.weight",
 }
-OUTSIDE = {
+GLOBAL_NAMES = {
     "emb.weight": "token_embd.weight",
     "blocks.0.ln0.weight": "token_embd_norm.weight",
     "blocks.0.ln0.bias": "token_embd_norm.bias",
@@ -51,21 +51,21 @@ F32, F16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
 Array = np.ndarray[Any, Any]
 
 
-def converted(tensors: Mapping[str, Tensor], rescale: int, *, fused: bool = True) -> dict[str, Array]:
+def convert_tensors(tensors: Mapping[str, Tensor], rescale: int, *, fused: bool = True) -> dict[str, Array]:
     """GGUF name -> float32 array, stacked, transposed and divided as llama.cpp expects."""
-    found = {}
+    arrays = {}
     for name, tensor in tensors.items():
         array = tensor.float().numpy()
-        if name in OUTSIDE:
-            found[OUTSIDE[name]] = array
+        if name in GLOBAL_NAMES:
+            arrays[GLOBAL_NAMES[name]] = array
             continue
         _, layer, inner = name.split(".", 2)
         if inner in MIXES:
             if not fused:
-                found[f"blk.{layer}.time_mix_lerp_{inner[-1]}.weight"] = array.squeeze()
+                arrays[f"blk.{layer}.time_mix_lerp_{inner[-1]}.weight"] = array.squeeze()
             elif inner == MIXES[0]:
                 stack = [tensors[f"blocks.{layer}.{mix}"].float().numpy().reshape(1, 1, -1) for mix in MIXES]
-                found[f"blk.{layer}.time_mix_lerp_fused.weight"] = np.stack(stack)
+                arrays[f"blk.{layer}.time_mix_lerp_fused.weight"] = np.stack(stack)
             continue
         if inner.endswith(("_w1", "decay_w2")):
             array = array.T
@@ -75,11 +75,11 @@ def converted(tensors: Mapping[str, Tensor], rescale: int, *, fused: bool = True
             array = array.squeeze()
         elif inner in ("att.output.weight", "ffn.value.weight") and rescale:
             array = array / 2 ** (int(layer) // rescale)
-        found[f"blk.{layer}.{NAMES[inner]}"] = array
-    return found
+        arrays[f"blk.{layer}.{BLOCK_NAMES[inner]}"] = array
+    return arrays
 
 
-def keys_of(tensors: Mapping[str, Tensor], rescale: int) -> dict[str, Any]:
+def make_keys(tensors: Mapping[str, Tensor], rescale: int) -> dict[str, Any]:
     """The keys of a converted file, without those of the tokenizer."""
     heads, head_size = tensors["blocks.0.att.time_faaaa"].shape
     hidden, width = tensors["blocks.0.ffn.key.weight"].shape
@@ -96,7 +96,7 @@ def keys_of(tensors: Mapping[str, Tensor], rescale: int) -> dict[str, Any]:
         "rwkv6.attention.layer_norm_epsilon": 1e-5,
         "rwkv6.rescale_every_n_layers": rescale,
         "rwkv6.wkv.head_size": head_size,
-        "rwkv6.time_mix_extra_dim": 32,  # by a rule, not from the tensors
+        "rwkv6.time_mix_extra_dim": 32,  # the converter sets both by a rule, not from the tensors
         "rwkv6.time_decay_extra_dim": 64,
     }
 
@@ -110,7 +110,7 @@ def write(
     kinds: Mapping[str, Any] | None = None,
     architecture: str = "rwkv6",
 ) -> Path:
-    """Write `arrays`: matrices as `kind`, single tensors as `kinds` says, the small ones as F32."""
+    """Write `arrays`: small tensors as F32, matrices as `kind`. `kinds` overrides the type of single tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         if key == "general.alignment":
@@ -119,10 +119,10 @@ def write(
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
         add[type(value)](key, value)
     for name, array in arrays.items():
-        wanted = F32 if any(part in name for part in ALWAYS_F32) else kind
-        wanted = (kinds or {}).get(name, wanted)
-        packed = array if array.dtype == np.int32 else gguf.quants.quantize(np.ascontiguousarray(array), wanted)
-        writer.add_tensor(name, packed, raw_dtype=wanted)
+        tensor_type = F32 if any(part in name for part in ALWAYS_F32) else kind
+        tensor_type = (kinds or {}).get(name, tensor_type)
+        packed = array if array.dtype == np.int32 else gguf.quants.quantize(np.ascontiguousarray(array), tensor_type)
+        writer.add_tensor(name, packed, raw_dtype=tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,13 +130,16 @@ def write(
     return path
 
 
-def world_keys(tokens: tuple[bytes, ...]) -> dict[str, Any]:
-    """The tokenizer's keys for token bytes by id; none of an id means that it is reserved, or 0 the end of text."""
-    texts = [repr(token)[2:-1] if token else f"[PAD{at}]" if at else "<s>" for at, token in enumerate(tokens)]
+def make_world_keys(tokens: tuple[bytes, ...]) -> dict[str, Any]:
+    """The keys of the tokenizer. tokens: the bytes of each id; empty for reserved ids and id 0, the end of text."""
+    texts = [
+        repr(token)[2:-1] if token else f"[PAD{token_id}]" if token_id else "<s>"
+        for token_id, token in enumerate(tokens)
+    ]
     return {
         "tokenizer.ggml.model": "rwkv",
         "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": [1 if token else 5 if at else 3 for at, token in enumerate(tokens)],
+        "tokenizer.ggml.token_type": [1 if token else 5 if token_id else 3 for token_id, token in enumerate(tokens)],
         "tokenizer.ggml.eot_token_id": 261,
         "tokenizer.chat_template": "rwkv-world",
     }

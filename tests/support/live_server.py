@@ -28,7 +28,7 @@ from fledge.server.service import Service
 from fledge.server.settings import ServerSettings
 
 TOKENIZER = ByteTokenizer("\n\n", " he", "llo", b"\xe5\xa5", "User:")
-CUE = TOKENIZER.id_of(":")
+CUE = TOKENIZER.get_id(":")
 IDENTITY = "0" * 64
 
 CHAT = "/v1/chat/completions"

@@ -1,9 +1,9 @@
 """Random checkpoints with the official tensor names, shapes and order, for tests.
 
 The values have the scale of a trained model: norm weights near 1, matrices that keep the variance, decays from very
-slow to very fast, LoRA factors far from zero. Logits come out of order 1 and every tensor has a visible part in them,
-so a test that compares logits sees any tensor that was dropped, transposed or swapped.
-Nothing here imports fledge: the oracles of the peer tests must not depend on the code they judge.
+slow to very fast, LoRA factors far from zero. Logits are of order 1 and every tensor has a visible effect on them, so a
+test that compares logits detects a tensor that was dropped, transposed or swapped. This module does not import fledge,
+because tests that compare Fledge with another program must not depend on the code under test.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 VERSIONS = ("4", "5.0", "5.1", "5.2", "6.0")
 
 
-class _Draw:
-    """A seeded source of the kinds of tensors in a checkpoint."""
+class _TensorSampler:
+    """Samples the kinds of tensors in a checkpoint, from a seed."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -61,90 +61,90 @@ def random_checkpoint(  # noqa: PLR0913 - one argument for each size that a chec
     """The tensors of one model, in the order of the official trainer.
 
     `version` is one of VERSIONS. `head_size` must divide `n_embd` and is ignored for "4". `dim_ffn` is by default the
-    official width. `mix_rank` and `decay_rank` count for "6.0" only. `bonus` names the tensor of the current token's
-    weight in "5.0" and "5.1": "time_faaaa" (as it is) or "time_first" (its logarithm). `tuned_state` adds
-    `att.time_state`, (H, V, K) as the state tuners write it.
+    official width. `mix_rank` and `decay_rank` are used for "6.0" only. `bonus` names the tensor with the weight of the
+    current token in "5.0" and "5.1": "time_faaaa" (the weight) or "time_first" (its logarithm). `tuned_state` adds
+    `att.time_state`, (H, V, K), as the programs for state tuning write it.
     """
     assert version in VERSIONS and bonus in ("time_faaaa", "time_first")
     assert version == "4" or n_embd % head_size == 0
     assert not (tuned_state and version == "4")
-    draw = _Draw(seed)
+    sampler = _TensorSampler(seed)
     heads = n_embd // head_size
     if dim_ffn is None:
         dim_ffn = 4 * n_embd if version in ("4", "5.0") else int(n_embd * 3.5 // 32 * 32)
 
-    tensors = {"emb.weight": draw.normal(vocab_size, n_embd, scale=0.5)}
+    tensors = {"emb.weight": sampler.normal(vocab_size, n_embd, scale=0.5)}
     for layer in range(n_layer):
         block = f"blocks.{layer}."
-        tensors |= draw.norm(block + "ln1", n_embd) | draw.norm(block + "ln2", n_embd)
+        tensors |= sampler.norm(block + "ln1", n_embd) | sampler.norm(block + "ln2", n_embd)
         if layer == 0:
-            tensors |= draw.norm(block + "ln0", n_embd)
+            tensors |= sampler.norm(block + "ln0", n_embd)
         if version == "4":
-            att = _att_4(draw, n_embd)
+            att = _att_4(sampler, n_embd)
         elif version == "6.0":
-            att = _att_6(draw, n_embd, heads, mix_rank, decay_rank)
+            att = _att_6(sampler, n_embd, heads, mix_rank, decay_rank)
         else:
-            att = _att_5(draw, version, n_embd, heads, bonus)
+            att = _att_5(sampler, version, n_embd, heads, bonus)
         if tuned_state:
-            att = {"time_state": draw.normal(heads, head_size, head_size, scale=0.5)} | att
+            att = {"time_state": sampler.normal(heads, head_size, head_size, scale=0.5)} | att
         tensors |= {f"{block}att.{name}": tensor for name, tensor in att.items()}
-        ffn = _ffn(draw, "time_maa" if version == "6.0" else "time_mix", n_embd, dim_ffn)
+        ffn = _ffn(sampler, "time_maa" if version == "6.0" else "time_mix", n_embd, dim_ffn)
         tensors |= {f"{block}ffn.{name}": tensor for name, tensor in ffn.items()}
-    tensors |= draw.norm("ln_out", n_embd)
-    tensors["head.weight"] = draw.matrix(vocab_size, n_embd)
+    tensors |= sampler.norm("ln_out", n_embd)
+    tensors["head.weight"] = sampler.matrix(vocab_size, n_embd)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def _projections(draw: _Draw, width: int, *names: str) -> dict[str, Tensor]:
+def _projections(sampler: _TensorSampler, width: int, *names: str) -> dict[str, Tensor]:
     """Weights of the time mix. Keys have half the scale, so that the sums in a wkv state stay near 10."""
-    return {f"{name}.weight": draw.matrix(width, width, gain=0.5 if name == "key" else 1.0) for name in names}
+    return {f"{name}.weight": sampler.matrix(width, width, gain=0.5 if name == "key" else 1.0) for name in names}
 
 
-def _mixes(draw: _Draw, kind: str, width: int, letters: str) -> dict[str, Tensor]:
-    return {f"{kind}_{letter}": draw.uniform(1, 1, width) for letter in letters}
+def _mixes(sampler: _TensorSampler, kind: str, width: int, letters: str) -> dict[str, Tensor]:
+    return {f"{kind}_{letter}": sampler.uniform(1, 1, width) for letter in letters}
 
 
-def _att_4(draw: _Draw, width: int) -> dict[str, Tensor]:
+def _att_4(sampler: _TensorSampler, width: int) -> dict[str, Tensor]:
     return {
-        "time_decay": draw.decay(width),
-        "time_first": draw.normal(width, mean=-1.2, scale=0.5),
-        **_mixes(draw, "time_mix", width, "kvr"),
-        **_projections(draw, width, "key", "value", "receptance", "output"),
+        "time_decay": sampler.decay(width),
+        "time_first": sampler.normal(width, mean=-1.2, scale=0.5),
+        **_mixes(sampler, "time_mix", width, "kvr"),
+        **_projections(sampler, width, "key", "value", "receptance", "output"),
     }
 
 
-def _att_5(draw: _Draw, version: str, width: int, heads: int, bonus: str) -> dict[str, Tensor]:
+def _att_5(sampler: _TensorSampler, version: str, width: int, heads: int, bonus: str) -> dict[str, Tensor]:
     gated = version != "5.0"
     per_head = (heads, width // heads) if version == "5.2" else (heads,)
     name = "time_faaaa" if version == "5.2" else bonus
-    u = draw.normal(*per_head, mean=0.4, scale=0.5) if name == "time_faaaa" else draw.normal(*per_head, mean=-0.7)
+    u = sampler.normal(*per_head, mean=0.4, scale=0.5) if name == "time_faaaa" else sampler.normal(*per_head, mean=-0.7)
     return {
-        **_mixes(draw, "time_mix", width, "kvrg" if gated else "kvr"),
-        "time_decay": draw.decay(*per_head),
+        **_mixes(sampler, "time_mix", width, "kvrg" if gated else "kvr"),
+        "time_decay": sampler.decay(*per_head),
         name: u,
-        **_projections(draw, width, "receptance", "key", "value", "output", *(["gate"] if gated else [])),
-        **draw.norm("ln_x", width),
+        **_projections(sampler, width, "receptance", "key", "value", "output", *(["gate"] if gated else [])),
+        **sampler.norm("ln_x", width),
     }
 
 
-def _att_6(draw: _Draw, width: int, heads: int, mix_rank: int, decay_rank: int) -> dict[str, Tensor]:
+def _att_6(sampler: _TensorSampler, width: int, heads: int, mix_rank: int, decay_rank: int) -> dict[str, Tensor]:
     return {
-        **_mixes(draw, "time_maa", width, "xwkvrg"),
-        "time_maa_w1": draw.normal(width, 5 * mix_rank, scale=width**-0.5),
-        "time_maa_w2": draw.normal(5, mix_rank, width, scale=0.5 * mix_rank**-0.5),
-        "time_decay": draw.decay(1, 1, width),
-        "time_decay_w1": draw.normal(width, decay_rank, scale=width**-0.5),
-        "time_decay_w2": draw.normal(decay_rank, width, scale=decay_rank**-0.5),
-        "time_faaaa": draw.normal(heads, width // heads, mean=0.4, scale=0.5),
-        **_projections(draw, width, "receptance", "key", "value", "output", "gate"),
-        **draw.norm("ln_x", width),
+        **_mixes(sampler, "time_maa", width, "xwkvrg"),
+        "time_maa_w1": sampler.normal(width, 5 * mix_rank, scale=width**-0.5),
+        "time_maa_w2": sampler.normal(5, mix_rank, width, scale=0.5 * mix_rank**-0.5),
+        "time_decay": sampler.decay(1, 1, width),
+        "time_decay_w1": sampler.normal(width, decay_rank, scale=width**-0.5),
+        "time_decay_w2": sampler.normal(decay_rank, width, scale=decay_rank**-0.5),
+        "time_faaaa": sampler.normal(heads, width // heads, mean=0.4, scale=0.5),
+        **_projections(sampler, width, "receptance", "key", "value", "output", "gate"),
+        **sampler.norm("ln_x", width),
     }
 
 
-def _ffn(draw: _Draw, kind: str, width: int, hidden: int) -> dict[str, Tensor]:
+def _ffn(sampler: _TensorSampler, kind: str, width: int, hidden: int) -> dict[str, Tensor]:
     return {
-        **_mixes(draw, kind, width, "kr"),
-        "key.weight": draw.matrix(hidden, width),
-        "receptance.weight": draw.matrix(width, width),
-        "value.weight": draw.matrix(width, hidden),
+        **_mixes(sampler, kind, width, "kr"),
+        "key.weight": sampler.matrix(hidden, width),
+        "receptance.weight": sampler.matrix(width, width),
+        "value.weight": sampler.matrix(width, hidden),
     }

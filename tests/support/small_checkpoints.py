@@ -1,4 +1,4 @@
-"""Small checkpoints of every kind, and the comparison for round trips."""
+"""Small checkpoints of every kind, and a comparison of their tensors."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(kind: str, **sizes: Any) -> dict[str, Tensor]:
+def make_tensors(kind: str, **sizes: Any) -> dict[str, Tensor]:
     """The tensors of one of KINDS. All sizes are different, unless `sizes` sets them."""
     return random_checkpoint(**{"n_layer": 3, "n_embd": 24, "head_size": 8, "vocab_size": 37} | KINDS[kind] | sizes)
 
 
-def saved(folder: Path, tensors: Mapping[str, Any], name: str = "model.pth") -> Path:
+def save_pth(folder: Path, tensors: Mapping[str, Any], name: str = "model.pth") -> Path:
     """Save `tensors` with torch.save and return the path."""
     torch.save(dict(tensors), folder / name)
     return folder / name
 
 
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def are_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     """Whether two dicts have the same names, shapes, dtypes and bits."""
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
     )

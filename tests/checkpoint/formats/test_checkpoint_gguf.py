@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import MODEL_TOLERANCE, assert_close_relative
-from small_checkpoints import make, same, saved
+from small_checkpoints import are_equal, make_tensors, save_pth
 from torch import Tensor
 
 gguf = pytest.importorskip("gguf")
@@ -29,12 +29,12 @@ MATRICES = ("receptance.weight", "key.weight", "value.weight", "gate.weight", "o
 
 
 def finch(**sizes: Any) -> dict[str, Tensor]:
-    return make("6.0", **(SIZES | sizes))
+    return make_tensors("6.0", **(SIZES | sizes))
 
 
 def foreign_file(path: Path, tensors: dict[str, Tensor], rescale: int = 0, **options: Any) -> Path:
-    keys = foreign.keys_of(tensors, rescale) | options.pop("keys", {})
-    return foreign.write(path, foreign.converted(tensors, rescale), keys, **options)
+    keys = foreign.make_keys(tensors, rescale) | options.pop("keys", {})
+    return foreign.write(path, foreign.convert_tensors(tensors, rescale), keys, **options)
 
 
 def is_matrix(name: str) -> bool:
@@ -49,12 +49,12 @@ def test_a_converted_file_equals_the_original(rescale: int, fused: bool, tmp_pat
     for name in filter(is_matrix, tensors):
         tensors[name] = (tensors[name] * 4096).round() / 4096
     halves = {name: t.half() if is_matrix(name) or name == "emb.weight" else t for name, t in tensors.items()}
-    arrays = foreign.converted(halves, rescale, fused=fused)
-    path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, rescale))
+    arrays = foreign.convert_tensors(halves, rescale, fused=fused)
+    path = foreign.write(tmp_path / "m.gguf", arrays, foreign.make_keys(tensors, rescale))
     config, loaded = load(path)
-    assert same(halves, loaded) and list(loaded) == list(tensors)
+    assert are_equal(halves, loaded) and list(loaded) == list(tensors)
     assert (config.version, config.n_head, config.mix_rank, config.decay_rank) == ("6.0", 4, 8, 12)
-    assert config == load(saved(tmp_path, tensors))[0]
+    assert config == load(save_pth(tmp_path, tensors))[0]
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_a_converted_file_equals_the_original(rescale: int, fused: bool, tmp_pat
 def test_every_type_agrees_with_the_package(kind: Any, tmp_path: Path) -> None:
     """Compare with the gguf package, which cannot pack Q6_K; its bytes are therefore random."""
     tensors = finch(n_layer=2, n_embd=256, dim_ffn=512)
-    arrays = foreign.converted(tensors, 1)
+    arrays = foreign.convert_tensors(tensors, 1)
     path = tmp_path / "m.gguf"
     if kind != TYPE.Q6_K:
-        path = foreign.write(path, arrays, foreign.keys_of(tensors, 1), kind=kind)
+        path = foreign.write(path, arrays, foreign.make_keys(tensors, 1), kind=kind)
     else:
-        write_k_types(path, arrays, foreign.keys_of(tensors, 1))
+        write_k_types(path, arrays, foreign.make_keys(tensors, 1))
     loaded, meta = read(path), read(path, weights=False)
     assert bool(loaded.quantized) == (kind in (TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1)) and "emb.weight" in loaded.tensors
     assert {name: t.dtype for name, t in loaded.tensors.items()} == {name: t.dtype for name, t in meta.tensors.items()}
@@ -88,11 +88,11 @@ def test_every_type_agrees_with_the_package(kind: Any, tmp_path: Path) -> None:
 
 def ours(name: str) -> str:
     """Return the official name of a matrix, from an independent table."""
-    if name in foreign.OUTSIDE.values():
-        return next(official for official, original in foreign.OUTSIDE.items() if original == name)
+    if name in foreign.GLOBAL_NAMES.values():
+        return next(official for official, original in foreign.GLOBAL_NAMES.items() if original == name)
     layer, inner = name.removeprefix("blk.").split(".", 1)
     return next(
-        (f"blocks.{layer}.{official}" for official, original in foreign.NAMES.items() if original == inner), name
+        (f"blocks.{layer}.{official}" for official, original in foreign.BLOCK_NAMES.items() if original == inner), name
     )
 
 
@@ -165,11 +165,11 @@ def test_dense_tensors_are_mapped_and_the_file_is_unchanged(tmp_path: Path) -> N
 def test_any_alignment(alignment: int, tmp_path: Path) -> None:
     tensors = finch()
     path = foreign_file(tmp_path / "m.gguf", tensors, kind=foreign.F32, keys={"general.alignment": alignment})
-    assert same(tensors, load(path)[1])
+    assert are_equal(tensors, load(path)[1])
 
 
 def test_the_header_agrees_with_the_package(tmp_path: Path) -> None:
-    keys = foreign.world_keys(byte_vocabulary().tokens) | {"general.name": "a 名", "x.floats": [0.5, 2.0]}
+    keys = foreign.make_world_keys(byte_vocabulary().tokens) | {"general.name": "a 名", "x.floats": [0.5, 2.0]}
     path = foreign_file(tmp_path / "m.gguf", finch(vocab_size=256), kind=TYPE.Q4_1, keys=keys)
     header, original = read_header(path), gguf.GGUFReader(path)
     assert {key for key in original.fields if not key.startswith("GGUF.")} == header.values.keys()
@@ -209,12 +209,12 @@ def test_a_quantized_file_runs_and_is_verified(tmp_path: Path) -> None:
 
 def test_the_dropped_axis_of_a_single_head_is_restored(tmp_path: Path) -> None:
     tensors = finch(head_size=64)
-    arrays = foreign.converted(tensors, 0)
+    arrays = foreign.convert_tensors(tensors, 0)
     for name in arrays:
         if "time_mix_first" in name:
             arrays[name] = arrays[name].reshape(-1)
-    path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, 0), kind=foreign.F32)
-    assert same(tensors, load(path)[1])
+    path = foreign.write(tmp_path / "m.gguf", arrays, foreign.make_keys(tensors, 0), kind=foreign.F32)
+    assert are_equal(tensors, load(path)[1])
 
 
 def test_the_epsilon_of_the_norms(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_one_file_of_several_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_strange_and_repeated_tensors(tmp_path: Path) -> None:
-    tensors, keys = finch(), foreign.keys_of(finch(), 0)
-    arrays = foreign.converted(tensors, 0)
+    tensors, keys = finch(), foreign.make_keys(finch(), 0)
+    arrays = foreign.convert_tensors(tensors, 0)
     without = {name: array for name, array in arrays.items() if name != "blk.1.time_mix_gate.weight"}
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.att\.gate\.weight \(64, 64\)"):
         load(foreign.write(tmp_path / "a.gguf", without, keys))
@@ -283,7 +283,7 @@ VOCABULARIES = {
 @pytest.mark.parametrize("kind", VOCABULARIES)
 def test_vocabularies_are_read_back(kind: str) -> None:
     vocabulary = VOCABULARIES[kind]
-    for keys in (foreign.world_keys(vocabulary.tokens), plain(make_tokenizer_keys(vocabulary, vocabulary.size))):
+    for keys in (foreign.make_world_keys(vocabulary.tokens), plain(make_tokenizer_keys(vocabulary, vocabulary.size))):
         if kind == "bytes" and "tokenizer.ggml.eot_token_id" in keys:
             keys["tokenizer.ggml.token_type"] = [1] * 256
         assert read_tokenizer_spec(as_read(keys), vocabulary.size, "x") == vocabulary.to_spec()
@@ -311,7 +311,7 @@ def as_read(keys: dict[str, Any]) -> dict[str, Any]:
 
 def test_unknown_token_lists() -> None:
     world = world_vocabulary()
-    keys = as_read(foreign.world_keys(world.tokens))
+    keys = as_read(foreign.make_world_keys(world.tokens))
     texts = keys["tokenizer.ggml.tokens"]
     assert read_tokenizer_spec(keys, 65535, "x") is None and read_tokenizer_spec({}, 65536, "x") is None
     renamed = [*texts[:65530], b"<|user|>", *texts[65531:]]  # a tune may name a reserved id

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_checkpoints import make
+from small_checkpoints import make_tensors
 
 gguf = pytest.importorskip("gguf")
 
@@ -27,8 +27,8 @@ LARGE = (0, 1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 -
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small file with a tokenizer, texts, arrays, and tensors of four types."""
-    tensors = make("6.0", n_layer=2, n_embd=32, head_size=16, vocab_size=256)
-    keys = foreign.keys_of(tensors, 1) | foreign.world_keys(byte_vocabulary().tokens) | {"general.name": "small"}
+    tensors = make_tensors("6.0", n_layer=2, n_embd=32, head_size=16, vocab_size=256)
+    keys = foreign.make_keys(tensors, 1) | foreign.make_world_keys(byte_vocabulary().tokens) | {"general.name": "small"}
     kinds = {
         "output.weight": gguf.GGMLQuantizationType.Q4_0,
         "blk.0.time_mix_key.weight": gguf.GGMLQuantizationType.Q4_1,
@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "blk.1.time_mix_output.weight": gguf.GGMLQuantizationType.Q8_0,
     }
     path = tmp_path_factory.mktemp("gguf") / "whole.gguf"
-    return foreign.write(path, foreign.converted(tensors, 1), keys, kinds=kinds)
+    return foreign.write(path, foreign.convert_tensors(tensors, 1), keys, kinds=kinds)
 
 
 def header_end(path: Path) -> int:
@@ -200,12 +200,12 @@ def test_an_endless_header(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("part", ["w1", "w2", "first", "lerp_fused", "decay", "decay_w1", "lerp_x", "ln", "key"])
 def test_tensors_of_other_shapes(part: str, change: Callable[..., object], tmp_path: Path) -> None:
-    tensors = make("6.0", n_layer=2, n_embd=32, head_size=16)
-    arrays = foreign.converted(tensors, 0)
+    tensors = make_tensors("6.0", n_layer=2, n_embd=32, head_size=16)
+    arrays = foreign.convert_tensors(tensors, 0)
     name = f"blk.1.time_mix_{part}.weight"
     try:
         arrays[name] = change(arrays[name])  # type: ignore[assignment]
-        path = foreign.write(tmp_path / "m.gguf", arrays, foreign.keys_of(tensors, 0), kind=foreign.F32)
+        path = foreign.write(tmp_path / "m.gguf", arrays, foreign.make_keys(tensors, 0), kind=foreign.F32)
     except ValueError:
         pytest.skip("the package refuses to write it")
     try:

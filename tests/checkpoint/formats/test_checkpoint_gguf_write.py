@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import make, same, saved
+from small_checkpoints import are_equal, make_tensors, save_pth
 from torch import Tensor
 
 gguf = pytest.importorskip("gguf")
@@ -29,11 +29,11 @@ MATRICES = ("receptance.weight", "key.weight", "value.weight", "gate.weight", "o
 
 
 def finch(**sizes: Any) -> dict[str, Tensor]:
-    return make("6.0", **(SIZES | sizes))
+    return make_tensors("6.0", **(SIZES | sizes))
 
 
 def written(folder: Path, tensors: dict[str, Tensor], kind: str | None = None) -> Path:
-    convert(saved(folder, tensors), folder / "m.gguf", matrix_type=kind, force=True)
+    convert(save_pth(folder, tensors), folder / "m.gguf", matrix_type=kind, force=True)
     return folder / "m.gguf"
 
 
@@ -53,8 +53,8 @@ def test_the_file_agrees_with_an_independent_converter(kind: str, tmp_path: Path
     expected = gguf.GGUFReader(
         foreign.write(
             tmp_path / "theirs.gguf",
-            foreign.converted(tensors, 0),
-            foreign.keys_of(tensors, 0),
+            foreign.convert_tensors(tensors, 0),
+            foreign.make_keys(tensors, 0),
             kind=wanted,
             kinds={"token_embd.weight": plain},
         )
@@ -72,7 +72,7 @@ def test_the_file_agrees_with_an_independent_converter(kind: str, tmp_path: Path
         loaded.fields["general.file_type"].contents()
         == gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
     )
-    same_keys = foreign.keys_of(tensors, 0) | {"rwkv6.time_mix_extra_dim": 8, "rwkv6.time_decay_extra_dim": 12}
+    same_keys = foreign.make_keys(tensors, 0) | {"rwkv6.time_mix_extra_dim": 8, "rwkv6.time_decay_extra_dim": 12}
     for key, value in same_keys.items():
         if key not in ("general.file_type", "general.quantization_version"):
             assert loaded.fields[key].contents() == pytest.approx(value), key
@@ -83,7 +83,7 @@ def test_the_type_of_the_source_is_kept(dtype: torch.dtype, tmp_path: Path) -> N
     tensors = finch(dtype=dtype)
     config, loaded = load(written(tmp_path, tensors))
     assert config == load(tmp_path / "model.pth")[0]
-    assert same(loaded, tensors | small(tensors))
+    assert are_equal(loaded, tensors | small(tensors))
 
 
 def matrices(tensors: dict[str, Tensor], form: str) -> dict[str, QuantizedMatrix]:
@@ -103,7 +103,7 @@ def matrices(tensors: dict[str, Tensor], form: str) -> dict[str, QuantizedMatrix
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_quantized_matrices_stay_bit_for_bit(form: str, tmp_path: Path) -> None:
     tensors = finch(dtype=torch.bfloat16)
-    config = load(saved(tmp_path, tensors))[0]
+    config = load(save_pth(tmp_path, tensors))[0]
     quantized = matrices(tensors, form)
     dense = {name: tensor for name, tensor in tensors.items() if name not in quantized}
     save(tmp_path / "a.safetensors", config, dense, quantized=quantized)
@@ -123,7 +123,7 @@ def test_quantized_matrices_stay_bit_for_bit(form: str, tmp_path: Path) -> None:
 def test_a_second_conversion_changes_nothing(kind: str, tmp_path: Path) -> None:
     first = written(tmp_path, finch(), kind)
     convert(first, tmp_path / "again.gguf")
-    assert same(load(first)[1], load(tmp_path / "again.gguf")[1])
+    assert are_equal(load(first)[1], load(tmp_path / "again.gguf")[1])
 
 
 def test_requantization_is_reported_and_unpacking_is_exact(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_requantization_is_reported_and_unpacking_is_exact(tmp_path: Path) -> No
     assert any("25 matrices were quantized a second time" in note for note in notes), notes
     convert(first, tmp_path / "f.gguf", matrix_type="f32")
     exact = load(first)[1]
-    assert same(load(tmp_path / "f.gguf")[1], {name: tensor.float() for name, tensor in exact.items()})
+    assert are_equal(load(tmp_path / "f.gguf")[1], {name: tensor.float() for name, tensor in exact.items()})
 
 
 @pytest.mark.parametrize(("name", "to"), [("x.pth", None), ("hf", None), ("fla", "fla")])
@@ -142,12 +142,12 @@ def test_formats_without_quantized_matrices_get_bfloat16(name: str, to: str | No
     notes = convert(first, tmp_path / name, to=to).notes
     assert "the quantized matrices were written as bfloat16" in notes
     expected = {n: t.bfloat16() if n in read(first).quantized else t for n, t in load(first)[1].items()}
-    assert same(load(tmp_path / name)[1], expected)
+    assert are_equal(load(tmp_path / name)[1], expected)
 
 
 def test_short_rows_become_float16(tmp_path: Path) -> None:
     tensors = finch(n_embd=48, dim_ffn=64)
-    merged = convert(saved(tmp_path, tensors), tmp_path / "m.gguf", matrix_type="q8_0")
+    merged = convert(save_pth(tmp_path, tensors), tmp_path / "m.gguf", matrix_type="q8_0")
     assert any("22 matrices became F16" in note and "multiple of 32" in note for note in merged.notes), merged.notes
     loaded = read(tmp_path / "m.gguf")
     assert loaded.quantized.keys() == {f"blocks.{layer}.ffn.value.weight" for layer in range(3)}
@@ -169,7 +169,7 @@ def test_numbers_beyond_float16(tmp_path: Path) -> None:
 def test_vocabularies_and_notes(tmp_path: Path) -> None:
     vocabulary = prune(world_vocabulary(), [261, *range(300, 400)], size=384)
     tensors = finch(vocab_size=384)
-    config = replace(load(saved(tmp_path, tensors))[0], group_norm_eps=1e-5, norm_eps=2e-5)
+    config = replace(load(save_pth(tmp_path, tensors))[0], group_norm_eps=1e-5, norm_eps=2e-5)
     save(tmp_path / "a.safetensors", config, tensors, tokenizer_spec=vocabulary.to_spec(), extra={"steps": 3})
     notes = convert(tmp_path / "a.safetensors", tmp_path / "m.gguf").notes
     assert [note.split()[0:2] for note in notes] == [["llama.cpp", "always"], ["a", ".gguf"]]
@@ -183,15 +183,15 @@ def test_vocabularies_and_notes(tmp_path: Path) -> None:
         and fields["tokenizer.ggml.bos_token_id"].contents() == 0
     )
 
-    notes = convert(saved(tmp_path, finch()), tmp_path / "n.gguf").notes
+    notes = convert(save_pth(tmp_path, finch()), tmp_path / "n.gguf").notes
     assert notes == ("no vocabulary is known for this model; llama.cpp will take token ids only",)
     assert gguf.GGUFReader(tmp_path / "n.gguf").fields["tokenizer.ggml.model"].contents() == "none"
     assert read(tmp_path / "n.gguf").tokenizer_spec is None
 
 
 def test_the_name_is_kept(tmp_path: Path) -> None:
-    keys = foreign.keys_of(finch(), 0) | {"general.name": "Small Finch"}
-    source = foreign.write(tmp_path / "theirs.gguf", foreign.converted(finch(), 0), keys)
+    keys = foreign.make_keys(finch(), 0) | {"general.name": "Small Finch"}
+    source = foreign.write(tmp_path / "theirs.gguf", foreign.convert_tensors(finch(), 0), keys)
     assert "extras" not in "".join(convert(source, tmp_path / "ours.gguf").notes)
     assert read(tmp_path / "ours.gguf").extra["name"] == "Small Finch"
     assert read(written(tmp_path, finch())).extra["name"] == "m"
@@ -207,12 +207,12 @@ def test_the_name_is_kept(tmp_path: Path) -> None:
 )
 def test_models_that_gguf_does_not_support(kind: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=rf"model\.pth (is|has).*{words}.*use \.safetensors"):
-        convert(saved(tmp_path, make(kind)), tmp_path / "m.gguf")
+        convert(save_pth(tmp_path, make_tensors(kind)), tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 
 
 def test_wrong_requests(tmp_path: Path) -> None:
-    source = saved(tmp_path, finch())
+    source = save_pth(tmp_path, finch())
     with pytest.raises(UsageError, match="type 'q3_k' is unknown; use one of f32, f16, bf16, q8_0"):
         convert(source, tmp_path / "m.gguf", matrix_type="q3_k")
     with pytest.raises(UsageError, match=r"type 'q8_0' is only for a \.gguf"):
@@ -225,7 +225,7 @@ def test_a_file_can_be_converted_in_place(tmp_path: Path) -> None:
     path = written(tmp_path, finch(), "q8_0")
     before = {name: tensor.clone() for name, tensor in load(path)[1].items()}
     convert(path, path, force=True)
-    assert same(before, load(path)[1])
+    assert are_equal(before, load(path)[1])
 
 
 def test_a_failed_conversion_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_a_failed_conversion_leaves_no_files(tmp_path: Path, monkeypatch: pytest
 def test_a_full_disk_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
-    source = saved(tmp_path, finch())
+    source = save_pth(tmp_path, finch())
     with pytest.raises(CheckpointError, match="GB free"):
         convert(source, tmp_path / "m.gguf")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import make, same, saved
+from small_checkpoints import are_equal, make_tensors, save_pth
 
 from fledge.checkpoint import load, verify
 from fledge.checkpoint.formats import pth
@@ -52,10 +52,10 @@ def test_a_real_checkpoint_is_mapped_not_copied(shared: Path) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    tensors = make("6.0 in bfloat16")
+    tensors = make_tensors("6.0 in bfloat16")
     write_pth(tmp_path / "a.pth", tensors)
     back = read_pth(tmp_path / "a.pth")
-    assert same(tensors, back) and list(back) == list(tensors)
+    assert are_equal(tensors, back) and list(back) == list(tensors)
     write_pth(tmp_path / "b.pth", back)  # from the mapped file
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
@@ -70,15 +70,15 @@ def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> No
 
 
 def test_names_are_read_onto_meta(tmp_path: Path) -> None:
-    tensors = make("5.2")
-    loaded = read_pth(saved(tmp_path, tensors), weights=False)
+    tensors = make_tensors("5.2")
+    loaded = read_pth(save_pth(tmp_path, tensors), weights=False)
     assert {name: (t.shape, t.dtype, t.device.type) for name, t in loaded.items()} == {
         name: (t.shape, t.dtype, "meta") for name, t in tensors.items()
     }
 
 
 def test_names_are_read_even_if_the_file_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, real = saved(tmp_path, make("5.2")), torch.load
+    path, real = save_pth(tmp_path, make_tensors("5.2")), torch.load
 
     def no_map(*args: Any, mmap: bool, **rest: Any) -> Any:
         if mmap:
@@ -86,15 +86,15 @@ def test_names_are_read_even_if_the_file_cannot_be_mapped(tmp_path: Path, monkey
         return real(*args, mmap=mmap, **rest)
 
     monkeypatch.setattr(pth.torch, "load", no_map)
-    assert len(read_pth(path, weights=False)) == len(make("5.2"))
+    assert len(read_pth(path, weights=False)) == len(make_tensors("5.2"))
     with pytest.raises(CheckpointError, match="needs more memory than this machine has"):
         read_pth(path)
 
 
 def test_deepspeed_prefix_is_stripped(tmp_path: Path) -> None:
-    tensors = make("6.0")
-    config, loaded = load(saved(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}))
-    assert config.version == "6.0" and same(tensors, loaded)
+    tensors = make_tensors("6.0")
+    config, loaded = load(save_pth(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}))
+    assert config.version == "6.0" and are_equal(tensors, loaded)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -102,7 +102,7 @@ def test_deepspeed_prefix_is_stripped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["data/0", "data.pkl"])
 def test_compressed_archives_are_refused_unread(part: str, harm: int, method: int, tmp_path: Path) -> None:
     """A small archive can unpack to any size, and each method has its own exception for damage."""
-    path = saved(tmp_path, {"a": torch.zeros(100_000)})
+    path = save_pth(tmp_path, {"a": torch.zeros(100_000)})
     packed = rewritten(path, tmp_path / "packed.pth", lambda name, data: data, lambda name: method * (part in name))
     with zipfile.ZipFile(packed) as archive:
         record = next(record for record in archive.infolist() if record.filename.endswith(part))
@@ -120,11 +120,11 @@ def test_tensors_without_bytes_of_their_own_are_refused(weights: bool, tmp_path:
     one, many = torch.zeros(1).expand(6000, 6000), torch.zeros(100, 100)
     for tensors, needed in (({"a": one}, 144_000_000), ({str(i): many for i in range(100)}, 4_000_000)):
         with pytest.raises(CheckpointError, match=f"tensors share memory: its tensors need {needed} bytes"):
-            read_pth(saved(tmp_path, tensors), weights=weights)
+            read_pth(save_pth(tmp_path, tensors), weights=weights)
 
 
 def test_overlapping_records_count_only_once(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"a": torch.zeros(1000).expand(1000, 1000)})
+    path = save_pth(tmp_path, {"a": torch.zeros(1000).expand(1000, 1000)})
     with zipfile.ZipFile(path, "a") as archive:
         record = archive.getinfo("model/data/0")
         for number in range(1, 1000):
@@ -140,7 +140,7 @@ def test_overlapping_records_count_only_once(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_written_separately(tmp_path: Path) -> None:
     tensor = torch.arange(6.0)
     write_pth(tmp_path / "a.pth", {"emb": tensor, "head": tensor.view(2, 3)})
-    assert same({"emb": tensor, "head": tensor.view(2, 3)}, read_pth(tmp_path / "a.pth"))
+    assert are_equal({"emb": tensor, "head": tensor.view(2, 3)}, read_pth(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -150,7 +150,9 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(zipped: bool, proto
     evil = pickle.dumps({"emb.weight": Hostile(victim)}, protocol=protocol)
     path = tmp_path / "evil.pth"
     if zipped:
-        rewritten(saved(tmp_path, make("4")), path, lambda name, data: evil if name.endswith("data.pkl") else data)
+        rewritten(
+            save_pth(tmp_path, make_tensors("4")), path, lambda name, data: evil if name.endswith("data.pkl") else data
+        )
     else:
         path.write_bytes(evil)
     for call in (load, lambda path: read_pth(path, weights=False)):
@@ -164,7 +166,7 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(zipped: bool, proto
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:
-    complete = saved(tmp_path, make("5.2", n_layer=1)).read_bytes()
+    complete = save_pth(tmp_path, make_tensors("5.2", n_layer=1)).read_bytes()
     path = tmp_path / "cut.pth"
     for length in (0, 3, 40, len(complete) // 2, len(complete) - 1):
         path.write_bytes(complete[:length])
@@ -173,7 +175,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 
 def test_a_damaged_list_of_names(tmp_path: Path) -> None:
-    complete = bytearray(saved(tmp_path, make("4", n_layer=1)).read_bytes())
+    complete = bytearray(save_pth(tmp_path, make_tensors("4", n_layer=1)).read_bytes())
     complete[complete.index(b"blocks.0.ln1")] ^= 0xFF
     path = tmp_path / "bad.pth"
     path.write_bytes(complete)
@@ -182,7 +184,7 @@ def test_a_damaged_list_of_names(tmp_path: Path) -> None:
 
 
 def test_any_flipped_byte_is_an_error_or_harmless_but_never_a_crash(tmp_path: Path) -> None:
-    complete = saved(tmp_path, make("6.0", n_layer=1, n_embd=16)).read_bytes()
+    complete = save_pth(tmp_path, make_tensors("6.0", n_layer=1, n_embd=16)).read_bytes()
     path = tmp_path / "bad.pth"
     for location in range(0, len(complete), len(complete) // 150):
         path.write_bytes(complete[:location] + bytes([complete[location] ^ 0x55]) + complete[location + 1 :])
@@ -194,8 +196,8 @@ def test_any_flipped_byte_is_an_error_or_harmless_but_never_a_crash(tmp_path: Pa
 
 
 def test_flipped_weights_are_found_by_verify(tmp_path: Path) -> None:
-    tensors = make("5.2")
-    path = saved(tmp_path, tensors)
+    tensors = make_tensors("5.2")
+    path = save_pth(tmp_path, tensors)
     assert verify(path).config.version == "5.2"
     complete = bytearray(path.read_bytes())
     complete[complete.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
@@ -207,16 +209,16 @@ def test_flipped_weights_are_found_by_verify(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_found_by_verify(tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     tensors["blocks.1.att.key.weight"][3, 5] = float("nan")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.att\.key\.weight holds numbers that are not finite"):
-        verify(saved(tmp_path, tensors))
+        verify(save_pth(tmp_path, tensors))
 
 
 def test_another_pickle_protocol_is_read_or_refused(tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     torch.save(tensors, tmp_path / "three.pth", pickle_protocol=3)
-    assert same(tensors, read_pth(tmp_path / "three.pth"))
+    assert are_equal(tensors, read_pth(tmp_path / "three.pth"))
     torch.save(tensors, tmp_path / "four.pth", pickle_protocol=4)
     with pytest.raises(CheckpointError, match="its pickle has protocol 4"):
         read_pth(tmp_path / "four.pth")
@@ -226,14 +228,14 @@ def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(make("5.2"), tmp_path / "plain.pth")
+        torch.save(make_tensors("5.2"), tmp_path / "plain.pth")
     finally:
         torch.serialization.set_crc32_options(before)
     assert verify(tmp_path / "plain.pth").config.version == "5.2"
 
 
 def test_a_record_shorter_than_its_tensor_is_an_error(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"a": torch.arange(10.0)})
+    path = save_pth(tmp_path, {"a": torch.arange(10.0)})
 
     def lengthen(name: str, data: bytes) -> bytes:
         """Turn the 10 numbers of the only tensor into 20."""
@@ -271,7 +273,7 @@ def test_formats_of_other_programs_are_named(magic: bytes, message: str, tmp_pat
 
 
 def test_the_old_torch_format_is_recognized(tmp_path: Path) -> None:
-    torch.save(make("4"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(make_tensors("4"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"bare pickle, the torch format from before 1.6"):
         load(tmp_path / "old.pth")
 
@@ -305,7 +307,7 @@ def test_contents_that_are_not_a_model(content: Any, message: str, tmp_path: Pat
 
 
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
-    tensors = make("4")
+    tensors = make_tensors("4")
     tensors["emb.weight"] = tensors["emb.weight"].to(torch.int8)
     with pytest.raises(UnsupportedError, match=r"emb.weight has dtype int8"):
-        load(saved(tmp_path, tensors))
+        load(save_pth(tmp_path, tensors))

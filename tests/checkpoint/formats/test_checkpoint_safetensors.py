@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import KINDS, make, same
+from small_checkpoints import KINDS, are_equal, make_tensors
 
 from fledge.checkpoint import detect, load, read, save
 from fledge.checkpoint.formats.safetensors import read_safetensors, write_safetensors
@@ -41,16 +41,16 @@ def with_record(path: Path, tensors: dict[str, torch.Tensor], record: object) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip(kind: str, tmp_path: Path) -> None:
-    tensors = make(kind)
+    tensors = make_tensors(kind)
     config = config_of(tensors)
     save(tmp_path / "m.safetensors", config, tensors)
     loaded, back = load(tmp_path / "m.safetensors")
-    assert loaded == config and same(tensors, back) and list(tensors) == list(back)
+    assert loaded == config and are_equal(tensors, back) and list(tensors) == list(back)
 
 
 def test_config_tokenizer_and_extras_are_read_back(tmp_path: Path) -> None:
     vocabulary = prune(world_vocabulary(), [300, 500, 700], size=272)
-    tensors = make("6.0", vocab_size=272)
+    tensors = make_tensors("6.0", vocab_size=272)
     config = replace(config_of(tensors), group_norm_eps=1e-5, norm_eps=2e-5)
     spec, extra = vocabulary.to_spec(), {"steps": 7, "loss": 2.5}
     save(tmp_path / "m.safetensors", config, tensors, tokenizer_spec=spec, extra=extra)
@@ -59,18 +59,18 @@ def test_config_tokenizer_and_extras_are_read_back(tmp_path: Path) -> None:
 
 
 def test_files_are_compatible_with_the_library(tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     mixed = tensors | {"emb.weight": tensors["emb.weight"].to(torch.bfloat16)}
     save(tmp_path / "ours.safetensors", config_of(tensors), mixed)
-    assert same(mixed, load_file(tmp_path / "ours.safetensors"))
+    assert are_equal(mixed, load_file(tmp_path / "ours.safetensors"))
     save_file(mixed, tmp_path / "theirs.safetensors")  # as community conversions are: no metadata, keys in its order
     config, back = load(tmp_path / "theirs.safetensors")
-    assert config == config_of(tensors) and same(mixed, back)
+    assert config == config_of(tensors) and are_equal(mixed, back)
 
 
 def test_the_same_model_gives_the_same_bytes_and_aligned_data(tmp_path: Path) -> None:
     for name in "ab":
-        tensors = make("6.0")
+        tensors = make_tensors("6.0")
         save(tmp_path / f"{name}.safetensors", config_of(tensors), tensors, extra={"y": 1, "x": 2})
     complete = (tmp_path / "a.safetensors").read_bytes()
     assert complete == (tmp_path / "b.safetensors").read_bytes()
@@ -79,7 +79,7 @@ def test_the_same_model_gives_the_same_bytes_and_aligned_data(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("rows", "kind", "needed"), [(37, "bytes", 256), (256, "world", 65536)])
 def test_a_tokenizer_of_another_size_is_an_error(rows: int, kind: str, needed: int, tmp_path: Path) -> None:
-    tensors = make("5.2", vocab_size=rows)
+    tensors = make_tensors("5.2", vocab_size=rows)
     config = config_of(tensors)
     message = f"has {rows} vocabulary rows, but the {kind} tokenizer .* needs {needed}"
     with pytest.raises(CheckpointError, match=message):
@@ -92,7 +92,7 @@ def test_a_tokenizer_of_another_size_is_an_error(rows: int, kind: str, needed: i
 
 
 def test_an_unusable_tokenizer_record_is_an_error(tmp_path: Path) -> None:
-    tensors = make("5.2", vocab_size=256)
+    tensors = make_tensors("5.2", vocab_size=256)
     with pytest.raises(CheckpointError, match=r"tokenizer stored with the model cannot be used: .*'klingon'"):
         save(tmp_path / "m.safetensors", config_of(tensors), tensors, tokenizer_spec={"kind": "klingon"})
     spec = byte_vocabulary().to_spec()
@@ -111,7 +111,7 @@ def test_an_unusable_tokenizer_record_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_records_are_errors(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     save(tmp_path / "m.safetensors", config_of(tensors), tensors)
     record = record_of(tmp_path / "m.safetensors") | change
     with pytest.raises(CheckpointError, match=message):
@@ -133,7 +133,7 @@ def test_damaged_records_are_errors(change: dict[str, Any], message: str, tmp_pa
 def test_a_config_that_contradicts_the_tensors_is_an_error(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     save(tmp_path / "m.safetensors", config_of(tensors), tensors)
     record = record_of(tmp_path / "m.safetensors")
     record["config"] |= change
@@ -144,7 +144,7 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(
 def test_a_record_that_is_not_json_is_an_error(tmp_path: Path) -> None:
     for text in ("{", "[" * 100_000):
         with pytest.raises(CheckpointError, match="is not JSON"):
-            load(with_record(tmp_path / "bad.safetensors", make("4"), text))
+            load(with_record(tmp_path / "bad.safetensors", make_tensors("4"), text))
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -204,7 +204,7 @@ def test_tensors_that_are_not_floats_are_unsupported(tmp_path: Path) -> None:
 
 
 def test_truncated_files_are_errors(tmp_path: Path) -> None:
-    tensors = make("4", n_layer=1)
+    tensors = make_tensors("4", n_layer=1)
     save(tmp_path / "m.safetensors", config_of(tensors), tensors)
     complete = (tmp_path / "m.safetensors").read_bytes()
     path = tmp_path / "cut.safetensors"
@@ -215,7 +215,7 @@ def test_truncated_files_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_content_decides_not_the_suffix(tmp_path: Path) -> None:
-    tensors = make("4")
+    tensors = make_tensors("4")
     save(tmp_path / "m.safetensors", config_of(tensors), tensors)
     (tmp_path / "m.safetensors").rename(tmp_path / "m.pth")
     assert read(tmp_path / "m.pth").format == "safetensors"
@@ -228,7 +228,7 @@ def test_the_content_decides_not_the_suffix(tmp_path: Path) -> None:
 
 
 def test_save_refuses_unreadable_models(tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     config = config_of(tensors)
     with pytest.raises(CheckpointError, match=r"missing: ln_out\.bias"):
         save(tmp_path / "m.pth", config, {name: t for name, t in tensors.items() if name != "ln_out.bias"})

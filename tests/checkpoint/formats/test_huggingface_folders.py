@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoints import make, same, saved
+from small_checkpoints import are_equal, make_tensors, save_pth
 from torch import Tensor
 
 from fledge.checkpoint import convert, load, read, save
@@ -58,7 +58,7 @@ def test_hf_names(official: str, theirs: str) -> None:
 
 @pytest.mark.parametrize("kind", ["4", "5.2", "6.0", "6.0 tuned"])
 def test_every_name_is_converted_back(kind: str) -> None:
-    names = list(make(kind))
+    names = list(make_tensors(kind))
     assert [from_hf(to_hf(name)) for name in names] == names
     assert len({to_hf(name) for name in names}) == len(names)
     assert (detect_layout(names), detect_layout(map(to_hf, names))) == ("official", "hf")
@@ -74,14 +74,14 @@ def test_every_name_is_converted_back(kind: str) -> None:
     ],
 )
 def test_remote_code_folders(kind: str, settings: dict[str, Any], file: str, tmp_path: Path) -> None:
-    tensors = make(kind)
+    tensors = make_tensors(kind)
     loaded = read(folder(tmp_path / "m", settings, hf(tensors), file))
-    assert loaded.format == "hf" and loaded.config.version == kind and same(tensors, loaded.tensors)
+    assert loaded.format == "hf" and loaded.config.version == kind and are_equal(tensors, loaded.tensors)
     assert (loaded.config.norm_eps, loaded.config.group_norm_eps) == (1e-5, 64e-5)
 
 
 def test_sharded_folders(tmp_path: Path) -> None:
-    tensors = make("6.0")
+    tensors = make_tensors("6.0")
     names = list(hf(tensors))
     shards = {"model-00001-of-00002.safetensors": names[:40], "model-00002-of-00002.safetensors": names[40:]}
     for file, part in shards.items():
@@ -89,7 +89,7 @@ def test_sharded_folders(tmp_path: Path) -> None:
     weight_map = {name: file for file, part in shards.items() for name in part}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     loaded = read(tmp_path / "m")
-    assert same(tensors, loaded.tensors) and len(loaded.files) == 2
+    assert are_equal(tensors, loaded.tensors) and len(loaded.files) == 2
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00002\.safetensors, which is not in the folder"):
         load(tmp_path / "m")
@@ -115,7 +115,7 @@ def test_sharded_folders(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_cannot_name_files_outside_its_folder(name: object, tmp_path: Path) -> None:
-    torch.save(hf(make("6.0")), tmp_path / "secret.bin")
+    torch.save(hf(make_tensors("6.0")), tmp_path / "secret.bin")
     path = folder(tmp_path / "m", {"model_type": "rwkv6"}, {"x": torch.zeros(1)}, "other.bin")
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"emb.weight": name}}))
     with pytest.raises(CheckpointError, match="not a plain file name; refused"):
@@ -124,7 +124,7 @@ def test_an_index_cannot_name_files_outside_its_folder(name: object, tmp_path: P
 
 def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
     for file in ("a.safetensors", "b.safetensors"):
-        folder(tmp_path / "m", {"model_type": "rwkv6"}, hf(make("6.0")), file)
+        folder(tmp_path / "m", {"model_type": "rwkv6"}, hf(make_tensors("6.0")), file)
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="is in two of its files"):
@@ -161,7 +161,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_configs(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
-    folder(tmp_path / "m", {}, hf(make("6.0")))
+    folder(tmp_path / "m", {}, hf(make_tensors("6.0")))
     (tmp_path / "m" / "config.json").write_text(text)
     with pytest.raises(kind, match=message):
         load(tmp_path / "m")
@@ -169,15 +169,15 @@ def test_invalid_configs(text: str, kind: type[Exception], message: str, tmp_pat
 
 def test_epsilons_come_from_the_config(tmp_path: Path) -> None:
     settings = {"model_type": "rwkv5", "layer_norm_epsilon": 1e-6, "head_size_divisor": 1}
-    config, _ = load(folder(tmp_path / "m", settings, hf(make("5.2"))))
+    config, _ = load(folder(tmp_path / "m", settings, hf(make_tensors("5.2"))))
     assert (config.norm_eps, config.group_norm_eps) == (1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("to", ["hf", "fla"])
 def test_a_changed_epsilon_in_a_written_folder_is_an_error(to: str, tmp_path: Path) -> None:
     """The header of the weights also has the epsilons; a contradiction is an error."""
-    tensors = make("6.0")
-    config = replace(load(saved(tmp_path, tensors))[0], norm_eps=2e-5, group_norm_eps=3e-4)
+    tensors = make_tensors("6.0")
+    config = replace(load(save_pth(tmp_path, tensors))[0], norm_eps=2e-5, group_norm_eps=3e-4)
     save(tmp_path / "a.safetensors", config, tensors)
     convert(tmp_path / "a.safetensors", tmp_path / "m", to=to)
     path = tmp_path / "m" / "config.json"
@@ -197,24 +197,24 @@ def test_a_changed_epsilon_in_a_written_folder_is_an_error(to: str, tmp_path: Pa
 def test_a_tensor_under_two_names_is_an_error(
     renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    tensors = make("6.0")
+    tensors = make_tensors("6.0")
     for name in ("emb.weight", "blocks.1.att.key.weight"):
         twin = {name: tensors[name].clone()}
         for both in (renamed(tensors) | twin, twin | renamed(tensors)):
             with pytest.raises(CheckpointError, match="official"):
-                load(saved(tmp_path, both))
+                load(save_pth(tmp_path, both))
 
 
 def test_missing_tensors_are_reported_by_official_name(tmp_path: Path) -> None:
-    tensors = {name: tensor for name, tensor in make("5.2").items() if name != "blocks.1.att.time_mix_g"}
+    tensors = {name: tensor for name, tensor in make_tensors("5.2").items() if name != "blocks.1.att.time_mix_g"}
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.att\.time_mix_g \(1, 1, 24\)"):
         load(folder(tmp_path / "m", {"model_type": "rwkv5"}, hf(tensors)))
 
 
 def test_a_single_file_with_hf_names_needs_no_folder(tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     torch.save(hf(tensors), tmp_path / "pytorch_model.bin")
-    assert same(tensors, load(tmp_path / "pytorch_model.bin")[1])
+    assert are_equal(tensors, load(tmp_path / "pytorch_model.bin")[1])
 
 
 @pytest.mark.parametrize("names", [["rwkv.blocks.0.attention.r_k"], ["model.layers.0.attn.r_k"]])
@@ -228,25 +228,25 @@ FLA = {"model_type": "rwkv6", "num_heads": 3, "expand_k": 1.0, "hidden_size": 24
 
 
 def test_fla_folders(tmp_path: Path) -> None:
-    tensors = make("6.0")
+    tensors = make_tensors("6.0")
     loaded = read(folder(tmp_path / "m", FLA, to_fla(tensors)))
-    assert loaded.format == "fla" and same(tensors, loaded.tensors)
+    assert loaded.format == "fla" and are_equal(tensors, loaded.tensors)
     assert loaded.config.group_norm_eps == 64e-5  # whatever norm_eps says
 
 
 def test_fla_is_distinguished_from_the_remote_code_by_names(tmp_path: Path) -> None:
     """Both have the model type rwkv6."""
     settings = {"model_type": "rwkv6", "architectures": ["Rwkv6ForCausalLM"]}
-    assert read(folder(tmp_path / "a", settings, to_fla(make("6.0")))).format == "fla"
-    assert read(folder(tmp_path / "b", settings, hf(make("6.0")))).format == "hf"
+    assert read(folder(tmp_path / "a", settings, to_fla(make_tensors("6.0")))).format == "fla"
+    assert read(folder(tmp_path / "b", settings, hf(make_tensors("6.0")))).format == "hf"
     with pytest.raises(CheckpointError, match="num_heads 4, its tensors say 3"):
-        load(folder(tmp_path / "c", FLA | {"num_heads": 4}, to_fla(make("6.0"))))
+        load(folder(tmp_path / "c", FLA | {"num_heads": 4}, to_fla(make_tensors("6.0"))))
 
 
 def test_fla_shapes_and_token_shift() -> None:
     """The mixes r, w, k, v, g that the library computes equal those of the official layout (equations 14-16)."""
     width, rank = 24, 8
-    tensors = {name: tensor.double() for name, tensor in make("6.0").items()}
+    tensors = {name: tensor.double() for name, tensor in make_tensors("6.0").items()}
     original = {name.removeprefix("model.layers.1.attn."): tensor for name, tensor in to_fla(tensors).items()}
     x, delta = torch.randn(2, 5, width, dtype=torch.double), torch.randn(2, 5, width, dtype=torch.double)
 
@@ -279,7 +279,7 @@ def test_fla_tensors_of_impossible_shape_are_named() -> None:
 
 
 def test_fla_refuses_to_merge_dtypes() -> None:
-    tensors = make("6.0")
+    tensors = make_tensors("6.0")
     tensors["blocks.0.att.time_maa_k"] = tensors["blocks.0.att.time_maa_k"].half()
     with pytest.raises(CheckpointError, match="have several dtypes"):
         to_fla(tensors)

@@ -22,10 +22,10 @@ from fledge.models import BaseModel
 TEXTS = ["The sea was calm. " * 20, "No wind. " * 40]
 
 
-def model_of(version: str = "6.0") -> BaseModel:
-    path_free = random_checkpoint(version, n_layer=2, n_embd=32, vocab_size=50)
-    config = checkpoint.detect({name: tuple(tensor.shape) for name, tensor in path_free.items()}, "random")
-    model = checkpoint.assemble(config, path_free)
+def make_model(version: str = "6.0") -> BaseModel:
+    tensors = random_checkpoint(version, n_layer=2, n_embd=32, vocab_size=50)
+    config = checkpoint.detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "random")
+    model = checkpoint.assemble(config, tensors)
     assert isinstance(model, BaseModel)
     return model
 
@@ -40,70 +40,73 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6.0"])
 def test_every_matrix_of_every_version_is_measured(version: str) -> None:
-    model = model_of(version)
-    loaded = measure(model, [[1, 2, 3, 4, 5], [6, 7]])
+    model = make_model(version)
+    importance = measure(model, [[1, 2, 3, 4, 5], [6, 7]])
     weights = {name: weight for name, weight in model.named_parameters() if is_quantizable(name)}
-    assert loaded.keys() == weights.keys()
+    assert importance.keys() == weights.keys()
     for name, weight in weights.items():
-        assert loaded[name].outputs.shape == weight.shape[:1] and loaded[name].inputs.shape == weight.shape[1:]
-        assert bool((loaded[name].inputs >= 0).all()) and float(loaded[name].outputs.sum()) > 0, name
+        assert importance[name].outputs.shape == weight.shape[:1] and importance[name].inputs.shape == weight.shape[1:]
+        assert bool((importance[name].inputs >= 0).all()) and float(importance[name].outputs.sum()) > 0, name
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_sums_follow_the_definition() -> None:
     """Compare with the gradients of autograd for each token alone, with tokens sampled in the same order."""
-    model, ids = model_of(), [1, 2, 3, 4, 5, 6]
-    loaded = measure(model, [ids])["head.weight"]
-    seen: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
+    model, ids = make_model(), [1, 2, 3, 4, 5, 6]
+    importance = measure(model, [ids])["head.weight"]
+    inputs_seen: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _module, inputs: inputs_seen.append(inputs[0].detach()[0]))
     with torch.no_grad():
         logits, _ = model(torch.tensor([ids]))
     hook.remove()
-    p = torch.softmax(logits[0], -1)
-    drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    gradient = p - torch.nn.functional.one_hot(drawn, p.shape[1])  # of the head's own outputs
-    assert_close_relative(loaded.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
-    assert_close_relative(loaded.outputs, gradient.square().mean(0), MODEL_TOLERANCE, "outputs")
+    probabilities = torch.softmax(logits[0], -1)
+    sampled = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    # The gradient with respect to the outputs of the head.
+    gradient = probabilities - torch.nn.functional.one_hot(sampled, probabilities.shape[1])
+    assert_close_relative(importance.inputs, inputs_seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
+    assert_close_relative(importance.outputs, gradient.square().mean(0), MODEL_TOLERANCE, "outputs")
 
 
 def test_windows_carry_the_state() -> None:
-    model = model_of()
+    model = make_model()
     ids = torch.randint(0, 50, (WINDOW + 20,)).tolist()
-    loaded = measure(model, [ids])["blocks.1.ffn.value.weight"]
-    seen: list[Tensor] = []
-    model.blocks[1].ffn.value.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
+    importance = measure(model, [ids])["blocks.1.ffn.value.weight"]
+    inputs_seen: list[Tensor] = []
+    model.blocks[1].ffn.value.register_forward_pre_hook(
+        lambda _module, inputs: inputs_seen.append(inputs[0].detach()[0])
+    )
     with torch.no_grad():
         model(torch.tensor([ids]))
-    assert_close_relative(loaded.inputs, seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
+    assert_close_relative(importance.inputs, inputs_seen[0].square().mean(0), MODEL_TOLERANCE, "inputs")
 
 
 def test_the_formula_predicts_the_cost_of_rounding() -> None:
     """Compare measured and predicted KL for a head rounded to 4 bits."""
-    model = model_of()
+    model = make_model()
     ids = torch.randint(0, 50, (1, 400), generator=torch.Generator().manual_seed(3))
     importance = measure(model, ids.tolist())
     for name in ("head.weight", "blocks.1.ffn.key.weight", "blocks.0.att.gate.weight"):
         weight = dict(model.named_parameters())[name]
         with torch.no_grad():
             before = torch.log_softmax(model(ids)[0][0], -1)
-            remaining = weight.clone()
+            original = weight.clone()
             matrix, _ = round_weight(weight, "int4")
             weight.copy_(matrix.dequantize())
             after = torch.log_softmax(model(ids)[0][0], -1)
-            weight.copy_(remaining)
+            weight.copy_(original)
         kl = float((before.exp() * (before - after)).sum(-1).mean())
         assert 0.6 < compute_cost(weight.detach(), matrix, importance[name]) / kl < 1.6, name
 
 
-def test_calibrating_a_checkpoint(source: Path) -> None:
+def test_calibration_is_repeatable_and_reports_progress(source: Path) -> None:
     calls: list[tuple[int, int]] = []
-    loaded = calibrate(source, TEXTS, tokens=300, report=lambda *call: calls.append(call))
-    assert calls[-1] == (300, 300) and "head.weight" in loaded
-    reloaded = calibrate(source, TEXTS, tokens=300)
-    assert all(torch.equal(loaded[name].outputs, reloaded[name].outputs) for name in loaded)
+    importance = calibrate(source, TEXTS, tokens=300, report=lambda *call: calls.append(call))
+    assert calls[-1] == (300, 300) and "head.weight" in importance
+    repeated = calibrate(source, TEXTS, tokens=300)
+    assert all(torch.equal(importance[name].outputs, repeated[name].outputs) for name in importance)
 
 
-def test_invalid_arguments_are_refused(source: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_rejected(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text to calibrate with"):
         calibrate(source, [""])
     quantize(source, tmp_path / "q.safetensors", "int8")
@@ -112,7 +115,7 @@ def test_invalid_arguments_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_hooks_are_removed_after_an_error() -> None:
-    model: Any = model_of()
+    model: Any = make_model()
     with pytest.raises(Exception, match="token id 99"):
         measure(model, [[1, 99]])
     assert not any(module._forward_hooks for module in model.modules())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_checkpoints import KINDS, make, same, saved
+from small_checkpoints import KINDS, are_equal, make_tensors, save_pth
 from torch import Tensor
 
 from fledge.checkpoint import assemble, describe_base, inspect, load, load_model, read, save
@@ -28,7 +28,7 @@ from fledge.checkpoint.quantization.sensitivity import (
 from fledge.core.errors import CheckpointError, FledgeError, UnsupportedError, UsageError
 from fledge.kernels.rounding import quantize as round_weight
 
-# Wide enough that filling blocks up does not outweigh what 4 bits save; vocabulary rows fill whole panels.
+# Wide enough that the padding of blocks does not outweigh the savings of 4 bits. The vocabulary fills whole panels.
 WIDE: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "vocab_size": 256}
 
 
@@ -36,7 +36,7 @@ WIDE: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "vocab_size": 256}
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Finch with extras."""
     folder = tmp_path_factory.mktemp("source")
-    config, tensors = load(saved(folder, make("6.0", **WIDE)))
+    config, tensors = load(save_pth(folder, make_tensors("6.0", **WIDE)))
     path = folder / "model.safetensors"
     save(path, config, tensors, tokenizer_spec={"kind": "bytes"}, extra={"steps": 7})
     return path
@@ -44,12 +44,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_only_matrices_of_products_are_quantized(kind: str, tmp_path: Path) -> None:
-    source = saved(tmp_path, make(kind))
+    source = save_pth(tmp_path, make_tensors(kind))
     report = quantize(source, tmp_path / "q.safetensors", "int8")
     before, after = read(source), read(tmp_path / "q.safetensors")
     products = {name for name, tensor in before.tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
     assert set(after.quantized) == products - {"emb.weight"} == set(report.formats)
-    assert same(after.tensors, {name: t for name, t in before.tensors.items() if name not in after.quantized})
+    assert are_equal(after.tensors, {name: t for name, t in before.tensors.items() if name not in after.quantized})
     assert after.config == before.config and set(report.formats.values()) == {"int8"}
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
     with torch.no_grad():
@@ -59,18 +59,18 @@ def test_only_matrices_of_products_are_quantized(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_file_holds_the_rounded_weights(scheme: str, source: Path, tmp_path: Path) -> None:
+def test_the_file_contains_the_rounded_weights(scheme: str, source: Path, tmp_path: Path) -> None:
     report = quantize(source, tmp_path / "q.safetensors", scheme)
     _, tensors = load(source)
     others, matrices = quantize_tensors(tensors, scheme)
     loaded = read(tmp_path / "q.safetensors")
-    assert same(loaded.tensors, others) and loaded.quantized.keys() == matrices.keys()
+    assert are_equal(loaded.tensors, others) and loaded.quantized.keys() == matrices.keys()
     for name, matrix in loaded.quantized.items():
         assert (matrix.format, matrix.shape) == (matrices[name].format, matrices[name].shape)
         assert torch.equal(matrix.data, matrices[name].data)
     assert loaded.tokenizer_spec == {"kind": "bytes"}
-    facts = {"scheme": scheme, "calibrated": False, "base": describe_base(read(source)).identity}
-    assert loaded.extra == {"steps": 7, "quantised": facts}
+    record = {"scheme": scheme, "calibrated": False, "base": describe_base(read(source)).identity}
+    assert loaded.extra == {"steps": 7, "quantised": record}
     assert report.nbytes == (tmp_path / "q.safetensors").stat().st_size < report.nbytes_before
     assert report.bits_per_weight == inspect(tmp_path / "q.safetensors").bits_per_weight
     assert all(
@@ -93,11 +93,11 @@ def test_matrices_are_mapped_not_read(source: Path, tmp_path: Path) -> None:
     assert all(matrix.data.data_ptr() % 64 == 0 for matrix in matrices.values())
     if not sys.platform.startswith("linux"):
         pytest.skip("only Linux reports mapped memory")
-    spans = [
+    limits = [
         line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
     ]
-    places = [range(int(start, 16), int(end, 16)) for start, end in spans]
-    assert all(any(matrix.data.data_ptr() in location for location in places) for matrix in matrices.values())
+    ranges = [range(int(start, 16), int(end, 16)) for start, end in limits]
+    assert all(any(matrix.data.data_ptr() in addresses for addresses in ranges) for matrix in matrices.values())
 
 
 def test_a_model_can_be_quantized_in_memory(source: Path, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_model_can_be_quantized_in_memory(source: Path, tmp_path: Path) -> Non
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     for pack in (False, True):
         from_file, _ = load_model(tmp_path / "q.safetensors", dtype=torch.float32, pack=pack).model(ids)
-        at_once, _ = assemble(config, tensors, dtype=torch.float32, pack=pack, quant="int4")(ids)
-        assert torch.equal(from_file, at_once)
+        in_memory, _ = assemble(config, tensors, dtype=torch.float32, pack=pack, quant="int4")(ids)
+        assert torch.equal(from_file, in_memory)
 
 
 # The policy of "mixed".
@@ -122,25 +122,25 @@ def test_mixed_uses_typical_sensitivities(source: Path, tmp_path: Path) -> None:
 
 def test_mixed_uses_calibration(source: Path, tmp_path: Path) -> None:
     _, tensors = load(source)
-    expected = "blocks.1.ffn.receptance.weight"
+    sensitive = "blocks.1.ffn.receptance.weight"
     importance = {
         name: MatrixImportance(
-            torch.ones(tensor.shape[1]), torch.full((tensor.shape[0],), 1e4 if name == expected else 1.0)
+            torch.ones(tensor.shape[1]), torch.full((tensor.shape[0],), 1e4 if name == sensitive else 1.0)
         )
         for name, tensor in tensors.items()
         if is_quantizable(name)
     }
     report = quantize(source, tmp_path / "q.safetensors", "mixed", importance=importance)
-    assert report.formats[expected] == "int8" and report.calibrated
+    assert report.formats[sensitive] == "int8" and report.calibrated
     assert read(tmp_path / "q.safetensors").extra["quantised"]["calibrated"] is True
 
 
-def test_inputs_of_zero_are_harmless(source: Path, tmp_path: Path) -> None:
+def test_an_importance_of_zero_is_valid(source: Path, tmp_path: Path) -> None:
     _, tensors = load(source)
     zero = {
-        n: MatrixImportance(torch.zeros(t.shape[1]), torch.zeros(t.shape[0]))
-        for n, t in tensors.items()
-        if is_quantizable(n)
+        name: MatrixImportance(torch.zeros(tensor.shape[1]), torch.zeros(tensor.shape[0]))
+        for name, tensor in tensors.items()
+        if is_quantizable(name)
     }
     report = quantize(source, tmp_path / "q.safetensors", "mixed", importance=zero)
     assert set(report.errors.values()) == {0.0} and set(report.formats.values()) == {"int4"}
@@ -150,8 +150,8 @@ def test_the_cost_follows_the_formula() -> None:
     weight = torch.randn(70, 40)
     importance = MatrixImportance(torch.rand(40), torch.rand(70))
     matrix, _ = round_weight(weight, "int4")
-    off = (weight.double() - matrix.dequantize(torch.float64)).square()
-    expected = 0.5 * (off * importance.outputs.double()[:, None] * importance.inputs.double()).sum()
+    squared_error = (weight.double() - matrix.dequantize(torch.float64)).square()
+    expected = 0.5 * (squared_error * importance.outputs.double()[:, None] * importance.inputs.double()).sum()
     assert compute_cost(weight, matrix, importance) == pytest.approx(float(expected), rel=1e-5)
     assert estimate_cost("blocks.3.att.output.weight", 10, 0.1) == pytest.approx(
         TYPICAL_SENSITIVITY["att.output.weight"] * 0.1
@@ -160,15 +160,15 @@ def test_the_cost_follows_the_formula() -> None:
 
 
 def test_the_choice_is_optimal() -> None:
-    draw = random.Random(1)
+    rng = random.Random(1)
     for _ in range(30):
         names = [str(number) for number in range(9)]
-        gains = {name: draw.random() for name in names}
-        prices = {name: draw.randint(1, 20) * 1000 for name in names}  # whole thousandths of the budget
+        gains = {name: rng.random() for name in names}
+        prices = {name: rng.randint(1, 20) * 1000 for name in names}  # multiples of a thousandth of the budget
         budget = 40_000
-        every = [set(some) for count in range(10) for some in itertools.combinations(names, count)]
-        affordable = [some for some in every if sum(prices[name] for name in some) <= budget]
-        best = max(affordable, key=lambda some: sum(gains[name] for name in some))
+        subsets = [set(subset) for count in range(10) for subset in itertools.combinations(names, count)]
+        affordable = [subset for subset in subsets if sum(prices[name] for name in subset) <= budget]
+        best = max(affordable, key=lambda subset: sum(gains[name] for name in subset))
         assert choose_within_budget(gains, prices, budget) == best
     assert (
         choose_within_budget({"a": 1.0}, {"a": 5}, -3)
@@ -179,10 +179,10 @@ def test_the_choice_is_optimal() -> None:
     assert choose_within_budget({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, 7) == {"b"}
 
 
-# What is refused.
+# Invalid requests.
 
 
-def test_invalid_requests_are_refused(source: Path, tmp_path: Path) -> None:
+def test_invalid_requests_are_rejected(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantization 'int3' is unknown; choose one of int8, int4, mixed"):
         quantize(source, tmp_path / "q.safetensors", "int3")
     with pytest.raises(UsageError, match=r"q\.pth: quantized models are written as \.safetensors"):
@@ -199,17 +199,17 @@ def test_invalid_requests_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_weight_out_of_range_is_named(tmp_path: Path) -> None:
-    tensors = make("5.2")
+    tensors = make_tensors("5.2")
     tensors["blocks.1.ffn.key.weight"][3, 4] = float("nan")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.key\.weight: .*numbers that int4 cannot represent"):
-        quantize(saved(tmp_path, tensors), tmp_path / "q.safetensors", "int4")
+        quantize(save_pth(tmp_path, tensors), tmp_path / "q.safetensors", "int4")
     assert not (tmp_path / "q.safetensors").exists()
 
 
-# Files that lie.
+# False and damaged files.
 
 
-def rewritten(path: Path, target: Path, change: Any = lambda record, tensors: None) -> Path:
+def rewrite_file(path: Path, target: Path, change: Any = lambda record, tensors: None) -> Path:
     """Rewrite a safetensors file after `change` has modified its record and tensors."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
@@ -223,43 +223,43 @@ def rewritten(path: Path, target: Path, change: Any = lambda record, tensors: No
 NAME = "blocks.1.ffn.value.weight"
 
 
-def _shape(rows: int, columns: int) -> Any:
+def _set_shape(rows: int, columns: int) -> Any:
     return lambda record, _tensors: record["quantised"].update({NAME: ["int4", rows, columns]})
 
 
-def _form(form: object) -> Any:
-    return lambda record, _tensors: record["quantised"].update({NAME: form})
+def _set_entry(entry: object) -> Any:
+    return lambda record, _tensors: record["quantised"].update({NAME: entry})
 
 
-def _unlisted(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+def _remove_entry(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
     del record["quantised"][NAME]
 
 
-def _no_list(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+def _remove_list(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
     del record["quantised"]
 
 
-def _no_map(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+def _replace_list(record: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
     record["quantised"] = ["int4"]
 
 
-def _float(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _make_float(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[NAME] = torch.zeros(64, 224)
 
 
-def _too_short(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _shorten_tensor(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[NAME] = tensors[NAME][:, :-1].contiguous()
 
 
-def _gone(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _remove_tensor(_record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     del tensors[NAME]
 
 
-def _another(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _add_embedding(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     record["quantised"]["emb.weight"] = ["int4", 256, 64]
 
 
-def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _add_vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors["ln_out.bias"] = torch.zeros(1, 2, 1280, dtype=torch.uint8)
     record["quantised"]["ln_out.bias"] = ["int4", 1, 64]
 
@@ -267,29 +267,29 @@ def _vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_shape(64, 225), f"{NAME}: an int4 matrix of 64 x 225 is uint8"),
-        (_shape(63, 224), r"blocks\.1\.ffn\.value\.weight"),
-        (_shape(1 << 31, 1 << 31), f"{NAME}: an int4 matrix"),
-        (_form(["int3", 64, 224]), "which is not a valid format"),
-        (_form(["int4", 64]), "which is not a valid format"),
-        (_form(["int4", 64, 0]), "which is not a valid format"),
-        (_form(["int4", 64, True]), "which is not a valid format"),
-        (_form([["int4"], 64, 224]), "which is not a valid format"),
-        (_form("int4"), "which is not a valid format"),
-        (_form(["int8", 64, 224]), f"{NAME}: an int8 matrix of 64 x 224 is uint8"),
-        (_unlisted, rf"wrong shape: {NAME} is \(1, 7, 1280\)"),
-        (_no_list, "256 rows but head.weight has 4"),
-        (_no_map, "list of quantized matrices in its header is damaged"),
-        (_float, r"not float32 \(64, 224\)"),
-        (_too_short, f"{NAME}: an int4 matrix"),
-        (_gone, "lists .* as quantized, but there is no such tensor"),
-        (_another, "lists 'emb.weight' as quantized, but this tensor never is"),
-        (_vector, r"ln_out\.bias"),
+        (_set_shape(64, 225), f"{NAME}: an int4 matrix of 64 x 225 is uint8"),
+        (_set_shape(63, 224), r"blocks\.1\.ffn\.value\.weight"),
+        (_set_shape(1 << 31, 1 << 31), f"{NAME}: an int4 matrix"),
+        (_set_entry(["int3", 64, 224]), "which is not a valid format"),
+        (_set_entry(["int4", 64]), "which is not a valid format"),
+        (_set_entry(["int4", 64, 0]), "which is not a valid format"),
+        (_set_entry(["int4", 64, True]), "which is not a valid format"),
+        (_set_entry([["int4"], 64, 224]), "which is not a valid format"),
+        (_set_entry("int4"), "which is not a valid format"),
+        (_set_entry(["int8", 64, 224]), f"{NAME}: an int8 matrix of 64 x 224 is uint8"),
+        (_remove_entry, rf"wrong shape: {NAME} is \(1, 7, 1280\)"),
+        (_remove_list, "256 rows but head.weight has 4"),
+        (_replace_list, "list of quantized matrices in its header is damaged"),
+        (_make_float, r"not float32 \(64, 224\)"),
+        (_shorten_tensor, f"{NAME}: an int4 matrix"),
+        (_remove_tensor, "lists .* as quantized, but there is no such tensor"),
+        (_add_embedding, "lists 'emb.weight' as quantized, but this tensor never is"),
+        (_add_vector, r"ln_out\.bias"),
     ],
 )
-def test_false_records_are_refused(change: Any, message: str, source: Path, tmp_path: Path) -> None:
+def test_false_records_are_rejected(change: Any, message: str, source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
-    path = rewritten(tmp_path / "q.safetensors", tmp_path / "bad.safetensors", change)
+    path = rewrite_file(tmp_path / "q.safetensors", tmp_path / "bad.safetensors", change)
     for weights in (True, False):
         with pytest.raises(CheckpointError, match=message):
             read(path, weights=weights)
@@ -303,7 +303,7 @@ def test_uint8_tensors_of_other_programs_are_unsupported(source: Path, tmp_path:
         read(tmp_path / "bare.safetensors")
 
 
-def test_truncated_files_are_errors(source: Path, tmp_path: Path) -> None:
+def test_truncated_files_are_rejected(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
     complete = (tmp_path / "q.safetensors").read_bytes()
     header = 8 + int.from_bytes(complete[:8], "little")
@@ -315,33 +315,35 @@ def test_truncated_files_are_errors(source: Path, tmp_path: Path) -> None:
                 read(path, weights=weights)
 
 
-def test_flipped_bytes_in_the_header_only_raise_checkpoint_errors(source: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_in_the_header_raise_only_errors_of_fledge(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "mixed")
     complete = (tmp_path / "q.safetensors").read_bytes()
     header = 8 + int.from_bytes(complete[:8], "little")
-    path, draw, refused = tmp_path / "flipped.safetensors", random.Random(20), 0
+    path, rng, errors = tmp_path / "flipped.safetensors", random.Random(20), 0
     for number in range(250):
         damaged = bytearray(complete)
-        for _ in range(draw.choice((1, 1, 2, 8))):
-            at = draw.randrange(8 if number % 10 == 0 else header)
-            damaged[at] = draw.choice((damaged[at] ^ 1 << draw.randrange(8), draw.choice(b'0123456789"[]{},:')))
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            position = rng.randrange(8 if number % 10 == 0 else header)
+            damaged[position] = rng.choice(
+                (damaged[position] ^ 1 << rng.randrange(8), rng.choice(b'0123456789"[]{},:'))
+            )
         path.write_bytes(damaged)
         try:
             loaded = read(path)
             inspect(path)
             assemble(loaded.config, loaded.dequantize())
         except FledgeError:
-            refused += 1
-    assert refused > 150
+            errors += 1
+    assert errors > 150
 
 
-def test_flipped_bytes_in_the_weights_load(source: Path, tmp_path: Path) -> None:
+def test_a_file_with_flipped_bytes_in_the_weights_loads(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "q.safetensors", "int4")
     complete = bytearray((tmp_path / "q.safetensors").read_bytes())
     header = 8 + int.from_bytes(complete[:8], "little")
-    draw = random.Random(21)
+    rng = random.Random(21)
     for _ in range(500):
-        complete[draw.randrange(header, len(complete))] ^= 1 << draw.randrange(8)
+        complete[rng.randrange(header, len(complete))] ^= 1 << rng.randrange(8)
     (tmp_path / "q.safetensors").write_bytes(complete)
     logits, _ = load_model(tmp_path / "q.safetensors", pack=True).model(torch.tensor([[1, 2, 3]]))
     assert logits.shape == (1, 3, 256)

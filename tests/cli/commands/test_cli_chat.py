@@ -15,7 +15,7 @@ from fledge.cli.views.conversation import ChatSession
 from fledge.engine import LLM, SamplingParams
 
 TOKENIZER = ByteTokenizer(b"Assistant:")
-CUE = TOKENIZER.id_of(b"Assistant:")
+CUE = TOKENIZER.get_id(b"Assistant:")
 REPLIES = (b" One.\n\nUser: not said", b" Two.\n\n", b" Three.\n\n")
 
 

@@ -15,7 +15,7 @@ from fledge.engine import LLM
 from fledge.models import State
 
 TOKENIZER = ByteTokenizer()
-CUE = TOKENIZER.id_of("?")
+CUE = TOKENIZER.get_id("?")
 
 
 class InterruptedOnce(FakeModel):

@@ -16,7 +16,7 @@ TOKENIZER = ByteTokenizer("\n\n", "lo")
 
 
 def fake_llm(reply: str = "hello") -> LLM:
-    return LLM(FakeModel([TOKENIZER.encode(reply)], TOKENIZER.id_of(":"), TOKENIZER.vocab_size), TOKENIZER)
+    return LLM(FakeModel([TOKENIZER.encode(reply)], TOKENIZER.get_id(":"), TOKENIZER.vocab_size), TOKENIZER)
 
 
 def run(llm: LLM, program: Callable[[AsyncLLM], Awaitable[Any]], **options: Any) -> Any:

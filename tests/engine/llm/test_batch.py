@@ -21,7 +21,7 @@ def llm() -> LLM:
 
 
 def fake_llm(reply: str = "hello") -> LLM:
-    return LLM(FakeModel([TOKENIZER.encode(reply)], TOKENIZER.id_of(":"), TOKENIZER.vocab_size), TOKENIZER)
+    return LLM(FakeModel([TOKENIZER.encode(reply)], TOKENIZER.get_id(":"), TOKENIZER.vocab_size), TOKENIZER)
 
 
 def check_same(one: Completion, other: Completion) -> None:

@@ -17,7 +17,7 @@ from fledge.models import ModelConfig, build, zero_state
 from fledge.tokenizer import byte_vocabulary, tokenizer_for
 
 TOKENIZER = ByteTokenizer()
-COLON = TOKENIZER.id_of(":")
+COLON = TOKENIZER.get_id(":")
 
 
 def fake_llm(reply: str = "hello") -> LLM:

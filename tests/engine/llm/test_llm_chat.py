@@ -16,7 +16,7 @@ from fledge.engine.llm.chat import turn_seed
 from fledge.tokenizer import render
 
 TOKENIZER = ByteTokenizer("\n\n", "User", "Assistant", "System", ": ", ".\n")
-COLON = TOKENIZER.id_of(":")
+COLON = TOKENIZER.get_id(":")
 GREEDY = SamplingParams(temperature=0.0)
 
 

@@ -22,7 +22,7 @@ from fledge.models import State
 
 TOKENIZER = ByteTokenizer("\n\n", "\u3002\n", "\nUs", "ser:", "\u3002", "lo", b"\xe5\xa5")
 PROMPT = TOKENIZER.encode("ask:")
-COLON = TOKENIZER.id_of(":")
+COLON = TOKENIZER.get_id(":")
 
 
 def fake(*reply: str | bytes) -> FakeModel:
@@ -88,7 +88,7 @@ def test_cut_inside_a_token_keeps_its_first_part() -> None:
     stream = stream_of(model, stop="\n\n")
     pieces = list(stream)
     assert stream.completion.text == "\u597d\u3002"
-    assert stream.completion.ids[-1] == TOKENIZER.id_of("\u3002") != TOKENIZER.id_of("\u3002\n")
+    assert stream.completion.ids[-1] == TOKENIZER.get_id("\u3002") != TOKENIZER.get_id("\u3002\n")
     check(model, stream.completion, pieces)
 
 

@@ -214,7 +214,7 @@ def test_json_object_with_a_leading_space() -> None:
     tokenizer = tokenizer_called(BYTES)
     for space in (False, True):
         start = compile_json_object(vocabulary_of(BYTES), leading_space=space)
-        assert start.token_mask()[tokenizer.id_of(" ")] == space and start.token_mask()[tokenizer.id_of("{")]
+        assert start.token_mask()[tokenizer.get_id(" ")] == space and start.token_mask()[tokenizer.get_id("{")]
         for token in tokenizer.encode(" " * space + '{"a": [1,{"b":null}, "\\n"]}'):
             start.accept(token)
         assert start.is_complete

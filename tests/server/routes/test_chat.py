@@ -17,7 +17,7 @@ TOOLS: Any = [{"type": "function", "function": {"name": "a"}}]
 def tool_calling_llm(text: str) -> LLM:
     """A model that answers with `text`, one byte per token."""
     tokenizer = ByteTokenizer("\n\n", "Assistant:")
-    model = FakeModel([tokenizer.encode(text)], tokenizer.id_of("Assistant:"), tokenizer.vocab_size)
+    model = FakeModel([tokenizer.encode(text)], tokenizer.get_id("Assistant:"), tokenizer.vocab_size)
     return LLM(model, tokenizer, "fake")
 
 
