@@ -20,13 +20,13 @@ from fledge.checkpoint.formats.pth import read_pth, write_pth
 from fledge.core.errors import CheckpointError, UnsupportedError
 
 
-def rewritten(
+def rewrite_archive(
     source: Path,
     target: Path,
     change: Callable[[str, bytes], bytes],
     method: Callable[[str], int] = lambda name: zipfile.ZIP_STORED,
 ) -> Path:
-    """Rewrite an archive with each record passed through `change` and packed by the `method` of its name."""
+    """Rewrite an archive. `change` modifies each record, and `method` gives its compression."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for record in old.infolist():
             name = record.filename
@@ -34,7 +34,7 @@ def rewritten(
     return target
 
 
-class Hostile:
+class HostileObject:
     """An object that creates a file when unpickled."""
 
     def __init__(self, victim: Path) -> None:
@@ -51,22 +51,22 @@ def test_a_real_checkpoint_is_mapped_not_copied(shared: Path) -> None:
     assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors.values())
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_written_file_is_read_exactly(tmp_path: Path) -> None:
     tensors = make_tensors("6.0 in bfloat16")
     write_pth(tmp_path / "a.pth", tensors)
-    back = read_pth(tmp_path / "a.pth")
-    assert are_equal(tensors, back) and list(back) == list(tensors)
-    write_pth(tmp_path / "b.pth", back)  # from the mapped file
+    loaded = read_pth(tmp_path / "a.pth")
+    assert are_equal(tensors, loaded) and list(loaded) == list(tensors)
+    write_pth(tmp_path / "b.pth", loaded)  # from the mapped file
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
 def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> None:
-    complete = torch.arange(100_000.0)
-    write_pth(tmp_path / "a.pth", {"part": complete[10:16].view(2, 3), "turned": complete[:6].view(2, 3).t()})
+    storage = torch.arange(100_000.0)
+    write_pth(tmp_path / "a.pth", {"part": storage[10:16].view(2, 3), "turned": storage[:6].view(2, 3).t()})
     assert (tmp_path / "a.pth").stat().st_size < 10_000
-    back = read_pth(tmp_path / "a.pth")
-    assert torch.equal(back["part"], complete[10:16].view(2, 3))
-    assert torch.equal(back["turned"], complete[:6].view(2, 3).t())
+    loaded = read_pth(tmp_path / "a.pth")
+    assert torch.equal(loaded["part"], storage[10:16].view(2, 3))
+    assert torch.equal(loaded["turned"], storage[:6].view(2, 3).t())
 
 
 def test_names_are_read_onto_meta(tmp_path: Path) -> None:
@@ -78,47 +78,49 @@ def test_names_are_read_onto_meta(tmp_path: Path) -> None:
 
 
 def test_names_are_read_even_if_the_file_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, real = save_pth(tmp_path, make_tensors("5.2")), torch.load
+    path, torch_load = save_pth(tmp_path, make_tensors("5.2")), torch.load
 
-    def no_map(*args: Any, mmap: bool, **rest: Any) -> Any:
+    def load_without_mapping(*args: Any, mmap: bool, **options: Any) -> Any:
         if mmap:
             raise RuntimeError("unable to mmap 15 bytes: Cannot allocate memory (12)")
-        return real(*args, mmap=mmap, **rest)
+        return torch_load(*args, mmap=mmap, **options)
 
-    monkeypatch.setattr(pth.torch, "load", no_map)
+    monkeypatch.setattr(pth.torch, "load", load_without_mapping)
     assert len(read_pth(path, weights=False)) == len(make_tensors("5.2"))
     with pytest.raises(CheckpointError, match="needs more memory than this machine has"):
         read_pth(path)
 
 
-def test_deepspeed_prefix_is_stripped(tmp_path: Path) -> None:
+def test_the_prefix_of_deepspeed_is_removed(tmp_path: Path) -> None:
     tensors = make_tensors("6.0")
     config, loaded = load(save_pth(tmp_path, {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}))
     assert config.version == "6.0" and are_equal(tensors, loaded)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-@pytest.mark.parametrize("harm", [0, 0xFF])
+@pytest.mark.parametrize("flip", [0, 0xFF])
 @pytest.mark.parametrize("part", ["data/0", "data.pkl"])
-def test_compressed_archives_are_refused_unread(part: str, harm: int, method: int, tmp_path: Path) -> None:
+def test_compressed_archives_are_rejected_before_reading(part: str, flip: int, method: int, tmp_path: Path) -> None:
     """A small archive can unpack to any size, and each method has its own exception for damage."""
     path = save_pth(tmp_path, {"a": torch.zeros(100_000)})
-    packed = rewritten(path, tmp_path / "packed.pth", lambda name, data: data, lambda name: method * (part in name))
+    packed = rewrite_archive(
+        path, tmp_path / "packed.pth", lambda name, data: data, lambda name: method * (part in name)
+    )
     with zipfile.ZipFile(packed) as archive:
         record = next(record for record in archive.infolist() if record.filename.endswith(part))
-    complete = bytearray(packed.read_bytes())
-    complete[record.header_offset + 30 + len(record.filename) + record.compress_size // 2] ^= harm
-    packed.write_bytes(complete)
+    content = bytearray(packed.read_bytes())
+    content[record.header_offset + 30 + len(record.filename) + record.compress_size // 2] ^= flip
+    packed.write_bytes(content)
     for weights in (True, False):
         with pytest.raises(CheckpointError, match=r"packed\.pth is compressed.*refused"):
             read_pth(packed, weights=weights)
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_tensors_without_bytes_of_their_own_are_refused(weights: bool, tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_rejected(weights: bool, tmp_path: Path) -> None:
     """A file of kilobytes would become a model of gigabytes on the first change of dtype."""
-    one, many = torch.zeros(1).expand(6000, 6000), torch.zeros(100, 100)
-    for tensors, needed in (({"a": one}, 144_000_000), ({str(i): many for i in range(100)}, 4_000_000)):
+    expanded, shared = torch.zeros(1).expand(6000, 6000), torch.zeros(100, 100)
+    for tensors, needed in (({"a": expanded}, 144_000_000), ({str(i): shared for i in range(100)}, 4_000_000)):
         with pytest.raises(CheckpointError, match=f"tensors share memory: its tensors need {needed} bytes"):
             read_pth(save_pth(tmp_path, tensors), weights=weights)
 
@@ -128,10 +130,10 @@ def test_overlapping_records_count_only_once(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         record = archive.getinfo("model/data/0")
         for number in range(1, 1000):
-            twin = copy.copy(record)
-            twin.filename = f"model/data/{number}"
-            archive.filelist.append(twin)
-        archive.writestr("model/last", b"")  # so that the list of records is written again
+            duplicate = copy.copy(record)
+            duplicate.filename = f"model/data/{number}"
+            archive.filelist.append(duplicate)
+        archive.writestr("model/last", b"")  # makes zipfile write the list of records again
     for weights in (True, False):
         with pytest.raises(CheckpointError, match=f"its tensors need 4000000 bytes, it holds {path.stat().st_size}"):
             read_pth(path, weights=weights)
@@ -145,49 +147,51 @@ def test_tensors_that_share_memory_are_written_separately(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(zipped: bool, protocol: int, tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_is_rejected_and_nothing_runs(zipped: bool, protocol: int, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
-    evil = pickle.dumps({"emb.weight": Hostile(victim)}, protocol=protocol)
+    hostile = pickle.dumps({"emb.weight": HostileObject(victim)}, protocol=protocol)
     path = tmp_path / "evil.pth"
     if zipped:
-        rewritten(
-            save_pth(tmp_path, make_tensors("4")), path, lambda name, data: evil if name.endswith("data.pkl") else data
+        rewrite_archive(
+            save_pth(tmp_path, make_tensors("4")),
+            path,
+            lambda name, data: hostile if name.endswith("data.pkl") else data,
         )
     else:
-        path.write_bytes(evil)
+        path.write_bytes(hostile)
     for call in (load, lambda path: read_pth(path, weights=False)):
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(CheckpointError) as raised:
             call(path)
-        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        assert "\n" not in str(raised.value) and str(path) in str(raised.value)
         if zipped:
-            assert "refused" in str(caught.value) and "nothing was run" in str(caught.value)
+            assert "refused" in str(raised.value) and "nothing was run" in str(raised.value)
     assert not victim.exists()
-    assert pickle.loads(evil) and victim.exists()  # the same bytes do run where nobody forbids it
+    assert pickle.loads(hostile) and victim.exists()  # a plain unpickler runs these bytes
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
-    complete = save_pth(tmp_path, make_tensors("5.2", n_layer=1)).read_bytes()
+def test_truncated_files_are_rejected(tmp_path: Path) -> None:
+    data = save_pth(tmp_path, make_tensors("5.2", n_layer=1)).read_bytes()
     path = tmp_path / "cut.pth"
-    for length in (0, 3, 40, len(complete) // 2, len(complete) - 1):
-        path.write_bytes(complete[:length])
+    for length in (0, 3, 40, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=r"cut\.pth .*(ownload|neither)"):
             load(path)
 
 
-def test_a_damaged_list_of_names(tmp_path: Path) -> None:
-    complete = bytearray(save_pth(tmp_path, make_tensors("4", n_layer=1)).read_bytes())
-    complete[complete.index(b"blocks.0.ln1")] ^= 0xFF
+def test_a_damaged_list_of_names_is_rejected(tmp_path: Path) -> None:
+    data = bytearray(save_pth(tmp_path, make_tensors("4", n_layer=1)).read_bytes())
+    data[data.index(b"blocks.0.ln1")] ^= 0xFF
     path = tmp_path / "bad.pth"
-    path.write_bytes(complete)
+    path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"bad.pth is truncated or damaged .*SHA-256"):
         load(path)
 
 
-def test_any_flipped_byte_is_an_error_or_harmless_but_never_a_crash(tmp_path: Path) -> None:
-    complete = save_pth(tmp_path, make_tensors("6.0", n_layer=1, n_embd=16)).read_bytes()
+def test_a_flipped_byte_is_harmless_or_an_error(tmp_path: Path) -> None:
+    data = save_pth(tmp_path, make_tensors("6.0", n_layer=1, n_embd=16)).read_bytes()
     path = tmp_path / "bad.pth"
-    for location in range(0, len(complete), len(complete) // 150):
-        path.write_bytes(complete[:location] + bytes([complete[location] ^ 0x55]) + complete[location + 1 :])
+    for position in range(0, len(data), len(data) // 150):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
         for weights in (True, False):
             try:
                 read_pth(path, weights=weights)
@@ -199,11 +203,11 @@ def test_flipped_weights_are_found_by_verify(tmp_path: Path) -> None:
     tensors = make_tensors("5.2")
     path = save_pth(tmp_path, tensors)
     assert verify(path).config.version == "5.2"
-    complete = bytearray(path.read_bytes())
-    complete[complete.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
+    data = bytearray(path.read_bytes())
+    data[data.index(tensors["head.weight"].numpy().tobytes()) + 99] ^= 1
     bad = tmp_path / "bad.pth"
-    bad.write_bytes(complete)
-    load(bad)  # reads no weight, so it cannot tell
+    bad.write_bytes(data)
+    load(bad)  # load reads no weights, so it does not detect the damage
     with pytest.raises(CheckpointError, match=r"bad.pth is damaged: Bad CRC-32"):
         verify(bad)
 
@@ -215,7 +219,7 @@ def test_numbers_that_are_not_finite_are_found_by_verify(tmp_path: Path) -> None
         verify(save_pth(tmp_path, tensors))
 
 
-def test_another_pickle_protocol_is_read_or_refused(tmp_path: Path) -> None:
+def test_pickle_protocol_3_is_read_and_4_is_rejected(tmp_path: Path) -> None:
     tensors = make_tensors("5.2")
     torch.save(tensors, tmp_path / "three.pth", pickle_protocol=3)
     assert are_equal(tensors, read_pth(tmp_path / "three.pth"))
@@ -234,7 +238,7 @@ def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
     assert verify(tmp_path / "plain.pth").config.version == "5.2"
 
 
-def test_a_record_shorter_than_its_tensor_is_an_error(tmp_path: Path) -> None:
+def test_a_record_shorter_than_its_tensor_is_rejected(tmp_path: Path) -> None:
     path = save_pth(tmp_path, {"a": torch.arange(10.0)})
 
     def lengthen(name: str, data: bytes) -> bytes:
@@ -242,7 +246,7 @@ def test_a_record_shorter_than_its_tensor_is_an_error(tmp_path: Path) -> None:
         return data.replace(b"K\x0a", b"K\x14") if name.endswith("data.pkl") else data
 
     with pytest.raises(CheckpointError, match="its tensors need 80 bytes, it holds 40"):
-        read_pth(rewritten(path, tmp_path / "short.pth", lengthen))
+        read_pth(rewrite_archive(path, tmp_path / "short.pth", lengthen))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +282,7 @@ def test_the_old_torch_format_is_recognized(tmp_path: Path) -> None:
         load(tmp_path / "old.pth")
 
 
-def test_zip_archives_of_other_kinds(tmp_path: Path) -> None:
+def test_other_zip_archives_are_rejected(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "docs.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(CheckpointError, match=r"not one that torch.save wrote"):
@@ -300,13 +304,13 @@ def test_zip_archives_of_other_kinds(tmp_path: Path) -> None:
         ({"conv.weight": torch.zeros(2, 2)}, "is not an RWKV checkpoint.*found 'conv.weight'"),
     ],
 )
-def test_contents_that_are_not_a_model(content: Any, message: str, tmp_path: Path) -> None:
+def test_contents_that_are_not_a_model_are_rejected(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "odd.pth")
 
 
-def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
+def test_quantized_tensors_are_rejected(tmp_path: Path) -> None:
     tensors = make_tensors("4")
     tensors["emb.weight"] = tensors["emb.weight"].to(torch.int8)
     with pytest.raises(UnsupportedError, match=r"emb.weight has dtype int8"):

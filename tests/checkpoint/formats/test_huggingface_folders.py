@@ -19,7 +19,7 @@ from fledge.checkpoint.formats.fla import from_fla, to_fla
 from fledge.checkpoint.formats.huggingface.names import detect_layout, from_hf, to_hf
 from fledge.core.errors import CheckpointError, UnsupportedError
 
-# Names as the published folders have them, by hand.
+# Names in the published folders, written by hand.
 HF_NAMES = {
     "emb.weight": "rwkv.embeddings.weight",
     "blocks.0.ln0.bias": "rwkv.blocks.0.pre_ln.bias",
@@ -36,7 +36,9 @@ HF_NAMES = {
 }
 
 
-def folder(path: Path, settings: dict[str, Any], tensors: dict[str, Tensor], file: str = "model.safetensors") -> Path:
+def write_folder(
+    path: Path, settings: dict[str, Any], tensors: dict[str, Tensor], file: str = "model.safetensors"
+) -> Path:
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(settings))
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -47,13 +49,13 @@ def folder(path: Path, settings: dict[str, Any], tensors: dict[str, Tensor], fil
     return path
 
 
-def hf(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_to_hf(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {to_hf(name): tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize(("official", "theirs"), HF_NAMES.items())
-def test_hf_names(official: str, theirs: str) -> None:
-    assert to_hf(official) == theirs and from_hf(theirs) == official
+@pytest.mark.parametrize(("official", "hf_name"), HF_NAMES.items())
+def test_names_are_converted_to_hf_and_back(official: str, hf_name: str) -> None:
+    assert to_hf(official) == hf_name and from_hf(hf_name) == official
 
 
 @pytest.mark.parametrize("kind", ["4", "5.2", "6.0", "6.0 tuned"])
@@ -73,19 +75,21 @@ def test_every_name_is_converted_back(kind: str) -> None:
         ("6.0", {"model_type": "rwkv6", "num_attention_heads": 64, "hidden_size": 24, "num_hidden_layers": 3}),
     ],
 )
-def test_remote_code_folders(kind: str, settings: dict[str, Any], file: str, tmp_path: Path) -> None:
+def test_folders_of_the_remote_code_are_read(kind: str, settings: dict[str, Any], file: str, tmp_path: Path) -> None:
     tensors = make_tensors(kind)
-    loaded = read(folder(tmp_path / "m", settings, hf(tensors), file))
+    loaded = read(write_folder(tmp_path / "m", settings, rename_to_hf(tensors), file))
     assert loaded.format == "hf" and loaded.config.version == kind and are_equal(tensors, loaded.tensors)
     assert (loaded.config.norm_eps, loaded.config.group_norm_eps) == (1e-5, 64e-5)
 
 
-def test_sharded_folders(tmp_path: Path) -> None:
+def test_sharded_folders_are_read(tmp_path: Path) -> None:
     tensors = make_tensors("6.0")
-    names = list(hf(tensors))
+    names = list(rename_to_hf(tensors))
     shards = {"model-00001-of-00002.safetensors": names[:40], "model-00002-of-00002.safetensors": names[40:]}
     for file, part in shards.items():
-        folder(tmp_path / "m", {"model_type": "rwkv6"}, {name: hf(tensors)[name] for name in part}, file)
+        write_folder(
+            tmp_path / "m", {"model_type": "rwkv6"}, {name: rename_to_hf(tensors)[name] for name in part}, file
+        )
     weight_map = {name: file for file, part in shards.items() for name in part}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     loaded = read(tmp_path / "m")
@@ -115,8 +119,8 @@ def test_sharded_folders(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_cannot_name_files_outside_its_folder(name: object, tmp_path: Path) -> None:
-    torch.save(hf(make_tensors("6.0")), tmp_path / "secret.bin")
-    path = folder(tmp_path / "m", {"model_type": "rwkv6"}, {"x": torch.zeros(1)}, "other.bin")
+    torch.save(rename_to_hf(make_tensors("6.0")), tmp_path / "secret.bin")
+    path = write_folder(tmp_path / "m", {"model_type": "rwkv6"}, {"x": torch.zeros(1)}, "other.bin")
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"emb.weight": name}}))
     with pytest.raises(CheckpointError, match="not a plain file name; refused"):
         load(path)
@@ -124,7 +128,7 @@ def test_an_index_cannot_name_files_outside_its_folder(name: object, tmp_path: P
 
 def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
     for file in ("a.safetensors", "b.safetensors"):
-        folder(tmp_path / "m", {"model_type": "rwkv6"}, hf(make_tensors("6.0")), file)
+        write_folder(tmp_path / "m", {"model_type": "rwkv6"}, rename_to_hf(make_tensors("6.0")), file)
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="is in two of its files"):
@@ -139,7 +143,7 @@ def test_a_folder_without_config_lists_its_files(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "rwkv5"}')
     with pytest.raises(CheckpointError, match=r"no weights: looked for model\.safetensors, pytorch_model\.bin"):
         load(tmp_path)
@@ -160,8 +164,8 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         ('{"model_type": "rwkv6", "head_size_divisor": 1e200}', CheckpointError, "must be a positive number below"),
     ],
 )
-def test_invalid_configs(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
-    folder(tmp_path / "m", {}, hf(make_tensors("6.0")))
+def test_invalid_configs_are_rejected(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "m", {}, rename_to_hf(make_tensors("6.0")))
     (tmp_path / "m" / "config.json").write_text(text)
     with pytest.raises(kind, match=message):
         load(tmp_path / "m")
@@ -169,7 +173,7 @@ def test_invalid_configs(text: str, kind: type[Exception], message: str, tmp_pat
 
 def test_epsilons_come_from_the_config(tmp_path: Path) -> None:
     settings = {"model_type": "rwkv5", "layer_norm_epsilon": 1e-6, "head_size_divisor": 1}
-    config, _ = load(folder(tmp_path / "m", settings, hf(make_tensors("5.2"))))
+    config, _ = load(write_folder(tmp_path / "m", settings, rename_to_hf(make_tensors("5.2"))))
     assert (config.norm_eps, config.group_norm_eps) == (1e-6, 1e-5)
 
 
@@ -185,7 +189,7 @@ def test_a_changed_epsilon_in_a_written_folder_is_an_error(to: str, tmp_path: Pa
     assert load(tmp_path / "m")[0] == config
     eps = "layer_norm_epsilon" if to == "hf" else "norm_eps"
     path.write_text(json.dumps({name: value for name, value in written.items() if name != eps}))
-    assert load(tmp_path / "m")[0] == config  # says nothing, so contradicts nothing
+    assert load(tmp_path / "m")[0] == config  # without an epsilon there is no contradiction
     changes = {eps: "norm_eps"} | ({"head_size_divisor": "group_norm_eps"} if to == "hf" else {})
     for name, message in changes.items():
         path.write_text(json.dumps(written | {name: 8}))
@@ -193,77 +197,77 @@ def test_a_changed_epsilon_in_a_written_folder_is_an_error(to: str, tmp_path: Pa
             load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("renamed", [hf, to_fla])
+@pytest.mark.parametrize("rename", [rename_to_hf, to_fla])
 def test_a_tensor_under_two_names_is_an_error(
-    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
 ) -> None:
     tensors = make_tensors("6.0")
     for name in ("emb.weight", "blocks.1.att.key.weight"):
-        twin = {name: tensors[name].clone()}
-        for both in (renamed(tensors) | twin, twin | renamed(tensors)):
+        duplicate = {name: tensors[name].clone()}
+        for duplicated in (rename(tensors) | duplicate, duplicate | rename(tensors)):
             with pytest.raises(CheckpointError, match="official"):
-                load(save_pth(tmp_path, both))
+                load(save_pth(tmp_path, duplicated))
 
 
 def test_missing_tensors_are_reported_by_official_name(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in make_tensors("5.2").items() if name != "blocks.1.att.time_mix_g"}
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.att\.time_mix_g \(1, 1, 24\)"):
-        load(folder(tmp_path / "m", {"model_type": "rwkv5"}, hf(tensors)))
+        load(write_folder(tmp_path / "m", {"model_type": "rwkv5"}, rename_to_hf(tensors)))
 
 
 def test_a_single_file_with_hf_names_needs_no_folder(tmp_path: Path) -> None:
     tensors = make_tensors("5.2")
-    torch.save(hf(tensors), tmp_path / "pytorch_model.bin")
+    torch.save(rename_to_hf(tensors), tmp_path / "pytorch_model.bin")
     assert are_equal(tensors, load(tmp_path / "pytorch_model.bin")[1])
 
 
 @pytest.mark.parametrize("names", [["rwkv.blocks.0.attention.r_k"], ["model.layers.0.attn.r_k"]])
-def test_rwkv7_in_any_layout_is_named(names: list[str], tmp_path: Path) -> None:
+def test_rwkv7_in_any_layout_is_rejected_by_name(names: list[str], tmp_path: Path) -> None:
     tensors = {name: torch.zeros(4, 4) for name in names} | {"rwkv.embeddings.weight": torch.zeros(4, 4)}
     with pytest.raises(UnsupportedError, match="RWKV-7 is not supported yet"):
-        load(folder(tmp_path / "m", {"model_type": "rwkv6"}, tensors))
+        load(write_folder(tmp_path / "m", {"model_type": "rwkv6"}, tensors))
 
 
-FLA = {"model_type": "rwkv6", "num_heads": 3, "expand_k": 1.0, "hidden_size": 24, "norm_eps": 1e-5}
+FLA_SETTINGS = {"model_type": "rwkv6", "num_heads": 3, "expand_k": 1.0, "hidden_size": 24, "norm_eps": 1e-5}
 
 
-def test_fla_folders(tmp_path: Path) -> None:
+def test_fla_folders_are_read(tmp_path: Path) -> None:
     tensors = make_tensors("6.0")
-    loaded = read(folder(tmp_path / "m", FLA, to_fla(tensors)))
+    loaded = read(write_folder(tmp_path / "m", FLA_SETTINGS, to_fla(tensors)))
     assert loaded.format == "fla" and are_equal(tensors, loaded.tensors)
-    assert loaded.config.group_norm_eps == 64e-5  # whatever norm_eps says
+    assert loaded.config.group_norm_eps == 64e-5  # independent of norm_eps
 
 
 def test_fla_is_distinguished_from_the_remote_code_by_names(tmp_path: Path) -> None:
     """Both have the model type rwkv6."""
     settings = {"model_type": "rwkv6", "architectures": ["Rwkv6ForCausalLM"]}
-    assert read(folder(tmp_path / "a", settings, to_fla(make_tensors("6.0")))).format == "fla"
-    assert read(folder(tmp_path / "b", settings, hf(make_tensors("6.0")))).format == "hf"
+    assert read(write_folder(tmp_path / "a", settings, to_fla(make_tensors("6.0")))).format == "fla"
+    assert read(write_folder(tmp_path / "b", settings, rename_to_hf(make_tensors("6.0")))).format == "hf"
     with pytest.raises(CheckpointError, match="num_heads 4, its tensors say 3"):
-        load(folder(tmp_path / "c", FLA | {"num_heads": 4}, to_fla(make_tensors("6.0"))))
+        load(write_folder(tmp_path / "c", FLA_SETTINGS | {"num_heads": 4}, to_fla(make_tensors("6.0"))))
 
 
-def test_fla_shapes_and_token_shift() -> None:
+def test_the_token_shift_of_fla_equals_the_official_one() -> None:
     """The mixes r, w, k, v, g that the library computes equal those of the official layout (equations 14-16)."""
     width, rank = 24, 8
     tensors = {name: tensor.double() for name, tensor in make_tensors("6.0").items()}
-    original = {name.removeprefix("model.layers.1.attn."): tensor for name, tensor in to_fla(tensors).items()}
+    fla = {name.removeprefix("model.layers.1.attn."): tensor for name, tensor in to_fla(tensors).items()}
     x, delta = torch.randn(2, 5, width, dtype=torch.double), torch.randn(2, 5, width, dtype=torch.double)
 
-    low = torch.tanh((x + delta * original["x_proj.0.mu"]) @ original["x_proj.0.linear.weight"].t())
-    up = original["x_proj.2.weight"].view(width, 5, rank)
-    mixes = torch.einsum("btnr,hnr->btnh", low.view(2, 5, 5, rank), up) + original["x_bias"]
+    low = torch.tanh((x + delta * fla["x_proj.0.mu"]) @ fla["x_proj.0.linear.weight"].t())
+    up = fla["x_proj.2.weight"].view(width, 5, rank)
+    mixes = torch.einsum("btnr,hnr->btnh", low.view(2, 5, 5, rank), up) + fla["x_bias"]
     r, w, k, v, g = mixes.unbind(-2)
 
-    ours = {name.removeprefix("blocks.1.att."): tensor for name, tensor in tensors.items()}
-    low = torch.tanh((x + delta * ours["time_maa_x"]) @ ours["time_maa_w1"]).view(10, 5, rank).transpose(0, 1)
-    dynamic = (low @ ours["time_maa_w2"]).view(5, 2, 5, width)
+    official = {name.removeprefix("blocks.1.att."): tensor for name, tensor in tensors.items()}
+    low = torch.tanh((x + delta * official["time_maa_x"]) @ official["time_maa_w1"]).view(10, 5, rank).transpose(0, 1)
+    dynamic = (low @ official["time_maa_w2"]).view(5, 2, 5, width)
     for letter, part, mix in zip("wkvrg", dynamic, (w, k, v, r, g), strict=True):
-        torch.testing.assert_close(mix, ours[f"time_maa_{letter}"] + part)
+        torch.testing.assert_close(mix, official[f"time_maa_{letter}"] + part)
 
-    lora = torch.tanh(x @ original["w_proj.linear.lora.0.weight"].t()) @ original["w_proj.linear.lora.2.weight"].t()
-    expected = ours["time_decay"] + torch.tanh(x @ ours["time_decay_w1"]) @ ours["time_decay_w2"]
-    torch.testing.assert_close(lora + original["w_proj.linear.lora.2.bias"], expected)
+    lora = torch.tanh(x @ fla["w_proj.linear.lora.0.weight"].t()) @ fla["w_proj.linear.lora.2.weight"].t()
+    expected = official["time_decay"] + torch.tanh(x @ official["time_decay_w1"]) @ official["time_decay_w2"]
+    torch.testing.assert_close(lora + fla["w_proj.linear.lora.2.bias"], expected)
 
 
 def test_fla_tensors_of_impossible_shape_are_named() -> None:
@@ -278,7 +282,7 @@ def test_fla_tensors_of_impossible_shape_are_named() -> None:
             from_fla({full: torch.zeros(shape)})
 
 
-def test_fla_refuses_to_merge_dtypes() -> None:
+def test_fla_rejects_tensors_of_several_dtypes() -> None:
     tensors = make_tensors("6.0")
     tensors["blocks.0.att.time_maa_k"] = tensors["blocks.0.att.time_maa_k"].half()
     with pytest.raises(CheckpointError, match="have several dtypes"):
