@@ -92,9 +92,9 @@ class ModelConfig:
 
     @property
     def state_floats(self) -> int:
-        """Numbers in the state of one sequence (paper, appendix E: L (2 D + D^2 / h); RWKV-4 has 5 D a layer).
+        """Numbers in the state of one sequence (paper, appendix E: L (2 D + D^2 / h); RWKV-4 has 5 D per layer).
 
-        The transformer's grows with the text: for each token that was read, 2 A a layer.
+        The state of a transformer grows with the text: 2 A per layer for each token read.
         """
         if self.version == "llama":
             return 2 * self.n_layer * self.dim_att

@@ -57,7 +57,7 @@ class TimeMix(nn.Module):
         """w, the log of the decay, and u, both (H, K) float32."""
         w = -torch.exp(self.time_decay.float())
         u = torch.exp(self.time_first.float()) if self.bonus_is_log else self.time_faaaa.float()
-        if w.dim() == 1:  # 5.0 and 5.1: one number a head
+        if w.dim() == 1:  # 5.0 and 5.1: one number per head
             w, u = (x[:, None].expand(-1, self.head_size) for x in (w, u))
         return w, u
 

@@ -85,13 +85,13 @@ def _init_transformer(model: Transformer, generator: torch.Generator) -> None:
 
 def _init_embedding_and_head(model: BaseModel, generator: torch.Generator) -> None:
     vocab, width = model.head.weight.shape
-    model.emb.weight.copy_(_uniform(model.emb.weight, 1e-4, generator))
-    _orthogonal(model.head.weight, 0.5 * math.sqrt(max(vocab / width, 1.0)), generator)
+    model.emb.weight.copy_(_sample_uniform(model.emb.weight, 1e-4, generator))
+    _fill_orthogonal(model.head.weight, 0.5 * math.sqrt(max(vocab / width, 1.0)), generator)
 
 
 def _init_mixes(block: Any, layer: int, model: BaseModel) -> None:
     L, C = model.config.n_layer, model.config.n_embd
-    rho, q = _relative_depth(layer, L), 1 - layer / L
+    rho, q = _compute_relative_depth(layer, L), 1 - layer / L
     c = (torch.arange(C) / C).view(1, 1, C)
     current = {  # weight of the current token
         "x": c**q,
@@ -116,7 +116,7 @@ def _init_mixes(block: Any, layer: int, model: BaseModel) -> None:
 
 def _init_wkv(att: Any, layer: int, model: BaseModel) -> None:
     L, A = model.config.n_layer, model.config.dim_att
-    rho = _relative_depth(layer, L)
+    rho = _compute_relative_depth(layer, L)
     n = torch.arange(A)
     ratio = n / max(A - 1, 1)
     att.time_decay.copy_((-6 + 5 * ratio ** (0.7 + 1.3 * rho)).view_as(att.time_decay))
@@ -128,7 +128,7 @@ def _init_wkv(att: Any, layer: int, model: BaseModel) -> None:
 
 
 def _init_wkv4(att: Any, layer: int, model: BaseModel) -> None:
-    A, rho = model.config.dim_att, _relative_depth(layer, model.config.n_layer)
+    A, rho = model.config.dim_att, _compute_relative_depth(layer, model.config.n_layer)
     n = torch.arange(A)
     att.time_decay.copy_(-5 + 8 * (n / max(A - 1, 1)) ** (0.7 + 1.3 * rho))
     att.time_first.copy_(math.log(0.3) + 0.5 * ((n + 1) % 3 - 1))
@@ -138,7 +138,7 @@ def _init_matrices_4(block: Any, generator: torch.Generator) -> None:
     att, ffn = block.att, block.ffn
     for linear in (att.value, ffn.key):
         rows, columns = linear.weight.shape
-        _orthogonal(linear.weight, max(1.0, math.sqrt(rows / columns)), generator)
+        _fill_orthogonal(linear.weight, max(1.0, math.sqrt(rows / columns)), generator)
     for linear in (att.key, att.receptance, att.output, ffn.value, ffn.receptance):
         linear.weight.zero_()
 
@@ -146,24 +146,24 @@ def _init_matrices_4(block: Any, generator: torch.Generator) -> None:
 def _init_matrices(block: Any, generator: torch.Generator) -> None:
     att, ffn = block.att, block.ffn
     for linear, gain in ((att.receptance, 1.0), (att.key, 0.1), (att.value, 1.0), (att.gate, 0.1), (ffn.key, 1.0)):
-        _orthogonal(linear.weight, gain, generator)
+        _fill_orthogonal(linear.weight, gain, generator)
     for linear in (att.output, ffn.value, ffn.receptance):
         linear.weight.zero_()
     if hasattr(att, "time_maa_w1"):
         for down in (att.time_maa_w1, att.time_decay_w1):
             down.zero_()
         for up in (att.time_maa_w2, att.time_decay_w2):
-            up.copy_(_uniform(up, 0.01, generator))
+            up.copy_(_sample_uniform(up, 0.01, generator))
 
 
-def _orthogonal(weight: Tensor, gain: float, generator: torch.Generator) -> None:
-    """Samples on the CPU in float32, so a seed gives the same values on every device and in every dtype."""
+def _fill_orthogonal(weight: Tensor, gain: float, generator: torch.Generator) -> None:
+    """Sample on the CPU in float32, so a seed gives the same values on every device and in every dtype."""
     weight.copy_(nn.init.orthogonal_(torch.empty(weight.shape), gain=gain, generator=generator))
 
 
-def _relative_depth(layer: int, n_layer: int) -> float:
+def _compute_relative_depth(layer: int, n_layer: int) -> float:
     return layer / (n_layer - 1) if n_layer > 1 else 0.0
 
 
-def _uniform(like: Tensor, bound: float, generator: torch.Generator) -> Tensor:
+def _sample_uniform(like: Tensor, bound: float, generator: torch.Generator) -> Tensor:
     return (torch.rand(like.shape, generator=generator) * 2 - 1) * bound

@@ -28,7 +28,7 @@ from fledge.models.state_slice import StateSlice
 from fledge.native.library import why_missing
 
 Release = Callable[[Tensor], None]
-LAST, ALL = 1, 2
+LAST_LOGITS, ALL_LOGITS = 1, 2
 
 MATRICES = {
     "att.receptance.weight",
@@ -42,18 +42,18 @@ MATRICES = {
 }
 """The matrices of one block, by their names in a checkpoint and in native/model/parameters.cpp."""
 
-EXACT = {torch.bfloat16: "bfloat16 exact", torch.float16: "float16 exact"}
+EXACT_FORMATS = {torch.bfloat16: "bfloat16 exact", torch.float16: "float16 exact"}
 """The formats that keep 16-bit weights unchanged and multiply them in float32."""
 
-MAX_HEAD = 1024
+MAX_HEAD_SIZE = 1024
 
 
 def why_not_native(config: ModelConfig) -> str | None:
     """None if a model with this config can run natively on this machine, else the reason."""
     if config.version == "llama":
         return "the native library runs RWKV only, not a transformer"
-    if config.head_size > MAX_HEAD:
-        return f"heads of {config.head_size} are larger than {MAX_HEAD}"
+    if config.head_size > MAX_HEAD_SIZE:
+        return f"heads of {config.head_size} are larger than {MAX_HEAD_SIZE}"
     return why_missing()
 
 
@@ -85,23 +85,23 @@ class NativeModel(nn.Module):
         self._memory = BufferPool()
         self._release = release or (lambda tensor: None)
         self._handle = _new_model(config)
-        for name in _block_names(config, -1):
+        for name in _list_matrices(config, -1):
             self._set_matrix(name, tensors, quantized or {})
         for layer in range(config.n_layer):
-            for name in _block_names(config, layer):
+            for name in _list_matrices(config, layer):
                 self._set_matrix(name, tensors, quantized or {})
             _set_block(self, layer, tensors)
         for name in ("ln0", "ln_out"):
             for part in ("weight", "bias"):
                 source = f"blocks.0.ln0.{part}" if name == "ln0" else f"ln_out.{part}"
                 self.set_vector(-1, f"{name}.{part}", tensors[source])
-        self.register_buffer("embedding", _embedding(tensors["emb.weight"]), persistent=False)
+        self.register_buffer("embedding", _convert_embedding(tensors["emb.weight"]), persistent=False)
         # A second reference: `model.to(...)` replaces buffers, but the library keeps the address.
         self._embedding_reference = (self.embedding,)
         functions().fledge_model_set_embedding(
             self._handle, self.embedding.data_ptr(), STORED[self.embedding.dtype], *self.embedding.shape
         )
-        self._tuned = _tuned_layers(config, tensors)
+        self._tuned = _copy_tuned_state(config, tensors)
         missing = functions().fledge_model_check(self._handle)
         if missing is not None:
             raise CheckpointError(f"{missing.decode()} is missing, or its size does not match the config")
@@ -157,7 +157,9 @@ class NativeModel(nn.Module):
             if lengths is None
             else torch.cat([idx[b, :n] for b, n in enumerate(counts)] or [idx.reshape(-1)])
         )
-        logits, new_state = self._run(ids.contiguous(), [counts, [0] * B, range(B)], [before], LAST if last else ALL)
+        logits, new_state = self._run(
+            ids.contiguous(), [counts, [0] * B, range(B)], [before], LAST_LOGITS if last else ALL_LOGITS
+        )
         if last or lengths is None:
             return logits.view(B, 1 if last else T, self.config.vocab_size), new_state
         padded = torch.zeros(B, T, self.config.vocab_size, dtype=torch.float32)
@@ -180,7 +182,7 @@ class NativeModel(nn.Module):
         self._check_ids(ids)
         counts = [len(sequence) for sequence in sequences]
         layout = [counts, [position[id(part.state)] for part in slices], [part.index for part in slices]]
-        return self._run(ids, layout, states, LAST)
+        return self._run(ids, layout, states, LAST_LOGITS)
 
     def _run(
         self, ids: Tensor, layout: Sequence[Sequence[int]], states: Sequence[State], logits_mode: int
@@ -194,9 +196,9 @@ class NativeModel(nn.Module):
         counts, state_indices, state_rows = layout
         B = len(counts)
         assert all(0 <= row < states[index].batch for index, row in zip(state_indices, state_rows, strict=True))
-        shape = (B if logits_mode == LAST else ids.numel(), self.config.vocab_size)
+        shape = (B if logits_mode == LAST_LOGITS else ids.numel(), self.config.vocab_size)
         # The logits of all tokens have a different size in each call, so the pool would not reuse their memory.
-        logits = self._memory.empty(shape) if logits_mode == LAST else torch.empty(shape, dtype=torch.float32)
+        logits = self._memory.empty(shape) if logits_mode == LAST_LOGITS else torch.empty(shape, dtype=torch.float32)
         new = {name: self._memory.empty(shape) for name, shape in state_shapes(self.config, B).items()}
         follow_torch_threads()
         old = [t.detach().float().contiguous() for state in states for t in state.tensors().values()]
@@ -247,7 +249,7 @@ class NativeModel(nn.Module):
 
     def set_factor(self, layer: int, name: str, weight: Tensor) -> None:
         """Set a low-rank factor (out, in). It is multiplied in float32 and stored in its own dtype."""
-        self._add_matrix(layer, name, pack(weight, EXACT.get(weight.dtype, "float32")))
+        self._add_matrix(layer, name, pack(weight, EXACT_FORMATS.get(weight.dtype, "float32")))
 
     def _set_matrix(self, name: str, tensors: Mapping[str, Tensor], quantized: Mapping[str, QuantizedMatrix]) -> None:
         layer, inner = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("blocks.") else (-1, name)
@@ -257,8 +259,8 @@ class NativeModel(nn.Module):
         weight = tensors[name]
         dtype = self._matrix_dtype or (torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
         format = "bfloat16" if dtype == torch.bfloat16 else "float32"
-        if format == "float32" and weight.dtype in EXACT:
-            format = EXACT[weight.dtype]
+        if format == "float32" and weight.dtype in EXACT_FORMATS:
+            format = EXACT_FORMATS[weight.dtype]
         self._add_matrix(layer, inner, pack(weight, format))
         self._release(weight)
 
@@ -292,7 +294,7 @@ def _new_model(config: ModelConfig) -> int:
     return handle
 
 
-def _block_names(config: ModelConfig, layer: int) -> list[str]:
+def _list_matrices(config: ModelConfig, layer: int) -> list[str]:
     if layer < 0:
         return ["head.weight"]
     absent = {"att.gate.weight"} if config.version in ("4", "5.0") else set()
@@ -303,56 +305,56 @@ def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) ->
     """The vectors and LoRA factors of one block."""
     config = model.config
 
-    def of(name: str) -> Tensor:
+    def get_tensor(name: str) -> Tensor:
         return tensors[f"blocks.{layer}.{name}"]
 
     for norm in ("ln1", "ln2", *(["att.ln_x"] if config.version != "4" else [])):
         for part in ("weight", "bias"):
-            model.set_vector(layer, f"{norm}.{part}", of(f"{norm}.{part}"))
+            model.set_vector(layer, f"{norm}.{part}", get_tensor(f"{norm}.{part}"))
     if config.version == "6.0":
         for letter in "xwkvrg":
-            model.set_vector(layer, f"att.mix_{letter}", of(f"att.time_maa_{letter}"))
+            model.set_vector(layer, f"att.mix_{letter}", get_tensor(f"att.time_maa_{letter}"))
         for letter in "kr":
-            model.set_vector(layer, f"ffn.mix_{letter}", of(f"ffn.time_maa_{letter}"))
-        model.set_factor(layer, "att.mix_down", of("att.time_maa_w1").T)
-        for letter, factor in zip("wkvrg", of("att.time_maa_w2"), strict=True):
+            model.set_vector(layer, f"ffn.mix_{letter}", get_tensor(f"ffn.time_maa_{letter}"))
+        model.set_factor(layer, "att.mix_down", get_tensor("att.time_maa_w1").T)
+        for letter, factor in zip("wkvrg", get_tensor("att.time_maa_w2"), strict=True):
             model.set_factor(layer, f"att.mix_up_{letter}", factor.T)
-        model.set_factor(layer, "att.decay_down", of("att.time_decay_w1").T)
-        model.set_factor(layer, "att.decay_up", of("att.time_decay_w2").T)
+        model.set_factor(layer, "att.decay_down", get_tensor("att.time_decay_w1").T)
+        model.set_factor(layer, "att.decay_up", get_tensor("att.time_decay_w2").T)
     else:
         # Before Finch, files contain the weight of the current token. The library needs that of the previous token.
         for letter in "kvr" if config.version in ("4", "5.0") else "kvrg":
-            model.set_vector(layer, f"att.mix_{letter}", 1 - of(f"att.time_mix_{letter}").float())
+            model.set_vector(layer, f"att.mix_{letter}", 1 - get_tensor(f"att.time_mix_{letter}").float())
         for letter in "kr":
-            model.set_vector(layer, f"ffn.mix_{letter}", 1 - of(f"ffn.time_mix_{letter}").float())
-    model.time_decays.append(of("att.time_decay").detach().float().clone())
-    decay, bonus = _decay_and_bonus(config, of)
+            model.set_vector(layer, f"ffn.mix_{letter}", 1 - get_tensor(f"ffn.time_mix_{letter}").float())
+    model.time_decays.append(get_tensor("att.time_decay").detach().float().clone())
+    decay, bonus = _compute_decay_and_bonus(config, get_tensor)
     model.set_vector(layer, "att.decay", decay)
     model.set_vector(layer, "att.bonus", bonus)
 
 
-def _decay_and_bonus(config: ModelConfig, of: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+def _compute_decay_and_bonus(config: ModelConfig, get_tensor: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
     """The decay and the bonus u, one number per channel. Finch: the raw decay; Eagle: the factor; RWKV-4: its log."""
-    raw = of("att.time_decay").float()
+    raw = get_tensor("att.time_decay").float()
     if config.version == "4":
-        return -torch.exp(raw), of("att.time_first").float()
-    bonus = of(f"att.{config.bonus}").float()
+        return -torch.exp(raw), get_tensor("att.time_first").float()
+    bonus = get_tensor(f"att.{config.bonus}").float()
     if config.version == "6.0":
         return raw, bonus
     if config.bonus == "time_first":
         bonus = torch.exp(bonus)
     decay = torch.exp(-torch.exp(raw))
-    if decay.dim() == 1:  # 5.0 and 5.1: one number a head
+    if decay.dim() == 1:  # 5.0 and 5.1: one number per head
         decay, bonus = (x[:, None].expand(-1, config.head_size) for x in (decay, bonus))
     return decay, bonus
 
 
-def _embedding(weight: Tensor) -> Tensor:
+def _convert_embedding(weight: Tensor) -> Tensor:
     """The embedding in its own dtype if the library supports it, else in float32."""
     return weight.detach().to(weight.dtype if weight.dtype in STORED else torch.float32).contiguous()
 
 
-def _tuned_layers(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+def _copy_tuned_state(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The tuned state of each layer (H, V, K), copied; empty if the model has none."""
     if not config.tuned_state:
         return []

@@ -49,8 +49,8 @@ class AttentionWindow:
     sin: Tensor
     mask: Tensor | None  # (B or 1, 1, T, S + T) bool, True where attended; None: see `causal`
     causal: bool  # without a mask: True: no state, causal attention; False: full attention
-    kept: Tensor | None  # (B, S') the columns that the new state keeps; None: all
-    filled: Tensor | None  # (B, S', 1, 1) bool: which of these are tokens, not padding
+    state_columns: Tensor | None  # (B, S') the columns that the new state keeps; None: all
+    is_token: Tensor | None  # (B, S', 1, 1) bool: whether such a column is a token, not padding
     begin: Tensor  # (1, B) of the new state
     end: Tensor  # (1, B) of the new state
 
@@ -63,50 +63,54 @@ class AttentionWindow:
         if starts is not None and not bool(starts.any()):
             starts = None
         steps = torch.arange(length, device=device)
-        cos, sin = _rotation(end[:, None] + steps if capacity else steps[None], head_size)
+        cos, sin = _compute_rotation(end[:, None] + steps if capacity else steps[None], head_size)
         # Whether every sequence uses the full capacity.
-        even = capacity == 0 or bool(((begin == 0) & (end == capacity)).all())
-        if even and starts is None and (capacity == 0 or length == 1):
+        is_full = capacity == 0 or bool(((begin == 0) & (end == capacity)).all())
+        if is_full and starts is None and (capacity == 0 or length == 1):
             mask = None
         else:
-            mask = _mask(begin, end, capacity, steps, starts)
-        read = torch.full_like(end, length) if token_mask.lengths is None else token_mask.lengths
+            mask = _build_mask(begin, end, capacity, steps, starts)
+        lengths = torch.full_like(end, length) if token_mask.lengths is None else token_mask.lengths
         if starts is not None:
             last = torch.where(starts, steps + 1, 0).amax(1) - 1 if length else torch.full_like(end, -1)
             begin = torch.where(last >= 0, end + last, begin)
-        kept = filled = None
-        if token_mask.lengths is not None or not even:
-            longest = int((end + read).max()) if B else 0
+        state_columns = is_token = None
+        if token_mask.lengths is not None or not is_full:
+            longest = int((end + lengths).max()) if B else 0
             position = torch.arange(longest, device=device).expand(B, longest)
-            kept = torch.where(position < end[:, None], position, capacity + position - end[:, None])
-            filled = position < (end + read)[:, None]
-            kept, filled = kept.where(filled, 0), filled[:, :, None, None]
-        return AttentionWindow(cos, sin, mask, capacity == 0, kept, filled, begin[None], (end + read)[None])
+            state_columns = torch.where(position < end[:, None], position, capacity + position - end[:, None])
+            is_token = position < (end + lengths)[:, None]
+            state_columns, is_token = state_columns.where(is_token, 0), is_token[:, :, None, None]
+        return AttentionWindow(
+            cos, sin, mask, capacity == 0, state_columns, is_token, begin[None], (end + lengths)[None]
+        )
 
     def keep(self, columns: Tensor) -> Tensor:
         """The part of keys or values that the new state keeps (B, S + T, H, N): (B, S', H, N)."""
-        if self.kept is None or self.filled is None:
+        if self.state_columns is None or self.is_token is None:
             return columns
-        index = self.kept[:, :, None, None].expand(-1, -1, *columns.shape[2:])
-        return columns.gather(1, index).masked_fill(~self.filled, 0.0) if columns.shape[1] else columns
+        index = self.state_columns[:, :, None, None].expand(-1, -1, *columns.shape[2:])
+        return columns.gather(1, index).masked_fill(~self.is_token, 0.0) if columns.shape[1] else columns
 
 
-def _mask(begin: Tensor, end: Tensor, capacity: int, steps: Tensor, starts: Tensor | None) -> Tensor:
-    """(B, 1, T, S + T): the tokens of the same document up to each one. Padding attends to itself, so its output is
-    never nan."""
+def _build_mask(begin: Tensor, end: Tensor, capacity: int, steps: Tensor, starts: Tensor | None) -> Tensor:
+    """(B, 1, T, S + T): True for the tokens of the same document up to each token.
+
+    Padding attends to itself, so its output is never nan.
+    """
     B, T = begin.shape[0], steps.shape[0]
     position = torch.arange(capacity, device=begin.device)
-    before = ((position >= begin[:, None]) & (position < end[:, None]))[:, None].expand(B, T, capacity)
-    now = (steps <= steps[:, None]).expand(B, T, T)
+    to_state = ((position >= begin[:, None]) & (position < end[:, None]))[:, None].expand(B, T, capacity)
+    to_call = (steps <= steps[:, None]).expand(B, T, T)
     if starts is not None:
         document = starts.cumsum(1)  # (B, T): 0 while the document of the state continues
-        before = before & (document == 0)[:, :, None]
-        now = now & (document[:, :, None] == document[:, None])
-    return torch.cat((before, now), dim=2)[:, None]
+        to_state = to_state & (document == 0)[:, :, None]
+        to_call = to_call & (document[:, :, None] == document[:, None])
+    return torch.cat((to_state, to_call), dim=2)[:, None]
 
 
-def _rotation(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles at `positions` (B, T): (B, T, 1, N/2)."""
+def _compute_rotation(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """The cos and sin of the angles at `positions` (B, T), both (B, T, 1, N/2)."""
     pairs = torch.arange(0, head_size, 2, device=positions.device).float()
     angles = positions[:, :, None, None].float() * ROTARY_BASE ** (-pairs / head_size)
     return angles.cos(), angles.sin()
