@@ -371,11 +371,11 @@ def test_scaled_keys_are_multiplied_by_raw_decays_below_one(monkeypatch: pytest.
     logits, state = scaled(tokens(2, 9))
 
     def wkv_with_scaled_keys(
-        r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor
+        r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, *others: torch.Tensor
     ) -> object:
         raw = torch.log(-w)
         assert raw.min() < 0 < raw.max()  # raw decays on both sides of the limit
-        return wkv(r, k * torch.exp(raw).clamp(max=1.0), v, w, *rest)
+        return wkv(r, k * torch.exp(raw).clamp(max=1.0), v, w, *others)
 
     monkeypatch.setattr("fledge.models.finch.wkv", wkv_with_scaled_keys)
     expected, expected_state = plain(tokens(2, 9))

@@ -121,8 +121,8 @@ def test_float16_weights_are_kept_and_multiplied_in_float32(version: str) -> Non
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quantized_matrices_equal_their_dequantized_weights(version: str, scheme: str) -> None:
     config, tensors = make_weights(version, 2, 72, 24)
-    rest, quantized = quantize_tensors(tensors, scheme)
-    weights = ModelWeights(rest, quantized)
+    dense, quantized = quantize_tensors(tensors, scheme)
+    weights = ModelWeights(dense, quantized)
     idx = tokens(2, 30)
     with torch.no_grad():
         expected, _ = assemble(config, weights)(idx)
@@ -137,8 +137,8 @@ def test_quantized_matrices_equal_their_dequantized_weights(version: str, scheme
 @pytest.mark.parametrize("version", ["4", "5.2", "6.0"])
 def test_any_batch_and_any_split_give_the_same_bits(instruction_set: str, version: str, scheme: str | None) -> None:
     config, tensors = make_weights(version, 2, 72, 24, dtype=torch.bfloat16)
-    rest, quantized = quantize_tensors(tensors, scheme) if scheme else (tensors, {})
-    model, idx = NativeModel(config, rest, quantized), tokens(4, 40)
+    dense, quantized = quantize_tensors(tensors, scheme) if scheme else (tensors, {})
+    model, idx = NativeModel(config, dense, quantized), tokens(4, 40)
     with use_instruction_set(instruction_set):
         logits, state = model(idx)
         for cut in (0, 1, 13, 39, 40):

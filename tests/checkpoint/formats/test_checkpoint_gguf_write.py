@@ -48,26 +48,28 @@ def select_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_the_file_agrees_with_an_independent_converter(kind: str, tmp_path: Path) -> None:
     """Compare names, shapes, types and bytes with an independent writer."""
     tensors = make_finch()
-    wanted = gguf.GGMLQuantizationType[kind.upper()]
-    plain = gguf.GGMLQuantizationType.F16 if wanted > 1 and kind != "bf16" else wanted
+    matrix_type = gguf.GGMLQuantizationType[kind.upper()]
+    embedding_type = gguf.GGMLQuantizationType.F16 if matrix_type > 1 and kind != "bf16" else matrix_type
     expected = gguf.GGUFReader(
         foreign.write(
             tmp_path / "theirs.gguf",
             foreign.convert_tensors(tensors, 0),
             foreign.make_keys(tensors, 0),
-            kind=wanted,
-            kinds={"token_embd.weight": plain},
+            kind=matrix_type,
+            kinds={"token_embd.weight": embedding_type},
         )
     )
     loaded = gguf.GGUFReader(write_gguf(tmp_path, tensors, kind))
-    ours = {tensor.name: tensor for tensor in loaded.tensors}
-    assert ours.keys() == {tensor.name for tensor in expected.tensors}
-    for original in expected.tensors:
-        own = ours[original.name]
-        assert own.tensor_type == original.tensor_type and own.shape.tolist() == original.shape.tolist(), original.name
-        assert np.array_equal(own.data, original.data), original.name
-    quantized = kind not in ("f32", "f16", "bf16")
-    assert ("general.quantization_version" in loaded.fields) == quantized
+    by_name = {tensor.name: tensor for tensor in loaded.tensors}
+    assert by_name.keys() == {tensor.name for tensor in expected.tensors}
+    for reference in expected.tensors:
+        actual = by_name[reference.name]
+        assert actual.tensor_type == reference.tensor_type and actual.shape.tolist() == reference.shape.tolist(), (
+            reference.name
+        )
+        assert np.array_equal(actual.data, reference.data), reference.name
+    is_quantized = kind not in ("f32", "f16", "bf16")
+    assert ("general.quantization_version" in loaded.fields) == is_quantized
     assert (
         loaded.fields["general.file_type"].contents()
         == gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
