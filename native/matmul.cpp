@@ -16,7 +16,7 @@ void ActivationBuffer::reset(ActivationKind kind, int64_t rows, int64_t k, bool 
     a.pitch = kind == FLOATS ? padded : padded / 2;
     // One cache line more per row: rows at a distance of a power of two would compete for the same cache sets.
     if (rows > 1) a.pitch += LANES;
-    a.data = data_.reserve_bytes(static_cast<size_t>(rows * a.pitch * 4));
+    a.data = data_.reserve_bytes(static_cast<size_t>(round_up(rows, ROW_PADDING) * a.pitch * 4));
     a.scale = nullptr;
     a.total = nullptr;
     if (kind == I16_PAIRS) {
@@ -33,7 +33,9 @@ void ActivationBuffer::reset(ActivationKind kind, int64_t rows, int64_t k, bool 
     }
 }
 
-void ActivationBuffer::set_row(const float* x, int64_t row) const { kernels().pack_row(x, row, activations_); }
+void ActivationBuffer::set_row(const float* x, int64_t row) const {
+    product_kernels(activations_.kind).pack_row(x, row, activations_);
+}
 
 namespace {
 
@@ -76,13 +78,13 @@ void multiply(const std::vector<Product>& products) {
         bytes += p.weight->panels() * p.weight->panel_bytes() * p.x->rows;
     }
     if (rows == 0) return;
-    for (auto& buffer : buffers) buffer->reserve_floats(rows * PANEL);
-    const Kernels& table = kernels();
+    for (auto& buffer : buffers) buffer->reserve_floats(round_up(rows, ROW_PADDING) * PANEL);
     parallel_for(parts, bytes, [&](int64_t part, int thread) {
         int64_t panel = part;
         for (const Product& p : products) {
             if (panel < p.weight->panels()) {
-                table.multiply_panel(*p.weight, panel, *p.x, buffers[static_cast<size_t>(thread)]->floats(), p.out);
+                product_kernels(p.x->kind).multiply_panel(*p.weight, panel, *p.x,
+                                                          buffers[static_cast<size_t>(thread)]->floats(), p.out);
                 return;
             }
             panel -= p.weight->panels();

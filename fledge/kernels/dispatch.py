@@ -10,6 +10,7 @@ from torch import Tensor
 from fledge.core.errors import BackendError
 from fledge.kernels.native_ops import can_read, can_run, instruction_set, wkv4_native
 from fledge.kernels.onednn import why_not_packable
+from fledge.kernels.product_kernels import apply_choices
 from fledge.kernels.wkv.chunked import wkv_chunked
 from fledge.kernels.wkv.native import wkv_differentiable
 from fledge.kernels.wkv.reference import wkv_reference
@@ -35,6 +36,11 @@ def prefer(backend: str | None) -> None:
     """Use this backend in all calls that do not name one; None: use the table again. For comparisons."""
     global _preferred
     _preferred = backend
+
+
+def preferred() -> str | None:
+    """The backend set by `prefer`."""
+    return _preferred
 
 
 def prepare_tracing() -> None:
@@ -75,6 +81,7 @@ def _explain_inference() -> list[BackendChoice]:
         reason = f"one call for all layers, instruction set {instruction_set()}"
         return [
             BackendChoice("whole model", "inference on a CPU", "native", reason),
+            *_explain_products(),
             BackendChoice("wkv", "on a CPU", "native", "the loop in vector instructions, also with a gradient"),
             BackendChoice("wkv4", "inference on a CPU", "native", "the loop in vector instructions"),
         ]
@@ -88,6 +95,12 @@ def _explain_inference() -> list[BackendChoice]:
             reason or "oneDNN reads reordered weights about twice as fast",
         ),
     ]
+
+
+def _explain_products() -> list[BackendChoice]:
+    """The instruction sets of the matrix products, with the measurements."""
+    situations = {"bfloat16": "bfloat16 weights", "int16": "int8 and int4 weights"}
+    return [BackendChoice("product", situations[c.kind], c.name, c.reason) for c in apply_choices()]
 
 
 def _choose(length: int, backend: str | None, available: list[str], is_native_usable: bool) -> str:

@@ -59,6 +59,21 @@ def choose_instruction_set(name: str = "") -> None:
         raise BackendError(f"instruction set {name!r} is not one of: {', '.join(instruction_sets())}")
 
 
+def use_product_kernels(kind: str, name: str) -> None:
+    """Use one of `instruction_sets()` for the products of activations of one kind (see KINDS); empty: the best.
+
+    `choose_instruction_set` has precedence. Raises BackendError for an unknown instruction set.
+    """
+    if functions().fledge_select_product_kernels(KINDS[kind], name.encode()):
+        raise BackendError(f"instruction set {name!r} is not one of: {', '.join(instruction_sets())}")
+
+
+def product_kernels(kind: str) -> str:
+    """The instruction set that the products of activations of one kind use (see KINDS)."""
+    name: str = functions().fledge_product_kernels(KINDS[kind]).decode()
+    return name
+
+
 def follow_torch_threads() -> None:
     """Use the same number of threads as torch (`torch.set_num_threads`)."""
     count = torch.get_num_threads()
@@ -180,8 +195,13 @@ def can_run(*tensors: Tensor) -> bool:
     return can_read(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def wkv_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The native form of `wkv_reference`, for float32 on the CPU, without a gradient."""
+def wkv_native(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, is_decay: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The native form of `wkv_reference`, for float32 on the CPU, without a gradient.
+
+    is_decay: w contains the decay factors, not their logarithms.
+    """
     B, T, H, K = r.shape
     V = v.shape[-1]
     _check_inputs((r, k, w), (B, T, H, K))
@@ -190,7 +210,7 @@ def wkv_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Ten
     _check_inputs((state,), (B, H, K, V))
     sizes = (c_int64 * 5)(B, T, H, K, V)
     r, k, v, u, state = (x.detach().contiguous() for x in (r, k, v, u, state))
-    decay = torch.exp(w.detach()).contiguous()
+    decay = (w.detach() if is_decay else torch.exp(w.detach())).contiguous()
     y, after = torch.empty_like(v), torch.empty_like(state)
     follow_torch_threads()
     pointers = (x.data_ptr() for x in (r, k, v, decay, u, state, after, y))

@@ -61,9 +61,10 @@ class LoraLinear(Linear):
         return LoraFactors(self.lora_A, self.lora_B, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum in float32, unlike that of a plain Linear: in bfloat16 a small change would be rounded away."""
         dtype = self.compute_dtype or torch.float32
         low = nn.functional.linear(x.to(dtype), self.lora_A.to(dtype))  # (..., r)
-        return super().forward(x) + self.scale * nn.functional.linear(low, self.lora_B.to(dtype)).float()
+        return super().forward(x).float() + self.scale * nn.functional.linear(low, self.lora_B.to(dtype)).float()
 
 
 def add_lora(model: BaseModel, factors: Mapping[str, LoraFactors]) -> None:

@@ -9,7 +9,7 @@ forgets everything, the output is the bonus alone, and the token shift reads zer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.core.errors import StateError, TokenizerError, UsageError
+from fledge.kernels.fused import mix_tokens
 from fledge.models.config import ModelConfig
 from fledge.models.layers import LayerNorm, Linear, last_token, token_shift
 from fledge.models.state import State, tuned_state, zero_state
@@ -69,6 +70,27 @@ class TokenMask:
         """The token shift: x (B, T, C) and the last input before it (B, C) -> the previous inputs (B, T, C)."""
         shifted = token_shift(x, previous)
         return shifted if self.document_start is None else shifted.masked_fill(self.document_start, 0.0)
+
+    def mix(
+        self,
+        x: Tensor,
+        previous: Tensor,
+        mix: Sequence[Tensor],
+        dtype: torch.dtype,
+        low: Tensor | None = None,
+        up: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Each token of x (B, T, C) mixed with the one before it, once for each of the weights `mix`.
+
+        See `fledge.kernels.fused.reference.mix_tokens`.
+        """
+        weights = torch.stack([weight.float().flatten() for weight in mix])  # (n, C)
+        return mix_tokens(x, previous, weights, low, up, document_start=self.document_start, dtype=dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every token is real and no document begins after the first one."""
+        return self.lengths is None and self.document_start is None
 
     def last_input(self, x: Tensor, previous: Tensor) -> Tensor:
         """The `previous` of the next call's `shift`, (B, C)."""
@@ -147,7 +169,7 @@ class BaseModel(nn.Module):
         if last:
             x = self._select_last(x, mask)
         x = self.ln_out(x)
-        logits: Tensor = self.head(x) if readout is None else readout(self.head, x)
+        logits: Tensor = self.head(x).float() if readout is None else readout(self.head, x)
         return logits
 
     def _select_last(self, x: Tensor, mask: TokenMask) -> Tensor:

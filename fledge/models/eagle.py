@@ -65,19 +65,17 @@ class TimeMix(nn.Module):
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        previous = mask.shift(x, shift)
-        delta = x - previous
-        r = self.receptance(previous + delta * self.time_mix_r.float()).view(heads)  # (B, T, H, K)
-        k = mask.zero_padding(self.key(previous + delta * self.time_mix_k.float())).view(heads)
-        v = self.value(previous + delta * self.time_mix_v.float()).view(heads)  # (B, T, H, V)
+        current = [self.time_mix_k, self.time_mix_v, self.time_mix_r, *([self.time_mix_g] if self.has_gate else [])]
+        xk, xv, xr, *xg = mask.mix(x, shift, [1 - weight.float() for weight in current], self.key.dtype)
+        r = self.receptance(xr).float().view(heads)  # (B, T, H, K)
+        k = mask.zero_padding(self.key(xk).float()).view(heads)
+        v = self.value(xv).float().view(heads)  # (B, T, H, V)
         w, u = self.decay_and_bonus()
         w = mask.mask_decay(w.reshape(1, 1, -1).expand(B, T, -1)).unflatten(-1, heads[2:])  # (B, T, H, K)
         y, state = wkv(r, k, v, w, u, state)
         y = mask.replace_starts(y, lambda: own_value(r, k, v, u))
-        y = self.ln_x(y)  # (B, T, A)
-        if self.has_gate:
-            y = y * nn.functional.silu(self.gate(previous + delta * self.time_mix_g.float()))
-        return self.output(y), mask.last_input(x, shift), state
+        gate = self.gate(xg[0]) if self.has_gate else None  # (B, T, A)
+        return self.output(self.ln_x(y, gate, self.output.dtype)), mask.last_input(x, shift), state
 
 
 class ChannelMix(nn.Module):
@@ -94,9 +92,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        previous = mask.shift(x, shift)
-        delta = x - previous
-        xk, xr = previous + delta * self.time_mix_k.float(), previous + delta * self.time_mix_r.float()
+        mix = [1 - self.time_mix_k.float(), 1 - self.time_mix_r.float()]
+        xk, xr = mask.mix(x, shift, mix, self.key.dtype)
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, mask.last_input(x, shift)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fledge.kernels import wkv
+from fledge.kernels.fused import wkv_with_decay
 from fledge.models.base import BaseModel, TokenMask
 from fledge.models.config import ModelConfig
 from fledge.models.layers import HeadNorm, LayerNorm, Linear, channel_mix, own_value, vector
@@ -54,33 +55,44 @@ class TimeMix(nn.Module):
         if config.tuned_state:
             self.time_state = nn.Parameter(torch.empty(H, N, N, device=device))
 
-    def mixed_inputs(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-        """x_w, x_k, x_v, x_r, x_g (equations 14-16); delta = previous token - x, both (B, T, C)."""
-        B, T, C = x.shape
-        low = torch.tanh(torch.addcmul(x, delta, self.time_maa_x.float()) @ self.time_maa_w1.float())  # (B, T, 5 Dm)
-        low = low.view(B * T, 5, self.time_maa_w2.shape[1]).transpose(0, 1)  # (5, B T, Dm)
-        mix = (low @ self.time_maa_w2.float()).view(5, B, T, C)
-        static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return torch.addcmul(x, delta, mix + torch.stack(static).float()).unbind(0)
+    def mixed_inputs(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, ...]:
+        """x_w (float32) and x_k, x_v, x_r, x_g (in the dtype of the products), (B, T, C) each (equations 14-16)."""
+        (xx,) = mask.mix(x, shift, [self.time_maa_x], torch.float32)
+        low = torch.tanh(xx @ self.time_maa_w1.float())  # (B, T, 5 Dm)
+        low = low.flatten(0, 1).unflatten(1, (5, -1)).transpose(0, 1)  # (5, B T, Dm)
+        up = self.time_maa_w2.float()  # (5, Dm, C)
+        (xw,) = mask.mix(x, shift, [self.time_maa_w], torch.float32, low[:1], up[:1])
+        static = [self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
+        return xw, *mask.mix(x, shift, static, self.key.dtype, low[1:], up[1:])
 
     def forward(self, x: Tensor, shift: Tensor, state: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), state (B, H, K, V) -> output (B, T, C), new shift, new state."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        xw, xk, xv, xr, xg = self.mixed_inputs(x, mask.shift(x, shift) - x)
+        xw, xk, xv, xr, xg = self.mixed_inputs(x, shift, mask)
         r = self.receptance(xr).view(heads)  # (B, T, H, K)
         k = mask.zero_padding(self.key(xk)).view(heads)
         v = self.value(xv).view(heads)  # (B, T, H, V)
-        g = nn.functional.silu(self.gate(xg))  # (B, T, A)
-        low = torch.tanh(xw @ self.time_decay_w1.float())  # (B, T, Dd)
-        decay = self.time_decay.float() + low @ self.time_decay_w2.float()  # (B, T, A)
-        w = mask.mask_decay(-torch.exp(decay)).view(heads)
-        if self.scaled_keys:  # channels that decay slowly get smaller keys
-            k = k * torch.exp(decay.clamp(max=0.0)).view(heads)
+        g = self.gate(xg)  # (B, T, A)
+        decay = torch.tanh(xw @ self.time_decay_w1.float()) @ self.time_decay_w2.float()  # (B, T, A)
+        y, state = self.recurrence(r, k, v, decay.view(heads), state, mask)
+        return self.output(self.ln_x(y, g, self.output.dtype)), mask.last_input(x, shift), state
+
+    def recurrence(
+        self, r: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, mask: TokenMask
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence with w = -exp(time_decay + decay) (equations 17-19); decay (B, T, H, K)."""
         u = self.time_faaaa.float()
+        base = self.time_decay.float().flatten()  # (A)
+        if mask.is_empty and not self.scaled_keys:
+            return wkv_with_decay(r, k, v, decay, base, u, state)
+        r, k, v = r.float(), k.float(), v.float()
+        decay = decay + base.view_as(u)
+        if self.scaled_keys:  # channels that decay slowly get smaller keys
+            k = k * torch.exp(decay.clamp(max=0.0))
+        w = mask.mask_decay(-torch.exp(decay).flatten(2)).view_as(r)
         y, state = wkv(r, k, v, w, u, state)
-        y = mask.replace_starts(y, lambda: own_value(r, k, v, u))
-        return self.output(self.ln_x(y) * g), mask.last_input(x, shift), state
+        return mask.replace_starts(y, lambda: own_value(r, k, v, u)), state
 
 
 class ChannelMix(nn.Module):
@@ -97,8 +109,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        delta = mask.shift(x, shift) - x
-        xk, xr = torch.addcmul(x, delta, self.time_maa_k.float()), torch.addcmul(x, delta, self.time_maa_r.float())
+        xk, xr = mask.mix(x, shift, [self.time_maa_k, self.time_maa_r], self.key.dtype)
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, mask.last_input(x, shift)
 

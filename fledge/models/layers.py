@@ -1,8 +1,8 @@
 """Layers that all families share, with the precision policy in one place.
 
 The residual stream, norms, mixes, decay and state are float32, for any dtype of the matrices. A `Linear` casts its
-input to the dtype of its weight (or to `compute_dtype`, which training in bf16 sets while the weights stay float32) and
-returns float32. For inference on a CPU its weight can be packed (`pack_linears`).
+input to the dtype of its weight (or to `compute_dtype`, which training in bf16 sets while the weights stay float32).
+For inference on a CPU its weight can be packed (`pack_linears`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from fledge.core.errors import UsageError
 from fledge.kernels import pack, packed_linear, why_not_packable
+from fledge.kernels.fused import gated_norm, gated_value, squared_relu
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; weight (out, in) as in official checkpoints. x has any float dtype, y is float32."""
+    """y = x W^T without bias; weight (out, in) as in official checkpoints.
+
+    x has any float dtype. y has the dtype of the product, because most consumers would cast it anyway.
+    """
 
     def __init__(self, n_in: int, n_out: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -25,13 +29,19 @@ class Linear(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.packed: Tensor | None = None  # replaces `weight` after `pack`
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the product."""
+        if self.packed is not None:
+            return self.packed.dtype
+        return self.compute_dtype or self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             if x.requires_grad:
                 raise UsageError("this model is packed for inference and gives no gradients; load it with pack=False")
-            return packed_linear(x.to(self.packed.dtype), self.packed).float()
-        dtype = self.compute_dtype or self.weight.dtype
-        return nn.functional.linear(x.to(dtype), self.weight.to(dtype)).float()
+            return packed_linear(x.to(self.dtype), self.packed)
+        return nn.functional.linear(x.to(self.dtype), self.weight.to(self.dtype))
 
     def pack(self) -> None:
         """Replace the weight by a copy in oneDNN's layout, for inference only: no gradient, not in the state_dict."""
@@ -85,7 +95,7 @@ class LayerNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """GroupNorm with one group for each head: (B, T, H, V) -> (B, T, H V), in float32.
+    """GroupNorm with one group for each head: (B, T, H, V) -> (B, T, H V) of `dtype`, times silu(gate) if given.
 
     The official eps is 64e-5. The official training code divides by 8 before a norm with 1e-5, which is the same
     function.
@@ -98,10 +108,8 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width, device=device))
         self.eps = eps
 
-    def forward(self, y: Tensor) -> Tensor:
-        batch, length, heads, width = y.shape
-        normed = nn.functional.layer_norm(y.float(), (width,), eps=self.eps).view(batch, length, heads * width)
-        return normed * self.weight.float() + self.bias.float()
+    def forward(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return gated_norm(y, gate, self.weight.float(), self.bias.float(), self.eps, dtype)
 
 
 def vector(width: int, device: torch.device | str | None = None) -> nn.Parameter:
@@ -131,5 +139,5 @@ def own_value(r: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
 
 def channel_mix(key: Linear, value: Linear, receptance: Linear, xk: Tensor, xr: Tensor) -> Tensor:
     """sigmoid(R xr) * V relu(K xk)^2, the same in every version (paper, equations 10-13)."""
-    hidden = torch.relu(key(xk)).square()  # (B, T, F)
-    return torch.sigmoid(receptance(xr)) * value(hidden)
+    hidden = squared_relu(key(xk))  # (B, T, F)
+    return gated_value(receptance(xr), value(hidden))

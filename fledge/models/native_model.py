@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fledge.core.errors import CheckpointError, StateError, TokenizerError, UsageError
 from fledge.kernels.native_ops import STORED, PackedMatrix, check_memory, follow_torch_threads, functions, pack
+from fledge.kernels.product_kernels import apply_choices
 from fledge.kernels.quantized import QuantizedMatrix
 from fledge.models.buffer_pool import BufferPool
 from fledge.models.config import ModelConfig
@@ -84,6 +85,7 @@ class NativeModel(nn.Module):
         self._matrix_dtype = matrix_dtype
         self._memory = BufferPool()
         self._release = release or (lambda tensor: None)
+        apply_choices()
         self._handle = _new_model(config)
         for name in _list_matrices(config, -1):
             self._set_matrix(name, tensors, quantized or {})

@@ -44,11 +44,11 @@ class TimeMix(nn.Module):
         self, x: Tensor, shift: Tensor, state: tuple[Tensor, Tensor, Tensor], mask: TokenMask
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x (B, T, C), shift (B, C), state aa, bb, pp (B, A) -> output (B, T, C), new shift, new state."""
-        previous = mask.shift(x, shift)
-        delta = x - previous
-        r = torch.sigmoid(self.receptance(previous + delta * self.time_mix_r.float()))  # (B, T, A)
-        k = mask.fill_padding(self.key(previous + delta * self.time_mix_k.float()), PADDING_KEY)
-        v = self.value(previous + delta * self.time_mix_v.float())
+        mix = [1 - weight.float() for weight in (self.time_mix_k, self.time_mix_v, self.time_mix_r)]
+        xk, xv, xr = mask.mix(x, shift, mix, self.key.dtype)
+        r = torch.sigmoid(self.receptance(xr).float())  # (B, T, A)
+        k = mask.fill_padding(self.key(xk).float(), PADDING_KEY)
+        v = self.value(xv).float()
         w = mask.mask_decay(-torch.exp(self.time_decay.float()).expand_as(k))
         y, state = wkv4(k, v, w, self.time_first.float(), state)
         y = mask.replace_starts(y, lambda: v)
@@ -69,9 +69,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C), new shift."""
-        previous = mask.shift(x, shift)
-        delta = x - previous
-        xk, xr = previous + delta * self.time_mix_k.float(), previous + delta * self.time_mix_r.float()
+        mix = [1 - self.time_mix_k.float(), 1 - self.time_mix_r.float()]
+        xk, xr = mask.mix(x, shift, mix, self.key.dtype)
         out = channel_mix(self.key, self.value, self.receptance, xk, xr)
         return out, mask.last_input(x, shift)
 

@@ -140,17 +140,16 @@ class Attention(nn.Module):
         """x (B, T, C), keys and values of the state (B, S, H, N) -> output (B, T, C), new keys and values."""
         B, T, _ = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        q = rotate(self.query(x).view(heads), window.cos, window.sin)
-        k = rotate(self.key(x).view(heads), window.cos, window.sin)
-        v = self.value(x).view(heads)
+        q = rotate(self.query(x).float().view(heads), window.cos, window.sin)
+        k = rotate(self.key(x).float().view(heads), window.cos, window.sin)
+        v = self.value(x).float().view(heads)
         if keys.shape[1]:
             k, v = torch.cat((keys, k), 1), torch.cat((values, v), 1)  # (B, S + T, H, N)
         y = self._attend(q, k, v, window) if q.numel() else q
         return self.output(y.reshape(B, T, self.n_head * self.head_size)), window.keep(k), window.keep(v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow) -> Tensor:
-        weight = self.key.weight if self.key.packed is None else self.key.packed
-        dtype = self.key.compute_dtype or weight.dtype
+        dtype = self.key.dtype
         q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))  # (B, H, T or S + T, N)
         causal = window.mask is None and window.causal
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=window.mask, is_causal=causal)
@@ -168,7 +167,7 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        return self.value(nn.functional.silu(self.gate(x)) * self.key(x))
+        return self.value(nn.functional.silu(self.gate(x).float()) * self.key(x))
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 7
+ABI = 8
 """The value of `fledge_abi()` in a library that matches this code."""
 
 NAME = {"win32": "fledge_native.dll", "darwin": "libfledge_native.dylib"}.get(sys.platform, "libfledge_native.so")

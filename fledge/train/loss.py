@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fledge.data.batches import Batch
+from fledge.kernels.fused import cross_entropy_
 from fledge.models import State
 from fledge.models.layers import Linear
 
@@ -100,14 +101,12 @@ class _HeadLoss(torch.autograd.Function):
         size = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], size):
             chunk = x[start : start + size].to(dtype)
-            logits = (chunk @ low.t()).float()  # (size, vocab)
-            total += _loss_and_gradient(logits, targets[start : start + size, None])
-            if dx is not None or dweight is not None:
-                gradient = logits.to(dtype)
+            logits = chunk @ low.t()  # (size, vocab)
+            total += cross_entropy_(logits, targets[start : start + size], PULL).sum()
             if dx is not None:
-                dx[start : start + size] = gradient @ low
+                dx[start : start + size] = logits @ low  # the logits are now their gradient
             if dweight is not None:
-                dweight += gradient.t() @ chunk
+                dweight += logits.t() @ chunk
         ctx.save_for_backward(dx, dweight)
         return total
 
@@ -118,15 +117,3 @@ class _HeadLoss(torch.autograd.Function):
         dx = None if dx is None else dx * gradients[0]
         dweight = None if dweight is None else (dweight * gradients[0]).to(ctx.weight_dtype)
         return dx, dweight, None, None
-
-
-def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the losses of logits (M, vocab) with targets (M, 1); overwrites the logits with their gradient."""
-    largest, where = logits.max(-1, keepdim=True)
-    target_logits = logits.gather(-1, targets) - largest
-    powers = logits.sub_(largest).exp_()
-    total = powers.sum(-1, keepdim=True)
-    powers.div_(total)
-    powers.scatter_add_(-1, targets, powers.new_full(targets.shape, -1.0))
-    powers.scatter_add_(-1, where, largest * PULL)
-    return (total.log() - target_logits).sum()

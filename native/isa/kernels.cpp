@@ -6,6 +6,10 @@
 #include "recurrence.h"
 #include "rounding.h"
 #include "sampling.h"
+#include "training.h"
+#if defined(FLEDGE_TILES)
+#include "tiles.h"
+#endif
 
 namespace {
 
@@ -123,8 +127,13 @@ namespace fledge {
 const Kernels FLEDGE_TABLE = {
     .name = STRINGIFY(FLEDGE_ISA),
     .vector_floats = W,
+#if defined(FLEDGE_TILES)
+    .multiply_panel = multiply_panel_with_tiles,
+    .pack_row = pack_row_for_tiles,
+#else
     .multiply_panel = multiply_panel,
     .pack_row = pack_row,
+#endif
     .wkv = wkv,
     .wkv_gradient = wkv_gradient,
     .wkv4 = wkv4,
@@ -144,6 +153,19 @@ const Kernels FLEDGE_TABLE = {
     .sum_buckets = sum_buckets,
     .gather_bucket = gather_bucket,
     .apply_temperature = apply_temperature,
+    .training =
+        {
+            .mix = mix_tokens,
+            .mix_gradient = mix_tokens_gradient,
+            .gated_norm = gated_norm,
+            .gated_norm_gradient = gated_norm_gradient,
+            .cross_entropy = cross_entropy,
+            .squared_relu = training_squared_relu,
+            .squared_relu_gradient = training_squared_relu_gradient,
+            .gated_value = gated_value,
+            .gated_value_gradient = gated_value_gradient,
+            .decay_gradient = decay_gradient,
+        },
     .read_memory = read_memory,
     .multiply_registers = multiply_registers,
 };

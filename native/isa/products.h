@@ -351,6 +351,22 @@ INLINE void multiply_block(const Matrix& w, const uint8_t* data, const Block& bl
     }
 }
 
+// Writes the sums of one panel, [rows][PANEL], to the output.
+INLINE void write_output(int64_t panel, const Activations& a, const float* all_sums, const Output& out) {
+    const int64_t start = panel * PANEL;
+    const int64_t columns = out.width - start < PANEL ? out.width - start : PANEL;
+    for (int64_t row = 0; row < a.rows; row++) {
+        float* y = out.y + row * out.stride + start;
+        const float* sums = all_sums + row * PANEL;
+        if (a.groups() == 0)
+            for (int64_t i = 0; i < columns; i++) y[i] = out.accumulate ? y[i] : 0.0f;
+        else if (out.accumulate)
+            for (int64_t i = 0; i < columns; i++) y[i] += sums[i];
+        else
+            for (int64_t i = 0; i < columns; i++) y[i] = sums[i];
+    }
+}
+
 void multiply_panel(const Matrix& w, int64_t panel, const Activations& a, float* scratch, const Output& out) {
     const uint8_t* data = w.data + panel * w.panel_bytes();
     const int64_t groups = a.groups();
@@ -360,17 +376,7 @@ void multiply_panel(const Matrix& w, int64_t panel, const Activations& a, float*
         const int64_t count = groups - g < step ? groups - g : step;
         multiply_block(w, data, {g, count, scratch, out.y + start, out.stride}, a);
     }
-    const int64_t columns = out.width - start < PANEL ? out.width - start : PANEL;
-    for (int64_t row = 0; row < a.rows; row++) {
-        float* y = out.y + row * out.stride + start;
-        const float* sums = scratch + row * PANEL;
-        if (groups == 0)
-            for (int64_t i = 0; i < columns; i++) y[i] = out.accumulate ? y[i] : 0.0f;
-        else if (out.accumulate)
-            for (int64_t i = 0; i < columns; i++) y[i] += sums[i];
-        else
-            for (int64_t i = 0; i < columns; i++) y[i] = sums[i];
-    }
+    write_output(panel, a, scratch, out);
 }
 
 }  // namespace

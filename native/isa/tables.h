@@ -3,13 +3,16 @@
 #pragma once
 #include <stdint.h>
 
+#include "training_tables.h"
+
 namespace fledge {
 
 constexpr int PANEL = 64;  // rows of a weight that are stored together
 constexpr int GROUP = 32;  // inputs that share a scale; every K is padded to a multiple of this
 constexpr int PAIRS = GROUP / 2;
-constexpr int CHAINS = 8;  // independent sums of `multiply_registers`: enough to keep the arithmetic units busy
-constexpr int LANES = 16;  // floats; rows of activations are padded to a multiple of this
+constexpr int CHAINS = 8;        // independent sums of `multiply_registers`: enough to keep the arithmetic units busy
+constexpr int ROW_PADDING = 16;  // memory of activations and sums has this multiple of rows, for matrix units
+constexpr int LANES = 16;        // floats; rows of activations are padded to a multiple of this
 
 // How the numbers of a weight are stored. This also determines how its product is computed.
 enum Format : int32_t {
@@ -23,6 +26,7 @@ enum Format : int32_t {
 
 // How the activations of a product are stored.
 enum ActivationKind : int32_t { FLOATS = 0, BF16_PAIRS = 1, I16_PAIRS = 2 };
+constexpr int ACTIVATION_KINDS = 3;
 
 inline ActivationKind activation_kind(int32_t format) {
     if (format == BF16) return BF16_PAIRS;
@@ -173,7 +177,7 @@ struct Kernels {
     const char* name;
     int64_t vector_floats;
 
-    // One panel of a product for all rows. scratch: rows * PANEL floats.
+    // One panel of a product for all rows. scratch: rows * PANEL floats, with rows padded to ROW_PADDING.
     void (*multiply_panel)(const Matrix& w, int64_t panel, const Activations& a, float* scratch, const Output& out);
     // Packs row `row` of the activations. x: this row.
     void (*pack_row)(const float* x, int64_t row, const Activations& a);
@@ -216,6 +220,8 @@ struct Kernels {
     void (*apply_temperature)(const float* x, int64_t n, const TemperatureParams& params, double* weights,
                               double* block_sums);
 
+    TrainingKernels training;
+
     // For measurements: reads every byte; multiplies registers.
     double (*read_memory)(const void* data, int64_t bytes);
     void (*multiply_registers)(int64_t repeats, int32_t kind);
@@ -225,5 +231,7 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;         // as avx512_bf16, with products in matrix units
+extern const Kernels kernels_tile_model;  // the same with a scalar model of the matrix units, for tests
 
 }  // namespace fledge

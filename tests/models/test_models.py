@@ -371,13 +371,13 @@ def test_scaled_keys_are_multiplied_by_raw_decays_below_one(monkeypatch: pytest.
     logits, state = scaled(tokens(2, 9))
 
     def wkv_with_scaled_keys(
-        r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, *others: torch.Tensor
+        r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor, base: torch.Tensor, *rest: torch.Tensor
     ) -> object:
-        raw = torch.log(-w)
-        assert raw.min() < 0 < raw.max()  # raw decays on both sides of the limit
-        return wkv(r, k * torch.exp(raw).clamp(max=1.0), v, w, *others)
+        raw = x + base.view(x.shape[2:])
+        assert raw.min() < 0 < raw.max()  # below and above the bend
+        return wkv(r, k * torch.exp(raw).clamp(max=1.0), v, -torch.exp(raw), *rest)
 
-    monkeypatch.setattr("fledge.models.finch.wkv", wkv_with_scaled_keys)
+    monkeypatch.setattr("fledge.models.finch.wkv_with_decay", wkv_with_scaled_keys)
     expected, expected_state = plain(tokens(2, 9))
     assert_close_relative(logits, expected, MODEL_TOLERANCE, "logits")
     assert_same_state(state, expected_state)

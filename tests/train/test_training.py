@@ -503,7 +503,7 @@ def test_the_loss_in_pieces_is_that_of_the_logits(
     x = (scale * torch.randn(2, 11, 16)).requires_grad_(True)
     targets = torch.randint(0, 37, (2, 11))
     counted = torch.rand(2, 11) < 0.6 if masked else None
-    expected = summed_loss(head(x), targets, counted)
+    expected = summed_loss(head(x).float(), targets, counted)
     found = head_loss(head, x, targets=targets, loss_mask=counted)
     # Sums of at most 37 terms in float32: the bound is 37 * 2**-24 = 2.2e-6 on each side. The gradients of a bfloat16
     # product are rounded to bfloat16, by 3.9e-3 of each number, and then added up in another order.

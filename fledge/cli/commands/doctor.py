@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fledge.cli.terminal import SlowBar, print_heading, print_rows
+from fledge.core.errors import UsageError
 
 if TYPE_CHECKING:
     from fledge.diagnostics.diagnosis import Diagnosis
@@ -20,6 +21,15 @@ app = typer.Typer(name="doctor", add_completion=False)
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=NAME",
+            help="Use this instruction set for the products of bfloat16 or int16 (int8 and int4 weights) on this "
+            "machine from now on; auto: the fastest. May be repeated.",
+        ),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the kernels of this machine again.")] = False,
 ) -> None:
     """Check this installation and the results of its kernels.
 
@@ -29,6 +39,7 @@ def doctor(
     with SlowBar("checking"):
         from fledge.diagnostics.diagnosis import diagnose
 
+        _configure_kernels(kernel or [], measure)
         diagnosis = diagnose()
     if as_json:
         print(json.dumps(diagnosis_record(diagnosis)))
@@ -36,6 +47,24 @@ def doctor(
         _print_sections(diagnosis)
     if not diagnosis.healthy:
         raise typer.Exit(1)
+
+
+def _configure_kernels(overrides: list[str], measure: bool) -> None:
+    """Apply the options --kernel and --measure."""
+    if not overrides and not measure:
+        return
+    from fledge.kernels import product_kernels
+    from fledge.native.library import why_missing
+
+    if reason := why_missing():
+        raise UsageError(f"there are no kernels to choose from: {reason}")
+    if measure:
+        product_kernels.measure_again()
+    for text in overrides:
+        kind, equals, name = text.partition("=")
+        if not equals:
+            raise UsageError(f"--kernel needs KIND=NAME, for example bfloat16=avx512, not {text!r:.40}")
+        product_kernels.override(kind, name)
 
 
 def diagnosis_record(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -37,9 +37,15 @@ def _gradient(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, dy: Tensor, dafter: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of all six inputs from those of y and the new state."""
-    r, k, v, w, u, state, dy, dafter = (x.contiguous() for x in (r, k, v, w, u, state, dy, dafter))
-    decay = torch.exp(w)
-    dr, dk, dw, dv, dstate = (torch.empty_like(x) for x in (r, k, w, v, state))
+    return wkv_gradient(r, k, v, torch.exp(w), u, state, dy, dafter)
+
+
+def wkv_gradient(
+    r: Tensor, k: Tensor, v: Tensor, decay: Tensor, u: Tensor, state: Tensor, dy: Tensor, dafter: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of r, k, v, the log of the decay, u and state from those of y and the new state; all float32."""
+    r, k, v, decay, u, state, dy, dafter = (x.contiguous() for x in (r, k, v, decay, u, state, dy, dafter))
+    dr, dk, dw, dv, dstate = (torch.empty_like(x) for x in (r, k, decay, v, state))
     du = u.new_empty(r.shape[0], *u.shape)  # (B, H, K)
     sizes = (c_int64 * 5)(*r.shape, v.shape[-1])
     tensors = (r, k, v, decay, u, state, dy, dafter, dr, dk, dv, dw, du, dstate)
