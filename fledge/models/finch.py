@@ -57,11 +57,11 @@ class TimeMix(nn.Module):
 
     def mixed_inputs(self, x: Tensor, shift: Tensor, mask: TokenMask) -> tuple[Tensor, ...]:
         """x_w (float32) and x_k, x_v, x_r, x_g (in the dtype of the products), (B, T, C) each (equations 14-16)."""
-        (xx,) = mask.mix(x, shift, [self.time_maa_x], torch.float32)
+        (xx,) = mask.mix(x, shift, [self.time_maa_x], x.dtype)
         low = torch.tanh(xx @ self.time_maa_w1.float())  # (B, T, 5 Dm)
         low = low.flatten(0, 1).unflatten(1, (5, -1)).transpose(0, 1)  # (5, B T, Dm)
         up = self.time_maa_w2.float()  # (5, Dm, C)
-        (xw,) = mask.mix(x, shift, [self.time_maa_w], torch.float32, low[:1], up[:1])
+        (xw,) = mask.mix(x, shift, [self.time_maa_w], x.dtype, low[:1], up[:1])
         static = [self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         return xw, *mask.mix(x, shift, static, self.key.dtype, low[1:], up[1:])
 
