@@ -113,13 +113,13 @@ def test_interrupts_and_readers_that_leave_are_quiet(broken: Any) -> None:
     assert (result.code, result.output, result.messages) == (130, b"", "")
 
 
-def test_a_signal_that_found_something_to_save(broken: Any) -> None:
+def test_signal_with_unsaved_progress_saves_it(broken: Any) -> None:
     result = broken(Interrupted(15, "saved at step 3"))
     assert (result.code, result.output, result.messages) == (143, b"", "saved at step 3\n")
     assert broken(Interrupted(2)).messages == ""
 
 
-def test_a_reader_that_leaves(byte_model: Path) -> None:
+def test_closed_pipe_ends_the_command_silently(byte_model: Path) -> None:
     command = [sys.executable, "-m", "fledge", "generate", "x", "-m", str(byte_model), "--max-tokens", "100000"]
     run = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout is not None and run.stderr is not None

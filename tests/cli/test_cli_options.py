@@ -24,7 +24,7 @@ def test_every_setting_has_an_option() -> None:
     assert {field.name for field in dataclasses.fields(SamplingOptions)} == settings - {"ban"}
 
 
-def test_help_tells_the_true_defaults() -> None:
+def test_help_shows_the_actual_defaults() -> None:
     told = 0
     for field in dataclasses.fields(SamplingOptions):
         generate, chat = getattr(SamplingParams(), field.name), getattr(CHAT_PARAMS, field.name)

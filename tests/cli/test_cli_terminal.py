@@ -54,7 +54,7 @@ def test_rows_on_a_terminal_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stream.getvalue().splitlines()) > 5
 
 
-def test_a_bar_appears_where_something_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_operations_show_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "DELAY", 0.01)
     monkeypatch.setattr(terminal, "message_console", lambda: Console(file=shown, force_terminal=True, width=100))
@@ -65,7 +65,9 @@ def test_a_bar_appears_where_something_takes_long(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("delay", "is_terminal"), [(30.0, True), (0.0, False)])
-def test_no_bar_where_nobody_waits_or_watches(monkeypatch: pytest.MonkeyPatch, delay: float, is_terminal: bool) -> None:
+def test_no_progress_bar_for_short_operations_and_pipes(
+    monkeypatch: pytest.MonkeyPatch, delay: float, is_terminal: bool
+) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "DELAY", delay)
     monkeypatch.setattr(terminal, "message_console", lambda: Console(file=shown, force_terminal=is_terminal, width=100))

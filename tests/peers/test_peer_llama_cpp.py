@@ -98,7 +98,7 @@ def test_the_same_file_gives_the_same_logits(folder: Path, name: str, kind: str)
     assert same >= len(ours) - (len(ours) // 4 if kind.startswith("q") else 0)  # random logits lie close together
 
 
-def test_the_original_gives_the_same_logits(folder: Path) -> None:
+def test_official_code_gives_the_same_logits(folder: Path) -> None:
     """What is read back from a GGUF could be wrong in the same way as what was written; the .pth could not."""
     for name in SIZES:
         theirs = torch.from_numpy(np.load(folder / f"{name}-f32.gguf.npz")["logits"])

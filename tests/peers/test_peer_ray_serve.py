@@ -82,7 +82,7 @@ def ask(http: Any, text: str, **fledge: str) -> Any:
     return http.post("/v1/chat/completions", json=body)
 
 
-def test_a_copy_that_dies_takes_no_conversation_along(tmp_path: Path) -> None:
+def test_crashed_replica_loses_no_saved_conversation(tmp_path: Path) -> None:
     with copies(tmp_path, 2) as (address, mark), httpx.Client(base_url=address, timeout=60) as http:
         first = ask(http, "One?", return_state="handle")
         assert first.status_code == 200, first.text

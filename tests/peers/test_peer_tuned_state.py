@@ -54,7 +54,7 @@ def tuned(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", ["together", "beside"])
-def test_the_package_gives_our_logits(tuned: Path, mode: str, way: str) -> None:
+def test_package_gives_the_same_logits(tuned: Path, mode: str, way: str) -> None:
     answers = torch.load(tuned / f"{way}.results", weights_only=True)
     assert "error" not in answers, answers["error"]
     llm = fledge.load(tuned / "base.pth", device="cpu", adapter=tuned / "state.pth")
@@ -68,7 +68,7 @@ def test_the_package_gives_our_logits(tuned: Path, mode: str, way: str) -> None:
     check_agreement(tuned / "together.pth", pieces_of(mode, VOCAB), answers[mode])
 
 
-def test_a_state_that_is_not_turned_gives_other_logits(tuned: Path) -> None:
+def test_state_without_transposition_gives_other_logits(tuned: Path) -> None:
     llm = fledge.load(tuned / "base.pth", device="cpu", adapter=tuned / "state.pth")
     assert llm.initial_state is not None
     theirs = torch.load(tuned / "beside.results", weights_only=True)["sequence"]["logits"][:9]

@@ -38,7 +38,7 @@ def test_exact_texts(template: str, messages: list[Any], text: str) -> None:
     assert render(messages, TEMPLATES[template]) == text
 
 
-def test_a_finished_conversation_asks_for_no_answer() -> None:
+def test_finished_conversation_has_no_answer() -> None:
     messages = [("user", "q"), ("assistant", "a"), ("user", "q2")]
     assert render(messages, answer=False) == "User: q\n\nAssistant: a\n\nUser: q2"
 
@@ -64,7 +64,7 @@ def test_a_session_adds_up_to_the_whole_conversation(name: str, first: str, seco
     assert session == render([("user", first), ("assistant", "an answer"), ("user", second)], template)
 
 
-def test_a_session_may_begin_with_a_system_turn() -> None:
+def test_session_can_start_with_a_system_turn() -> None:
     template = template_named("world")
     text = template.turn("system", "s") + template.close_turn() + template.open_turn("q")
     assert text == render([("system", "s"), ("user", "q")])

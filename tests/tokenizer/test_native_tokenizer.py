@@ -88,7 +88,7 @@ def shuffled(seed: int, bytes_at_least: int) -> bytes:
 @EACH
 @settings(max_examples=60)
 @given(data=LONG)
-def test_equals_the_python_twin(name: str, data: bytes) -> None:
+def test_native_encoding_equals_the_python_implementation(name: str, data: bytes) -> None:
     fast, plain = twins(name)
     ids = plain.encode(data)
     assert fast.encode(data) == ids
@@ -99,7 +99,7 @@ def test_equals_the_python_twin(name: str, data: bytes) -> None:
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_text_comes_back(text: str) -> None:
+def test_text_survives_a_round_trip(text: str) -> None:
     fast, _ = twins("world")
     assert fast.decode(fast.encode(text)) == text
     assert fast.encode(text) == fast.encode(text.encode()) == fast.encode(bytearray(text.encode()))  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def test_tokens_of_every_script_in_one_long_text(name: str) -> None:
 
 @pytest.mark.parametrize("unit", [b" ", b"\n", b"\0", b"\xff", b"ab", b"aab", "é".encode(), "你好".encode(), b" a\n"])
 @pytest.mark.parametrize("name", ["world", "letters"])
-def test_runs_in_which_lanes_never_meet(name: str, unit: bytes) -> None:
+def test_vector_lanes_that_diverge_give_the_same_ids(name: str, unit: bytes) -> None:
     fast, plain = twins(name)
     for extra in (b"", b"a", b"\n\n"):
         data = extra + unit * (50_000 // len(unit)) + extra
@@ -241,7 +241,7 @@ def test_reserved_ids_and_the_end_of_text_are_no_bytes() -> None:
     assert fast.decode([24281, 0, 59] * 100) == "User:" * 100
 
 
-def test_what_is_no_list_of_ids() -> None:
+def test_invalid_lists_of_ids_are_rejected() -> None:
     fast, plain = twins("world")
     for tokenizer in (fast, plain):
         with pytest.raises(TypeError):
@@ -265,7 +265,7 @@ def test_lone_surrogates_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_no_threads_are_refused(threads: int) -> None:
+def test_zero_threads_are_rejected(threads: int) -> None:
     for tokenizer in twins("bytes"):
         for call in (tokenizer.encode_batch, tokenizer.encode_batch_arrays):
             with pytest.raises(UsageError, match=f"threads {threads} "):
@@ -273,7 +273,7 @@ def test_no_threads_are_refused(threads: int) -> None:
 
 
 @pytest.mark.parametrize("text", [None, 5, ["a"]])
-def test_what_is_no_text(text: Any) -> None:
+def test_values_of_other_types_are_rejected(text: Any) -> None:
     for tokenizer in twins("bytes"):
         with pytest.raises(TypeError):
             tokenizer.encode(text)
@@ -311,7 +311,7 @@ def test_copies_and_pickles() -> None:
         assert other.encode("aabab") == fast.encode("aabab") and other._trie != fast._trie
 
 
-def test_both_backends_can_be_asked_for() -> None:
+def test_both_backends_can_be_selected() -> None:
     assert isinstance(load_world("native"), NativeTokenizer) and isinstance(load_world("python"), TrieTokenizer)
     assert load_world() is load_world("native") is tokenizer_for({"kind": "world"})
     assert isinstance(tokenizer_for(byte_vocabulary()), NativeTokenizer)

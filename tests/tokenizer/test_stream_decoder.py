@@ -67,7 +67,7 @@ def test_ids_in_any_split(ids: list[int], cuts: list[int]) -> None:
     assert text + decoder.flush() == WORLD.decode(ids)
 
 
-def test_a_character_in_pieces_comes_whole() -> None:
+def test_split_character_is_printed_whole() -> None:
     decoder = StreamDecoder(WORLD)
     assert [decoder.feed_bytes(bytes([byte])) for byte in "é€😀".encode()] == ["", "é", "", "", "€", "", "", "", "😀"]
     assert decoder.pending == b"" and decoder.flush() == ""
@@ -85,7 +85,7 @@ def test_a_real_replacement_character_passes() -> None:
 
 
 @pytest.mark.parametrize("hopeless", [b"\xff", b"\xc0", b"\x80", b"\xed\xa0", b"\xf4\x90", b"\xe4A"])
-def test_hopeless_bytes_do_not_wait(hopeless: bytes) -> None:
+def test_invalid_bytes_are_emitted_immediately(hopeless: bytes) -> None:
     decoder = StreamDecoder(WORLD)
     assert decoder.feed_bytes(hopeless) == hopeless.decode("utf-8", errors="replace")
     assert decoder.pending == b""
@@ -98,7 +98,7 @@ def test_flush_ends_one_stream_and_starts_another() -> None:
     assert decoder.feed_bytes(b"\xa0b") == "\ufffdb"
 
 
-def test_an_id_outside_leaves_the_stream_as_it_was() -> None:
+def test_invalid_id_does_not_change_the_stream() -> None:
     decoder = StreamDecoder(WORLD)
     decoder.feed_bytes(b"\xe4\xbd")
     with pytest.raises(TokenizerError, match="65536"):

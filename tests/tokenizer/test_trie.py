@@ -120,18 +120,18 @@ def test_bytes_come_back(tokenizer: Tokenizer, data: bytes) -> None:
 
 @EACH
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_text_survives_a_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text) == tokenizer.encode(text.encode())
 
 
 @pytest.mark.parametrize("tokenizer", [WORLD, PRUNED, BYTES], ids=["world", "pruned", "bytes"])
 @given(data=DATA)
-def test_equals_the_plainest_search(tokenizer: TrieTokenizer, data: bytes) -> None:
+def test_encoding_equals_the_plain_search(tokenizer: TrieTokenizer, data: bytes) -> None:
     assert tokenizer.encode(data) == plainest(tokenizer.vocabulary.tokens, data)
 
 
-def test_a_pruned_vocabulary_says_the_same_in_other_ids() -> None:
+def test_pruned_vocabulary_encodes_the_same_text() -> None:
     whole = TrieTokenizer(prune(world_vocabulary(), range(65530), 70000))
     assert whole.encode("a b  c\n\n漢字") == WORLD.encode("a b  c\n\n漢字")
 
@@ -152,7 +152,7 @@ def test_reserved_ids_and_the_end_of_text_are_no_bytes() -> None:
     assert PRUNED.decode([PRUNED.vocab_size - 1]) == ""
 
 
-def test_half_a_character_becomes_a_replacement_and_harms_nothing_else() -> None:
+def test_incomplete_character_becomes_one_replacement_character() -> None:
     assert WORLD.decode(WORLD.encode("né".encode()[:2]) + WORLD.encode("!")) == "n\ufffd!"
 
 

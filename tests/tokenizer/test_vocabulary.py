@@ -72,12 +72,12 @@ def test_prune_size() -> None:
         ([300], {"multiple": 0}, "multiple 0"),
     ],
 )
-def test_prune_refuses(keep: list[int], options: dict[str, int], message: str) -> None:
+def test_invalid_pruning_is_rejected(keep: list[int], options: dict[str, int], message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         prune(WORLD, keep, **options)
 
 
-def test_prune_takes_world_only() -> None:
+def test_only_world_can_be_pruned() -> None:
     with pytest.raises(TokenizerError, match="pruned"):
         prune(prune(WORLD, [300]), [])
 
@@ -165,7 +165,7 @@ def test_a_record_cannot_expand_without_bound() -> None:
         Vocabulary.from_spec(record(kept=bomb))
 
 
-def test_a_record_with_bytes_behind_its_end() -> None:
+def test_record_with_trailing_bytes_is_rejected() -> None:
     raw = base64.b64decode(record()["kept"])
     for damaged in (raw + b"more", raw[:-1]):
         with pytest.raises(TokenizerError, match="exactly 3"):

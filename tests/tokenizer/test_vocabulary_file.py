@@ -45,7 +45,7 @@ def test_pack_and_unpack(tokens: list[bytes]) -> None:
     assert vocabulary_file.unpack(vocabulary_file.pack(tokens)) == tokens
 
 
-def test_compress_gives_the_same_bytes_each_time() -> None:
+def test_compression_is_deterministic() -> None:
     payload = vocabulary_file.pack([b"a", b"bb"])
     assert vocabulary_file.compress(payload) == vocabulary_file.compress(payload)
     assert lzma.decompress(vocabulary_file.compress(payload)) == payload

@@ -39,9 +39,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_processes_give_the_losses_of_one_and_go_on_where_they_stopped(
-    mode: str, alone: Path, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_losses_of_one_and_resume(mode: str, alone: Path, tmp_path: Path) -> None:
     finish(tmp_path / "whole", 2, parallel=mode, **SETTINGS)
     assert_same_run(tmp_path / "whole", alone)
     finish(tmp_path / "cut", 2, parallel=mode, stop_after=6, **SETTINGS)
@@ -52,7 +50,7 @@ def test_two_processes_give_the_losses_of_one_and_go_on_where_they_stopped(
         assert torch.equal(weights(tmp_path / "cut")[name], tensor), name
 
 
-def test_rows_go_round() -> None:
+def test_rows_are_distributed_in_turn() -> None:
     batch = Batch(torch.arange(12).view(6, 2), loss_mask=torch.arange(6).view(6, 1) > 2)
     first, second = (Distributed(rank, 2, "ddp").shard(batch) for rank in (0, 1))
     assert first.idx[:, 0].tolist() == [0, 4, 8] and second.idx[:, 0].tolist() == [2, 6, 10]
@@ -67,7 +65,7 @@ def test_micro_must_be_a_multiple_of_the_processes(tmp_path: Path) -> None:
         run(Recipe(batch=6, micro_batch_size=3), "no store", tmp_path, distributed=Distributed(0, 2, "ddp"))
 
 
-def test_a_team_of_one_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_needs_no_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with join() as distributed:

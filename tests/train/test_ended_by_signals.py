@@ -59,7 +59,7 @@ def saved_step(said: str) -> int:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that can be noted")
-def test_one_process_saves_its_step_and_goes_on_from_it(data: Path, tmp_path: Path) -> None:
+def test_stopped_process_saves_its_step_and_continues_from_it(data: Path, tmp_path: Path) -> None:
     said = stopped(data, tmp_path / "run", stop=lambda pid: os.kill(pid, signal.SIGINT))
     step = saved_step(said)
     assert said == f"code 130\nsaved at step {step}; the same command continues from there\n"

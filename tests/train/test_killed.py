@@ -15,7 +15,7 @@ KILLS = 3
 SETTINGS = {"steps": 60, "save_every": 2, "validate_every": 7, "log_every": 3, "n_embd": 64}
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_repeatedly_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     finish(tmp_path / "whole", **SETTINGS)
     cut, draw, kills = tmp_path / "cut", random.Random(5), 0
     while True:

@@ -67,7 +67,7 @@ def test_mistakes(changes: dict[str, str], words: str) -> None:
         Recipe().changed(changes)
 
 
-def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+def test_recipe_from_a_file_is_used(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "from fledge.train.recipe import Recipe\ndef big():\n    return Recipe(n_layer=9)\ndef odd():\n    return 1\n"
@@ -116,7 +116,7 @@ def test_an_error_of_a_recipe_names_its_line(tmp_path: Path, function: str, word
         find_recipe(f"{tmp_path / 'mine.py'}:{function}")
 
 
-def test_a_vocabulary_smaller_than_the_data_is_refused() -> None:
+def test_vocabulary_smaller_than_the_data_is_rejected() -> None:
     with pytest.raises(ConfigError, match="vocab_size is 20, but the data has ids up to 49"):
         Recipe(vocab_size=20).model(50)
     assert Recipe(vocab_size=64).model(50).vocab_size == 64

@@ -25,14 +25,14 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_list_of_parts_that_names_a_function_is_refused(tmp_path: Path) -> None:
+def test_metadata_that_refers_to_a_function_is_rejected(tmp_path: Path) -> None:
     (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Evil(tmp_path / "made")))
     with pytest.raises(CheckpointError, match=r"refers to (posix|nt)\.mkdir, which is not allowed"):
         SafeReader(tmp_path).read_metadata()
     assert not (tmp_path / "made").exists()
 
 
-def test_a_list_of_parts_that_is_something_else(tmp_path: Path) -> None:
+def test_metadata_of_another_type_is_rejected(tmp_path: Path) -> None:
     (tmp_path / METADATA_FILE).write_bytes(pickle.dumps([torch.float32]))
     with pytest.raises(CheckpointError, match="does not contain the metadata"):
         SafeReader(tmp_path).read_metadata()

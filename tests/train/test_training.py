@@ -80,7 +80,7 @@ def test_the_loss_falls(tmp_path: Path, mode: str, dtype: torch.dtype | None) ->
     assert [line["step"] for line in written] == [line["step"] for line in lines]
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_interrupted_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     whole, _ = run(tmp_path / "whole", 30)
     run(tmp_path / "cut", 15)
     resumed, _ = run(tmp_path / "cut", 30)
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
 
 
-def test_an_interrupt_inside_the_update_keeps_the_last_whole_step(
+def test_interrupt_during_the_update_keeps_the_last_complete_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = run(tmp_path / "whole", 30)
@@ -136,7 +136,7 @@ def test_ctrl_c_inside_the_update_waits_for_its_end(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path: Path, at: int) -> None:
+def test_interrupted_validation_is_repeated(tmp_path: Path, at: int) -> None:
     calls: list[int] = []
 
     def validate(model: object) -> dict[str, float]:
@@ -162,7 +162,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
             run(tmp_path, 5)
 
 
-def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> None:
+def test_rejected_run_keeps_the_record_of_the_previous_run(tmp_path: Path) -> None:
     settings, rows = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 1, 3)), Windows(TEXT, 16, 3, 0)
     train(fresh(), rows, settings, tmp_path, identity={"data": "a"})
     kept = (tmp_path / "run.json").read_bytes()
@@ -172,7 +172,7 @@ def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> No
     assert (tmp_path / "run.json").read_bytes() == kept
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(tmp_path: Path) -> None:
+def test_infinite_gradient_stops_the_run_before_the_update(tmp_path: Path) -> None:
     model = fresh()
     poison = iter(range(100))
 
@@ -229,7 +229,7 @@ def test_signals_inside_a_save_do_not_harm_it(tmp_path: Path, monkeypatch: pytes
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 11
 
 
-def test_a_second_signal_gives_up_the_step(tmp_path: Path) -> None:
+def test_second_signal_abandons_the_step(tmp_path: Path) -> None:
     class Slow(Windows):
         def __getitem__(self, number: int) -> Batch:
             for _ in range(2 if number == 4 else 0):
@@ -270,7 +270,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         assert found["step"] == kept and all(tensor.isfinite().all() for tensor in found["model"].values())
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_checkpoint_with_infinite_weights_is_rejected(tmp_path: Path) -> None:
     run(tmp_path, 5)
     found = torch.load(tmp_path / "last.pt", weights_only=True)
     found["model"]["emb.weight"][2, 3] = math.nan
@@ -279,7 +279,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path) -> 
         run(tmp_path, 30)
 
 
-def test_a_metrics_file_without_room_is_named(tmp_path: Path) -> None:
+def test_full_disk_for_metrics_names_the_file(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     meter = MetricsLogger(tmp_path / "metrics.jsonl", lambda line: None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -291,13 +291,13 @@ def test_a_metrics_file_without_room_is_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+def test_file_is_rejected_as_folder_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UsageError, match="run is a file; name a folder for the run"):
         run(tmp_path / "run", 5)
 
 
-def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
+def test_resumed_run_uses_its_own_settings(tmp_path: Path) -> None:
     run(tmp_path, 5)
     model = fresh()
     optimizer = build_optimizer(model, AdamSettings(beta2=0.95, eps=1e-8, weight_decay=0.3))
@@ -307,7 +307,7 @@ def test_resuming_takes_the_settings_of_the_new_run(tmp_path: Path) -> None:
     assert optimizer.state_dict()["state"]
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match="log_every is 0"):
         TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), log_every=0)
     with pytest.raises(ConfigError, match="clip is 0"):
@@ -329,7 +329,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         RunCheckpoint(tmp_path, Distributed(), {}).resume(model, build_optimizer(model, AdamSettings()))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_rejected(tmp_path: Path) -> None:
     model = fresh()
     optimizer = build_optimizer(model, AdamSettings())
     RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).save(model, optimizer, 3, {})
@@ -479,7 +479,7 @@ def test_documents_of_different_lengths_are_scored_together() -> None:
     assert Validation([])(model) == {}
 
 
-def test_a_masked_loss_is_that_of_the_counted_targets_with_a_pull_on_them_alone() -> None:
+def test_masked_loss_and_pull_cover_only_the_selected_targets() -> None:
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     targets, counted = torch.randint(0, 7, (2, 3)), torch.tensor([[True, False, True], [False, False, True]])
     (masked,) = torch.autograd.grad(summed_loss(logits, targets, counted), logits)
@@ -528,7 +528,7 @@ def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
     assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(found, (x, head.weight)))
 
 
-def test_keep_freed_memory_answers() -> None:
+def test_memory_functions_report_support() -> None:
     assert keep_freed_memory() == return_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 

@@ -142,7 +142,7 @@ def test_the_result_is_used_as_it_was_trained(base: Path, data: Path, tmp_path: 
     assert_close_relative(found, wanted, 2e-2 if mode == "full" else MODEL_TOLERANCE, "logprobs")
 
 
-def test_the_files_say_where_they_come_from(base: Path, data: Path, tmp_path: Path) -> None:
+def test_files_record_their_origin(base: Path, data: Path, tmp_path: Path) -> None:
     lora, _ = trained_parameters(
         prepared(base, data, get_settings("lora", 2, lora=LoraSettings(3, 12.0, ("att.key",)))), tmp_path / "a"
     )
@@ -157,7 +157,7 @@ def test_the_files_say_where_they_come_from(base: Path, data: Path, tmp_path: Pa
 
 
 @every_mode
-def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
+def test_interrupted_run_continues_with_the_same_bits(base: Path, data: Path, tmp_path: Path, mode: str) -> None:
     whole, cut = prepared(base, data, get_settings(mode)), prepared(base, data, get_settings(mode))
     trained_parameters(whole, tmp_path / "whole")
     assert trained_parameters(cut, tmp_path / "cut", stop_at=8)[0] is None
@@ -173,7 +173,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path
         )
 
 
-def test_a_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+def test_folder_of_another_run_is_rejected(base: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     trained_parameters(prepared(base, data, get_settings("lora", 2)), folder)
     for other in (
@@ -191,7 +191,7 @@ def test_a_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Pa
     prepared(base, data, replace(get_settings("lora", 2), rate=1e-3)).start(folder, lambda line: None)  # the rate may
 
 
-def test_parts_are_trained_whole_beside_a_lora(base: Path, data: Path, tmp_path: Path) -> None:
+def test_selected_parameters_are_trained_with_a_lora(base: Path, data: Path, tmp_path: Path) -> None:
     settings = get_settings("lora", lora=LoraSettings(parts=("time", "ln")))
     run = prepared(base, data, settings)
     done, _ = trained_parameters(run, tmp_path / "run")
@@ -204,7 +204,7 @@ def test_parts_are_trained_whole_beside_a_lora(base: Path, data: Path, tmp_path:
         build_trainable_model(read(base), get_settings("lora", lora=LoraSettings(parts=("tome",))))
 
 
-def test_a_tuned_state_is_tuned_further(base: Path, data: Path, tmp_path: Path) -> None:
+def test_tuned_state_can_be_tuned_again(base: Path, data: Path, tmp_path: Path) -> None:
     done, _ = trained_parameters(prepared(base, data, get_settings("state", 5)), tmp_path / "run")
     assert done is not None
     found, state = read(base), load_tuned_state(done.path)
@@ -213,7 +213,7 @@ def test_a_tuned_state_is_tuned_further(base: Path, data: Path, tmp_path: Path) 
     assert torch.equal(model.get_parameter("blocks.1.att.time_state"), state["blocks.1.att.time_state"])
 
 
-def test_what_cannot_be_tuned(base: Path, data: Path, tmp_path: Path) -> None:
+def test_unsupported_checkpoints_cannot_be_tuned(base: Path, data: Path, tmp_path: Path) -> None:
     torch.save(random_checkpoint("4", n_layer=1, n_embd=16, vocab_size=256), tmp_path / "old.pth")
     with pytest.raises(fledge.FledgeError, match="RWKV-4 model, which has no matrix state"):
         build_trainable_model(read(tmp_path / "old.pth"), get_settings("state"))
@@ -239,7 +239,7 @@ def test_steps_and_rates() -> None:
 
 
 @every_mode
-def test_an_estimate_of_memory_is_near_what_autograd_keeps(base: Path, data: Path, mode: str) -> None:
+def test_estimated_memory_is_close_to_the_tensors_of_autograd(base: Path, data: Path, mode: str) -> None:
     """Between what a forward pass keeps for the gradients, and half as much again with all gradients beside it."""
     run = prepared(base, data, get_settings(mode))
     batches, kept = run.batches, dict[int, Tensor]()
@@ -258,7 +258,7 @@ def test_an_estimate_of_memory_is_near_what_autograd_keeps(base: Path, data: Pat
     assert forward < cost.batch < 1.5 * forward + 4 * cost.trained
 
 
-def test_an_estimate_of_time_is_the_whole_run_at_the_speed_of_the_trial(
+def test_estimated_time_is_all_steps_at_the_measured_speed(
     base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock that says that the trial took three seconds, one for each of its batches."""
@@ -270,7 +270,7 @@ def test_an_estimate_of_time_is_the_whole_run_at_the_speed_of_the_trial(
     assert 0.99 * whole < seconds < 1.1 * whole
 
 
-def test_an_estimate_counts_what_a_run_needs(base: Path, data: Path) -> None:
+def test_estimate_contains_weights_optimizer_and_batch(base: Path, data: Path) -> None:
     costs = {mode: prepared(base, data, get_settings(mode)).estimate() for mode in RATES}
     assert costs["state"].trained == 2 * 4 * 8 * 8
     assert costs["full"].optimizer == 8 * costs["full"].trained > costs["lora"].optimizer > costs["state"].optimizer

@@ -61,7 +61,7 @@ def test_tables_json_line_record_and_plot(fledge: Any, jobs: list[Any], tmp_path
         assert fledge("bench", "plot", path, picture).code == 0 and picture.stat().st_size > 1000
 
 
-def test_a_batch_of_one_is_left_out(fledge: Any, jobs: list[Any]) -> None:
+def test_batch_of_one_is_not_measured(fledge: Any, jobs: list[Any]) -> None:
     small = [*SMALL, "--batch", "1"]
     result = fledge("bench", "cpu", "--shape", "L1-D64", "--widths", "int8", "--repeats", "1", *small)
     assert result.code == 0 and len(jobs[0]["batch"]) == 1 and "fewer than 3 repeats" in result.messages

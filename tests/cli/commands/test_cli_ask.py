@@ -38,14 +38,14 @@ def expected(model: Path, question: str, template: str = "world") -> str:
     return "".join(chat.say(question)).lstrip() + "\n"
 
 
-def test_every_question_begins_after_the_text(fledge: Any, byte_model: Path, book: Path) -> None:
+def test_every_question_starts_from_the_state_of_the_text(fledge: Any, byte_model: Path, book: Path) -> None:
     done = fledge("ask", book, "Who was lost?", "Was it dark?", "-m", byte_model, *SAMPLING)
     answers = [expected(byte_model, question) for question in ("Who was lost?", "Was it dark?")]
     assert done.code == 0 and done.text == "\n".join(answers)
     assert done.messages.startswith("read 50 tokens in ")
 
 
-def test_the_text_is_known_the_next_time(fledge: Any, byte_model: Path, book: Path, cache: Path) -> None:
+def test_second_run_uses_the_saved_state(fledge: Any, byte_model: Path, book: Path, cache: Path) -> None:
     first = fledge("ask", book, "Who?", "-m", byte_model, *SAMPLING)
     (kept,) = cache.iterdir()
     again = fledge("ask", "-", "Who?", "-m", byte_model, *SAMPLING, stdin=TEXT.encode())
@@ -58,9 +58,7 @@ def test_the_text_is_known_the_next_time(fledge: Any, byte_model: Path, book: Pa
     assert "read 57 tokens" in fledge("ask", book, "Who?", "-m", byte_model, *SAMPLING).messages
 
 
-def test_an_interrupted_reading_is_kept(
-    fledge: Any, byte_model: Path, book: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_read_is_saved(fledge: Any, byte_model: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     book.write_bytes(b"x" * (PREFILL_CHUNK + 20))
     chunks = read_document.prefill_chunks
 
@@ -84,9 +82,7 @@ def test_an_interrupted_reading_is_kept(
     )
 
 
-def test_without_a_place_to_keep_it_the_answer_comes_all_the_same(
-    fledge: Any, byte_model: Path, book: Path, cache: Path
-) -> None:
+def test_answer_does_not_need_a_writable_folder(fledge: Any, byte_model: Path, book: Path, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_bytes(b"no folder")
     done = fledge("ask", book, "Who was lost?", "-m", byte_model, *SAMPLING)
@@ -94,7 +90,9 @@ def test_without_a_place_to_keep_it_the_answer_comes_all_the_same(
     assert "cannot be saved" in done.messages
 
 
-def test_mistakes_are_told_before_the_reading(fledge: Any, byte_model: Path, book: Path, cache: Path) -> None:
+def test_usage_errors_are_reported_before_the_text_is_read(
+    fledge: Any, byte_model: Path, book: Path, cache: Path
+) -> None:
     fledge("ask", book, " ", "-m", byte_model).check_error(2, "question is empty")
     fledge("ask", book, "Who?", "-m", byte_model, "--template", "x").check_error(2, "'x' is unknown")
     fledge("ask", book, "Who?", "-m", byte_model, "--top-p", "7").check_error(2, "top_p")

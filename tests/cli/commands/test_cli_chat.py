@@ -55,7 +55,7 @@ def test_branches(talk: Any) -> None:
     assert result.messages.splitlines() == expected
 
 
-def test_lines_that_go_on_and_lines_that_begin_with_a_slash(talk: Any) -> None:
+def test_continued_lines_and_lines_that_start_with_a_slash(talk: Any) -> None:
     result = talk("one\\", "two", "//undo", "/history", "cut\\")
     assert result.messages.splitlines()[:3] == ["User: one", "two", "Assistant: One."]
     assert "User: /undo" in result.messages and result.text.count("\n\n") == 2
@@ -173,11 +173,11 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_state(at_keyboard: Any) -> None:
     assert places == sorted(places)
 
 
-def test_an_empty_answer_says_so(at_keyboard: Any) -> None:
+def test_empty_answer_is_reported(at_keyboard: Any) -> None:
     assert "the answer is empty" in at_keyboard(Person("Hello"), model_of([b"\n\n"]))
     assert "the answer is empty" not in at_keyboard(Person("Hello"))
 
 
-def test_a_cut_answer_says_so(at_keyboard: Any) -> None:
+def test_truncated_answer_is_reported(at_keyboard: Any) -> None:
     assert "stopped by --max-tokens" not in at_keyboard(Person("Hello"))
     assert "On\n" in (shown := at_keyboard(Person("Hello"), max_tokens=3)) and "stopped by --max-tokens" in shown

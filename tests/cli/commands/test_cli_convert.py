@@ -36,7 +36,7 @@ def test_to_gguf_with_a_type(fledge: Any, pruned_model: Path, tmp_path: Path) ->
     fledge("convert", pruned_model, tmp_path / "m.pth", "--type", "q8_0").check_error(2, "'q8_0'", "gguf")
 
 
-def test_what_is_there_is_kept_unless_forced(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
+def test_existing_file_is_kept_without_force(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "model.pth"
     target.write_bytes(b"precious")
     fledge("convert", byte_model, target).check_error(1, "exists", "force")

@@ -26,7 +26,7 @@ def doctor(fledge: Any, pruned_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def test_a_healthy_installation(doctor: Any) -> None:
+def test_healthy_installation_passes_all_checks(doctor: Any) -> None:
     result = doctor()
     assert result.code == 0 and result.messages == "" and result.text.endswith("All checks passed.\n")
     for word in ("python", "torch", "cpu", "memory", "chunked", "reference", "sha256", "hub", "train"):
@@ -54,7 +54,7 @@ def test_a_wrong_kernel(doctor: Any) -> None:
     assert not record["healthy"] and [check["error"] for check in record["checks"]] == [None, None]
 
 
-def test_a_bundled_model_that_is_missing_or_damaged(doctor: Any, tmp_path: Path) -> None:
+def test_missing_or_damaged_bundled_model_is_reported(doctor: Any, tmp_path: Path) -> None:
     result = doctor(bundled=tmp_path / "tiny-finch.safetensors")
     assert result.code == 1 and "missing; install Fledge again" in result.text
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")

@@ -43,7 +43,7 @@ def test_only_the_text_is_on_standard_output(fledge: Any, monkeypatch: pytest.Mo
     assert (result.code, result.text, result.messages) == (0, "Yes, naïve.\n", "")
 
 
-def test_a_stop_text_and_the_limit(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_string_and_token_limit_end_the_text(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, b"one two three")
     assert fledge("generate", "?", "--stop", "xx", "--stop", "two").text == "one "
     assert fledge("generate", "?", "--max-tokens", "4").text == "one "
@@ -73,7 +73,7 @@ def test_standard_input_is_bytes_less_one_line_end(fledge: Any, monkeypatch: pyt
         assert model.calls[0] == read
 
 
-def test_an_argument_keeps_the_bytes_that_were_typed(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argument_keeps_its_bytes(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = says(monkeypatch, b"ok")
     assert fledge("generate", "\udcff?", "--max-tokens", "1").code == 0
     assert model.calls[0] == 2
@@ -88,7 +88,7 @@ def test_no_prompt_on_a_terminal(fledge: Any) -> None:
     fledge("generate", stdin=None).check_error(2, "there is no prompt", "pipe it in")
 
 
-def test_an_interrupt_keeps_what_was_written(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_keeps_the_text_so_far(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, b"never to its end", fail_after=4)
     result = fledge("generate", "?")
     assert (result.code, result.text, result.messages) == (130, "neve", "")
@@ -97,7 +97,7 @@ def test_an_interrupt_keeps_what_was_written(fledge: Any, monkeypatch: pytest.Mo
     assert result.code == 130 and json.loads(result.text)["finish_reason"] == "interrupted"
 
 
-def test_an_interrupt_while_the_prompt_is_read(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_prefill_ends_the_command(fledge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, b"ok", fail_after=0)
     result = fledge("generate", "?", "--json")
     record = json.loads(result.text)

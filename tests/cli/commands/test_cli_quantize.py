@@ -47,7 +47,7 @@ def test_the_file_and_its_summary(fledge: Any, model: Path, tmp_path: Path, sche
     assert worst and worst[0].startswith("error of weights")
 
 
-def test_info_says_what_is_in_the_file(fledge: Any, model: Path, tmp_path: Path) -> None:
+def test_info_shows_the_content_of_the_file(fledge: Any, model: Path, tmp_path: Path) -> None:
     fledge("quantize", model, tmp_path / "small.safetensors", "--to", "int4")
     assert "17 in int4; 5.17 bits per weight of these" in fledge("info", tmp_path / "small.safetensors").text
     record = json.loads(fledge("info", tmp_path / "small.safetensors", "--json").text)
@@ -69,7 +69,7 @@ def test_with_a_text_to_calibrate_and_one_to_report(fledge: Any, model: Path, te
     assert (facts["scheme"], facts["calibrated"]) == ("mixed", True)
 
 
-def test_the_file_writes_the_text_that_quant_writes(fledge: Any, model: Path, tmp_path: Path) -> None:
+def test_quantized_file_generates_the_text_of_quant(fledge: Any, model: Path, tmp_path: Path) -> None:
     fledge("quantize", model, tmp_path / "bytes.safetensors", "--to", "int4")
     rest = ("--max-tokens", "8", "--seed", "3", "--json")
     from_file = json.loads(fledge("generate", "Once", "-m", tmp_path / "bytes.safetensors", *rest).text)
@@ -82,7 +82,7 @@ def test_quant_reaches_chat_too(fledge: Any, model: Path) -> None:
     fledge("generate", "x", "-m", model, "--quant", "int3").check_error(2, "choose one of int8, int4, mixed")
 
 
-def test_what_is_there_is_kept_unless_forced(fledge: Any, model: Path, text: Path, tmp_path: Path) -> None:
+def test_existing_file_is_kept_without_force(fledge: Any, model: Path, text: Path, tmp_path: Path) -> None:
     target = tmp_path / "small.safetensors"
     target.write_bytes(b"precious")
     fledge("quantize", model, target, "--to", "int8", "--calibrate", text).check_error(1, "exists", "--force")

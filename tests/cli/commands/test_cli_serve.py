@@ -78,7 +78,7 @@ def test_a_signal_during_a_stream_prints_no_error(byte_model: Path, signals: int
     assert code == 130 or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_port_that_is_in_use(fledge: Any, byte_model: Path) -> None:
+def test_port_in_use_is_one_line(fledge: Any, byte_model: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -87,7 +87,7 @@ def test_a_port_that_is_in_use(fledge: Any, byte_model: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--folder", "--shared"])
-def test_a_file_instead_of_a_folder(fledge: Any, byte_model: Path, option: str) -> None:
+def test_file_in_place_of_the_folder_is_rejected(fledge: Any, byte_model: Path, option: str) -> None:
     fledge("serve", option, byte_model).check_error(2, option, f"{byte_model} is not a folder")
 
 

@@ -31,7 +31,7 @@ def other_model(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_plain_text_is_continued_as_if_it_had_just_been_read(
+def test_state_of_a_text_continues_as_after_reading_it(
     fledge: Any, byte_model: Path, book: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.state"
@@ -56,7 +56,7 @@ def test_with_a_template_a_question_follows(fledge: Any, byte_model: Path, book:
     assert answer.text == "".join(chat.say("Was it dark?")).lstrip() + "\n"
 
 
-def test_info_tells_whose_it_is(fledge: Any, byte_model: Path, book: Path, tmp_path: Path) -> None:
+def test_info_shows_the_model_of_a_state(fledge: Any, byte_model: Path, book: Path, tmp_path: Path) -> None:
     path = tmp_path / "book.state"
     fledge("state", "save", "-", "--to", path, "--title", "Night", "-m", byte_model, stdin=b"It was")
     told = fledge("state", "info", path)
@@ -65,7 +65,9 @@ def test_info_tells_whose_it_is(fledge: Any, byte_model: Path, book: Path, tmp_p
         assert words in told.text, words
 
 
-def test_diff_is_a_row_a_layer(fledge: Any, byte_model: Path, other_model: Path, book: Path, tmp_path: Path) -> None:
+def test_diff_has_one_row_per_layer(
+    fledge: Any, byte_model: Path, other_model: Path, book: Path, tmp_path: Path
+) -> None:
     one, two, foreign = tmp_path / "one.state", tmp_path / "two.state", tmp_path / "foreign.state"
     fledge("state", "save", book, "--to", one, "-m", byte_model)
     fledge("state", "save", "-", "--to", two, "-m", byte_model, stdin=b"Another text")
@@ -82,7 +84,7 @@ def test_diff_is_a_row_a_layer(fledge: Any, byte_model: Path, other_model: Path,
     )
 
 
-def test_what_cannot_be_done_is_one_line(
+def test_unsupported_operation_is_one_line(
     fledge: Any, byte_model: Path, other_model: Path, book: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "book.state"

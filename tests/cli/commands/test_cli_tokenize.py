@@ -11,7 +11,7 @@ import pytest
 from fledge.tokenizer import load_world
 
 
-def test_one_line_a_token(fledge: Any) -> None:
+def test_one_line_per_token(fledge: Any) -> None:
     result = fledge("tokenize", "Hello, œuvre\n")
     expected = ["33155  'Hello'", "   45  ','", "47852  ' œuvre'", "   11  '\\n'"]
     assert result.text.splitlines() == expected

@@ -46,7 +46,7 @@ def command(store: Path, folder: Path, *more: str) -> list[str]:
     return ["train", "tiny", "--data", str(store), "--to", str(folder), *changes, "--set", "validate_every=2", *more]
 
 
-def test_a_run_leaves_a_model_that_generates_and_goes_on_for_nothing(fledge: Any, store: Path, tmp_path: Path) -> None:
+def test_finished_run_writes_a_model_and_does_not_train_again(fledge: Any, store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = fledge(*command(store, folder))
     assert result.code == 0, result.messages
@@ -63,7 +63,7 @@ def test_a_run_leaves_a_model_that_generates_and_goes_on_for_nothing(fledge: Any
     assert again.code == 0 and again.messages == "" and (folder / "metrics.jsonl").read_text() == metrics
 
 
-def test_another_run_does_not_take_over_a_folder(fledge: Any, store: Path, tmp_path: Path) -> None:
+def test_folder_of_another_run_is_not_used(fledge: Any, store: Path, tmp_path: Path) -> None:
     assert fledge(*command(store, tmp_path / "run")).code == 0
     fledge(*command(store, tmp_path / "run", "--set", "seed=2")).check_error(1, "seed was 1 and is now 2")
     fledge(*command(store, tmp_path / "run", "--set", "n_embd=128")).check_error(1, "n_embd was 64 and is now 128")
@@ -77,7 +77,7 @@ def test_begin_with_the_weights_of_a_model(fledge: Any, store: Path, tmp_path: P
     found.check_error(1, "does not match the recipe: its n_layer is 1, that of the recipe 2")
 
 
-def test_a_model_of_another_vocabulary_of_the_same_size_is_refused(fledge: Any, store: Path, tmp_path: Path) -> None:
+def test_model_with_another_vocabulary_of_the_same_size_is_rejected(fledge: Any, store: Path, tmp_path: Path) -> None:
     assert fledge(*command(store, tmp_path / "first")).code == 0
     found = read(tmp_path / "first" / "model.safetensors")
     other, untold = tmp_path / "other.safetensors", tmp_path / "untold.pth"
@@ -109,7 +109,7 @@ def test_begin_with_the_bundled_model(fledge: Any, tmp_path: Path) -> None:
     assert result.code == 0, result.messages
 
 
-def test_a_store_that_was_damaged_is_named(fledge: Any, store: Path, tmp_path: Path) -> None:
+def test_damaged_store_is_reported(fledge: Any, store: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(store, damaged)
     ids = np.fromfile(damaged / "train.bin", np.uint16)
@@ -119,7 +119,7 @@ def test_a_store_that_was_damaged_is_named(fledge: Any, store: Path, tmp_path: P
     fledge(*command(damaged, tmp_path / "run")).check_error(1, words)
 
 
-def test_tensorboard_is_given_every_line(fledge: Any, store: Path, tmp_path: Path) -> None:
+def test_tensorboard_receives_every_line(fledge: Any, store: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -169,7 +169,7 @@ def test_mistakes(fledge: Any, store: Path, tmp_path: Path, more: list[str], cod
     fledge(*command(store, tmp_path / "run", *more)).check_error(code, *words)
 
 
-def test_what_is_not_there(fledge: Any, tmp_path: Path) -> None:
+def test_missing_files_are_reported(fledge: Any, tmp_path: Path) -> None:
     fledge("train", "tiny", "--to", tmp_path).check_error(2, "Missing option '--data'")
     fledge("train", "huge", "--data", "d", "--to", tmp_path).check_error(2, "no recipe 'huge'; choose from tiny")
     fledge("train", "tiny", "--data", tmp_path / "no", "--to", tmp_path).check_error(2, "there is no token store")
@@ -180,7 +180,7 @@ def test_line_with_only_the_step_is_shown_as_a_continued_run() -> None:
     assert format_line({"step": 4, "loss": 2.5}) == "step 4  loss 2.5"
 
 
-def test_the_view_draws_what_it_was_told() -> None:
+def test_view_shows_the_reported_values() -> None:
     assert draw_curve([], 5) == "" and draw_curve([1.0], 5) == "▁"
     assert draw_curve([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
     assert len(draw_curve([float(number) for number in range(1000)], 60)) == 60

@@ -89,7 +89,7 @@ def test_a_wrong_base(fledge: Any, byte_model: Path, data: Path, tmp_path: Path)
     )
 
 
-def test_info_tells_what_an_adapter_is(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+def test_info_shows_the_type_of_an_adapter(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     more = ("--rank", 5, "--targets", "att.key,ffn.value", "--train-parts", "ln_out")
     fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1, *more)
     adapter = tmp_path / "run" / "adapter.safetensors"
@@ -119,7 +119,7 @@ def test_converting_to_rwkv_peft_and_back(fledge: Any, byte_model: Path, data: P
     assert all(torch.equal(first.tensors[name], last.tensors[name]) for name in last.tensors)
 
 
-def test_converting_onto_a_full_disk(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+def test_conversion_on_a_full_disk_is_one_line(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     fledge("tune", "lora", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -174,7 +174,7 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "state"])
-def test_a_chat_takes_the_template_of_the_tuning(
+def test_chat_uses_the_template_of_the_tuning(
     fledge: Any, byte_model: Path, data: Path, tmp_path: Path, mode: str
 ) -> None:
     result = fledge("tune", mode, byte_model, data, "--to", tmp_path / "run", "--steps", 1, "--template", "qa")
@@ -199,7 +199,7 @@ def test_texts_alone_have_no_template(fledge: Any, byte_model: Path, tmp_path: P
     assert adapter.template is None and adapter.training["steps"] == 1 and "lora" not in adapter.training
 
 
-def test_info_tells_of_every_kind_what_its_file_tells(
+def test_info_shows_the_metadata_of_every_adapter_type(
     fledge: Any, byte_model: Path, data: Path, tmp_path: Path
 ) -> None:
     identity = describe_base(read(byte_model)).identity
@@ -227,7 +227,7 @@ def test_info_tells_of_every_kind_what_its_file_tells(
     assert (record["kind"], record["rank"], record["state"], record["template"]) == ("state", None, [2, 2, 8, 8], None)
 
 
-def test_blank_lines_that_a_turn_cannot_hold_are_told(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
+def test_removed_blank_lines_are_reported(fledge: Any, byte_model: Path, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c\n\n\nd"}]
     data = tmp_path / "data.jsonl"
     data.write_text(f'{{"text": "x"}}\n{json.dumps({"messages": talk})}\n')
@@ -235,7 +235,7 @@ def test_blank_lines_that_a_turn_cannot_hold_are_told(fledge: Any, byte_model: P
     assert "blank lines  removed from 2 messages" in text and "line 2\n" in text and "⟦ c\nd\n\n⟧" in text
 
 
-def test_alpha_and_any_base_are_about_an_adapter(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
+def test_alpha_and_any_base_need_an_adapter(fledge: Any, byte_model: Path, data: Path, tmp_path: Path) -> None:
     fledge("tune", "state", byte_model, data, "--to", tmp_path / "run", "--steps", 1)
     state, model = tmp_path / "run" / "state.safetensors", ("hi", "-m", byte_model)
     fledge("generate", *model, "--alpha", 32).check_error(2, "--alpha needs an adapter", "--adapter FILE")
