@@ -27,7 +27,7 @@ void pause_briefly() {
 #endif
 }
 
-// Results too small for a normal float become zero. Otherwise a decaying state would slow the processor down.
+// Flushes denormal results to zero. Otherwise a decaying state would slow the processor down.
 unsigned enable_flush_to_zero() {
 #if defined(__x86_64__)
     const unsigned control = _mm_getcsr();
@@ -51,8 +51,8 @@ struct MemoryRange {
     int64_t bytes = 0;
 };
 
-// The parts of one thread. They are adjacent, so the thread reads memory sequentially. Threads without parts left take
-// parts of other threads.
+// The parts of one thread. They are adjacent, so the thread reads memory sequentially. A thread that has finished its
+// own parts takes parts of other threads.
 struct alignas(64) PartRange {
     std::atomic<int64_t> next{0};
     int64_t end = 0;

@@ -3,7 +3,8 @@
 A folder written by `fledge data build` contains
 
     train.bin, train.idx              binidx; every document is followed by id 0
-    validation.bin, validation.idx    the same for held-out documents; no training document equals or resembles them
+    validation.bin, validation.idx    the same for held-out documents; with deduplication (the default), no training
+                                      document is a duplicate or near duplicate of one
     validation.jsonl                  language, source, bytes and tokens of each validation document
     tokenizer.json                    the specification of the vocabulary
     manifest.json, report.html        inputs, settings and statistics of the build
@@ -160,7 +161,7 @@ def open_store(path: str | Path) -> TokenStore:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
-    for prefix in (path, path.with_name(f"{path.name}_text_document")):  # the names that json2binidx writes
+    for prefix in (path, path.with_name(f"{path.name}_text_document")):  # json2binidx writes the second one
         if all(file.is_file() for file in get_binidx_paths(prefix)):
             store = TokenStore({"train": prefix}, _read_sibling_spec(prefix), {})
             store.index("train")

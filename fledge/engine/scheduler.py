@@ -82,7 +82,10 @@ class BurstBudget:
 
     @property
     def available(self) -> float:
-        """Seconds that may be spent: 0 below half of the limit, for few long calls, not many slightly longer ones."""
+        """Seconds that may be spent now: 0 until the budget is at least half full.
+
+        So it is spent on a few long calls, not on many slightly longer ones.
+        """
         return self._seconds if self._seconds >= self._limit / 2 else 0.0
 
     def refill(self) -> None:
@@ -104,9 +107,9 @@ class Scheduler:
 
     slots: int = 64  # sequences in one call
     prefill_chunk: int = 512  # prompt tokens in one call while no sequence decodes
-    latency_factor: float = 2.5  # how much longer than a call with one token a call with prompts may take
+    latency_factor: float = 2.5  # a call with prompts may take this many times as long as one with one token
     burst_seconds: float = 0.2  # seconds by which calls may exceed that after a quiet period
-    refill_rate: float = 0.15  # share of the time of ordinary calls that refills `burst_seconds`
+    refill_rate: float = 0.15  # fraction of the time of each ordinary call that refills `burst_seconds`
     priority_seconds: float = 10.0  # waiting time that one step of priority is worth
 
     def __post_init__(self) -> None:

@@ -39,7 +39,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             if x.requires_grad:
-                raise UsageError("this model is packed for inference and gives no gradients; load it with pack=False")
+                raise UsageError(
+                    "this model is packed for inference and cannot compute gradients; load it with pack=False"
+                )
             return packed_linear(x.to(self.dtype), self.packed)
         return nn.functional.linear(x.to(self.dtype), self.weight.to(self.dtype))
 

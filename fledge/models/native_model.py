@@ -54,7 +54,7 @@ def why_not_native(config: ModelConfig) -> str | None:
     if config.version == "llama":
         return "the native library runs RWKV only, not a transformer"
     if config.head_size > MAX_HEAD_SIZE:
-        return f"heads of {config.head_size} are larger than {MAX_HEAD_SIZE}"
+        return f"head_size is {config.head_size}; the native library supports at most {MAX_HEAD_SIZE}"
     return why_missing()
 
 
@@ -369,7 +369,9 @@ def _check_readable(state: State) -> None:
         if tensor.device.type != "cpu":
             raise StateError(f"the state is on {tensor.device}, the model on the CPU; move it with state.to('cpu')")
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise UsageError("this model is native, for inference, and gives no gradients; load it with pack=False")
+            raise UsageError(
+                "a native model is for inference only and cannot compute gradients; load it with pack=False"
+            )
 
 
 def _check_lengths(lengths: Tensor, B: int, T: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Everything that outlives a request: the model, the engine, the prefix cache, the state store and the metrics.
 
-The engine's thread and the event loop meet only here. The engine notifies the loop, and the loop moves the events of
-each request into its own queue.
+Events pass from the engine's thread to the event loop only here. The engine notifies the loop, and the loop moves the
+events of each request into its own queue.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KEEP_ALIVE_SECONDS = 15.0
 """A stream without events for this long sends a comment, so that proxies and clients do not time out."""
 
 SWITCH_INTERVAL = 0.0005
-"""The engine's thread and the event loop hand the interpreter to each other at every step. At Python's default of 5 ms,
+"""The engine's thread and the event loop pass the GIL to each other at every step. At Python's default of 5 ms,
 each would wait longer than a step takes."""
 
 MIN_SECRET_BYTES = 32
@@ -106,12 +106,12 @@ class Service:
             max_requests=settings.max_requests,
             cache=self.prefix_cache,
         )
-        self.async_engine = AsyncEngine(engine, llm.tokenizer, self._schedule_drain)
+        self.async_engine = AsyncEngine(engine, llm.tokenizer, self._schedule_delivery)
         self.metrics = ServerMetrics(engine, self.state_store)
         self._queues: dict[TextRequest, EventQueue] = {}
-        self._drain_timer: asyncio.TimerHandle | None = None
+        self._delivery_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Sessions that answer a request, by (owner, name), with the id of their state before it.
+        # Sessions with a request in progress: (owner, name) -> id of the state before the request, None if new.
         self._locked_sessions = dict[tuple[str, str], str | None]()
 
     def _open_disk_cache(self) -> DiskCache | None:
@@ -287,7 +287,10 @@ class Service:
 
     @asynccontextmanager
     async def lock_session(self, tenant: Tenant, name: str) -> AsyncIterator[str | None]:
-        """The handle of a session's current state, or None for a new session. One request at a time can hold it."""
+        """Lock a session for one request. Yields the handle of its current state, or None for a new session.
+
+        Raises ApiError 409 if it is locked.
+        """
         key = (self.get_owner(tenant), name)
         if key in self._locked_sessions:
             message = f"session {name!r} is answering another request; wait until it has ended"
@@ -307,7 +310,7 @@ class Service:
         try:
             await asyncio.to_thread(partial(store.compare_and_set, *key, id, expected=self._locked_sessions[key]))
         except SessionConflict as error:
-            message = f"{error}, possibly by another server; this answer is not part of it: ask again"
+            message = f"{error}, possibly by another server; this answer was not saved; send the request again"
             raise ApiError(409, message, param="fledge.session") from None
         except UsageError as error:
             raise to_api_error(error, "fledge.session") from None
@@ -315,21 +318,21 @@ class Service:
             raise ApiError(507, str(error), code="no_space") from None
         self._locked_sessions[key] = id
 
-    def _schedule_drain(self) -> None:
+    def _schedule_delivery(self) -> None:
         """Wake the event loop. Called in the engine's thread."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._drain_events)
+            self._loop.call_soon_threadsafe(self._deliver_events)
         except RuntimeError:  # the loop is closed, so nothing reads events any more
             return
 
-    def _drain_events(self) -> None:
+    def _deliver_events(self) -> None:
         """Move events from the engine into the queues of their requests."""
         assert self._loop is not None
-        if self._drain_timer is not None:
-            self._drain_timer.cancel()
+        if self._delivery_timer is not None:
+            self._delivery_timer.cancel()
         events = self.async_engine.drain_events()
-        self._drain_timer = self._loop.call_later(2 * FLUSH_INTERVAL, self._drain_events) if events else None
+        self._delivery_timer = self._loop.call_later(2 * FLUSH_INTERVAL, self._deliver_events) if events else None
         for request, event in events:
             queue = self._queues.get(request)
             if queue is not None:

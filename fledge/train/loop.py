@@ -3,8 +3,8 @@
 The loss of a step is the mean over all its counted targets, for any division into rows, windows and processes. With
 `window`, a row is split into windows and the state is passed on between them (truncated backpropagation through time).
 The gradient flows back through `tbptt_windows` windows, so memory does not depend on the length of the rows. Everything
-else is a function of the step number or in the checkpoint, so a killed run continues with the bits of an uninterrupted
-one.
+else either is a function of the step number or is saved in the checkpoint, so a resumed run is bit-identical to an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class TrainSettings:
             raise ConfigError(f"clip is {self.clip}; it must be a number above 0")
 
 
-class NotFinite(TrainingError):
+class NonFiniteGradient(TrainingError):
     """A gradient is not finite. All processes detect it in the same step."""
 
 
 Validate = Callable[[Any], dict[str, float]]
 
-RECORD = "run.json"
+SETTINGS_FILE = "run.json"
 """The settings and the data of a run, for people. It is never read back."""
 
 
@@ -100,15 +100,15 @@ def train(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    with try_lock_folder(folder) if distributed.is_main else nullcontext(True) as alone:
-        if not alone:
+    with try_lock_folder(folder) if distributed.is_main else nullcontext(True) as is_locked:
+        if not is_locked:
             raise TrainingError(f"another run is using {folder}; choose another folder, or wait until it ends")
         called = distributed.wrap(prepare(model, settings))
         optimizer = build_optimizer(model, settings.adam)
         run_checkpoint = RunCheckpoint(folder, distributed, identity or {})
         step, pending_metrics = run_checkpoint.resume(model, optimizer)
         if distributed.is_main:
-            write_json(folder / RECORD, {"settings": _to_plain_values(settings), **(identity or {})})
+            write_json(folder / SETTINGS_FILE, {"settings": _to_plain_values(settings), **(identity or {})})
         metrics = MetricsLogger(folder / "metrics.jsonl", report, writes=distributed.is_main)
         metrics.rewind(step, pending_metrics)
         if 0 < step < settings.schedule.steps and distributed.is_main:
@@ -117,12 +117,12 @@ def train(
             progress = _Progress(model, optimizer, run_checkpoint, metrics, stop, step)
             write_metrics = partial(_write_metrics, metrics, settings, partial(validate, called), stop)
             with progress.save_on_error():
-                write_metrics(progress.step)  # lines that an interrupt has prevented
+                write_metrics(progress.step)  # lines that were due when the run was interrupted
                 while progress.step < settings.schedule.steps:
                     numbers = range(progress.step * settings.accumulate, (progress.step + 1) * settings.accumulate)
                     micro_batches = [distributed.shard(batches[number]) for number in numbers]
                     loss, targets = compute_gradients(called, micro_batches, settings, distributed)
-                    norm = clip_gradients(model, settings.clip, progress.step, loss)
+                    norm = clip_gradients(model, settings.clip, progress.step + 1, loss)
                     rate = settings.schedule.rate(progress.step)
                     set_learning_rate(optimizer, rate)
                     with progress.update_weights():
@@ -150,14 +150,14 @@ class _Progress:
 
     @contextmanager
     def update_weights(self) -> Iterator[None]:
-        """Context of the update of the weights."""
+        """Context manager for the update of the weights."""
         with self.stop.defer():
             self.is_consistent = False
             yield
             self.is_consistent = True
 
     def save(self) -> None:
-        """All processes call it."""
+        """Save a checkpoint. All processes must call this."""
         with self.stop.defer():
             self.checkpoint.save(self.model, self.optimizer, self.step, self.metrics.pending())
 
@@ -170,7 +170,7 @@ class _Progress:
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            all_fail = distributed.world == 1 or isinstance(error, Interrupted | NotFinite)
+            all_fail = distributed.world == 1 or isinstance(error, Interrupted | NonFiniteGradient)
             if all_fail and self.is_consistent and not isinstance(error, SaveError):
                 self.save()
             if isinstance(error, KeyboardInterrupt):
@@ -221,7 +221,7 @@ def prepare(model: nn.Module, settings: TrainSettings) -> nn.Module:
         prepare_tracing()
     for block in blocks:
         if settings.compile:
-            # Not the block itself: its layer number would compile a separate program for each.
+            # Not the block itself: torch.compile would specialize on its layer number and compile each one separately.
             block.att.compile(dynamic=False)
             block.ffn.compile(dynamic=False)
         if settings.activation_checkpointing and not isinstance(block.forward, partial):
@@ -233,14 +233,15 @@ def compute_gradients(
     called: nn.Module, micro_batches: list[Batch], settings: TrainSettings, distributed: Distributed
 ) -> tuple[float, int]:
     """Forward and backward over a step's rows. Returns the mean loss and the number of targets, over all processes."""
-    # If several backward passes add up, gradients keep their memory. Allocated in the middle of a step, they would
-    # fill the gaps between activations, and the next pass would need more (5 % at rows of 65,536 tokens).
+    # If a step accumulates several backward passes, the gradient buffers are kept. Allocating them again in the middle
+    # of a step would fragment memory, and the next pass would need more (5% at rows of 65,536 tokens).
     accumulates = len(micro_batches) > 1 or any(_count_passes(batch, settings) > 1 for batch in micro_batches)
     called.zero_grad(set_to_none=not accumulates)
     targets = distributed.total(float(sum(batch.targets for batch in micro_batches)))
     if not targets:
         raise TrainingError("a step has no target that counts; every example's answer may have been cut off")
-    # Gradients are averaged over the processes, and the sums of a process are over its own rows only.
+    # DDP and FSDP average gradients over the processes, but each process sums the loss over its own rows only. The
+    # factor `world` undoes the averaging.
     weight = distributed.world / targets
     loss = 0.0
     for batch in micro_batches:
@@ -251,7 +252,10 @@ def compute_gradients(
 def backward(
     called: nn.Module, batch: Batch, weight: float, settings: TrainSettings, distributed: Distributed, *, last: bool
 ) -> float:
-    """One micro-batch, window by window. last: the processes exchange their gradients after it."""
+    """Run forward and backward over one micro-batch, window by window.
+
+    last: whether it is the last of the step, after which the processes exchange their gradients.
+    """
     state: State | None = None
     pending: Tensor | None = None
     total = 0.0
@@ -294,13 +298,13 @@ def _first_of_last_group(count: int, tbptt_windows: int) -> int:
 
 
 def clip_gradients(model: nn.Module, limit: float, step: int, loss: float) -> float:
-    """Scale the gradients down to a norm of at most `limit`. Returns the norm before."""
+    """Scale the gradients down to a norm of at most `limit`. Returns the norm before clipping. step: from 1."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(gather_full(nn.utils.clip_grad_norm_(parameters, limit)))
     if not math.isfinite(norm):
-        raise NotFinite(
-            f"step {step}: the gradient is not finite (loss {loss:.3g}); the last good weights are saved. "
-            "Continue from them with the same command and a lower learning rate, or see the published remedies for "
-            "loss spikes (docs/guides/training.md)"
+        raise NonFiniteGradient(
+            f"step {step}: the gradient is not finite (loss {loss:.3g}), so the weights were not changed; use the same "
+            "command with a lower learning rate, which continues from the last saved step, or see the published "
+            "remedies for loss spikes (docs/guides/training.md)"
         )
     return norm

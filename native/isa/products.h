@@ -31,6 +31,7 @@ struct Tile {
     int64_t prefetch_step;         // bytes to prefetch per pair of inputs; 0: nothing
 };
 
+// M: the rows of activations in the tile.
 template <int M>
 INLINE void load_sums(const Tile& t, int part, vf (&acc)[M][NV]) {
     for (int m = 0; m < M; m++)
@@ -181,8 +182,8 @@ struct Int4 {
     INLINE bool is_times_16(int part, int v) { return (part * NV + v) * W / 16 % 2; }
     INLINE const uint8_t* pairs(const uint8_t* block) { return block + 4 * PANEL; }
     INLINE void load_pair(const uint8_t* p, int part, vi (&w)[NV]) {
-        constexpr int LOADS = 16 / W;         // of the 16 words
-        constexpr int QUARTERS = NV / LOADS;  // of the panel in this part
+        constexpr int LOADS = 16 / W;         // vectors that cover the 16 words
+        constexpr int QUARTERS = NV / LOADS;  // quarters of the panel that one part covers
         for (int i = 0; i < LOADS; i++) {
             const vi words = load_ints(p + i * W * 4);
             for (int q = 0; q < QUARTERS; q++) {

@@ -16,10 +16,10 @@ STATE = StateSlice(make_initial_state(random_finch(9)))
 
 
 def make_request(request_id: int, rank: float, *, length: int = 100, n: int = 1, decoding: int = 0) -> RequestState:
-    """A request that is prefilled, or one with `decoding` sequences."""
-    made = RequestState(request_id, Request(tuple(range(length)), n=n), rank, STATE, is_started=bool(decoding))
-    made.sequences = [Sequence(choice, STATE, Sampler(SamplingParams()), 9, None, 7) for choice in range(decoding)]
-    return made
+    """A request that is still prefilling, or, if `decoding` is above 0, one with that many decoding sequences."""
+    request = RequestState(request_id, Request(tuple(range(length)), n=n), rank, STATE, is_started=bool(decoding))
+    request.sequences = [Sequence(choice, STATE, Sampler(SamplingParams()), 9, None, 7) for choice in range(decoding)]
+    return request
 
 
 def linear_latency() -> LatencyModel:

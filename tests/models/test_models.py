@@ -364,7 +364,7 @@ def test_a_packed_model_gives_no_gradients(monkeypatch: pytest.MonkeyPatch) -> N
         model(tokens(1, 3), tracked)
 
 
-def test_scaled_keys_are_multiplied_by_raw_decays_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_keys_are_multiplied_by_the_clamped_exp_of_the_raw_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = get_model("6.0")
     scaled = build(replace(plain.config, scaled_keys=True)).requires_grad_(False)
     scaled.load_state_dict(plain.state_dict())

@@ -13,6 +13,10 @@ from fledge.models import BaseModel, build, zero_state
 
 LENGTHS = (5, 1, 70, 9)  # tokens of each document; 70 is more than a chunk of the recurrence
 
+# The norm of a head divides by the size of its values, which is small at the start of a document and amplifies rounding.
+# So gradients differ from float64 by up to 1.3e-4 (RWKV-5.0), and the two ways to compute them by up to 1.2e-5.
+GRADIENT_TOLERANCE = 5e-5
+
 
 def make_trainable_model(name: str) -> BaseModel:
     model = build(CONFIGS[name])
@@ -43,7 +47,7 @@ def test_a_document_does_not_depend_on_earlier_documents(name: str) -> None:
     assert_same_state(after, separate_states[-1])
     for key, parameter in reference.named_parameters():
         if parameter.grad is not None:
-            assert_close_relative(gradients[key], parameter.grad, MODEL_TOLERANCE, key)
+            assert_close_relative(gradients[key], parameter.grad, GRADIENT_TOLERANCE, key)
 
 
 @every_family

@@ -37,15 +37,15 @@ CONFIG = ModelConfig.finch(2, 32, vocab_size=40, head_size=8)
 TEXT = np.tile(np.arange(1, 38, dtype=np.uint16), 60)
 
 
-def fresh() -> BaseModel:
+def make_model() -> BaseModel:
     model = build(CONFIG)
     init_weights(model, 0)
     return model
 
 
 def run(folder: Path, steps: int, total: int = 30, **options: Any) -> tuple[BaseModel, list[dict[str, float]]]:
-    """Train for `steps` steps of a schedule of `total`, as a run that is stopped then."""
-    model, lines = fresh(), []
+    """Train with a schedule of `total` steps, and interrupt the run after `steps` of them."""
+    model, lines = make_model(), []
     settings = TrainSettings(
         LearningRateSchedule(5e-3, 1e-4, 2, total), accumulate=2, log_every=5, save_every=5, **options
     )
@@ -89,9 +89,7 @@ def test_interrupted_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
 
 
-def test_interrupt_during_the_update_keeps_the_last_complete_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_an_interrupted_update_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = run(tmp_path / "whole", 30)
     update, updates = torch.optim.AdamW.step, []
 
@@ -148,14 +146,14 @@ def test_interrupted_validation_is_repeated(tmp_path: Path, at: int) -> None:
     settings = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 20), log_every=3, validate_every=7, save_every=100)
     rows = Windows(TEXT, 16, 3, 0)
     with contextlib.suppress(KeyboardInterrupt):
-        train(fresh(), rows, settings, tmp_path / "cut", validate)
-    train(fresh(), rows, settings, tmp_path / "cut", validate)
-    train(fresh(), rows, settings, tmp_path / "whole", lambda model: {"bpb": 1.0})
+        train(make_model(), rows, settings, tmp_path / "cut", validate)
+    train(make_model(), rows, settings, tmp_path / "cut", validate)
+    train(make_model(), rows, settings, tmp_path / "whole", lambda model: {"bpb": 1.0})
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
     assert [line["step"] for line in written(tmp_path / "cut") if "bpb" in line] == [7, 14, 20]
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_second_run_in_the_same_folder_is_rejected(tmp_path: Path) -> None:
     with try_lock_folder(tmp_path) as alone:
         assert alone
         with pytest.raises(TrainingError, match="another run is using"):
@@ -164,16 +162,16 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 def test_rejected_run_keeps_the_record_of_the_previous_run(tmp_path: Path) -> None:
     settings, rows = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 1, 3)), Windows(TEXT, 16, 3, 0)
-    train(fresh(), rows, settings, tmp_path, identity={"data": "a"})
+    train(make_model(), rows, settings, tmp_path, identity={"data": "a"})
     kept = (tmp_path / "run.json").read_bytes()
     assert json.loads(kept)["settings"]["schedule"]["max_lr"] == 5e-3
     with pytest.raises(CheckpointError, match="another run: data was 'a' and is now 'b'"):
-        train(fresh(), rows, settings, tmp_path, identity={"data": "b"})
+        train(make_model(), rows, settings, tmp_path, identity={"data": "b"})
     assert (tmp_path / "run.json").read_bytes() == kept
 
 
 def test_infinite_gradient_stops_the_run_before_the_update(tmp_path: Path) -> None:
-    model = fresh()
+    model = make_model()
     poison = iter(range(100))
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
@@ -181,14 +179,14 @@ def test_infinite_gradient_stops_the_run_before_the_update(tmp_path: Path) -> No
 
     model.head.weight.register_hook(hook)
     settings = TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30))
-    with pytest.raises(TrainingError, match="step 6: the gradient is not finite"):
+    with pytest.raises(TrainingError, match="step 7: the gradient is not finite"):
         train(model, Windows(TEXT, 16, 3, 0), settings, tmp_path, lambda model: {}, lambda line: None)
-    again = fresh()
+    again = make_model()
     assert RunCheckpoint(tmp_path, Distributed(), {}).resume(again, build_optimizer(again, AdamSettings()))[0] == 6
     assert all(p.isfinite().all() for p in again.parameters())
 
 
-def test_a_disk_that_is_full_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_full_disk_leaves_the_last_checkpoint_intact(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     whole, _ = run(tmp_path / "whole", 30)
     run(tmp_path / "full", 10)
@@ -220,7 +218,7 @@ def test_signals_inside_a_save_do_not_harm_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(Interrupted, match="saved at step 11; the same command continues from there") as caught:
         train(
-            fresh(),
+            make_model(),
             Windows(TEXT, 16, 3, 0),
             TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30), save_every=10),
             tmp_path,
@@ -238,10 +236,10 @@ def test_second_signal_abandons_the_step(tmp_path: Path) -> None:
             return super().__getitem__(number)
 
     with pytest.raises(Interrupted, match="saved at step 4"):
-        train(fresh(), Slow(TEXT, 16, 3, 0), TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30)), tmp_path)
+        train(make_model(), Slow(TEXT, 16, 3, 0), TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30)), tmp_path)
     with pytest.raises(Interrupted, match="stopped before the first step"):
         train(
-            fresh(),
+            make_model(),
             Slow(TEXT, 16, 3, 0),
             TrainSettings(LearningRateSchedule(5e-3, 1e-4, 2, 30), accumulate=5),
             tmp_path / "b",
@@ -270,7 +268,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         assert found["step"] == kept and all(tensor.isfinite().all() for tensor in found["model"].values())
 
 
-def test_checkpoint_with_infinite_weights_is_rejected(tmp_path: Path) -> None:
+def test_resuming_from_non_finite_weights_is_rejected(tmp_path: Path) -> None:
     run(tmp_path, 5)
     found = torch.load(tmp_path / "last.pt", weights_only=True)
     found["model"]["emb.weight"][2, 3] = math.nan
@@ -299,7 +297,7 @@ def test_file_is_rejected_as_folder_of_a_run(tmp_path: Path) -> None:
 
 def test_resumed_run_uses_its_own_settings(tmp_path: Path) -> None:
     run(tmp_path, 5)
-    model = fresh()
+    model = make_model()
     optimizer = build_optimizer(model, AdamSettings(beta2=0.95, eps=1e-8, weight_decay=0.3))
     assert RunCheckpoint(tmp_path, Distributed(), {}).resume(model, optimizer)[0] == 5
     group = optimizer.param_groups[1]
@@ -324,13 +322,13 @@ def test_invalid_settings_are_rejected() -> None:
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"junk")
-    model = fresh()
+    model = make_model()
     with pytest.raises(CheckpointError, match=r"last\.pt is damaged, so the run cannot continue.*move it away"):
         RunCheckpoint(tmp_path, Distributed(), {}).resume(model, build_optimizer(model, AdamSettings()))
 
 
 def test_checkpoint_of_another_run_is_rejected(tmp_path: Path) -> None:
-    model = fresh()
+    model = make_model()
     optimizer = build_optimizer(model, AdamSettings())
     RunCheckpoint(tmp_path, Distributed(), {"seed": 1, "n_embd": 32}).save(model, optimizer, 3, {})
     with pytest.raises(CheckpointError, match=r"last\.pt belongs to another run: seed was 1 and is now 2"):
@@ -347,8 +345,8 @@ def test_checkpoint_of_another_run_is_rejected(tmp_path: Path) -> None:
         )
 
 
-def gradients_of(rows: list[Batch], **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    model, settings = fresh(), TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), **options)
+def compute_test_gradients(rows: list[Batch], **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model, settings = make_model(), TrainSettings(LearningRateSchedule(1.0, 0.1, 1, 5), **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
@@ -365,12 +363,12 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 ROWS = torch.randint(1, 40, (4, 24), generator=torch.Generator().manual_seed(3))
 
 
-def test_windows_through_which_all_gradient_flows_give_the_gradient_of_the_row() -> None:
-    loss, expected = gradients_of([Batch(ROWS)])
-    carried, found = gradients_of([Batch(ROWS)], window=7, tbptt_windows=4)
+def test_full_bptt_over_windows_equals_the_gradient_of_the_whole_row() -> None:
+    loss, expected = compute_test_gradients([Batch(ROWS)])
+    carried, found = compute_test_gradients([Batch(ROWS)], window=7, tbptt_windows=4)
     assert carried == pytest.approx(loss, rel=MODEL_TOLERANCE)
     assert_same_gradients(found, expected)
-    cut, other = gradients_of([Batch(ROWS)], window=7, tbptt_windows=1)
+    cut, other = compute_test_gradients([Batch(ROWS)], window=7, tbptt_windows=1)
     assert cut == pytest.approx(loss, rel=MODEL_TOLERANCE)  # the state is carried all the same
     assert relative_error(other["blocks.0.att.key.weight"], expected["blocks.0.att.key.weight"]) > 1e-3
 
@@ -378,15 +376,15 @@ def test_windows_through_which_all_gradient_flows_give_the_gradient_of_the_row()
 def test_micro_batches_masks_and_recomputing_give_the_gradient_of_one_batch() -> None:
     counted = torch.rand(4, 23, generator=torch.Generator().manual_seed(1)) < 0.4
     begins = torch.rand(4, 23, generator=torch.Generator().manual_seed(2)) < 0.1
-    loss, expected = gradients_of([Batch(ROWS, counted, begins)])
+    loss, expected = compute_test_gradients([Batch(ROWS, counted, begins)])
     parts = [Batch(ROWS[a:b], counted[a:b], begins[a:b]) for a, b in ((0, 1), (1, 4))]
     for options in ({}, {"window": 5, "tbptt_windows": 9}, {"activation_checkpointing": True}):
-        found_loss, found = gradients_of(parts, **options)
+        found_loss, found = compute_test_gradients(parts, **options)
         assert found_loss == pytest.approx(loss, rel=MODEL_TOLERANCE)
         assert_same_gradients(found, expected)
 
 
-def test_a_batch_is_cut_with_its_masks() -> None:
+def test_windows_split_the_masks_with_the_ids() -> None:
     batch = Batch(torch.arange(18).view(2, 9), torch.arange(16).view(2, 8) > 3, torch.arange(16).view(2, 8) == 5)
     pieces = list(windows(batch, 3))
     assert [piece.idx[0].tolist() for piece in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8]]
@@ -401,11 +399,11 @@ def test_a_batch_is_cut_with_its_masks() -> None:
 
 def test_a_step_without_a_target_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no target that counts"):
-        gradients_of([Batch(ROWS, torch.zeros(4, 23, dtype=torch.bool))])
+        compute_test_gradients([Batch(ROWS, torch.zeros(4, 23, dtype=torch.bool))])
 
 
 def test_parameter_groups_are_the_official_ones() -> None:
-    model = fresh()
+    model = make_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {group["name"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1)}
     assert sum(map(len, groups.values())) == len(names)
@@ -432,7 +430,7 @@ def test_schedule() -> None:
         LearningRateSchedule(1.0, 0.1, 5, 5)
 
 
-def test_l2wrap_pulls_only_the_largest_logit_and_leaves_the_loss() -> None:
+def test_l2wrap_pulls_only_the_largest_logit_and_leaves_the_loss_unchanged() -> None:
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 7, (2, 3))
     loss = next_token_loss(logits, targets)
@@ -447,7 +445,7 @@ def test_l2wrap_pulls_only_the_largest_logit_and_leaves_the_loss() -> None:
 
 
 def test_the_score_of_a_document_carries_the_state_over_windows() -> None:
-    model = fresh().eval()
+    model = make_model().eval()
     ids = [int(x) for x in TEXT[:50]]
     logits, _ = model(torch.tensor([[0, *ids[:-1]]]))
     expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids), reduction="sum").item()
@@ -457,7 +455,7 @@ def test_the_score_of_a_document_carries_the_state_over_windows() -> None:
 
 
 def test_documents_of_different_lengths_are_scored_together() -> None:
-    model = fresh().eval()
+    model = make_model().eval()
     texts = [[int(x) for x in TEXT[:size]] for size in (30, 3, 17)]
     expected = [score_documents(model, [ids])[0] for ids in texts]
     assert score_documents(model, texts, window=8) == pytest.approx(expected, rel=MODEL_TOLERANCE)
@@ -479,7 +477,7 @@ def test_documents_of_different_lengths_are_scored_together() -> None:
     assert Validation([])(model) == {}
 
 
-def test_masked_loss_and_pull_cover_only_the_selected_targets() -> None:
+def test_masked_targets_affect_neither_the_loss_nor_l2wrap() -> None:
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     targets, counted = torch.randint(0, 7, (2, 3)), torch.tensor([[True, False, True], [False, False, True]])
     (masked,) = torch.autograd.grad(summed_loss(logits, targets, counted), logits)
@@ -492,10 +490,10 @@ def test_masked_loss_and_pull_cover_only_the_selected_targets() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 3e3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_in_pieces_is_that_of_the_logits(
+def test_chunked_head_loss_equals_the_loss_of_all_logits(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, scale: float, masked: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * 37)  # 5 tokens, which do not divide 2 x 11
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * 37)  # 5 tokens; 2 x 11 is not a multiple of 5
     monkeypatch.setattr(loss_module, "MIN_CHUNK_TOKENS", 2)
     head = Linear(16, 37)
     head.compute_dtype = dtype
@@ -517,7 +515,7 @@ def test_the_loss_in_pieces_is_that_of_the_logits(
         assert_close_relative(head_loss(head, x, targets=targets, loss_mask=counted), found, 2e-6, "loss")
 
 
-def test_the_loss_in_pieces_of_no_counted_target_is_zero() -> None:
+def test_chunked_head_loss_is_zero_if_all_targets_are_masked() -> None:
     head = Linear(4, 9)
     torch.nn.init.normal_(head.weight)
     x = torch.randn(1, 3, 4, requires_grad=True)

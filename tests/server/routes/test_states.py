@@ -230,7 +230,7 @@ def test_two_servers_cannot_update_the_same_session(tmp_path: Path) -> None:
             response = fast.post(CHAT, {**body, "fledge": {"session": "talk", "return_state": "handle"}})
             error = next(event["error"] for event in events if "error" in event)
             assert response.status_code == 200 and error["param"] == "fledge.session", error
-            assert error["type"] == "conflict_error" and "ask again" in error["message"]
+            assert error["type"] == "conflict_error" and "send the request again" in error["message"]
             (state,) = response.json()["fledge"]["states"]
             expected = get_text(fast.ask("Who?", fledge={"state": state}, **SAMPLING))
             assert get_text(slow.ask("Who?", fledge={"session": "talk"}, **SAMPLING)) == expected
