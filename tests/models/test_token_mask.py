@@ -13,8 +13,8 @@ from fledge.models import BaseModel, build, zero_state
 
 LENGTHS = (5, 1, 70, 9)  # tokens of each document; 70 is more than a chunk of the recurrence
 
-# The norm of a head divides by the size of its values, which is small at the start of a document and amplifies rounding.
-# So gradients differ from float64 by up to 1.3e-4 (RWKV-5.0), and the two ways to compute them by up to 1.2e-5.
+# The norm of a head divides by the size of its values, which is small at the start of a document, so rounding grows.
+# Gradients differ from float64 by up to 1.3e-4 (RWKV-5.0), and the two ways to compute them by up to 1.2e-5.
 GRADIENT_TOLERANCE = 5e-5
 
 
