@@ -51,7 +51,7 @@ def read(path: StrPath, *, weights: bool = True) -> Checkpoint:
 
 
 def verify(path: StrPath) -> Checkpoint:
-    """Read every weight once, to verify the checksums of a .pth and to find numbers that are not finite.
+    """Read every weight once, to verify the checksums of a .pth and to find non-finite values.
 
     Loading maps the weights and detects neither. Raises CheckpointError naming the damaged file or tensor.
     """
@@ -60,9 +60,7 @@ def verify(path: StrPath) -> Checkpoint:
     scales = ((name, part) for name, matrix in checkpoint.quantized.items() for part in matrix.groups()[1:])
     for name, tensor in (*checkpoint.tensors.items(), *scales):
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} holds numbers that are not finite; the model cannot be used"
-            )
+            raise CheckpointError(f"{checkpoint.path}: {name} contains non-finite values; the model cannot be used")
     return checkpoint
 
 
@@ -94,7 +92,7 @@ def _take_quantized(tensors: dict[str, Tensor], stored: StoredMetadata, path: Pa
     for name, spec in stored.quantized.items():
         if name != "head.weight" and BLOCK.sub("", name, count=1) not in MATRICES:
             raise CheckpointError(
-                f"{path}: its header lists {name!r:.80} as quantized, but this tensor never is; refused"
+                f"{path}: its header lists {name!r:.80} as quantized, but this tensor is never quantized"
             )
         if name not in tensors:
             raise CheckpointError(f"{path}: its header lists {name!r:.80} as quantized, but there is no such tensor")
@@ -106,7 +104,7 @@ def _take_quantized(tensors: dict[str, Tensor], stored: StoredMetadata, path: Pa
 
 
 def interpret(raw: RawFile) -> Checkpoint:
-    """Rename to official names, detect the config, and check everything that needs no values."""
+    """Rename to official names, detect the config, and run all checks that need no tensor values."""
     source = str(raw.path)
     layout, tensors = rename_to_official(raw.tensors, source)
     if repeated := tensors.keys() & raw.quantized.keys():
@@ -157,8 +155,7 @@ def _check_dtypes(tensors: dict[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise UnsupportedError(
-                f"{source}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}; give the checkpoint from "
-                "before quantization"
+                f"{source}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}; use the unquantized checkpoint"
             )
 
 

@@ -55,7 +55,7 @@ class TokenStore:
     def __init__(
         self, prefixes: Mapping[str, Path], spec: dict[str, Any] | None, manifest: dict[str, Any], vocab_size: int = 0
     ) -> None:
-        """vocab_size: the number of ids of an unknown vocabulary; 0: without a `spec`, World is assumed."""
+        """vocab_size: the size of the vocabulary if it is not recorded. With 0 and no `spec`, World is assumed."""
         self._prefixes = prefixes
         self.tokenizer_spec = dict(WORLD_SPEC) if spec is None and not vocab_size else spec
         """The specification of the vocabulary, for `fledge.tokenizer.tokenizer_for`; None if it is unknown."""
@@ -205,7 +205,7 @@ def _read_sibling_spec(prefix: Path) -> dict[str, Any] | None:
 
 
 def find_damaged_files(path: Path, progress: Callable[[int, int], None]) -> Iterator[str]:
-    """Names of the files in a store's folder whose hash is not that of the manifest. Raises like `open_store`.
+    """Names of the files in a store's folder whose hash differs from the manifest. Raises the errors of `open_store`.
 
     progress: called with the number of bytes read and the total.
     """

@@ -51,13 +51,15 @@ class LatencyModel:
 
     def tokens_within(self, factor: float) -> float:
         """The tokens of a call that takes `factor` times as long as a call with one token; 0 if unknown."""
-        fixed, each = self._fit()
-        return (factor * (fixed + each) - fixed) / each if each else 0.0
+        fixed_seconds, seconds_per_token = self._fit()
+        if not seconds_per_token:
+            return 0.0
+        return (factor * (fixed_seconds + seconds_per_token) - fixed_seconds) / seconds_per_token
 
     def predict_seconds(self, tokens: float) -> float:
         """The predicted duration of a call with this many tokens; 0 if unknown."""
-        fixed, each = self._fit()
-        return fixed + each * tokens if each else 0.0
+        fixed_seconds, seconds_per_token = self._fit()
+        return fixed_seconds + seconds_per_token * tokens if seconds_per_token else 0.0
 
     @property
     def seconds_per_token(self) -> float:
@@ -69,8 +71,8 @@ class LatencyModel:
         spread = self._n * self._xx - self._x**2
         if spread <= 1e-9 * self._n * self._xx:
             return 0.0, 0.0
-        each = (self._n * self._xt - self._x * self._t) / spread
-        return (max((self._t - each * self._x) / self._n, 0.0), each) if each > 0 else (0.0, 0.0)
+        slope = (self._n * self._xt - self._x * self._t) / spread
+        return (max((self._t - slope * self._x) / self._n, 0.0), slope) if slope > 0 else (0.0, 0.0)
 
 
 class BurstBudget:
@@ -133,7 +135,7 @@ class Scheduler:
 
     def select_scoring(self, request_states: abc.Sequence[RequestState]) -> RequestState | None:
         """The request whose next chunk of prompt log probabilities is computed: the one that has read least."""
-        scoring = [each for each in request_states if each.is_scoring]
+        scoring = [request for request in request_states if request.is_scoring]
         return min(scoring, key=lambda each: (each.computed_tokens, each.rank, each.request_id), default=None)
 
     def schedule(self, request_states: abc.Sequence[RequestState], latency: LatencyModel) -> list[ScheduledTokens]:
@@ -146,26 +148,26 @@ class Scheduler:
             for request_state in request_states
             for sequence in request_state.sequences
         ]
-        prefilling = [each for each in request_states if each.is_prefilling]
+        prefilling = [request for request in request_states if request.is_prefilling]
         if not decoding:
             self._budget.refill()  # no sequence waits
             return self._split_budget(prefilling, self.prefill_chunk) if prefilling else []
         if not prefilling:
             self._budget.accrue(latency.predict_seconds(len(decoding)))
             return decoding
-        each = latency.seconds_per_token
+        seconds_per_token = latency.seconds_per_token
         ordinary = max(MIN_PREFILL_TOKENS, int(latency.tokens_within(self.latency_factor)) - len(decoding))
-        extra = int(self._budget.available / each) if each else 0
+        extra = int(self._budget.available / seconds_per_token) if seconds_per_token else 0
         prompts = self._split_budget(prefilling, min(self.prefill_chunk, ordinary + extra))
         count = sum(len(tokens.ids) for tokens in prompts)
         if count > ordinary:
-            self._budget.spend((count - ordinary) * each)
+            self._budget.spend((count - ordinary) * seconds_per_token)
         else:
             self._budget.accrue(latency.predict_seconds(len(decoding) + count))
         return decoding + prompts
 
     def _split_budget(self, prefilling: abc.Sequence[RequestState], budget: int) -> list[ScheduledTokens]:
-        """Divide a token budget: one half in equal parts, the rest to the first requests in line."""
+        """Divide a token budget: one half in equal parts, the rest to the requests in order of rank."""
         share = max(1, budget // (2 * len(prefilling)))
         shares = [len(request_state.next_prompt_ids(share)) for request_state in prefilling]
         rest = budget - sum(shares)

@@ -63,8 +63,9 @@ class NativeModel(nn.Module):
 
     The matrices are packed into a copy. The embedding is used in place.
 
-    tensors: all tensors that are not quantized. matrix_dtype: float32 or bfloat16, for the matrices among them; None:
-    their own dtype (float16 is multiplied in float32). release: called with each tensor when it is no longer needed.
+    tensors: all tensors that are not quantized. matrix_dtype: the dtype of the matrices among them, float32 or
+    bfloat16; None: their own dtype (float16 is multiplied in float32). release: called with each tensor when it is no
+    longer needed.
     """
 
     embedding: Tensor
@@ -304,7 +305,7 @@ def _list_matrices(config: ModelConfig, layer: int) -> list[str]:
 
 
 def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) -> None:
-    """The vectors and LoRA factors of one block."""
+    """Set the vectors and low-rank factors of one block."""
     config = model.config
 
     def get_tensor(name: str) -> Tensor:
@@ -336,7 +337,10 @@ def _set_block(model: NativeModel, layer: int, tensors: Mapping[str, Tensor]) ->
 
 
 def _compute_decay_and_bonus(config: ModelConfig, get_tensor: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """The decay and the bonus u, one number per channel. Finch: the raw decay; Eagle: the factor; RWKV-4: its log."""
+    """The decay and the bonus u, one number per channel.
+
+    The decay is the raw decay for Finch, its factor exp(-exp(raw)) for Eagle, and the log of the factor for RWKV-4.
+    """
     raw = get_tensor("att.time_decay").float()
     if config.version == "4":
         return -torch.exp(raw), get_tensor("att.time_first").float()

@@ -91,7 +91,7 @@ class Service:
     """A model with everything that is needed to serve it."""
 
     def __init__(self, llm: LLM, settings: ServerSettings, identity: str) -> None:
-        """identity: of the model's weights. States of other weights are rejected."""
+        """identity: the hash of the model's weights. States of other weights are rejected."""
         self.llm, self.settings, self.identity = llm, settings, identity
         self.keys = KeyStore() if settings.keys is None else KeyStore.read(settings.keys)
         self.secret = read_secret(settings)
@@ -182,7 +182,9 @@ class Service:
 
     @asynccontextmanager
     async def generate(self, request: TextRequest) -> AsyncIterator[AsyncIterator[list[Event]]]:
-        """Run a request. Yields its events in batches, until every completion has ended; an empty batch: keep-alive.
+        """Run a request. Yields its events in batches, until every completion has ended.
+
+        An empty batch means that a keep-alive is due.
 
         Leaving the context early cancels the request. Raises ApiError if it is rejected or fails.
         """
@@ -347,7 +349,7 @@ def get_service(request: HttpRequest) -> Service:
 
 
 def _describe_arithmetic(llm: LLM) -> str:
-    """What the last bits of a state depend on besides the weights. Snapshots of other arithmetic are not used."""
+    """Everything besides the weights that affects the exact bits of a state. Other snapshots are not used."""
     backend = f"native {instruction_set()}" if isinstance(llm.model, NativeModel) else f"torch {torch.__version__}"
     return f"{llm.weights} {llm.device.type} {backend}"
 
@@ -366,6 +368,8 @@ def read_secret(settings: ServerSettings) -> bytes:
     except OSError as error:
         raise FledgeError(f"{path}, the secret that signs states, cannot be used: {error.strerror}") from None
     if len(secret) < MIN_SECRET_BYTES:
-        message = f"{path} is not a secret: it must hold at least {MIN_SECRET_BYTES} bytes; remove it to get a new one"
+        message = (
+            f"{path} is too short for a secret: it needs at least {MIN_SECRET_BYTES} bytes; delete it to get a new one"
+        )
         raise FledgeError(message)
     return secret

@@ -1,7 +1,7 @@
 """The World tokenizer's algorithm in plain Python: greedy longest match over UTF-8 bytes. This is the specification.
 
 From left to right, take the longest token that the rest of the text starts with. There is no normalization, no
-pre-split and no special token: `<|endoftext|>` in a text is ordinary text. Every byte is itself a token, so encoding
+pre-tokenization and no special token: `<|endoftext|>` in a text is ordinary text. Every byte is a token, so encoding
 never fails. (Paper section 5; the tokenizers of RWKV-LM.) `native_tokenizer.py` is about a hundred times as fast.
 """
 
@@ -88,5 +88,5 @@ class TrieTokenizer(Decoder):
                     child = node[byte] = {LONGEST: node[LONGEST]}
                 node = child
             node[LONGEST] = token_id
-        assert all(byte in root for byte in range(256)), "a vocabulary contains every single byte"
+        assert all(byte in root for byte in range(256)), "the vocabulary lacks a token of a single byte"
         return root

@@ -92,8 +92,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> Tensor:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in STORED:
         raise UnsupportedError(
-            f"{location} has dtype {code!r:.20}; Fledge reads {', '.join(DTYPES)}: give the file "
-            "from before quantization"
+            f"{location} has dtype {code!r:.20}; Fledge reads {', '.join(DTYPES)}: use the unquantized file"
         )
     if not (_is_counts(shape) and _is_counts(offsets)) or len(shape) > MAX_RANK or len(offsets) != 2:
         raise CheckpointError(f"{location} has an impossible shape or offsets; the file is damaged")

@@ -53,7 +53,7 @@ def calibrate(
     loaded = read(source)
     check_quantizable(loaded.config, str(source))
     if loaded.quantized:
-        raise CheckpointError(f"{source} is already quantized; give the checkpoint from before quantization")
+        raise CheckpointError(f"{source} is already quantized; use the unquantized checkpoint")
     tokenizer = load_tokenizer(loaded.tokenizer_spec, loaded.config.vocab_size, str(source))
     parameters = sum(tensor.numel() for tensor in loaded.tensors.values())
     dtype, _ = choose_dtype(None, torch.device("cpu"), parameters)

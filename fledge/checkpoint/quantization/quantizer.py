@@ -93,7 +93,7 @@ def quantize(
     checkpoint = read(source)
     check_quantizable(checkpoint.config, str(source))
     if checkpoint.quantized:
-        raise CheckpointError(f"{source} is already quantized; give the checkpoint from before quantization")
+        raise CheckpointError(f"{source} is already quantized; use the unquantized checkpoint")
     verify_files(checkpoint)
     before = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
     rest, rounded = _round_all(checkpoint.tensors, scheme, importance or {}, report)

@@ -8,7 +8,8 @@
     tokens     choose and tokenize documents
     assemble   one store from all shards, its manifest and report
 
-Each stage writes its outputs to the folder `fledge-work` of the store, from which an interrupted build resumes. The
+Each stage writes its outputs to the folder `fledge-work` in the folder of the store, so that an interrupted build can
+resume. The
 result depends only on the config and the inputs, not on the number of workers or on interruptions.
 """
 
@@ -141,7 +142,7 @@ class _Build:
         self.context = StageContext(config, to / WORK)
 
     def run(self, inputs: list[InputFile], slices: list[InputSlice], fingerprint: str) -> None:
-        """Run the stages from the first to the manifest. Tasks with a finished output are skipped."""
+        """Run all stages and write the manifest last. Tasks with a finished output are skipped."""
         config = self.config
         files = [file for file in inputs if file.format != "hub"]
         self._begin_stage(
@@ -241,7 +242,7 @@ class _Build:
 
 
 def _start_workers(options: BuildOptions) -> AbstractContextManager[Workers]:
-    """Ray, worker processes, or for one worker this process."""
+    """Run on Ray, in worker processes, or, with one worker, in this process."""
     if options.ray:
         return RayWorkers()
     count = options.workers or count_usable_cores()

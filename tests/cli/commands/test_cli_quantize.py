@@ -109,6 +109,6 @@ def test_a_quantized_checkpoint_is_rejected(fledge: Any, model: Path, text: Path
     fledge("quantize", model, small, "--to", "int8")
     for more in ([], ["--calibrate", text]):
         fledge("quantize", small, tmp_path / "again.safetensors", "--to", "int4", *more).check_error(
-            1, "is already quantized", "from before quantization"
+            1, "is already quantized", "unquantized checkpoint"
         )
     fledge("quantize", model, tmp_path / "small.pth", "--to", "int8").check_error(2, "written as .safetensors")
