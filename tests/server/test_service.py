@@ -74,7 +74,7 @@ def test_servers_that_start_concurrently_create_one_private_secret(tmp_path: Pat
     if os.name == "posix":
         assert path.stat().st_mode & 0o777 == 0o600
     path.write_bytes(b"short")
-    with pytest.raises(FledgeError, match="must hold at least 32 bytes; remove it"):
+    with pytest.raises(FledgeError, match="needs at least 32 bytes; delete it"):
         read_secret(settings)
     path.unlink()
     path.mkdir()

@@ -283,7 +283,7 @@ def _add_vector(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (_make_float, r"not float32 \(64, 224\)"),
         (_shorten_tensor, f"{NAME}: an int4 matrix"),
         (_remove_tensor, "lists .* as quantized, but there is no such tensor"),
-        (_add_embedding, "lists 'emb.weight' as quantized, but this tensor never is"),
+        (_add_embedding, "lists 'emb.weight' as quantized, but this tensor is never quantized"),
         (_add_vector, r"ln_out\.bias"),
     ],
 )
